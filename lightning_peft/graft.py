@@ -1,0 +1,140 @@
+"""The graft: a small module, registered as a named child of a frozen host, that joins the host's computation by hooks.
+
+A graft overrides the joints it needs, and nothing else of the host changes: not its class, not its parameter names, not
+its place in the tree. So a checkpoint of the bare backbone still loads, ``copy.deepcopy`` and ``pickle`` work, and so do
+``torch.compile(fullgraph=True)``, DDP, FSDP2 and gradient checkpointing. This is the only file that touches hooks.
+
+>>> import torch
+>>> class Doubled(Graft):
+...     def after(self, out, host, x):
+...         return 2 * out
+>>> host, x = nn.Linear(3, 3), torch.ones(1, 3)
+>>> once = host(x)
+>>> graft = attach(host, Doubled(), "doubled")
+>>> bool((host(x) == 2 * once).all()), list(host.state_dict())
+(True, ['weight', 'bias'])
+>>> detach(host, "doubled")
+>>> bool((host(x) == once).all())
+True
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Self, TypeVar
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_peft.errors import TuningError
+
+G = TypeVar("G", bound="Graft")
+
+
+class Graft(nn.Module):
+    """A module that joins the computation of its one host. Override ``before``, ``after``, or both.
+
+    Hooks are bound methods of the graft, so a deep copy of the host calls the copy of the graft. They compute through
+    the graft's own ``__call__``, so a sharding wrapper may treat the graft as a unit of its own. A graft keeps no tensor
+    between two calls of its host.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handles: list[RemovableHandle] = []
+        self._first_argument = ""
+
+    def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what the host shall see in place of its first argument ``x``."""
+        raise NotImplementedError
+
+    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return what the callers of the host shall see in place of its output ``out``."""
+        raise NotImplementedError
+
+    def forward(self, joint: str, *args: Any, **kwargs: Any) -> Any:
+        """Run one joint; the hooks come through here so that hooks on the graft itself run too."""
+        return getattr(self, joint)(*args, **kwargs)
+
+    def _on_input(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self("before", host, *args, **kwargs), *args[1:]), kwargs
+        rest = {name: value for name, value in kwargs.items() if name != self._first_argument}
+        return (self("before", host, kwargs[self._first_argument], **rest),), rest
+
+    def _on_output(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        return self("after", out, host, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the host but keep the dtype: ``.half()``, ``.to(bf16)`` or bf16-true would round what was learnt."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class Grafted(NamedTuple):
+    """Where a graft sits: ``path`` is the dotted name of ``host``, ``name`` that of the graft in it."""
+
+    path: str
+    host: nn.Module
+    name: str
+    graft: Graft
+
+
+def attach(host: nn.Module, graft: G, name: str) -> G:
+    """Register ``graft`` as the child ``name`` of ``host`` and join its computation.
+
+    Raises:
+        TuningError: the host already has something of that name, or is compiled (its hooks would be ignored).
+    """
+    if hasattr(host, name):
+        raise TuningError(f"{type(host).__name__} already has an attribute {name!r}: detach it or take another name.")
+    if is_compiled(host):
+        raise TuningError(f"{type(host).__name__} is compiled and would ignore a graft: attach first, compile after.")
+    graft._first_argument = next(iter(inspect.signature(host.forward).parameters))
+    host.register_module(name, graft)
+    if _overrides(graft, "before"):
+        graft._handles.append(host.register_forward_pre_hook(graft._on_input, with_kwargs=True))
+    if _overrides(graft, "after"):
+        graft._handles.append(host.register_forward_hook(graft._on_output, with_kwargs=True))
+    return graft
+
+
+def detach(host: nn.Module, name: str) -> None:
+    """Remove the graft ``name`` from ``host``, which then computes as it did before, bit for bit.
+
+    Raises:
+        TuningError: what the host has under that name is no graft.
+    """
+    graft = getattr(host, name, None)
+    if not isinstance(graft, Graft):
+        raise TuningError(f"{name!r} of {type(host).__name__} is no graft but {type(graft).__name__}: nothing to detach.")
+    for handle in graft._handles:
+        handle.remove()
+    graft._handles.clear()
+    delattr(host, name)
+
+
+def grafts(root: nn.Module) -> Iterator[Grafted]:
+    """Yield every graft below ``root`` with its place."""
+    for path, host in list(root.named_modules()):
+        for name, child in list(host.named_children()):
+            if isinstance(child, Graft):
+                yield Grafted(path, host, name, child)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether ``torch.compile`` was applied to the module, as a wrapper or in place.
+
+    Neither form has a public test (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py and
+    ``torch/_dynamo/eval_frame.py`` name these attributes); ``tests/test_graft.py`` fails when they change.
+    """
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _overrides(graft: Graft, joint: str) -> bool:
+    return getattr(type(graft), joint) is not getattr(Graft, joint)

@@ -1,0 +1,278 @@
+"""What a method adds to a LightningModule so that its checkpoints hold the delta and resume exactly.
+
+Lightning has no callback hook between ``configure_model`` and the making of the optimizer, does not call
+``Callback.on_save_checkpoint`` with ``save_weights_only``, and loads weights before ``Callback.on_load_checkpoint``. So
+four hooks of the module are extended on the instance, by `functools.partial` of functions of this file: such a module
+still pickles and deep-copies, and Lightning sees that the hook is overridden (with `functools.wraps` it would not).
+"""
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import lightning as L
+import numpy
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_peft.delta import META, canonical, check, complete, delta_names, meta_of, metadata
+from lightning_peft.errors import TuningError
+from lightning_peft.tuning import tunings
+
+_ATTRIBUTE = "_lightning_peft_life"
+
+
+@dataclass
+class Life:
+    """What is known of a LightningModule that methods tune.
+
+    Attributes:
+        methods: the methods, in the order in which they are applied.
+        resumed: metadata and optimizer states of the checkpoint that fit resumes from, until they are restored.
+    """
+
+    methods: list[Any] = field(default_factory=list)
+    resumed: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, module: L.LightningModule) -> "Life":
+        """Return the record of this module; the first call extends the module's hooks."""
+        life: Life | None = vars(module).get(_ATTRIBUTE)
+        if life is None:
+            life = vars(module)[_ATTRIBUTE] = cls()
+            for hook, extend in (
+                ("configure_optimizers", _configure_optimizers),
+                ("on_save_checkpoint", _on_save_checkpoint),
+                ("on_load_checkpoint", _on_load_checkpoint),
+            ):
+                vars(module)[hook] = partial(extend, module, vars(module).get(hook))
+        return life
+
+    def await_backbone(self, module: L.LightningModule) -> None:
+        """Apply the methods when ``configure_model`` has built the backbone; the extension then removes itself."""
+        if not isinstance(vars(module).get("configure_model"), partial):
+            vars(module)["configure_model"] = partial(_configure_model, module, vars(module).get("configure_model"))
+
+    def apply(self, module: L.LightningModule) -> None:
+        """Apply each method whose backbone is there, and freeze again what something else may have thawed."""
+        for method in self.methods:
+            if method.finds_backbone(module) and not method.is_applied(module):
+                method.apply(module)
+        for _, backbone, tuning in tunings(module):
+            tuning.freeze(backbone)
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require gradients, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def check_averaging(trainer: L.Trainer, method: L.Callback) -> None:
+    """See that no callback has copied the module before this method changes it.
+
+    Raises:
+        TuningError: an averaging callback stands before the method in the list.
+    """
+    before = trainer.callbacks[: trainer.callbacks.index(method)]
+    for callback in before:
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise TuningError(
+                f"{type(callback).__name__} copies the module before {type(method).__name__} has changed it: "
+                f"put {type(method).__name__} before it in the list of callbacks."
+            )
+
+
+def check_optimizers(module: L.LightningModule, optimizers: Iterable[Optimizer]) -> None:
+    """See that every trained parameter is in exactly one optimizer group.
+
+    Raises:
+        TuningError: it is in none or in several.
+    """
+    counts: dict[int, int] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    for name, parameter in trained(module).items():
+        if counts.get(id(parameter), 0) != 1:
+            raise TuningError(
+                f"{name} is trained but stands in {counts.get(id(parameter), 0)} optimizer groups: "
+                "let configure_optimizers of the module list each parameter once."
+            )
+
+
+def check_gradients(module: L.LightningModule) -> None:
+    """See that every trained parameter has got a gradient.
+
+    Raises:
+        TuningError: one has none, since nothing in the forward pass that gave the loss uses it.
+    """
+    without = [name for name, p in trained(module).items() if p.grad is None]
+    if without:
+        raise TuningError(
+            f"{len(without)} trained parameters got no gradient, e.g. {without[0]}: no loss depends on them, "
+            "so leave them out with exclude= (a regex), or use the module that holds them in training_step."
+        )
+
+
+def remap_optimizers(module: L.LightningModule, optimizers: list[Optimizer]) -> None:
+    """Bring the optimizer states of the checkpoint being resumed into the order of the parameters here.
+
+    Optimizer states are numbered, so the moments of two parameters of one shape would change places silently.
+
+    Raises:
+        TuningError: the optimizer of the checkpoint held other parameters.
+    """
+    checkpoint = Life.of(module).resumed
+    if checkpoint is None or "optimizers" not in checkpoint[META]:
+        return
+    saved = checkpoint[META].pop("optimizers")
+    for i, (names, now) in enumerate(zip(saved, optimizer_names(module, optimizers), strict=True)):
+        then, here = [n for group in names for n in group], [n for group in now for n in group]
+        if then == here:
+            continue
+        if sorted(then) != sorted(here) or [len(g) for g in names] != [len(g) for g in now]:
+            odd = sorted(set(then) ^ set(here)) or ["the sizes of its groups"]
+            raise TuningError(f"optimizer {i} of the checkpoint differs from this one in {odd[0]}: configure it alike.")
+        state = checkpoint["optimizer_states"][i]
+        by_name = {then[k]: value for k, value in state["state"].items()}
+        state["state"] = {k: by_name[name] for k, name in enumerate(here) if name in by_name}
+        for group, size in zip(state["param_groups"], range(len(now)), strict=True):
+            start = sum(len(g) for g in now[:size])
+            group["params"] = list(range(start, start + len(now[size])))
+
+
+def optimizer_names(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[list[list[str]]]:
+    """Return, for each optimizer and group, the canonical names of its parameters."""
+    names = {id(p): canonical(name) for name, p in module.named_parameters()}
+    return [[[names[id(p)] for p in group["params"]] for group in o.param_groups] for o in optimizers]
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of all random generators of this process as tensors and plain values."""
+    kind, keys, position, has_gauss, gauss = numpy.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.tensor(keys.astype("int64")), position, has_gauss, gauss],
+        "python": [random.getstate()[0], list(random.getstate()[1]), random.getstate()[2]],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the random generators of this process where `random_state` found them."""
+    torch.set_rng_state(state["torch"])
+    kind, keys, *rest = state["numpy"]
+    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def restore_random_state(module: L.LightningModule, rank: int, mid_epoch: bool) -> None:
+    """Put this rank's generators where they were when the checkpoint being resumed was written.
+
+    A run saved at the end of an epoch makes its next data iterator after that, one saved inside an epoch has made it
+    before: the caller says at which of the two it stands.
+    """
+    checkpoint = Life.of(module).resumed
+    resume = checkpoint[META].get("resume") if checkpoint is not None else None
+    if resume is not None and resume["mid_epoch"] is mid_epoch and rank < len(resume["random"]):
+        set_random_state(resume["random"][rank])
+
+
+def _previous(module: L.LightningModule, instance_hook: Callable[..., Any] | None, name: str) -> Callable[..., Any]:
+    return instance_hook or partial(getattr(type(module), name), module)
+
+
+def _configure_model(module: L.LightningModule, instance_hook: Callable[..., Any] | None) -> None:
+    if instance_hook is None:
+        del vars(module)["configure_model"]
+    else:
+        vars(module)["configure_model"] = instance_hook
+    module.configure_model()
+    Life.of(module).apply(module)
+
+
+def _configure_optimizers(module: L.LightningModule, instance_hook: Callable[..., Any] | None) -> Any:
+    configured = _previous(module, instance_hook, "configure_optimizers")()
+    optimizers = _optimizers(configured)
+    wanted = trained(module)
+    ids = {id(p) for p in wanted.values()}
+    held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]} & ids
+    if not held:
+        raise TuningError(
+            f"configure_optimizers of {type(module).__name__} gives no optimizer that holds one of the {len(wanted)} "
+            "trained parameters: build it from self.parameters()."
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) in ids]
+    optimizers[0].param_groups[0]["params"].extend(p for p in wanted.values() if id(p) not in held)
+    return configured
+
+
+def _optimizers(configured: Any) -> list[Optimizer]:
+    """Return the optimizers in whatever form ``configure_optimizers`` may return them."""
+    if isinstance(configured, Optimizer):
+        return [configured]
+    if isinstance(configured, dict):
+        return _optimizers(configured.get("optimizer"))
+    if isinstance(configured, (list, tuple)):
+        return [optimizer for entry in configured for optimizer in _optimizers(entry)]
+    return []
+
+
+def _on_save_checkpoint(
+    module: L.LightningModule, instance_hook: Callable[..., Any] | None, checkpoint: dict[str, Any]
+) -> None:
+    _previous(module, instance_hook, "on_save_checkpoint")(checkpoint)
+    names = {canonical(name) for name in delta_names(module)}
+    for holder, key in _states(checkpoint):
+        holder[key] = {canonical(n): t for n, t in holder[key].items() if canonical(n) in names}
+    meta = metadata(module)
+    trainer = module.trainer
+    if "optimizer_states" in checkpoint:
+        meta["optimizers"] = optimizer_names(module, trainer.optimizers)
+        meta["resume"] = {"mid_epoch": not trainer.is_last_batch, "random": _gather(random_state())}
+    checkpoint[META] = meta
+
+
+def _on_load_checkpoint(
+    module: L.LightningModule, instance_hook: Callable[..., Any] | None, checkpoint: dict[str, Any]
+) -> None:
+    trainer = module._trainer
+    source = str(trainer.ckpt_path) if trainer is not None and trainer.ckpt_path else "the checkpoint"
+    meta = meta_of(checkpoint, source)
+    for holder, key in _states(checkpoint):
+        holder[key] = complete(module, check(module, holder[key], meta, source))
+    if trainer is not None and trainer.state.fn == "fit":
+        Life.of(module).resumed = {META: meta, "optimizer_states": checkpoint.get("optimizer_states", [])}
+    _previous(module, instance_hook, "on_load_checkpoint")(checkpoint)
+
+
+def _states(checkpoint: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Return where a checkpoint holds state dicts of the module: its own, and those of averaging callbacks."""
+    places = [(checkpoint, key) for key in ("state_dict", "current_model_state") if key in checkpoint]
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict) and state.get("average_model_state"):
+            places.append((state, "average_model_state"))
+    return places
+
+
+def _gather(state: Any) -> list[Any]:
+    """Return the states of all ranks, in order; every rank must call it."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return [state]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states
+
+

@@ -1,0 +1,269 @@
+"""A method of tuning: what it does to a backbone (`Method.apply`), and its life in a Trainer, as a Lightning callback."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal, TypeVar
+
+import lightning as L
+from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor, nn
+
+from lightning_peft import checkpoint_io, lifecycle, precision, select
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import grafts, is_compiled
+from lightning_peft.lifecycle import Life
+from lightning_peft.tuning import Tuning
+
+M = TypeVar("M")
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(eq=False, kw_only=True)
+class Method(L.Callback):
+    """A way to tune a frozen backbone: freezes it, adds what is to be trained, and keeps checkpoints to the delta.
+
+    Use it as a callback of a Trainer, or without Lightning as ``method.apply(model)``. Several methods on one backbone
+    add up: the first one freezes. A task head (what lies outside the base model of a model that is no language model) is
+    trained beside them.
+
+    Args:
+        backbone: where the backbone is in the module, as a dotted name; None: its one pretrained model.
+        also_train: a regex for names of further parameters of the backbone to train.
+        exclude: a regex for names of modules and parameters that this method leaves alone.
+        backbone_mode: whether dropout of the frozen backbone is active in training; BatchNorm statistics never move.
+        keep_fp32: store what trains in fp32 even where the Trainer or the checkpoint of the backbone says half precision.
+    """
+
+    backbone: str | None = None
+    also_train: str | None = None
+    exclude: str | None = None
+    backbone_mode: Literal["train", "eval"] = "eval"
+    keep_fp32: bool = True
+
+    kind: ClassVar[str] = ""
+    """What sort of tensors it adds: weights, biases, prompts, head ..."""
+    trains: ClassVar[str] = ""
+    """What it trains, in a few words, for tables."""
+    paper: ClassVar[str] = ""
+    """Authors, year and arXiv number."""
+    may_change: ClassVar[frozenset[str]] = frozenset({"backbone", "backbone_mode", "keep_fp32"})
+    """Arguments that may differ between a delta file and the module that loads it."""
+    keeps_originals: ClassVar[bool] = True
+    """Whether the values of base tensors trained in place are kept, so that `remove` can give them back."""
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach grafts to the frozen backbone; return the names of its own parameters that are to be trained."""
+        raise NotImplementedError
+
+    def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the batch as the backbone shall see it."""
+        return batch
+
+    def penalty(self, module: nn.Module) -> Tensor | None:
+        """Return what is added to the loss of each training batch, or None."""
+        return None
+
+    @property
+    def name(self) -> str:
+        """The name of this method's grafts in their hosts."""
+        return type(self).__name__.lower()
+
+    def init_args(self) -> dict[str, Any]:
+        """Return the arguments that rebuild this method, as plain values."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def apply(self, model: nn.Module) -> None:
+        """Freeze the backbone of ``model`` and add what this method trains. On any error nothing has changed.
+
+        Raises:
+            TuningError: it is applied already, the model is compiled, or the method does not fit the backbone.
+        """
+        backbone = select.backbone_of(model, self.backbone)
+        tuning = Tuning.of(backbone) or Tuning.begin(backbone)
+        if self.name in tuning.methods:
+            raise TuningError(f"{type(self).__name__} is applied to this {type(backbone).__name__} already: once is enough.")
+        try:
+            if is_compiled(model) or is_compiled(backbone):
+                raise TuningError(f"{type(backbone).__name__} is compiled and would ignore grafts: compile it afterwards.")
+            trained = self._kept({*self.graft(backbone), *select.head_names(backbone), *self._also(backbone)})
+            tuning.add(backbone, self.name, self, trained, self.keeps_originals)
+        except BaseException:
+            tuning.undo(backbone, self.name)
+            raise
+        if self.keep_fp32:
+            precision.hold_fp32(backbone)
+
+    def remove(self, model: nn.Module) -> None:
+        """Give the backbone back as it was before `apply`: output, names and ``requires_grad``, bit for bit.
+
+        Raises:
+            TuningError: this method is not applied, or it trained tensors in place and kept no copies.
+        """
+        backbone = select.backbone_of(model, self.backbone)
+        tuning = Tuning.of(backbone)
+        if tuning is None or self.name not in tuning.methods:
+            raise TuningError(f"{type(self).__name__} is not applied to this {type(backbone).__name__}: nothing to remove.")
+        tuning.undo(backbone, self.name)
+        precision.release(backbone)
+
+    def is_applied(self, model: nn.Module) -> bool:
+        """Tell whether `apply` has been done to ``model``."""
+        tuning = Tuning.of(select.backbone_of(model, self.backbone))
+        return tuning is not None and self.name in tuning.methods
+
+    def finds_backbone(self, module: nn.Module) -> bool:
+        """Tell whether the backbone is there already; some modules build it in ``configure_model``."""
+        if self.backbone is not None:
+            return self.backbone in dict(module.named_modules())
+        return bool(select.pretrained_models(module))
+
+    # The life in a Trainer, in the order of its hooks.
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Apply the method as early as the backbone exists, and see to it that checkpoints hold the delta."""
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise TuningError(
+                "this strategy starts its processes by spawn or fork, from which grafts do not come back: "
+                "use strategy='ddp' in a script."
+            )
+        lifecycle.check_averaging(trainer, self)
+        checkpoint_io.install(trainer)
+        life = Life.of(pl_module)
+        if not any(type(other) is type(self) and other.backbone == self.backbone for other in life.methods):
+            life.methods.append(self)
+        life.await_backbone(pl_module)
+        life.apply(pl_module)
+        plugin = trainer.precision_plugin
+        if isinstance(plugin, HalfPrecision) and not isinstance(vars(plugin).get("convert_module"), partial):
+            convert = partial(precision.convert_module, convert=plugin.convert_module, keep_fp32=self.keep_fp32)
+            vars(plugin)["convert_module"] = convert
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse what would train nothing or resume wrongly, before the first batch."""
+        self._assert_applied(pl_module)
+        lifecycle.check_optimizers(pl_module, trainer.optimizers)
+        lifecycle.remap_optimizers(pl_module, trainer.optimizers)
+        lifecycle.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
+        self._seen_gradients = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restore the random state of a run that was saved inside an epoch."""
+        lifecycle.restore_random_state(pl_module, trainer.global_rank, mid_epoch=True)
+        Life.of(pl_module).resumed = None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put what is frozen into the mode that this method asks for, and what is trained into training mode."""
+        backbone = select.backbone_of(pl_module, self.backbone)
+        backbone.train(self.backbone_mode == "train")
+        for module in backbone.modules():
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                module.training = True
+            elif isinstance(module, _BATCH_NORM):
+                module.training = False
+        for place in grafts(backbone):
+            place.graft.train()
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Add this method's penalty to the loss."""
+        penalty = self.penalty(pl_module)
+        if penalty is not None:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scale = scaler.get_scale() if scaler is not None else 1.0
+            loss.add_(penalty.to(loss.dtype) * (scale / trainer.accumulate_grad_batches))
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse, after the first backward pass, a trained parameter that got no gradient."""
+        if not self._seen_gradients and pl_module.automatic_optimization:
+            lifecycle.check_gradients(pl_module)
+        self._seen_gradients = True
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See that the method is applied."""
+        self._assert_applied(pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Let the backbone see the batch as `prepare` makes it."""
+        self._enter(batch)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Give the batch back as it was."""
+        self._leave(batch)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Let the backbone see the batch as `prepare` makes it."""
+        self._enter(batch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Give the batch back as it was."""
+        self._leave(batch)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the trainer's plugins as they were."""
+        vars(trainer.precision_plugin).pop("convert_module", None)
+
+    def _assert_applied(self, module: L.LightningModule) -> None:
+        if self.finds_backbone(module) and self.is_applied(module):
+            return
+        hint = f"no submodule {self.backbone!r}" if self.backbone else "no pretrained transformers model"
+        children = ", ".join(name for name, _ in module.named_children()) or "nothing"
+        raise TuningError(
+            f"{type(module).__name__} has {hint}, so {type(self).__name__} knows no backbone to tune: "
+            f"name it with backbone= (it has {children})."
+        )
+
+    def _enter(self, batch: Any) -> None:
+        if type(self).prepare is Method.prepare:
+            return
+        prepared = self.prepare(batch)
+        self._batch = {name: batch.get(name) for name in prepared if prepared[name] is not batch.get(name)}
+        batch.update({name: prepared[name] for name in self._batch})
+
+    def _leave(self, batch: Any) -> None:
+        for name, value in vars(self).pop("_batch", {}).items():
+            if value is None:
+                del batch[name]
+            else:
+                batch[name] = value
+
+    def without_excluded(self, modules: dict[str, M]) -> dict[str, M]:
+        """Return the modules that ``exclude`` does not name."""
+        kept = self._kept(modules)
+        return {name: module for name, module in modules.items() if name in kept}
+
+    def _also(self, backbone: nn.Module) -> list[str]:
+        if self.also_train is None:
+            return []
+        names = [name for name, _ in backbone.named_parameters()]
+        chosen = select.match(names, self.also_train)[self.also_train]
+        if not chosen:
+            raise TuningError(
+                f"also_train={self.also_train!r} matches no parameter of {type(backbone).__name__}"
+                f"{select.near(self.also_train, names)}."
+            )
+        return chosen
+
+    def _kept(self, names: Iterable[str]) -> set[str]:
+        if self.exclude is None:
+            return set(names)
+        regex = select.compile_pattern(self.exclude)
+        return {name for name in names if not regex.fullmatch(name)}

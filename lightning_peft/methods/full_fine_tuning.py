@@ -1,0 +1,43 @@
+"""Full fine-tuning: every parameter of the backbone is trained. The baseline, with the interface of the methods.
+
+Source: Devlin et al. 2019, arXiv 1810.04805, section 3.2. Its delta is the whole model.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from lightning_peft.method import Method
+from lightning_peft.mixin import MethodMixin
+
+
+@dataclass(eq=False, kw_only=True)
+class FullFineTuning(Method):
+    """Train everything.
+
+    Args:
+        backbone_mode: whether dropout of the backbone is active in training.
+        keep_fp32: store the parameters in fp32 where the Trainer says half precision; it doubles their memory.
+    """
+
+    backbone_mode: Literal["train", "eval"] = "train"
+    keep_fp32: bool = False
+
+    kind: ClassVar[str] = "all"
+    trains: ClassVar[str] = "every parameter"
+    paper: ClassVar[str] = "Devlin et al. 2019, arXiv 1810.04805"
+    keeps_originals: ClassVar[bool] = False
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Return the names of all parameters."""
+        return [name for name, p in backbone.named_parameters() if p.is_floating_point()]
+
+
+class FullFineTuningMixin(MethodMixin):
+    """For a LightningModule that is tuned as a whole."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.method = FullFineTuning()

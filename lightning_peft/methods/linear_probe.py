@@ -1,0 +1,35 @@
+"""Linear probing: the backbone is frozen and the task head is trained on its features.
+
+Source: Alain and Bengio 2016, arXiv 1610.01644; as a baseline of tuning: He et al. 2020, arXiv 1911.05722, section 4.1.
+No gradient is recorded below the head, so a step costs one forward pass of the backbone.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lightning_peft.method import Method
+from lightning_peft.mixin import MethodMixin
+
+
+@dataclass(eq=False, kw_only=True)
+class LinearProbe(Method):
+    """Train the head alone: ``logits = W f(x) + b`` with f frozen."""
+
+    kind: ClassVar[str] = "head"
+    trains: ClassVar[str] = "the task head"
+    paper: ClassVar[str] = "Alain and Bengio 2016, arXiv 1610.01644"
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Add nothing: the head is trained beside every method, here it stands alone."""
+        return ()
+
+
+class LinearProbeMixin(MethodMixin):
+    """For a LightningModule whose head alone is trained."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.method = LinearProbe()

@@ -1,0 +1,46 @@
+"""A LightningModule that owns its method."""
+
+from typing import Any
+
+import lightning as L
+from torch import Tensor, nn
+
+from lightning_peft import rebuild, select
+from lightning_peft.delta import collect, merge
+from lightning_peft.method import Method
+
+
+class MethodMixin:
+    """For a LightningModule that owns its method: give it a ``method``, and the Trainer needs no callback.
+
+    >>> class Classifier(MethodMixin, L.LightningModule):
+    ...     method = None
+    >>> Classifier().configure_callbacks()
+    []
+    """
+
+    method: Method | None = None
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Hand the method to the Trainer."""
+        others = list(super().configure_callbacks())  # type: ignore[misc]
+        return others if self.method is None else [*others, self.method]
+
+    def delta_state(self) -> dict[str, Tensor]:
+        """Return what is trained, by name."""
+        return collect(self)  # type: ignore[arg-type]
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Return all tensors, the frozen ones too, on the CPU."""
+        return {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}  # type: ignore[attr-defined]
+
+    def merge(self) -> nn.Module:
+        """Fold what was trained into the weights and return the plain backbone."""
+        assert self.method is not None
+        backbone = select.backbone_of(self, self.method.backbone)  # type: ignore[arg-type]
+        return merge(backbone)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Build the module from a delta checkpoint: hyper-parameters, methods and what they trained."""
+        return rebuild.load_from_checkpoint(cls, checkpoint_path, *args, **kwargs)  # type: ignore[type-var]

@@ -1,0 +1,80 @@
+"""What trains is kept in fp32, whatever precision the backbone has or the Trainer asks for.
+
+Grafts look after themselves (`Graft._apply`). A trained head or bias is a parameter of the backbone, which bf16-true
+casts like the rest; here it keeps fp32 values, cast to the dtype of its input each time it is used, and so do its
+gradients and optimizer moments. In bf16 a step of 1e-4 of a weight is lost by rounding.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.graft import Graft, attach, detach, grafts
+from lightning_peft.tuning import tunings
+
+_NAME = "fp32"
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class MasterWeights(Graft):
+    """Lets its host compute in half precision with parameters that are stored in fp32."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Put copies in the dtype of ``x`` in front of the host's fp32 parameters; gradients flow back through the cast."""
+        dtype = x.dtype if x.is_floating_point() else self.dtype
+        for name, parameter in host.named_parameters(recurse=False):
+            vars(host)[name] = parameter.to(dtype)
+        return x
+
+    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Take the copies away."""
+        for name, _ in host.named_parameters(recurse=False):
+            vars(host).pop(name, None)
+        return out
+
+    @torch.no_grad()
+    def merge(self, host: nn.Module) -> None:
+        """Round the parameters to the precision of the backbone."""
+        for parameter in host.parameters(recurse=False):
+            parameter.data = parameter.data.to(self.dtype)
+
+
+def hold_fp32(module: nn.Module, values: dict[str, Tensor] | None = None) -> None:
+    """Store in fp32 what is trained in place and was cast to half precision; ``values`` are its values before the cast."""
+    for path, backbone, tuning in tunings(module):
+        for name in tuning.trained_in_place():
+            host_name, _, tensor = name.rpartition(".")
+            host = backbone.get_submodule(host_name)
+            parameter = getattr(host, tensor)
+            if parameter.dtype not in _HALF:
+                continue
+            dtype = parameter.dtype
+            before = (values or {}).get(f"{path}.{name}".lstrip("."), parameter.data)
+            parameter.data = before.to(parameter.device, torch.float32)
+            if not hasattr(host, _NAME):
+                attach(host, MasterWeights(dtype), _NAME)
+
+
+def release(backbone: nn.Module) -> None:
+    """Detach the master weights of hosts that are trained no more."""
+    for place in grafts(backbone):
+        host = place.host
+        if place.name == _NAME and not any(p.dtype is torch.float32 for p in host.parameters(recurse=False)):
+            detach(host, _NAME)
+
+
+def convert_module(module: nn.Module, convert: Callable[[nn.Module], nn.Module], keep_fp32: bool) -> nn.Module:
+    """Run a precision plugin's ``convert_module``; what trains keeps its fp32 values, and what was frozen stays frozen."""
+    values = {name: p.data for name, p in module.named_parameters() if p.requires_grad} if keep_fp32 else None
+    module = convert(module)
+    if keep_fp32:
+        hold_fp32(module, values)
+    for _, backbone, tuning in tunings(module):
+        tuning.freeze(backbone)
+    return module

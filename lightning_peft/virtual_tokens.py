@@ -1,0 +1,132 @@
+"""Soft prompts as words: token id ``-1 - k`` is virtual token k.
+
+A graft on the table of word embeddings gives virtual ids their trained rows; the batch gets the ids, and mask, token
+types, labels and positions of the same length. So a prompt at the front, tokens anywhere in a template, other prompts
+per row and ``generate`` are one thing, and every head sees a sequence that is simply longer. The ids are negative since
+CLIP pools at ``input_ids.argmax()`` and ids inside the vocabulary would collide with words.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import Graft
+
+IGNORED_LABEL = -100
+_FILL = {"attention_mask": 1, "token_type_ids": 0, "labels": IGNORED_LABEL, "special_tokens_mask": 0}
+"""What the columns of a virtual token hold in the tensors that run along ``input_ids``."""
+
+
+class VirtualTokens(Graft):
+    """Gives virtual ids their rows in the output of a word table.
+
+    Args:
+        weight: the rows, [P, d], shared between the tied tables of a model.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+        self._ids: Tensor | None = None
+
+    def before(self, host: nn.Module, x: Tensor) -> Tensor:
+        """Return ids that the table has: 0 in place of virtual ones, [B, T]."""
+        self._ids = x
+        return x.clamp(min=0)
+
+    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        """Return the embeddings with the rows of virtual ids filled in, [B, T, d]."""
+        ids, self._ids = self._ids, None
+        assert ids is not None
+        rows = F.embedding((-1 - ids).clamp(min=0), self.weight).to(out.dtype)
+        return torch.where((ids < 0).unsqueeze(-1), rows, out)
+
+
+def insert(batch: Mapping[str, Any], count: int, after: int) -> dict[str, Any]:
+    """Return a copy of a batch with virtual tokens put into each row, ``after`` real tokens from the row's first one.
+
+    Every tensor that runs along ``input_ids`` [B, T] becomes [B, P + T]. Padding on the left stays on the left of the
+    prompt. Labels of the rows ([B]) stay; ``start_positions`` and ``end_positions`` move with the text.
+
+    Args:
+        batch: holds ``input_ids`` and what goes with them.
+        count: how many virtual tokens, P: 0 to P - 1.
+        after: 0 puts them before the first real token, 1 after it ([CLS]).
+
+    Raises:
+        TuningError: the batch is no mapping with ``input_ids``.
+    """
+    tokens = _input_ids(batch)
+    size, length = tokens.shape
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(tokens) if mask is None else mask
+    start = mask.to(torch.int).argmax(1, keepdim=True) + after
+    columns = torch.arange(length + count, device=tokens.device).expand(size, -1)
+    virtual = (columns >= start) & (columns < start + count)
+    source = torch.where(columns < start, columns, columns - count).clamp(0, length - 1)
+    widened: dict[str, Any] = dict(batch)
+    widened["attention_mask"] = _widen(mask, source, virtual, 1)
+    widened["input_ids"] = torch.where(virtual, -1 - (columns - start), tokens.gather(1, source)).to(tokens.dtype)
+    for name, fill in _FILL.items():
+        value = batch.get(name)
+        if name != "attention_mask" and isinstance(value, Tensor) and value.shape == tokens.shape:
+            widened[name] = _widen(value, source, virtual, fill)
+    if isinstance(batch.get("position_ids"), Tensor):
+        widened["position_ids"] = (widened["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    for name in ("start_positions", "end_positions"):
+        if isinstance(batch.get(name), Tensor):
+            widened[name] = batch[name] + (batch[name] >= start.squeeze(1)) * count
+    return widened
+
+
+def is_widened(batch: Mapping[str, Any]) -> bool:
+    """Tell whether a batch holds virtual tokens already."""
+    return bool((_input_ids(batch) < 0).any())
+
+
+def random_rows(count: int, dim: int) -> Tensor:
+    """Return rows drawn from U(-0.5, 0.5), [P, d]."""
+    return torch.empty(count, dim, dtype=torch.float32).uniform_(-0.5, 0.5)
+
+
+def word_rows(table: nn.Module, ids: Sequence[int]) -> Tensor:
+    """Return the embeddings of words as the table gives them (some tables scale them), [len(ids), d]."""
+    weight: Tensor = table.weight  # type: ignore[assignment]
+    with torch.no_grad():
+        return table(torch.tensor(ids, device=weight.device)).float().clone()
+
+
+def frequent_ids(tokenizer: Any, vocab_size: int, most: int) -> list[int]:
+    """Return the ids of the first ``most`` words of a vocabulary, which orders them by frequency.
+
+    Left out: special and unused tokens, bytes and single characters, which BERT's vocabulary lists before the words.
+    """
+    special = set(tokenizer.all_special_ids)
+    found: list[int] = []
+    for token_id, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(vocab_size)))):
+        word = (token or "").lstrip("Ġ▁").removeprefix("##")
+        if token_id not in special and re.fullmatch(r"[^\W\d_]{2,}", word):
+            found.append(token_id)
+            if len(found) == most:
+                break
+    return found
+
+
+def _widen(value: Tensor, source: Tensor, virtual: Tensor, fill: int) -> Tensor:
+    return value.gather(1, source).masked_fill(virtual, fill)
+
+
+def _input_ids(batch: Any) -> Tensor:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor):
+        keys = f"with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        raise TuningError(
+            f"a soft prompt is put into batches that are mappings with input_ids, this one is a {type(batch).__name__} "
+            f"{keys}".rstrip() + ": let the collate function return what the tokenizer gives."
+        )
+    return ids

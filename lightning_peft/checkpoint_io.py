@@ -21,9 +21,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint beside its place and then rename it."""
         if storage_options is not None or "://" in str(path):
-            return super().save_checkpoint(checkpoint, path, storage_options)
-        with atomic(path) as temporary:
-            torch.save(checkpoint, temporary)
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            with atomic(path) as temporary:
+                torch.save(checkpoint, temporary)
 
     def load_checkpoint(
         self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None

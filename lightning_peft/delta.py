@@ -1,7 +1,7 @@
 """The delta: what was trained, and nothing else. Collecting, saving, loading, checking and merging it.
 
-What is trained is what is saved: every tensor that requires gradients, with the buffers that belong to it (the statistics
-of a trained BatchNorm). There is no other registry of names.
+What is trained is what is saved: every tensor that requires gradients, with the buffers that belong to it (the
+statistics of a trained BatchNorm). There is no other registry of names.
 """
 
 import json
@@ -31,8 +31,8 @@ _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_
 def delta_names(module: nn.Module) -> list[str]:
     """Return the names of the delta in the state dict of ``module``, each tied tensor once.
 
-    A buffer belongs to the delta when it lies in a graft or its own module trains a parameter; outside of the backbones,
-    when the nearest module around it that has parameters trains one.
+    A buffer belongs to the delta when it lies in a graft or its own module trains a parameter; outside of the
+    backbones, when the nearest module around it that has parameters trains one.
     """
     backbones = tuple(f"{name}." if name else "" for name, _, _ in tunings(module))
     inside_grafts = tuple(f"{place.path}.{place.name}.".lstrip(".") for place in grafts(module))
@@ -199,7 +199,9 @@ def convert(module: nn.Module, full: str | Path, delta: str | Path) -> Path:
         if name not in tensors:
             raise TuningError(f"{full} lacks {name}{near(name, tensors)}: give the module that it is a checkpoint of.")
         if name not in names and not torch.equal(tensors[name].to(live), live):
-            raise TuningError(f"{full} changed {name}, which {_methods(module)} freezes: only a tuned model is a delta.")
+            raise TuningError(
+                f"{full} changed {name}, which {_methods(module)} freezes: only a tuned model is a delta."
+            )
     module.load_state_dict(tensors)
     return save_delta(module, delta)
 
@@ -214,8 +216,8 @@ def merge(module: nn.Module) -> nn.Module:
     for place in places:
         if not hasattr(place.graft, "merge"):
             raise TuningError(
-                f"{type(place.graft).__name__} at {place.path or 'the root'} computes what no weight can, so it cannot be "
-                "merged: keep the delta beside the backbone."
+                f"{type(place.graft).__name__} at {place.path or 'the root'} computes what no weight can, so it cannot "
+                "be merged: keep the delta beside the backbone."
             )
     for place in places:
         place.graft.merge(place.host)  # type: ignore[operator]
@@ -236,7 +238,7 @@ def _goes_along(module: nn.Module, buffer: str, in_backbone: bool) -> bool:
 
 def _identity(backbone: nn.Module) -> dict[str, Any]:
     config = getattr(backbone, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     return {
         "class": type(backbone).__name__,
         "name_or_path": getattr(config, "_name_or_path", ""),

@@ -11,17 +11,17 @@ from torch import nn
 from lightning_peft.tuning import Tuning
 
 _SAMPLE = 64
-_WITHOUT_EFFECT = (  # on what the weights compute at inference
-    "_name_or_path architectures dtype id2label label2id num_labels problem_type torch_dtype transformers_version "
-    "use_cache"
-).split()
+_WITHOUT_EFFECT = {  # on what the weights compute at inference
+    *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("id2label", "label2id", "num_labels", "problem_type"),
+}
 
 
 def fingerprint(backbone: nn.Module, skip: Iterable[str] = ()) -> str:
     """Return a SHA-256 over the configuration and, of every tensor, its name, shape and 64 evenly spaced values.
 
-    Values are rounded to bf16, so an fp32 and a bf16 copy of a backbone agree. One changed weight may go unseen: the hash
-    tells backbones apart, it does not sign them. ``skip`` names the tensors that are not frozen.
+    Values are rounded to bf16, so an fp32 and a bf16 copy of a backbone agree. One changed weight may go unseen: the
+    hash tells backbones apart, it does not sign them. ``skip`` names the tensors that are not frozen.
     """
     digest = hashlib.sha256(json.dumps(_function(backbone), sort_keys=True, default=str).encode())
     left_out = set(skip)

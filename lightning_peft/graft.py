@@ -1,8 +1,8 @@
 """The graft: a small module, registered as a named child of a frozen host, that joins the host's computation by hooks.
 
-A graft overrides the joints it needs, and nothing else of the host changes: not its class, not its parameter names, not
-its place in the tree. So a checkpoint of the bare backbone still loads, ``copy.deepcopy`` and ``pickle`` work, and so do
-``torch.compile(fullgraph=True)``, DDP, FSDP2 and gradient checkpointing. This is the only file that touches hooks.
+A graft overrides the joints it needs, and nothing else of the host changes: not its class, not its parameter names,
+not its place in the tree. So a checkpoint of the bare backbone still loads, ``copy.deepcopy`` and ``pickle`` work, and
+so do ``torch.compile(fullgraph=True)``, DDP, FSDP2 and gradient checkpointing. Only this file touches hooks.
 
 >>> import torch
 >>> class Doubled(Graft):
@@ -34,8 +34,8 @@ class Graft(nn.Module):
     """A module that joins the computation of its one host. Override ``before``, ``after``, or both.
 
     Hooks are bound methods of the graft, so a deep copy of the host calls the copy of the graft. They compute through
-    the graft's own ``__call__``, so a sharding wrapper may treat the graft as a unit of its own. A graft keeps no tensor
-    between two calls of its host.
+    the graft's own ``__call__``, so a sharding wrapper may treat the graft as a unit of its own. A graft keeps no
+    tensor between two calls of its host.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Graft(nn.Module):
         return self("after", out, host, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move with the host but keep the dtype: ``.half()``, ``.to(bf16)`` or bf16-true would round what was learnt."""
+        """Move with the host but keep the dtype: ``.half()`` or bf16-true would round what was learnt."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -86,7 +86,7 @@ class Grafted(NamedTuple):
 
 
 def attach(host: nn.Module, graft: G, name: str) -> G:
-    """Register ``graft`` as the child ``name`` of ``host`` and join its computation.
+    """Register ``graft`` as the child ``name`` of ``host``, in the host's mode, and join its computation.
 
     Raises:
         TuningError: the host already has something of that name, or is compiled (its hooks would be ignored).
@@ -97,6 +97,7 @@ def attach(host: nn.Module, graft: G, name: str) -> G:
         raise TuningError(f"{type(host).__name__} is compiled and would ignore a graft: attach first, compile after.")
     graft._first_argument = next(iter(inspect.signature(host.forward).parameters))
     host.register_module(name, graft)
+    graft.train(host.training)
     if _overrides(graft, "before"):
         graft._handles.append(host.register_forward_pre_hook(graft._on_input, with_kwargs=True))
     if _overrides(graft, "after"):
@@ -112,7 +113,9 @@ def detach(host: nn.Module, name: str) -> None:
     """
     graft = getattr(host, name, None)
     if not isinstance(graft, Graft):
-        raise TuningError(f"{name!r} of {type(host).__name__} is no graft but {type(graft).__name__}: nothing to detach.")
+        raise TuningError(
+            f"{name!r} of {type(host).__name__} is no graft but {type(graft).__name__}: nothing to detach."
+        )
     for handle in graft._handles:
         handle.remove()
     graft._handles.clear()

@@ -77,8 +77,8 @@ def check_averaging(trainer: L.Trainer, method: L.Callback) -> None:
     Raises:
         TuningError: an averaging callback stands before the method in the list.
     """
-    before = trainer.callbacks[: trainer.callbacks.index(method)]
-    for callback in before:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks[: callbacks.index(method)]:
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             raise TuningError(
                 f"{type(callback).__name__} copies the module before {type(method).__name__} has changed it: "
@@ -154,10 +154,10 @@ def optimizer_names(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[
 
 def random_state() -> dict[str, Any]:
     """Return the state of all random generators of this process as tensors and plain values."""
-    kind, keys, position, has_gauss, gauss = numpy.random.get_state()
+    kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "numpy": [kind, torch.tensor(keys.astype("int64")), position, has_gauss, gauss],
+        "numpy": [kind, torch.from_numpy(numpy.asarray(keys, "int64")), position, has_gauss, gauss],
         "python": [random.getstate()[0], list(random.getstate()[1]), random.getstate()[2]],
     }
     if torch.cuda.is_available():
@@ -238,8 +238,8 @@ def _on_save_checkpoint(
     for holder, key in _states(checkpoint):
         holder[key] = {canonical(n): t for n, t in holder[key].items() if canonical(n) in names}
     meta = metadata(module)
-    trainer = module.trainer
-    if "optimizer_states" in checkpoint:
+    trainer = _trainer(module)
+    if trainer is not None and "optimizer_states" in checkpoint:
         meta["optimizers"] = optimizer_names(module, trainer.optimizers)
         meta["resume"] = {"mid_epoch": not trainer.is_last_batch, "random": _gather(random_state())}
     checkpoint[META] = meta
@@ -248,7 +248,7 @@ def _on_save_checkpoint(
 def _on_load_checkpoint(
     module: L.LightningModule, instance_hook: Callable[..., Any] | None, checkpoint: dict[str, Any]
 ) -> None:
-    trainer = module._trainer
+    trainer = _trainer(module)
     source = str(trainer.ckpt_path) if trainer is not None and trainer.ckpt_path else "the checkpoint"
     meta = meta_of(checkpoint, source)
     for holder, key in _states(checkpoint):
@@ -258,13 +258,21 @@ def _on_load_checkpoint(
     _previous(module, instance_hook, "on_load_checkpoint")(checkpoint)
 
 
+def _trainer(module: L.LightningModule) -> L.Trainer | None:
+    try:
+        return module.trainer
+    except RuntimeError:  # it is attached to none
+        return None
+
+
 def _states(checkpoint: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     """Return where a checkpoint holds state dicts of the module: its own, and those of averaging callbacks."""
-    places = [(checkpoint, key) for key in ("state_dict", "current_model_state") if key in checkpoint]
-    for state in checkpoint.get("callbacks", {}).values():
-        if isinstance(state, dict) and state.get("average_model_state"):
-            places.append((state, "average_model_state"))
-    return places
+    averages = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+    candidates = [
+        *((checkpoint, key) for key in ("state_dict", "current_model_state")),
+        *((state, "average_model_state") for state in averages),
+    ]
+    return [(holder, key) for holder, key in candidates if holder.get(key)]
 
 
 def _gather(state: Any) -> list[Any]:
@@ -274,5 +282,3 @@ def _gather(state: Any) -> list[Any]:
     states: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(states, state)
     return states
-
-

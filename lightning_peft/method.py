@@ -1,4 +1,4 @@
-"""A method of tuning: what it does to a backbone (`Method.apply`), and its life in a Trainer, as a Lightning callback."""
+"""A method of tuning: what it does to a backbone (`Method.apply`), and its life in a Trainer, as a callback."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -26,15 +26,15 @@ class Method(L.Callback):
     """A way to tune a frozen backbone: freezes it, adds what is to be trained, and keeps checkpoints to the delta.
 
     Use it as a callback of a Trainer, or without Lightning as ``method.apply(model)``. Several methods on one backbone
-    add up: the first one freezes. A task head (what lies outside the base model of a model that is no language model) is
-    trained beside them.
+    add up: the first one freezes. A task head (what lies outside the base model of a model that is no language model)
+    is trained beside them.
 
     Args:
         backbone: where the backbone is in the module, as a dotted name; None: its one pretrained model.
         also_train: a regex for names of further parameters of the backbone to train.
         exclude: a regex for names of modules and parameters that this method leaves alone.
         backbone_mode: whether dropout of the frozen backbone is active in training; BatchNorm statistics never move.
-        keep_fp32: store what trains in fp32 even where the Trainer or the checkpoint of the backbone says half precision.
+        keep_fp32: store what trains in fp32 even where the Trainer or the backbone's checkpoint says half precision.
     """
 
     backbone: str | None = None
@@ -84,10 +84,14 @@ class Method(L.Callback):
         backbone = select.backbone_of(model, self.backbone)
         tuning = Tuning.of(backbone) or Tuning.begin(backbone)
         if self.name in tuning.methods:
-            raise TuningError(f"{type(self).__name__} is applied to this {type(backbone).__name__} already: once is enough.")
+            raise TuningError(
+                f"{type(self).__name__} is applied to this {type(backbone).__name__} already: once is enough."
+            )
         try:
             if is_compiled(model) or is_compiled(backbone):
-                raise TuningError(f"{type(backbone).__name__} is compiled and would ignore grafts: compile it afterwards.")
+                raise TuningError(
+                    f"{type(backbone).__name__} is compiled and would ignore grafts: compile it afterwards."
+                )
             trained = self._kept({*self.graft(backbone), *select.head_names(backbone), *self._also(backbone)})
             tuning.add(backbone, self.name, self, trained, self.keeps_originals)
         except BaseException:
@@ -105,7 +109,9 @@ class Method(L.Callback):
         backbone = select.backbone_of(model, self.backbone)
         tuning = Tuning.of(backbone)
         if tuning is None or self.name not in tuning.methods:
-            raise TuningError(f"{type(self).__name__} is not applied to this {type(backbone).__name__}: nothing to remove.")
+            raise TuningError(
+                f"{type(self).__name__} is not applied to this {type(backbone).__name__}: nothing to remove."
+            )
         tuning.undo(backbone, self.name)
         precision.release(backbone)
 
@@ -148,6 +154,8 @@ class Method(L.Callback):
         lifecycle.remap_optimizers(pl_module, trainer.optimizers)
         lifecycle.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
         self._seen_gradients = False
+        # Lightning warns of modules in eval mode before it calls on_train_start: the modes are set after that.
+        select.backbone_of(pl_module, self.backbone).train()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the random state of a run that was saved inside an epoch."""
@@ -186,7 +194,9 @@ class Method(L.Callback):
 
     on_test_start = on_predict_start = on_validation_start
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Let the backbone see the batch as `prepare` makes it."""
         self._enter(batch)
 

@@ -26,7 +26,7 @@ class MasterWeights(Graft):
         self.dtype = dtype
 
     def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Put copies in the dtype of ``x`` in front of the host's fp32 parameters; gradients flow back through the cast."""
+        """Put copies in the dtype of ``x`` before the host's fp32 parameters; gradients flow through the cast."""
         dtype = x.dtype if x.is_floating_point() else self.dtype
         for name, parameter in host.named_parameters(recurse=False):
             vars(host)[name] = parameter.to(dtype)
@@ -46,7 +46,7 @@ class MasterWeights(Graft):
 
 
 def hold_fp32(module: nn.Module, values: dict[str, Tensor] | None = None) -> None:
-    """Store in fp32 what is trained in place and was cast to half precision; ``values`` are its values before the cast."""
+    """Store in fp32 what is trained in place and was cast to half precision, with its ``values`` before the cast."""
     for path, backbone, tuning in tunings(module):
         for name in tuning.trained_in_place():
             host_name, _, tensor = name.rpartition(".")
@@ -70,7 +70,7 @@ def release(backbone: nn.Module) -> None:
 
 
 def convert_module(module: nn.Module, convert: Callable[[nn.Module], nn.Module], keep_fp32: bool) -> nn.Module:
-    """Run a precision plugin's ``convert_module``; what trains keeps its fp32 values, and what was frozen stays frozen."""
+    """Run a precision plugin's ``convert_module``; what trains keeps its fp32 values, what was frozen stays so."""
     values = {name: p.data for name, p in module.named_parameters() if p.requires_grad} if keep_fp32 else None
     module = convert(module)
     if keep_fp32:

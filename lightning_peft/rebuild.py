@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
 from torch import nn
 
-from lightning_peft import select
 from lightning_peft.delta import load_delta, meta_of, read_delta
 from lightning_peft.errors import TuningError
 from lightning_peft.files import read_torch
@@ -19,16 +19,21 @@ M = TypeVar("M", bound=L.LightningModule)
 
 
 def methods_of(meta: Mapping[str, Any]) -> list[Method]:
-    """Return new methods, as the metadata of a delta describes them. Nothing is imported for it.
+    """Return new methods, as the metadata of a delta describes them. A file can name no code outside of this package.
 
     Raises:
-        TuningError: the class of a method has not been imported.
+        TuningError: the class of a method is a user's own and has not been imported.
     """
+    for entry in meta["methods"]:
+        if entry["class_path"].startswith(f"{__package__}."):
+            import_module(entry["class_path"].rpartition(".")[0])
     known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(Method)}
     methods = []
     for entry in meta["methods"]:
         if entry["class_path"] not in known:
-            raise TuningError(f"the delta was trained with {entry['class_path']}, which is not imported: import it first.")
+            raise TuningError(
+                f"the delta was trained with {entry['class_path']}, which is not imported: import it first."
+            )
         methods.append(known[entry["class_path"]](**entry["init_args"] | {"backbone": entry["backbone"] or None}))
     return methods
 
@@ -116,11 +121,11 @@ def _applying(cls: type[L.LightningModule], methods: list[Method]) -> Iterator[N
 
     def restore() -> None:
         if own:
-            cls.on_load_checkpoint = inherited  # type: ignore[method-assign]
+            setattr(cls, "on_load_checkpoint", inherited)  # noqa: B010
         elif vars(cls).get("on_load_checkpoint") is on_load_checkpoint:
             del cls.on_load_checkpoint
 
-    cls.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
+    setattr(cls, "on_load_checkpoint", on_load_checkpoint)  # noqa: B010
     try:
         yield
     finally:

@@ -80,7 +80,9 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise TuningError(f"{pattern!r} is no regular expression ({error}): escape it or give a list of suffixes.") from None
+        raise TuningError(
+            f"{pattern!r} is no regular expression ({error}): escape it or give a list of suffixes."
+        ) from None
 
 
 def hosts(
@@ -101,7 +103,8 @@ def hosts(
     found = {
         name: module
         for name, module in backbone.named_modules()
-        if isinstance(module, kinds) and not any(f"{name}.{p}" in head for p, _ in module.named_parameters(recurse=False))
+        if isinstance(module, kinds)
+        and not any(f"{name}.{p}" in head for p, _ in module.named_parameters(recurse=False))
     }
     if patterns == "all-linear":
         lists = block_lists(backbone)
@@ -166,7 +169,9 @@ def word_tables(backbone: nn.Module) -> dict[str, nn.Module]:
     get = getattr(backbone, "get_input_embeddings", None)
     table = get() if get is not None else None
     if not isinstance(table, nn.Embedding):
-        raise TuningError(f"{type(backbone).__name__} has no table of word embeddings: a soft prompt needs a text model.")
+        raise TuningError(
+            f"{type(backbone).__name__} has no table of word embeddings: a soft prompt needs a text model."
+        )
     return {
         name: module
         for name, module in backbone.named_modules()

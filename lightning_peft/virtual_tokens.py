@@ -127,6 +127,7 @@ def _input_ids(batch: Any) -> Tensor:
         keys = f"with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
         raise TuningError(
             f"a soft prompt is put into batches that are mappings with input_ids, this one is a {type(batch).__name__} "
-            f"{keys}".rstrip() + ": let the collate function return what the tokenizer gives."
+            f"{keys}".rstrip()
+            + ": let the collate function return what the tokenizer gives."
         )
     return ids

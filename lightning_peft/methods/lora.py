@@ -98,7 +98,9 @@ class LowRank(Graft):
             TuningError: the weight is in half precision, so that rounding would stay behind.
         """
         if host.weight.dtype is not torch.float32:  # type: ignore[union-attr]
-            raise TuningError(f"unmerging from {host.weight.dtype} would leave rounding behind: load the backbone anew.")
+            raise TuningError(
+                f"unmerging from {host.weight.dtype} would leave rounding behind: load the backbone anew."
+            )
         self._shift(host, -1)
 
     def _shift(self, host: nn.Module, sign: int) -> None:
@@ -106,7 +108,9 @@ class LowRank(Graft):
             return
         weight: Tensor = host.weight  # type: ignore[assignment]
         if not weight.is_floating_point():
-            raise TuningError(f"a {weight.dtype} weight cannot take in an update: merge into the float backbone instead.")
+            raise TuningError(
+                f"a {weight.dtype} weight cannot take in an update: merge into the float backbone instead."
+            )
         delta = self.update()
         shifted = weight.float().add_(delta.t() if isinstance(host, Conv1D) else delta, alpha=sign)
         weight.copy_(shifted)
@@ -258,7 +262,9 @@ def _by_name(pattern: dict[str, Any], names: Iterable[str], default: Any, argume
     values = dict.fromkeys(names, default)
     for suffix, selected in select.match(values, list(pattern)).items():
         if not selected:
-            raise TuningError(f"{argument} has {suffix!r}, which matches no targeted module{select.near(suffix, values)}.")
+            raise TuningError(
+                f"{argument} has {suffix!r}, which matches no targeted module{select.near(suffix, values)}."
+            )
         values.update(dict.fromkeys(selected, pattern[suffix]))
     return values
 
@@ -269,4 +275,6 @@ def _check_rank(r: int, name: str, host: nn.Module) -> None:
     if not 1 <= r <= largest:
         raise TuningError(f"r={r} does not fit {name} of shape {list(weight.shape)}: choose 1 to {largest}.")
     if isinstance(host, nn.Conv2d) and host.groups != 1:
-        raise TuningError(f"{name} is a convolution of {host.groups} groups, whose update is no low rank: leave it out.")
+        raise TuningError(
+            f"{name} is a convolution of {host.groups} groups, whose update is no low rank: leave it out."
+        )

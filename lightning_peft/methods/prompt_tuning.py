@@ -136,7 +136,9 @@ class PromptTuning(Method):
         draw = random.Random(self.seed if self.seed is not None else torch.randint(2**31, ()).item())
         frequent = frequent_ids(tokenizer, weight.shape[0], self.top_words)
         if not frequent:
-            raise TuningError(f"the tokenizer of {type(backbone).__name__} has no words to sample: use init='random_uniform'.")
+            raise TuningError(
+                f"the tokenizer of {type(backbone).__name__} has no words to sample: use init='random_uniform'."
+            )
         sampled = draw.sample(frequent, count) if count <= len(frequent) else draw.choices(frequent, k=count)
         rows = word_rows(table, sampled)
         if self.init == "class_labels":

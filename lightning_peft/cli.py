@@ -1,0 +1,103 @@
+"""The console script ``lightning-peft``: dispatch, help and errors. Heavy imports wait until a command needs them."""
+
+import os
+import sys
+from typing import NoReturn
+
+_HELP = """\
+usage: lightning-peft COMMAND [ARGUMENTS]
+
+Tune a large frozen model with PyTorch Lightning and keep only the delta.
+
+train and use:
+  fit         train a method on a task: lightning-peft fit --config configs/quickstart.yaml
+  validate    score a delta on the validation split
+  test        score a delta on the test split: ... test --config CONFIG --ckpt_path DELTA
+  predict     write what a tuned model says of new rows
+
+look and convert:
+  methods     list the methods with what they train, their papers and arguments
+  info        show what a delta file holds: lightning-peft info FILE
+  merge       fold a delta into its backbone: lightning-peft merge FILE FOLDER
+
+any command:
+  --help      show the arguments of a command
+  --debug     show the traceback of an error
+  --version   show the version
+
+Files of arguments add up, later ones win: --config configs/quickstart.yaml --config configs/methods/bitfit.yaml
+Methods and their arguments work from the shell too: --method LoRA --method.r 4
+"""
+_TRAINER = ("fit", "validate", "test", "predict")
+_TOOLS = ("methods", "info", "merge")
+_DEBUG = "LIGHTNING_PEFT_DEBUG"
+
+
+def main() -> None:
+    """Run one command; a user's mistake ends in one sentence and exit code 2."""
+    if "--debug" in sys.argv:  # processes that a strategy starts read it from the environment
+        sys.argv.remove("--debug")
+        os.environ[_DEBUG] = "1"
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print(_HELP, end="")
+    elif command == "--version":
+        from lightning_peft import __version__
+
+        print(f"lightning-peft {__version__}")
+    elif command in _TRAINER or command in _TOOLS:
+        _run(command)
+    else:
+        fail(f"{command!r} is no command{_nearest(command)}: see lightning-peft --help.")
+
+
+def _run(command: str) -> None:
+    if os.getcwd() not in sys.path:  # a console script does not find the user's own modules
+        sys.path.insert(0, os.getcwd())
+    try:
+        if command in _TRAINER:
+            from lightning_peft.commands.trainer import run
+
+            run()
+        else:
+            from lightning_peft.commands.tools import run_tool
+
+            run_tool(command, sys.argv[2:])
+    except Exception as error:
+        if os.environ.get(_DEBUG):
+            raise
+        fail(_sentence(error), 2 if _is_mistake(error) else 1)
+
+
+def _is_mistake(error: Exception) -> bool:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return isinstance(error, (ValueError, OSError, MisconfigurationException))
+
+
+def _sentence(error: Exception) -> str:
+    from lightning_peft.errors import TuningError
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, TuningError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return str(cause)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+def fail(sentence: str, code: int = 2) -> NoReturn:
+    """Print one red sentence to stderr and end."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text(sentence, style="bold red"))
+    raise SystemExit(code)
+
+
+def _nearest(command: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(command, (*_TRAINER, *_TOOLS), n=1)
+    return f", did you mean {close[0]!r}" if close else ""

@@ -1,0 +1,96 @@
+"""``methods``, ``info`` and ``merge``: commands that need files but no Trainer."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+import lightning_peft
+from lightning_peft.delta import merge, read_delta
+from lightning_peft.errors import TuningError
+from lightning_peft.method import Method
+from lightning_peft.rebuild import from_delta
+from lightning_peft.reports.parameters import count, dtypes, size
+
+
+def run_tool(command: str, arguments: Sequence[str]) -> None:
+    """Run one of the commands with the arguments that follow it."""
+    functions: dict[str, Callable[..., None]] = {"methods": methods, "info": info, "merge": merge_files}
+    function = functions[command]
+    parser = ArgumentParser(prog=f"lightning-peft {command}", description=(function.__doc__ or "").splitlines()[0])
+    parser.add_function_arguments(function, as_positional=True)
+    chosen = parser.parse_args(list(arguments))
+    function(**chosen.as_dict())
+
+
+def methods() -> None:
+    """List the methods: what they train, their papers, and the arguments beside those that all have."""
+    table = Table(title="Methods", title_justify="left", show_lines=True)
+    for column in ("method", "kind", "trains", "paper", "arguments of its own"):
+        table.add_column(column, overflow="fold")
+    shared = {field.name for field in dataclasses.fields(Method)}
+    for name in lightning_peft.__all__:
+        kind = getattr(lightning_peft, name)
+        if isinstance(kind, type) and issubclass(kind, Method) and kind is not Method:
+            own = [field.name for field in dataclasses.fields(kind) if field.name not in shared]
+            table.add_row(name, kind.kind, kind.trains, kind.paper, ", ".join(own) or "none")
+    console = Console()
+    console.print(table)
+    console.print(f"Arguments of all: {', '.join(sorted(shared))}.", highlight=False)
+
+
+def info(file: str) -> None:
+    """Show what a delta file holds.
+
+    Args:
+        file: a delta, as safetensors or checkpoint.
+    """
+    tensors, meta = read_delta(file)
+    table = Table(show_header=False, title=str(file), title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for entry in meta["methods"]:
+        arguments = ", ".join(f"{k}={v!r}" for k, v in entry["init_args"].items() if v is not None)
+        table.add_row("method", f"{entry['class_path'].rpartition('.')[2]}({arguments})")
+    for path, backbone in meta["backbones"].items():
+        origin = f" of {backbone['name_or_path']}" if backbone["name_or_path"] else ""
+        table.add_row("backbone", f"{backbone['class']}{origin}" + (f", at {path}" if path else ""))
+        table.add_row("fingerprint", backbone["fingerprint"])
+    table.add_row("tensors", f"{len(tensors)}, {count(tensors.values()):,} values, {dtypes(tensors.values())}")
+    table.add_row(
+        "size", f"{size(Path(file).stat().st_size)} ({size(sum(t.nbytes for t in tensors.values()))} of tensors)"
+    )
+    table.add_row("resumes", "yes, with optimizer and random state" if "resume" in meta else "no, weights only")
+    table.add_row("written with", ", ".join(f"{package} {number}" for package, number in meta["versions"].items()))
+    Console().print(table)
+    names = Table("tensor", "shape", "dtype")
+    for name, tensor in tensors.items():
+        names.add_row(name, str(list(tensor.shape)), str(tensor.dtype).removeprefix("torch."))
+    Console().print(names)
+
+
+def merge_files(file: str, folder: str, backbone: str | None = None) -> None:
+    """Fold a delta into its backbone and write a plain model folder, which AutoModel loads without this package.
+
+    Args:
+        file: a delta, as safetensors or checkpoint.
+        folder: where to write the model.
+        backbone: folder or hub id of the backbone; the one that the delta was trained on if left out.
+    """
+    from transformers import AutoTokenizer
+
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise TuningError(f"{folder} is not empty: give a new folder.")
+    model = from_delta(file, backbone)
+    origin = backbone or model.config._name_or_path  # type: ignore[union-attr]
+    merge(model)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    try:
+        AutoTokenizer.from_pretrained(origin).save_pretrained(folder)
+        kept = "with its tokenizer"
+    except (OSError, ValueError):
+        kept = f"without a tokenizer: {origin} has none"
+    Console(soft_wrap=True).print(f"{type(model).__name__} written to {folder}, {kept}.", highlight=False)

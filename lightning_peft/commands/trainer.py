@@ -1,0 +1,104 @@
+"""``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with a method, a task and its data."""
+
+import difflib
+import inspect
+import re
+import sys
+from functools import partial
+from typing import Any, NoReturn
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch.optim import Optimizer
+
+import lightning_peft
+from lightning_peft.cli import fail
+from lightning_peft.method import Method
+from lightning_peft.reports import TuningReport
+
+for _name in lightning_peft.__all__:  # jsonargparse knows by their short names the classes that have been imported
+    getattr(lightning_peft, _name)
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong with the arguments in one sentence, with the nearest name that would be right."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with exit code 2."""
+        fail(_one_sentence(message, _names(self)))
+
+
+class TuningCLI(LightningCLI):
+    """LightningCLI with ``--method``; labels go from the data to the task, the model's name from it to the data."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the method, and the links between data and task."""
+        parser.add_lightning_class_args(Method, "method", subclass_mode=True, required=False)
+        parser.link_arguments("model.init_args.model", "data.init_args.tokenizer")
+        parser.link_arguments("data.label_names", "model.init_args.labels", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the Trainer, without the None that Lightning would add where no method is given."""
+        callbacks = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        methods = [callback for callback in callbacks if callback is not None]
+        return self._instantiate_trainer(config, methods)
+
+    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
+        """Build the optimizer of ``--optimizer`` when it is asked for: methods have added their parameters by then.
+
+        LightningCLI builds it from ``model.parameters()`` before any callback runs, and the parameters that a callback
+        adds are silently not trained: https://github.com/Lightning-AI/pytorch-lightning/issues/19110.
+        """
+        if self._get(self.config_init, "optimizer"):
+            build = partial(super()._add_configure_optimizers_method_to_model, subcommand)
+            vars(self.model)["configure_optimizers"] = partial(_build_optimizer, self.model, build)
+
+
+def run() -> None:
+    """Run the command of ``sys.argv``."""
+    TuningCLI(
+        model_class=L.LightningModule,
+        datamodule_class=L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=Parser,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        trainer_defaults={"enable_model_summary": False, "callbacks": [TuningReport(command=sys.argv[0])]},
+    )
+
+
+def _build_optimizer(model: L.LightningModule, build: Any) -> Optimizer:
+    extended = vars(model).pop("configure_optimizers")
+    build()
+    optimizer = vars(model).pop("configure_optimizers")()
+    vars(model)["configure_optimizers"] = extended
+    return optimizer
+
+
+def _names(parser: LightningArgumentParser) -> list[str]:
+    """Return the names of arguments that a user may have meant."""
+    names = {action.dest for action in parser._actions}
+    for kind in (Method, *_below(Method), *_below(L.LightningModule), *_below(L.LightningDataModule)):
+        if kind.__module__.startswith("lightning_peft"):
+            names.update(inspect.signature(kind).parameters)
+            names.add(kind.__name__)
+    return sorted(names | {name.rpartition(".")[2] for name in names})
+
+
+def _below(kind: type[Any]) -> list[type[Any]]:
+    direct: list[type[Any]] = kind.__subclasses__()
+    return [child for one in direct for child in (one, *_below(one))]
+
+
+def _one_sentence(message: str, names: list[str]) -> str:
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    unknown = re.search(r"unrecognized arguments: -*([\w.]+)|[Oo]ption '([\w.]+)' is not accepted|'([\w.]+)'", message)
+    said = " ".join(lines)[:400].rstrip(".")
+    if unknown is None:
+        return f"{said}."
+    word = next(group for group in unknown.groups() if group)
+    last = word.rpartition(".")[2]
+    close = difflib.get_close_matches(word, names, n=1) or difflib.get_close_matches(last, names, n=1)
+    return f"{said}." + (f" Did you mean {close[0]!r}?" if close and close[0] not in (word, last) else "")

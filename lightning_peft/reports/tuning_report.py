@@ -1,0 +1,48 @@
+"""What a run says of itself before and after training."""
+
+import shlex
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from lightning_peft.reports.parameters import parameter_table, size
+
+
+class TuningReport(L.Callback):
+    """Prints the table of what is tuned before training, and the best score and the delta's file after it.
+
+    Args:
+        command: the console script, for the line that says how to test the delta; None: leave that line out.
+    """
+
+    def __init__(self, command: str | None = None) -> None:
+        self.command = command
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print what is trained and what is frozen."""
+        Console().print(parameter_table(pl_module))
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the best score, the delta's path and size, and the command that tests it."""
+        callback = trainer.checkpoint_callback
+        path = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
+        if not path or not Path(path).is_file():
+            return
+        table = Table(show_header=False, title="Result", title_justify="left")
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        score, monitor = getattr(callback, "best_model_score", None), getattr(callback, "monitor", None)
+        if score is not None and monitor:
+            table.add_row(f"best {monitor}", f"{float(score):.4f}")
+        table.add_row("delta", str(path))
+        table.add_row("size", size(Path(path).stat().st_size))
+        Console().print(table)
+        config = Path(trainer.log_dir or ".") / "config.yaml"
+        if self.command is not None and config.is_file():
+            words = [Path(self.command).name, "test", "--config", str(config), "--ckpt_path", str(path)]
+            Console(soft_wrap=True).print(f"test it with: {shlex.join(words)}", highlight=False)

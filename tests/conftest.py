@@ -1,0 +1,35 @@
+"""What all tests share: one thread, no network, no chatter."""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+
+import logging
+from pathlib import Path
+
+import lightning  # noqa: F401 (sets the levels that are changed below)
+import pytest
+import torch
+
+from tests import models
+
+pytest.register_assert_rewrite("tests.contract")
+torch.set_num_threads(1)
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Data loaders of sixteen rows need no worker processes.
+    config.addinivalue_line("filterwarnings", r"ignore:The '\w+_dataloader' does not have many workers")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small tokenizer."""
+    return models.save_tokenizer(tmp_path_factory.mktemp("tokenizer"))

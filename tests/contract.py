@@ -1,0 +1,394 @@
+"""The laws that every method keeps. A test file names its method, the models that it fits and its count of parameters:
+
+class TestLoRA(MethodContract):
+    method = LoRA(r=2)
+    backbones = ("bert", "llama")
+
+    def count(self, kind): ...
+"""
+
+import copy
+import dataclasses
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+import lightning_peft
+from lightning_peft import Method, TuningError, collect, save_delta
+from lightning_peft.graft import grafts
+from tests.models import HEADS, batch, tiny
+from tests.modules import Tuned, loader, trainer
+
+ROOT = Path(__file__).parents[1]
+
+
+class MethodContract:
+    """Inherit it, and pytest runs each law on each of the ``backbones``."""
+
+    method: ClassVar[Method]
+    backbones: ClassVar[tuple[str, ...]]
+    identity_at_start: ClassVar[bool] = True
+
+    def count(self, kind: str) -> int:
+        """Return the number of parameters that the method's paper says it trains, the task head apart."""
+        raise NotImplementedError
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "kind" in metafunc.fixturenames:
+            metafunc.parametrize("kind", self.backbones)
+
+    # What `apply` does to a backbone.
+
+    def test_the_base_keeps_its_keys_classes_and_modes(self, kind: str) -> None:
+        model = tiny(kind)
+        values, shape = copy_of(model.state_dict()), {n: (type(m), m.training) for n, m in model.named_modules()}
+        self.applied(model)
+        assert_same(values, {name: model.state_dict()[name] for name in values})
+        assert {n: (type(m), m.training) for n, m in model.named_modules() if n in shape} == shape
+        assert not any(m.training for m in model.modules()), "a graft must be in the mode of its host"
+        missing, unexpected = model.load_state_dict(values, strict=False)
+        assert not unexpected
+        assert set(missing) <= set(collect(model))
+
+    def test_it_trains_as_many_parameters_as_the_paper_says(self, kind: str) -> None:
+        model = tiny(kind)
+        self.applied(model)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == self.count(kind) + HEADS[kind]
+
+    def test_the_delta_is_what_requires_gradients(self, kind: str) -> None:
+        model = tiny(kind)
+        self.applied(model)
+        assert set(collect(model)) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+    def test_at_the_start_it_is_the_frozen_model(self, kind: str) -> None:
+        # Frozen, since SDPA takes another kernel where T5's position bias requires gradients.
+        frozen, model = tiny(kind).requires_grad_(False), tiny(kind)
+        method = self.applied(model)
+        same = torch.equal(output(frozen, kind), output(model, kind, method))
+        assert same is self.identity_at_start
+
+    def test_only_the_delta_trains(self, kind: str) -> None:
+        model = tiny(kind)
+        method = self.applied(model)
+        before, delta = copy_of(model.state_dict()), set(collect(model))
+        first = descend(model, kind, method, steps=1)
+        assert first > descend(model, kind, method, steps=1)
+        after = model.state_dict()
+        assert_same(*({name: t for name, t in s.items() if name not in delta} for s in (before, after)))
+        assert any(not torch.equal(before[name], after[name]) for name in delta)
+
+    def test_every_trained_parameter_gets_a_gradient(self, kind: str) -> None:
+        model = tiny(kind)
+        method = self.applied(model)
+        loss_of(model, kind, method).backward()
+        for name, p in model.named_parameters():
+            assert (p.grad is not None) is p.requires_grad, name
+            assert p.grad is None or p.grad.isfinite().all(), name
+
+    def test_twice_is_refused(self, kind: str) -> None:
+        model = tiny(kind)
+        method = self.applied(model)
+        before, keys = output(model, kind, method), list(model.state_dict())
+        for again in (method, copy.deepcopy(self.method)):
+            with pytest.raises(TuningError, match=f"{type(method).__name__} is applied to this .* already"):
+                again.apply(model)
+        assert list(model.state_dict()) == keys
+        assert torch.equal(output(model, kind, method), before)
+
+    def test_an_error_changes_nothing(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Broken(RuntimeError):
+            pass
+
+        def graft(method: Method, backbone: nn.Module) -> Any:
+            list(real(method, backbone))
+            raise Broken
+
+        real = type(self.method).graft
+        model = tiny(kind)
+        next(model.parameters()).requires_grad_(False)
+        before = snapshot(model, kind)
+        monkeypatch.setattr(type(self.method), "graft", graft)
+        with pytest.raises(Broken):
+            copy.deepcopy(self.method).apply(model)
+        assert_same(before, snapshot(model, kind))
+        monkeypatch.undo()
+        self.applied(model)
+
+    # What `remove` gives back.
+
+    def test_remove_restores_everything(self, kind: str) -> None:
+        model = tiny(kind)
+        next(model.parameters()).requires_grad_(False)
+        before = snapshot(model, kind)
+        method = self.applied(model)
+        method.remove(model)
+        assert_same(before, snapshot(model, kind))
+        with pytest.raises(TuningError, match="is not applied"):
+            method.remove(model)
+
+    def test_remove_after_training(self, kind: str) -> None:
+        model = tiny(kind)
+        before = snapshot(model, kind)
+        method = self.applied(model)
+        descend(model, kind, method, steps=2)
+        if method.keeps_originals:
+            method.remove(model)
+            model.zero_grad()
+            assert_same(before, snapshot(model, kind))
+        else:
+            trained = output(model, kind, method)
+            with pytest.raises(TuningError, match="kept no copy"):
+                method.remove(model)
+            assert torch.equal(output(model, kind, method), trained), "a refusal must change nothing"
+
+    # How it lives with the rest of torch.
+
+    def test_copies_are_equal_and_independent(self, kind: str) -> None:
+        model = tiny(kind)
+        method = self.applied(model)
+        shake(model)
+        before = output(model, kind, method)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(output(other, kind, method), before)
+            shake(other)
+            assert not torch.equal(output(other, kind, method), before)
+            assert torch.equal(output(model, kind, method), before)
+            del other
+            assert torch.equal(output(model, kind, method), before)
+
+    def test_repr_rebuilds_it(self) -> None:
+        rebuilt = eval(repr(self.method), vars(lightning_peft) | {type(self.method).__name__: type(self.method)})
+        assert type(rebuilt) is type(self.method)
+        assert rebuilt.init_args() == self.method.init_args()
+
+    def test_compiled_is_eager(self, kind: str) -> None:
+        model = tiny(kind)
+        method = self.applied(model)
+        shake(model)
+        eager = gradients(model, kind, method)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        result = compiled(**inputs(model, kind, method))
+        result.loss.backward()
+        assert_near(eager, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, 1e-5)
+        assert_near({"": model(**inputs(model, kind, method)).logits}, {"": result.logits}, 1e-5)
+
+    def test_gradient_checkpointing_gives_the_same_gradients(self, kind: str) -> None:
+        model = tiny(kind)
+        method = self.applied(model)
+        shake(model)
+        model.train()  # transformers checkpoints in training mode only; the dropout rates are 0
+        plain = gradients(model, kind, method)
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        calls = count_forwards(model)
+        checkpointed = gradients(model, kind, method)
+        assert max(calls.values()) == (1 if self.trains_nothing_in_blocks(model) else 2), "nothing was checkpointed"
+        assert_same(plain, checkpointed)
+
+    def test_a_half_precision_backbone_trains_in_fp32(self, kind: str) -> None:
+        frozen, model = tiny(kind).bfloat16().requires_grad_(False), tiny(kind).bfloat16()
+        before = snapshot(model, kind)
+        method = self.applied(model, keep_fp32=True)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        now = output(model, kind, method)
+        assert now.dtype == torch.bfloat16
+        assert torch.equal(output(frozen, kind), now) is self.identity_at_start
+        for name, grad in gradients(model, kind, method).items():
+            assert grad.dtype == torch.float32, name
+            assert grad.isfinite().all(), name
+        model.zero_grad()
+        method.remove(model)
+        assert_same(before, snapshot(model, kind))
+
+    def test_a_fresh_process_gives_the_same_output(self, tmp_path: Path) -> None:
+        expected = {}
+        for kind in self.backbones:
+            model = tiny(kind)
+            method = self.applied(model)
+            shake(model)
+            save_delta(model, tmp_path / f"{kind}.safetensors")
+            expected[kind] = output(model, kind, method)
+        subprocess.run([sys.executable, "-m", "tests.fresh", tmp_path], cwd=ROOT, check=True, timeout=300)
+        assert_same(expected, torch.load(tmp_path / "outputs.pt"))
+
+    # Its life in a Trainer.
+
+    def test_a_fit_trains_the_delta_and_saves_no_more(self, kind: str, tmp_path: Path) -> None:
+        method, module = copy.deepcopy(self.method), Tuned(kind)
+        full = ModelCheckpoint(tmp_path, filename="full", save_top_k=-1)
+        light = ModelCheckpoint(tmp_path, filename="light", save_weights_only=True, save_top_k=-1)
+        trainer(tmp_path, method, full, light).fit(module, loader(kind), loader(kind))
+        delta, pristine = collect(module), tiny(kind).state_dict()
+        now = module.model.state_dict()
+        frozen = [name for name in pristine if f"model.{name}" not in delta]
+        assert_same({n: pristine[n] for n in frozen}, {n: now[n] for n in frozen})
+        assert any(not torch.equal(t, Tuned(kind).state_dict().get(n, torch.zeros(()))) for n, t in delta.items())
+        for name in ("full", "light"):
+            saved = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+            assert_same(delta, saved["state_dict"])
+            assert ("optimizer_states" in saved) is (name == "full")
+        size = sum(t.numel() * t.element_size() for t in delta.values())
+        assert (tmp_path / "light.ckpt").stat().st_size <= 1.05 * size + 2**16
+
+    def test_a_fresh_module_validates_and_predicts_from_the_delta(self, kind: str, tmp_path: Path) -> None:
+        module, saved = Tuned(kind), ModelCheckpoint(tmp_path, filename="delta")
+        fit = trainer(tmp_path, copy.deepcopy(self.method), saved)
+        fit.fit(module, loader(kind), loader(kind))
+        (loss,) = fit.validate(module, loader(kind), verbose=False)
+        torch.manual_seed(1)
+        fresh = trainer(tmp_path, copy.deepcopy(self.method))
+        for run in (fresh.validate, fresh.test):
+            assert run(Tuned(kind), loader(kind), saved.best_model_path, verbose=False) == [loss]
+        predicted = fresh.predict(Tuned(kind), loader(kind), ckpt_path=saved.best_model_path)
+        for ours, theirs in zip(fit.predict(module, loader(kind)), predicted, strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_a_resumed_run_is_the_uninterrupted_one(self, kind: str, tmp_path: Path) -> None:
+        """Bit for bit, with dropout and shuffling, though the second process has drawn other random numbers."""
+
+        def run(ckpt_path: Path | None = None) -> tuple[Tuned, L.Trainer]:
+            every = ModelCheckpoint(tmp_path / "run", filename="{epoch}", save_top_k=-1)
+            method = dataclasses.replace(self.method, backbone_mode="train")
+            module = Tuned(kind, dropout=0.2)
+            fit = trainer(tmp_path, method, every, max_epochs=2)
+            fit.fit(module, loader(kind, shuffle=True), loader(kind), ckpt_path=ckpt_path)
+            return module, fit
+
+        straight, first = run()
+        middle = (tmp_path / "run" / "epoch=0.ckpt").rename(tmp_path / "middle.ckpt")
+        (tmp_path / "run" / "epoch=1.ckpt").unlink()  # Lightning warns of a folder that is not empty
+        torch.manual_seed(4)
+        resumed, second = run(middle)
+        assert second.global_step == first.global_step
+        assert_same(collect(straight), collect(resumed))
+        assert_same(moments(first), moments(second))
+
+    def applied(self, model: nn.Module, **changes: Any) -> Method:
+        """Apply a copy of the method, its random values being the same each time."""
+        method = dataclasses.replace(self.method, **changes)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            method.apply(model)
+        return method
+
+    def trains_nothing_in_blocks(self, model: nn.Module) -> bool:
+        """Tell whether the loss sends no gradient into the blocks, so that nothing in them is computed twice."""
+        below = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(("classifier", "pre_"))]
+        return not below
+
+
+def inputs(model: nn.Module, kind: str, method: Method | None = None) -> dict[str, Tensor]:
+    """Return the batch of a kind as the method prepares it."""
+    plain = batch(kind)
+    if kind == "vit":
+        plain["pixel_values"] = plain["pixel_values"].to(model.vit.embeddings.cls_token.dtype)
+    return dict(plain if method is None else method.prepare(plain))
+
+
+def output(model: nn.Module, kind: str, method: Method | None = None) -> Tensor:
+    """Return the logits that the tuned model gives for the batch of its kind."""
+    with torch.no_grad():
+        return model(**inputs(model, kind, method)).logits
+
+
+def loss_of(model: nn.Module, kind: str, method: Method | None = None) -> Tensor:
+    """Return the loss that the tuned model gives for the batch of its kind."""
+    return model(**inputs(model, kind, method)).loss
+
+
+def gradients(model: nn.Module, kind: str, method: Method) -> dict[str, Tensor]:
+    """Return the gradient of each trained parameter; none is left on the model."""
+    model.zero_grad()
+    loss_of(model, kind, method).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert set(found) == {name for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return found
+
+
+def descend(model: nn.Module, kind: str, method: Method | None, steps: int, lr: float = 1e-3) -> float:
+    """Take SGD steps and return the last loss before its step."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(model, kind, method)
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def shake(model: nn.Module, by: float = 0.1) -> None:
+    """Add noise to whatever is trained, so that the delta is no identity."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=by)
+
+
+def snapshot(model: nn.Module, kind: str) -> dict[str, Any]:
+    """Return all that a caller can see of a model, and how many hooks and grafts it has."""
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    return {
+        "output": output(model, kind),
+        "state": copy_of(model.state_dict()),
+        "modules": {name: (type(m), m.training) for name, m in model.named_modules()},
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "grad": {name: p.grad for name, p in model.named_parameters()},
+        "attributes": sorted(name for m in model.modules() for name in vars(m)),
+        "hooks": hooks,
+        "grafts": len(list(grafts(model))),
+    }
+
+
+def copy_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict with storage of their own."""
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def moments(fit: L.Trainer) -> dict[str, Any]:
+    """Return the state of the optimizer of a Trainer."""
+    (optimizer,) = fit.optimizers
+    return {str(i): state for i, state in optimizer.state_dict()["state"].items()}
+
+
+def assert_same(left: Any, right: Any, where: str = "") -> None:
+    """Assert that two nested structures are equal, tensors bit for bit and of one dtype."""
+    assert type(left) is type(right), where
+    if isinstance(left, dict):
+        assert list(left) == list(right) or set(left) == set(right), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, Tensor):
+        assert left.dtype == right.dtype, where
+        assert torch.equal(left, right), where
+    else:
+        assert left == right, where
+
+
+def assert_near(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float) -> None:
+    """Assert that tensors differ by at most ``tolerance`` times the larger of 1 and their greatest entry."""
+    assert set(left) == set(right)
+    for name, tensor in left.items():
+        scale = max(1.0, tensor.abs().max().item())
+        assert (tensor - right[name]).abs().max().item() <= tolerance * scale, name
+
+
+def count_forwards(model: nn.Module) -> dict[str, int]:
+    """Count, from now on, how often each module's forward pass runs."""
+    counts: dict[str, int] = {}
+
+    def count(module: nn.Module, args: Any, name: str) -> None:
+        counts[name] = counts.get(name, 0) + 1
+
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()):
+            module.register_forward_pre_hook(lambda m, a, name=name: count(m, a, name))
+    return counts

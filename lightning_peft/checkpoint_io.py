@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_peft.files import atomic, read_torch
 
@@ -36,9 +36,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def install(trainer: L.Trainer) -> None:
-    """Let the trainer use `AtomicCheckpointIO` where it would use Lightning's default; a user's own stays."""
-    current = trainer.strategy.checkpoint_io
-    if type(current) is TorchCheckpointIO:
+    """Let the trainer use `AtomicCheckpointIO` where it would use Lightning's default; a user's own stays.
+
+    `AsyncCheckpointIO` stays as it is: the strategy puts Lightning's default into it each time it is asked for.
+    """
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-    elif isinstance(current, AsyncCheckpointIO) and type(current.checkpoint_io) is TorchCheckpointIO:
-        current.checkpoint_io = AtomicCheckpointIO()

@@ -12,6 +12,7 @@ import dataclasses
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
 from lightning_peft import Method, TuningError, collect, save_delta
@@ -104,19 +106,19 @@ class MethodContract:
         assert torch.equal(output(model, kind, method), before)
 
     def test_an_error_changes_nothing(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Broken(RuntimeError):
+        class BrokenError(RuntimeError):
             pass
 
         def graft(method: Method, backbone: nn.Module) -> Any:
             list(real(method, backbone))
-            raise Broken
+            raise BrokenError
 
         real = type(self.method).graft
         model = tiny(kind)
         next(model.parameters()).requires_grad_(False)
         before = snapshot(model, kind)
         monkeypatch.setattr(type(self.method), "graft", graft)
-        with pytest.raises(Broken):
+        with pytest.raises(BrokenError):
             copy.deepcopy(self.method).apply(model)
         assert_same(before, snapshot(model, kind))
         monkeypatch.undo()
@@ -186,12 +188,13 @@ class MethodContract:
         method = self.applied(model)
         shake(model)
         model.train()  # transformers checkpoints in training mode only; the dropout rates are 0
-        plain = gradients(model, kind, method)
+        model.enable_input_require_grads()  # as checkpointing does in text models; other kernels run for such inputs
+        plain, once = count_calls(model, lambda: gradients(model, kind, method))
         model.activation_checkpointing_enable({"use_reentrant": False})
-        calls = count_forwards(model)
-        checkpointed = gradients(model, kind, method)
-        assert max(calls.values()) == (1 if self.trains_nothing_in_blocks(model) else 2), "nothing was checkpointed"
-        assert_same(plain, checkpointed)
+        checkpointed, more = count_calls(model, lambda: gradients(model, kind, method))
+        assert more > once, "nothing was checkpointed"
+        # T5's decoder layers add up their gradients of the encoder output in another order.
+        assert_near(plain, checkpointed, 1e-6)
 
     def test_a_half_precision_backbone_trains_in_fp32(self, kind: str) -> None:
         frozen, model = tiny(kind).bfloat16().requires_grad_(False), tiny(kind).bfloat16()
@@ -223,8 +226,8 @@ class MethodContract:
 
     def test_a_fit_trains_the_delta_and_saves_no_more(self, kind: str, tmp_path: Path) -> None:
         method, module = copy.deepcopy(self.method), Tuned(kind)
-        full = ModelCheckpoint(tmp_path, filename="full", save_top_k=-1)
-        light = ModelCheckpoint(tmp_path, filename="light", save_weights_only=True, save_top_k=-1)
+        full = ModelCheckpoint(tmp_path, filename="full")
+        light = ModelCheckpoint(tmp_path, filename="light", save_weights_only=True, every_n_train_steps=3)
         trainer(tmp_path, method, full, light).fit(module, loader(kind), loader(kind))
         delta, pristine = collect(module), tiny(kind).state_dict()
         now = module.model.state_dict()
@@ -239,15 +242,16 @@ class MethodContract:
         assert (tmp_path / "light.ckpt").stat().st_size <= 1.05 * size + 2**16
 
     def test_a_fresh_module_validates_and_predicts_from_the_delta(self, kind: str, tmp_path: Path) -> None:
-        module, saved = Tuned(kind), ModelCheckpoint(tmp_path, filename="delta")
-        fit = trainer(tmp_path, copy.deepcopy(self.method), saved)
+        module, file = Tuned(kind), tmp_path / "delta.ckpt"
+        fit = trainer(tmp_path, copy.deepcopy(self.method))
         fit.fit(module, loader(kind), loader(kind))
+        fit.save_checkpoint(file)
         (loss,) = fit.validate(module, loader(kind), verbose=False)
         torch.manual_seed(1)
         fresh = trainer(tmp_path, copy.deepcopy(self.method))
         for run in (fresh.validate, fresh.test):
-            assert run(Tuned(kind), loader(kind), saved.best_model_path, verbose=False) == [loss]
-        predicted = fresh.predict(Tuned(kind), loader(kind), ckpt_path=saved.best_model_path)
+            assert run(Tuned(kind), loader(kind), file, verbose=False) == [loss]
+        predicted = fresh.predict(Tuned(kind), loader(kind), ckpt_path=file)
         for ours, theirs in zip(fit.predict(module, loader(kind)), predicted, strict=True):
             assert torch.equal(ours, theirs)
 
@@ -278,11 +282,6 @@ class MethodContract:
             torch.manual_seed(1)
             method.apply(model)
         return method
-
-    def trains_nothing_in_blocks(self, model: nn.Module) -> bool:
-        """Tell whether the loss sends no gradient into the blocks, so that nothing in them is computed twice."""
-        below = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(("classifier", "pre_"))]
-        return not below
 
 
 def inputs(model: nn.Module, kind: str, method: Method | None = None) -> dict[str, Tensor]:
@@ -381,14 +380,12 @@ def assert_near(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: fl
         assert (tensor - right[name]).abs().max().item() <= tolerance * scale, name
 
 
-def count_forwards(model: nn.Module) -> dict[str, int]:
-    """Count, from now on, how often each module's forward pass runs."""
-    counts: dict[str, int] = {}
-
-    def count(module: nn.Module, args: Any, name: str) -> None:
-        counts[name] = counts.get(name, 0) + 1
-
-    for name, module in model.named_modules():
-        if not any(True for _ in module.children()):
-            module.register_forward_pre_hook(lambda m, a, name=name: count(m, a, name))
-    return counts
+def count_calls(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, int]:
+    """Return what ``run`` returns, and how often it called a linear layer of the model."""
+    calls: list[nn.Module] = []
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+    handles = [layer.register_forward_pre_hook(lambda module, args: calls.append(module)) for layer in layers]
+    result = run()
+    for handle in handles:
+        handle.remove()
+    return result, len(calls)

@@ -65,7 +65,8 @@ def meta(config: hf.PreTrainedConfig, auto: Any = hf.AutoModel) -> nn.Module:
 
 def save_tokenizer(folder: Path) -> Path:
     """Save a word-level tokenizer of `VOCABULARY` tokens: specials, two unused, ``a b c``, then words by frequency."""
-    words = "the of and to in good bad film music people time water light house green river stone bird tree sun".split()
+    text = "the of and to in good bad film music people time water light house green river stone bird tree sun"
+    words = text.split()
     tokens = ["[PAD]", "[BOS]", "[EOS]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "[unused0]", "[unused1]", "a", "b", "c"]
     tokens += words + [f"{w}{suffix}" for suffix in ("ly", "ness", "ish", "less") for w in words]
     vocabulary = {token: i for i, token in enumerate(tokens[:VOCABULARY])}

@@ -14,12 +14,21 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_peft import BitFit, LinearProbe, LoRA, LoRAMixin, Method, PromptTuning, TuningError
-from lightning_peft import lifecycle, load_from_checkpoint, merge
+from lightning_peft import (
+    BitFit,
+    LinearProbe,
+    LoRA,
+    LoRAMixin,
+    Method,
+    PromptTuning,
+    TuningError,
+    lifecycle,
+    load_from_checkpoint,
+    merge,
+)
 from lightning_peft.graft import grafts
 from tests.models import batch, tiny
 from tests.modules import Tuned, loader, trainer
-
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step` but have no `val_dataloader`",
@@ -171,7 +180,9 @@ def test_parameter_without_a_gradient_is_named(tmp_path: Path) -> None:
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
             return self.model.bert(batch["input_ids"]).last_hidden_state.sum()
 
-    with pytest.raises(TuningError, match=r"3 trained parameters got no gradient, e\.g\. model\.bert\.pooler.*exclude="):
+    with pytest.raises(
+        TuningError, match=r"3 trained parameters got no gradient, e\.g\. model\.bert\.pooler.*exclude="
+    ):
         trainer(tmp_path, BitFit()).fit(Unpooled(), loader("bert"))
     quiet = BitFit(exclude=r".*pooler.*|classifier.*")
     trainer(tmp_path, quiet).fit(Unpooled(), loader("bert"))
@@ -188,7 +199,9 @@ def test_module_without_a_backbone(tmp_path: Path) -> None:
             return self.head(self.body(batch)).sum()
 
     data = DataLoader(torch.randn(4, 3), 2)
-    with pytest.raises(TuningError, match=r"no pretrained transformers model.*name it with backbone= \(it has body, head\)"):
+    with pytest.raises(
+        TuningError, match=r"no pretrained transformers model.*name it with backbone= \(it has body, head\)"
+    ):
         trainer(tmp_path, LoRA()).fit(Plain(), data)
     module = Plain()
     trainer(tmp_path, LoRA(r=2, backbone="body", target_modules=r"")).fit(module, data)
@@ -280,7 +293,9 @@ def test_moments_follow_their_parameters_when_the_order_changes(tmp_path: Path) 
             return torch.optim.Adam(list(self.parameters())[::-1], lr=self.hparams.lr)
 
     def run(kind: type[Tuned], folder: str, resume: Path | None = None) -> L.Trainer:
-        fit = trainer(tmp_path, LoRA(r=2), ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1), max_epochs=2)
+        fit = trainer(
+            tmp_path, LoRA(r=2), ModelCheckpoint(tmp_path / folder, filename="{epoch}", save_top_k=-1), max_epochs=2
+        )
         fit.fit(kind(), loader("bert"), ckpt_path=resume)
         return fit
 

@@ -1,6 +1,7 @@
 from lightning_peft import LoRA
 from tests.contract import MethodContract
-from tests.models import KINDS, tiny
+from tests.models import KINDS
+
 
 class TestLoRA(MethodContract):
     method = LoRA(r=2)

@@ -1,0 +1,127 @@
+"""Which rows make which batch: shuffled and bucketed by length, shared out to processes, resumable inside an epoch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_peft.errors import TuningError
+
+POOL = 50
+"""How many batches are sorted by length together: more spares padding, fewer shuffles better."""
+
+
+class Batches(DistributedSampler[list[int]]):
+    """The batches of one process, as lists of row numbers: a function of the seed and the epoch alone.
+
+    In an epoch every row is in one batch of one process, and all processes have equally many batches: a collective
+    operation in the last one would wait forever otherwise. Together the processes see the batches that one process would
+    see with a batch size that many times as large. Lightning leaves a DistributedSampler as it is and sets its epoch.
+
+    Args:
+        lengths: the length of each row [tokens].
+        batch_size: rows of a batch in each process; the last batch may have fewer. Where it has fewer rows than there are
+            processes, they join the batch before.
+        shuffle: whether the order changes with the epoch.
+        bucket: whether rows of like length share batches.
+        seed: of the order.
+        num_replicas: how many processes share the rows.
+        rank: which of them this one is.
+
+    >>> list(Batches([3, 9, 4, 8, 5], 2, shuffle=False, bucket=True))
+    [[0, 2], [4, 3], [1]]
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        batch_size: int,
+        shuffle: bool,
+        bucket: bool,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(lengths, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        if len(lengths) < num_replicas:
+            raise TuningError(
+                f"{len(lengths)} rows do not go round {num_replicas} processes: use more rows or fewer of them."
+            )
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.bucket = bucket
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the batches of the epoch, from batch number ``start`` on."""
+        for batch in self._shared_batches()[self.start :]:
+            yield batch[self.rank :: self.num_replicas].tolist()
+
+    def __len__(self) -> int:
+        """Return the number of batches of the whole epoch."""
+        return len(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """Return how many rows each batch has in all processes together."""
+        full, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
+        sizes = [self.batch_size * self.num_replicas] * full
+        if rest >= self.num_replicas or not full:
+            return [*sizes, rest]
+        sizes[-1] += rest
+        return sizes
+
+    def _shared_batches(self) -> list[np.ndarray]:
+        draw = np.random.default_rng((self.seed, self.epoch))
+        rows = np.arange(len(self.lengths))
+        if self.shuffle:
+            draw.shuffle(rows)
+        if self.bucket:
+            size = POOL * self.batch_size * self.num_replicas if self.shuffle else len(rows)
+            pools = (rows[start : start + size] for start in range(0, len(rows), size))
+            rows = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
+        batches = np.split(rows, np.cumsum(self._sizes())[:-1])
+        if self.shuffle and self.bucket:
+            batches = [batches[i] for i in draw.permutation(len(batches))]
+        return batches
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader over `Batches` that goes on where it stood when its state was saved.
+
+    Build it with ``sampler=Batches(...), batch_size=None``. The state holds for the epoch that it was saved in: another
+    epoch starts at its first batch.
+    """
+
+    _yielded = 0
+    _resume: Mapping[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield batches; a generator, since Lightning sets the epoch after it has made the iterator."""
+        batches = self.sampler
+        assert isinstance(batches, Batches)
+        batches.start = self._yielded = self._first(batches)
+        for batch in super().__iter__():
+            self._yielded += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch, how many of its batches have been given out, and how many it has."""
+        assert isinstance(self.sampler, Batches)
+        return {"epoch": self.sampler.epoch, "batches": self._yielded, "of": len(self.sampler)}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go on from a state when its epoch comes next."""
+        self._resume = state_dict
+
+    def _first(self, batches: Batches) -> int:
+        state, self._resume = self._resume, None
+        if state is None or state["epoch"] != batches.epoch:
+            return 0
+        if state["of"] != len(batches):
+            raise TuningError(
+                f"the checkpoint was written after batch {state['batches']} of {state['of']}, now an epoch has "
+                f"{len(batches)}: resume with the same data, batch size and number of processes."
+            )
+        return state["batches"]

@@ -1,5 +1,6 @@
-"""Writing a file whole or not at all, and reading a torch file without running anything that is in it."""
+"""Files: written whole or not at all, read without running anything that is in them, found in installed packages."""
 
+import importlib.util
 import os
 import pickle
 from collections.abc import Iterator
@@ -51,6 +52,23 @@ def read_torch(path: str | Path, weights_only: bool = True, map_location: Any = 
     if not isinstance(loaded, dict):
         raise TuningError(f"{path} holds a {type(loaded).__name__}, not a checkpoint: give the path of a checkpoint.")
     return loaded
+
+
+def resolve(name: str) -> str:
+    """Return a folder or hub id as it is, and for ``package://NAME/FOLDER`` the folder in that installed package.
+
+    Raises:
+        TuningError: there is no such package or folder.
+    """
+    if not name.startswith("package://"):
+        return name
+    package, _, folder = name.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(package)
+    places = [Path(place) / folder for place in (spec.submodule_search_locations or ())] if spec is not None else []
+    for place in places:
+        if place.is_dir():
+            return str(place)
+    raise TuningError(f"{name} names no folder of an installed package: pip install {package.replace('_', '-')}.")
 
 
 def _first(error: Exception) -> str:

@@ -76,6 +76,7 @@ def from_delta(path: str | Path, backbone: nn.Module | str | None = None) -> nn.
 
 def _pretrained(identity: Mapping[str, Any], name: str | None, source: str) -> nn.Module:
     import transformers
+    from transformers.utils import logging
 
     kind = getattr(transformers, identity["class"], None)
     name = name or identity["name_or_path"]
@@ -84,7 +85,12 @@ def _pretrained(identity: Mapping[str, Any], name: str | None, source: str) -> n
     labels = {k: identity["config"][k] for k in ("id2label", "label2id") if identity["config"].get(k)}
     if "id2label" in labels:
         labels["id2label"] = {int(k): v for k, v in labels["id2label"].items()}
-    return kind.from_pretrained(name, **labels)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would tell that the head is new, which the delta brings
+    try:
+        return kind.from_pretrained(name, **labels)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:

@@ -47,7 +47,7 @@ class VirtualTokens(Graft):
         return torch.where((ids < 0).unsqueeze(-1), rows, out)
 
 
-def insert(batch: Mapping[str, Any], count: int, after: int) -> dict[str, Any]:
+def insert(batch: Mapping[str, Any], count: int, after: int, targets: bool = False) -> dict[str, Any]:
     """Return a copy of a batch with virtual tokens put into each row, ``after`` real tokens from the row's first one.
 
     Every tensor that runs along ``input_ids`` [B, T] becomes [B, P + T]. Padding on the left stays on the left of the
@@ -57,6 +57,7 @@ def insert(batch: Mapping[str, Any], count: int, after: int) -> dict[str, Any]:
         batch: holds ``input_ids`` and what goes with them.
         count: how many virtual tokens, P: 0 to P - 1.
         after: 0 puts them before the first real token, 1 after it ([CLS]).
+        targets: ``labels`` are what a decoder shall write, which has no prompt, whatever their length.
 
     Raises:
         TuningError: the batch is no mapping with ``input_ids``.
@@ -74,7 +75,9 @@ def insert(batch: Mapping[str, Any], count: int, after: int) -> dict[str, Any]:
     widened["input_ids"] = torch.where(virtual, -1 - (columns - start), tokens.gather(1, source)).to(tokens.dtype)
     for name, fill in _FILL.items():
         value = batch.get(name)
-        if name != "attention_mask" and isinstance(value, Tensor) and value.shape == tokens.shape:
+        if name == "attention_mask" or (name == "labels" and targets):
+            continue
+        if isinstance(value, Tensor) and value.shape == tokens.shape:
             widened[name] = _widen(value, source, virtual, fill)
     if isinstance(batch.get("position_ids"), Tensor):
         widened["position_ids"] = (widened["attention_mask"].cumsum(1) - 1).clamp(min=0)

@@ -29,6 +29,12 @@ HEADS = {
 }
 """Number of parameters of the task head, which every method trains; a language model's own head is none."""
 
+MINILM = hf.BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+BERT_LARGE = hf.BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+ROBERTA_LARGE = hf.RobertaConfig(
+    vocab_size=50265, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+)
+
 
 def tiny(kind: str, dropout: float = 0.0, seed: int = 0) -> nn.Module:
     """Return a model of two layers in eval mode; its weights depend on ``seed`` alone."""

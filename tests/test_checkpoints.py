@@ -276,13 +276,13 @@ def test_a_kill_leaves_a_whole_file(tmp_path: Path) -> None:
         writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(file)], stdout=subprocess.PIPE)
         assert writer.stdout is not None
         writer.stdout.readline()
+        while not file.exists():
+            time.sleep(0.01)
         time.sleep(wait)
         writer.send_signal(signal.SIGKILL)
         writer.communicate()
-        if file.exists():
-            tensor = torch.load(file, weights_only=True)["state_dict"]["a"]
-            assert bool((tensor == tensor[0]).all())
-    assert file.exists()
+        tensor = torch.load(file, weights_only=True)["state_dict"]["a"]
+        assert bool((tensor == tensor[0]).all())
 
 
 def test_fingerprint_reads_a_sample_of_each_tensor() -> None:

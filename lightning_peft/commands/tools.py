@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import lightning_peft
 from lightning_peft.delta import merge, read_delta
@@ -66,9 +66,9 @@ def info(file: str) -> None:
     table.add_row("resumes", "yes, with optimizer and random state" if "resume" in meta else "no, weights only")
     table.add_row("written with", ", ".join(f"{package} {number}" for package, number in meta["versions"].items()))
     Console().print(table)
-    names = Table("tensor", "shape", "dtype")
+    names = Table("shape", "dtype", Column("tensor", overflow="fold"))
     for name, tensor in tensors.items():
-        names.add_row(name, str(list(tensor.shape)), str(tensor.dtype).removeprefix("torch."))
+        names.add_row(str(list(tensor.shape)), str(tensor.dtype).removeprefix("torch."), name)
     Console().print(names)
 
 

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import re
 import sys
+import warnings
 from functools import partial
 from typing import Any, NoReturn
 
@@ -22,6 +23,9 @@ for _name in lightning_peft.__all__:  # jsonargparse knows by their short names 
 
 class Parser(LightningArgumentParser):
     """Says what is wrong with the arguments in one sentence, with the nearest name that would be right."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with exit code 2."""
@@ -57,6 +61,8 @@ class TuningCLI(LightningCLI):
 
 def run() -> None:
     """Run the command of ``sys.argv``."""
+    # lightning 2.6 with torch 2.13: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     TuningCLI(
         model_class=L.LightningModule,
         datamodule_class=L.LightningDataModule,
@@ -80,6 +86,7 @@ def _build_optimizer(model: L.LightningModule, build: Any) -> Optimizer:
 def _names(parser: LightningArgumentParser) -> list[str]:
     """Return the names of arguments that a user may have meant."""
     names = {action.dest for action in parser._actions}
+    names.update(f"trainer.{argument}" for argument in inspect.signature(L.Trainer).parameters)
     for kind in (Method, *_below(Method), *_below(L.LightningModule), *_below(L.LightningDataModule)):
         if kind.__module__.startswith("lightning_peft"):
             names.update(inspect.signature(kind).parameters)
@@ -94,11 +101,16 @@ def _below(kind: type[Any]) -> list[type[Any]]:
 
 def _one_sentence(message: str, names: list[str]) -> str:
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    unknown = re.search(r"unrecognized arguments: -*([\w.]+)|[Oo]ption '([\w.]+)' is not accepted|'([\w.]+)'", message)
+    no_class = re.search(r'key "(\w+)".*Expected a dot import path string: (\w+)', message, re.DOTALL)
+    unknown = re.search(r"unrecognized arguments: -*([\w.]+)|option '([\w.]+)'", message, re.IGNORECASE)
     said = " ".join(lines)[:400].rstrip(".")
-    if unknown is None:
+    if no_class:
+        word = no_class[2]
+        said = f"{no_class[1]}={word!r} is no class that is known by that name: give its import path"
+    elif unknown:
+        word = unknown[1] or unknown[2]
+    else:
         return f"{said}."
-    word = next(group for group in unknown.groups() if group)
     last = word.rpartition(".")[2]
     close = difflib.get_close_matches(word, names, n=1) or difflib.get_close_matches(last, names, n=1)
     return f"{said}." + (f" Did you mean {close[0]!r}?" if close and close[0] not in (word, last) else "")

@@ -17,13 +17,14 @@ class Batches(DistributedSampler[list[int]]):
     """The batches of one process, as lists of row numbers: a function of the seed and the epoch alone.
 
     In an epoch every row is in one batch of one process, and all processes have equally many batches: a collective
-    operation in the last one would wait forever otherwise. Together the processes see the batches that one process would
-    see with a batch size that many times as large. Lightning leaves a DistributedSampler as it is and sets its epoch.
+    operation in the last one would wait forever otherwise. Together the processes see the batches that one process
+    would see with a batch size that many times as large. Lightning leaves a DistributedSampler as it is and sets its
+    epoch.
 
     Args:
         lengths: the length of each row [tokens].
-        batch_size: rows of a batch in each process; the last batch may have fewer. Where it has fewer rows than there are
-            processes, they join the batch before.
+        batch_size: rows of a batch in each process; the last batch may have fewer. If it has fewer than there are
+            processes, its rows join the batch before.
         shuffle: whether the order changes with the epoch.
         bucket: whether rows of like length share batches.
         seed: of the order.
@@ -46,9 +47,7 @@ class Batches(DistributedSampler[list[int]]):
     ) -> None:
         super().__init__(lengths, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         if len(lengths) < num_replicas:
-            raise TuningError(
-                f"{len(lengths)} rows do not go round {num_replicas} processes: use more rows or fewer of them."
-            )
+            raise TuningError(f"{len(lengths)} rows do not go round {num_replicas} processes: use fewer processes.")
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
         self.bucket = bucket

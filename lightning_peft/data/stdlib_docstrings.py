@@ -85,7 +85,13 @@ def docstrings(library: Path) -> Iterator[tuple[str, str]]:
                 yield parts[0], " ".join(re.split(r"\n\s*\n", docstring.strip())[0].split())
 
 
-def _rows(library: str, python: str, classes: int, max_per_class: int, min_words: int) -> Iterator[dict[str, str]]:
+def _rows(
+    library: str,
+    python: str,  # noqa: ARG001 (another version is another entry in the cache)
+    classes: int,
+    max_per_class: int,
+    min_words: int,
+) -> Iterator[dict[str, str]]:
     packages: dict[str, set[str]] = {}
     for package, text in docstrings(Path(library)):
         if len(text.split()) >= min_words:

@@ -124,9 +124,7 @@ class TextClassificationData(TextData):
 def _read_file(path: str, split: str) -> Dataset:
     suffixes = [suffix for suffix in Path(path).suffixes if suffix in _FORMATS]
     if not suffixes:
-        raise TuningError(
-            f"{split}={path!r} has none of the endings {', '.join(_FORMATS)}: give such a file, or dataset=."
-        )
+        raise TuningError(f"{split}={path!r} ends in none of {', '.join(_FORMATS)}: give such a file, or dataset=.")
     if "://" not in path and not Path(path).is_file():
         raise TuningError(f"{split}={path!r} is no file: give the path of one.")
     builder, options = _FORMATS[suffixes[-1]]

@@ -6,22 +6,20 @@ from typing import Any
 
 import lightning as L
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from lightning_peft.data.batches import Batches, ResumableLoader
+from lightning_peft.data.classes import check_columns, class_names, class_numbers
 from lightning_peft.errors import TuningError
-from lightning_peft.select import near
 
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
-_CLASSES = ("int", "uint", "bool", "string", "large_string")
-"""How the names of the column types begin whose values can be classes."""
 
 
 class TextData(L.LightningDataModule):
-    """Labelled texts; a subclass says in `rows` where they come from, and in ``text`` and ``label`` what the columns are.
+    """Labelled texts; a subclass says in `rows` where they come from and names the columns, ``text`` and ``label``.
 
     A batch is a dict of ``input_ids`` and ``attention_mask`` [B, T], ``token_type_ids`` where the tokenizer gives them,
     and ``labels`` [B], except for prediction. The rows of a training batch are a function of the seed and the epoch.
@@ -82,12 +80,10 @@ class TextData(L.LightningDataModule):
     def label_names(self) -> list[str]:
         """The names of the classes, in the order of their numbers in a batch."""
         rows = self.all_classes()
-        self._check_columns(rows, "train", [self.label])
-        names = list(_class_names(rows, self.label, "train").values())
+        check_columns(rows, "train", [self.label])
+        names = list(class_names(rows, self.label, "train").values())
         if len(names) < 2:
-            raise TuningError(
-                f"column {self.label!r} holds {len(names)} class ({names}): a classifier needs two or more."
-            )
+            raise TuningError(f"column {self.label!r} holds the classes {names}: a classifier needs two or more.")
         return names
 
     @property
@@ -118,7 +114,7 @@ class TextData(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Read and tokenise in one process of each machine; the others find the result in the cache."""
         if self.trainer is not None and self.trainer.state.fn is not None:
-            self.setup(self.trainer.state.fn)
+            self.setup(self.trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the splits that 'fit', 'validate', 'test' or 'predict' needs.
@@ -166,7 +162,7 @@ class TextData(L.LightningDataModule):
         self._resume = state_dict
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
-        if self.trainer is not None and self.trainer.overfit_batches:
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             return self._plain_loader(split)
         rows = self._split(split)
         share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
@@ -197,7 +193,7 @@ class TextData(L.LightningDataModule):
 
     def _encode(self, rows: Dataset, split: str) -> Dataset:
         labelled = split != "predict"
-        self._check_columns(rows, split, [*self.text, self.label] if labelled else self.text)
+        check_columns(rows, split, [*self.text, self.label] if labelled else self.text)
         if not len(rows):
             raise TuningError(f"the {split} split is empty: give it at least one row.")
         encoded = rows.map(
@@ -207,47 +203,13 @@ class TextData(L.LightningDataModule):
                 "tokenizer": self.tokenizer,
                 "text": list(self.text),
                 "label": self.label,
-                "numbers": self._numbers(rows, split) if labelled else None,
+                "numbers": class_numbers(rows, self.label, split, self.label_names) if labelled else None,
                 "max_length": self.max_length,
             },
             remove_columns=rows.column_names,
             desc=f"Tokenising {split}",
         )
         return encoded.with_format(None, columns=[name for name in encoded.column_names if name != "length"])
-
-    def _numbers(self, rows: Dataset, split: str) -> list[tuple[Any, int]]:
-        """Return the number of the class for each value of the label column."""
-        names = _class_names(rows, self.label, split)
-        numbers = []
-        for value in sorted(rows.unique(self.label)):
-            name = names[value]
-            if name not in self.label_names:
-                raise TuningError(
-                    f"the {split} split has label {name!r}, which no training row has{near(name, self.label_names)}."
-                )
-            numbers.append((value, self.label_names.index(name)))
-        return numbers
-
-    def _check_columns(self, rows: Dataset, split: str, columns: Sequence[str]) -> None:
-        for column in columns:
-            if column not in rows.column_names:
-                raise TuningError(f"the {split} split has no column {column!r}{near(column, rows.column_names)}.")
-
-
-def _class_names(rows: Dataset, column: str, split: str) -> dict[Any, str]:
-    """Return the name of the class for each value of a label column, sorted."""
-    feature = rows.features[column]
-    if not isinstance(feature, ClassLabel) and not str(getattr(feature, "dtype", "")).startswith(_CLASSES):
-        raise TuningError(
-            f"column {column!r} of the {split} split holds {getattr(feature, 'dtype', feature)}, which is no class: "
-            "give strings or integers."
-        )
-    values = rows.unique(column)
-    if any(value is None or value == "" or (isinstance(feature, ClassLabel) and value < 0) for value in values):
-        raise TuningError(f"the {split} split has rows without a label in column {column!r}: leave them out.")
-    if isinstance(feature, ClassLabel):
-        return dict(enumerate(feature.names))
-    return {value: str(value) for value in sorted(values)}
 
 
 def _tokenise(

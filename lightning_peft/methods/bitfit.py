@@ -1,9 +1,9 @@
 """BitFit: only the biases of the backbone are trained.
 
 Source: Ben Zaken et al. 2022, arXiv 2106.10199. The authors' code (``glue_evaluator.py``) picks parameters whose name
-contains "bias"; we match the last part of the name, since T5 has a ``relative_attention_bias.weight``. LayerNorm weights
-are not trained. The subset that the paper finds nearly as good is the biases of the query and of the first feed-forward
-projection. Weight decay on biases should be 0.
+contains "bias"; we match the last part of the name, since T5 has a ``relative_attention_bias.weight``. LayerNorm
+weights are not trained. The subset that the paper finds nearly as good is the biases of the query and of the first
+feed-forward projection. Weight decay on biases should be 0.
 """
 
 import re

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from lightning_peft.errors import TuningError
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
 
@@ -19,7 +20,7 @@ class FullFineTuning(Method):
 
     Args:
         backbone_mode: whether dropout of the backbone is active in training.
-        keep_fp32: store the parameters in fp32 where the Trainer says half precision; it doubles their memory.
+        keep_fp32: False, since fp32 copies of everything are what ``precision='bf16-mixed'`` is.
     """
 
     backbone_mode: Literal["train", "eval"] = "train"
@@ -32,6 +33,11 @@ class FullFineTuning(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Return the names of all parameters."""
+        if self.keep_fp32:
+            raise TuningError(
+                "keep_fp32=True is for methods that train little: give FullFineTuning an fp32 backbone and the Trainer "
+                "precision='bf16-mixed'."
+            )
         return [name for name, p in backbone.named_parameters() if p.is_floating_point()]
 
 

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import select
@@ -65,20 +64,31 @@ class LowRank(Graft):
             return out
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        if self._adds_in_place(out, x):
-            return _AddLowRank.apply(out, x, self.A.to(x.dtype), self.B.to(x.dtype), self.scale)
-        update = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-        return torch.add(out, update.to(out.dtype), alpha=self.scale)
+        a, b = self.A.to(x.dtype), self.B.to(x.dtype)
+        if not self._adds_in_place(out, host, x):
+            return torch.add(out, F.linear(F.linear(x, a), b).to(out.dtype), alpha=self.scale)
+        if torch.is_grad_enabled():
+            return _AddLowRank.apply(out, x, a, b, self.scale)
+        _add_low_rank(out, x, a, b, self.scale)
+        return out
 
-    def _adds_in_place(self, out: Tensor, x: Tensor) -> bool:
-        """Plain operations are for what an autograd function does not cover: compile, autocast, tensor subclasses."""
+    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor) -> bool:
+        """Tell whether the update may be written into ``out``, which must be the work of a layer that does not need it.
+
+        Plain operations are for what others have seen before (hooks, a subclass, a patched ``forward``), and for what
+        an autograd function does not cover: compile, autocast, tensor subclasses, the transforms of ``torch.func``.
+        """
         return (
             not torch.compiler.is_compiling()
+            and type(host) in (nn.Linear, Conv1D)
+            and "forward" not in vars(host)
+            and next(iter(host._forward_hooks.values()), None) == self._on_output
             and type(out) is Tensor
             and type(self.A.data) is Tensor
             and out.dtype == x.dtype
             and out.is_contiguous()
             and not torch.is_autocast_enabled(out.device.type)
+            and not torch._C._are_functorch_transforms_active()
         )
 
     def update(self) -> Tensor:
@@ -165,31 +175,40 @@ class LowRankConv2d(LowRank):
         return torch.einsum("or,rihw->oihw", self.B[:, :, 0, 0], self.A) * self.scale
 
 
-class _AddLowRank(torch.autograd.Function):
-    """``out += scale (x Aᵀ) Bᵀ`` in the buffer of ``out``, keeping only x, which its host shares, and A xᵀ [r, n].
+def _add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Do ``out += scale (x aᵀ) bᵀ`` and return ``a xᵀ``, [r, n].
 
-    The skinny products have the rank as their leading dimension: on CPU that is 3 to 9 times faster at r = 8 than the
-    same product the other way round.
+    The skinny products, here and in the gradients, have the rank as their leading dimension: on CPU that is up to
+    9 times faster at r = 8 than the same product the other way round.
     """
+    u = torch.mm(a, x.reshape(-1, x.shape[-1]).t())
+    out.view(-1, out.shape[-1]).addmm_(u.t(), b.t(), alpha=scale)
+    return u
+
+
+class _AddLowRank(torch.autograd.Function):
+    """``out + scale (x aᵀ) bᵀ`` in the buffer of ``out``, keeping only x, which others keep too, and a xᵀ."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        u = torch.mm(a, rows.t())
-        out.view(-1, out.shape[-1]).addmm_(u.t(), b.t(), alpha=scale)
-        ctx.mark_dirty(out)
-        ctx.save_for_backward(rows, u, a, b)
-        ctx.scale, ctx.shape = scale, x.shape
+        # A linear layer's output is a view where x has three dimensions, and after ``mark_dirty`` of a view autograd
+        # copies its gradient twice. A detached tensor is no view, and shares the buffer and its version: whoever has
+        # saved ``out`` gets autograd's error and no wrong gradient.
+        out = out.detach()
+        u = _add_low_rank(out, x, a, b, scale)
+        ctx.save_for_backward(x, u, a, b)
+        ctx.scale = scale
         return out
 
     @staticmethod
-    @once_differentiable  # u hides its inputs from autograd: a second derivative would be silently wrong
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, u, a, b = ctx.saved_tensors
-        d = grad.reshape(-1, grad.shape[-1])
+        x, u, a, b = ctx.saved_tensors
+        rows, d = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        if torch.is_grad_enabled():  # create_graph=True, and the saved u does not know what it was computed from
+            u = torch.mm(a, rows.t())
         g = torch.mm(b.t(), d.t()).mul_(ctx.scale)
         _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
-        grad_x = torch.mm(g.t(), a).view(ctx.shape) if needs_x else None
+        grad_x = torch.mm(g.t(), a).view(x.shape) if needs_x else None
         grad_a = torch.mm(g, rows) if needs_a else None
         grad_b = torch.mm(u, d).mul_(ctx.scale).t() if needs_b else None
         return grad, grad_x, grad_a, grad_b, None
@@ -235,11 +254,15 @@ class LoRA(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach a low-rank update to each chosen layer."""
+        if not 0 <= self.dropout < 1:
+            raise TuningError(f"dropout={self.dropout} is no rate of dropout: take 0 or more and less than 1.")
         kinds = tuple(GRAFTS)
         patterns = self.target_modules
         if patterns is None:
             patterns = select.by_role(backbone, ["query", "value"], (nn.Linear, Conv1D))
         chosen = self.without_excluded(select.hosts(backbone, kinds, patterns, self.layers))
+        if not chosen:
+            raise TuningError(f"exclude={self.exclude!r} leaves nothing of the target modules: let it name fewer.")
         ranks = _by_name(self.rank_pattern, chosen, self.r, "rank_pattern")
         alphas = _by_name(self.alpha_pattern, chosen, self.alpha, "alpha_pattern")
         for name, host in chosen.items():

@@ -1,9 +1,9 @@
 """Prompt-Tuning: P trained rows are put before the word embeddings of the input, ``[P_e; X_e]``; the model is frozen.
 
-Source: Lester et al. 2021, arXiv 2104.08691, section 2 and 3.2. In an encoder-decoder the prompt is in the encoder input
-alone. The paper draws random rows from U(-0.5, 0.5), the released configuration from U(0, 0.5): we follow the paper.
-"First 5,000 ids" are frequent words in a SentencePiece vocabulary, in BERT's 999 of them are special or unused: we count
-words. In an encoder the prompt goes after [CLS], so that what is pooled stays [CLS].
+Source: Lester et al. 2021, arXiv 2104.08691, section 2 and 3.2. In an encoder-decoder the prompt is in the encoder
+input alone. The paper draws random rows from U(-0.5, 0.5), the released configuration from U(0, 0.5): we follow the
+paper. "First 5,000 ids" are frequent words in a SentencePiece vocabulary, in BERT's 999 of them are special or unused:
+we count words. In an encoder the prompt goes after [CLS], so that what is pooled stays [CLS].
 """
 
 import random
@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_peft import select
@@ -30,6 +29,8 @@ from lightning_peft.virtual_tokens import (
     word_rows,
 )
 
+INITS = ("random_uniform", "sampled_vocab", "text", "class_labels")
+
 
 @dataclass(eq=False, kw_only=True)
 class PromptTuning(Method):
@@ -37,8 +38,8 @@ class PromptTuning(Method):
 
     Args:
         num_virtual_tokens: length P of the prompt [tokens].
-        init: 'random_uniform' U(-0.5, 0.5); 'sampled_vocab' rows of frequent words, each word once; 'text' the tokens of
-            ``text``, repeated or cut to P; 'class_labels' the mean over the tokens of each label, the rest sampled.
+        init: 'random_uniform' U(-0.5, 0.5); 'sampled_vocab' rows of frequent words, each word once; 'text' the tokens
+            of ``text``, repeated or cut to P; 'class_labels' the mean over the tokens of each label, the rest sampled.
         text: the words of init='text'.
         class_labels: the words of init='class_labels'; None: the label names of the backbone's configuration.
         top_words: how many frequent words 'sampled_vocab' draws from.
@@ -65,6 +66,8 @@ class PromptTuning(Method):
         """Attach the prompt to the word table and its tied twins."""
         if self.num_virtual_tokens < 1:
             raise TuningError(f"num_virtual_tokens={self.num_virtual_tokens} is no prompt: take 1 or more.")
+        if self.init not in INITS:
+            raise TuningError(f"init={self.init!r} is no initial value of a prompt: take one of {', '.join(INITS)}.")
         tables = select.word_tables(backbone)
         limit = select.max_positions(backbone)
         if limit is not None and self.num_virtual_tokens >= limit:
@@ -79,21 +82,23 @@ class PromptTuning(Method):
             attach(host, VirtualTokens(weight), self.name)
         self._limit = limit
         self._after = 1 if select.is_encoder(backbone) else 0
+        self._targets = bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
         return ()
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the batch with the prompt in every row; one that has virtual tokens already is returned as it is.
 
         Raises:
-            TuningError: the batch is no mapping with ``input_ids``, or longer than the model's positions with the prompt.
+            TuningError: the batch is no mapping with ``input_ids``, or with the prompt too long for the positions.
         """
         if not is_widened(batch):
-            batch = insert(batch, self.num_virtual_tokens, self._after)
+            batch = insert(batch, self.num_virtual_tokens, self._after, self._targets)
             length = batch["input_ids"].shape[1]
             if self._limit is not None and length > self._limit:
                 raise TuningError(
-                    f"{length - self.num_virtual_tokens} tokens and a prompt of {self.num_virtual_tokens} do not fit the "
-                    f"{self._limit} positions of the model: set max_length to {self._limit - self.num_virtual_tokens}."
+                    f"{length - self.num_virtual_tokens} tokens and a prompt of {self.num_virtual_tokens} do not fit "
+                    f"the {self._limit} positions of the model: set max_length to "
+                    f"{self._limit - self.num_virtual_tokens}."
                 )
         return batch
 
@@ -132,7 +137,11 @@ class PromptTuning(Method):
             if not self.text:
                 raise TuningError("init='text' needs the words of the prompt: give text=.")
             ids = tokenizer(self.text, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise TuningError(f"text={self.text!r} has no tokens: give the words of the prompt.")
             return word_rows(table, [ids[i % len(ids)] for i in range(count)])
+        if self.top_words < 1:
+            raise TuningError(f"top_words={self.top_words} leaves no words to draw from: take 1 or more.")
         draw = random.Random(self.seed if self.seed is not None else torch.randint(2**31, ()).item())
         frequent = frequent_ids(tokenizer, weight.shape[0], self.top_words)
         if not frequent:
@@ -174,7 +183,7 @@ class PromptTuning(Method):
 
 
 class PromptTuningMixin(MethodMixin):
-    """For a LightningModule that is tuned by a soft prompt: set ``self.method = PromptTuning(...)`` to change arguments."""
+    """For a LightningModule that is tuned by a soft prompt: set ``self.method`` to change its arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -21,10 +21,11 @@ class TuningReport(L.Callback):
     def __init__(self, command: str | None = None) -> None:
         self.command = command
 
-    @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print what is trained and what is frozen."""
-        Console().print(parameter_table(pl_module))
+        self._config = Path(trainer.log_dir or ".") / "config.yaml"  # all processes must ask for log_dir together
+        if trainer.is_global_zero:
+            Console().print(parameter_table(pl_module))
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -42,7 +43,6 @@ class TuningReport(L.Callback):
         table.add_row("delta", str(path))
         table.add_row("size", size(Path(path).stat().st_size))
         Console().print(table)
-        config = Path(trainer.log_dir or ".") / "config.yaml"
-        if self.command is not None and config.is_file():
-            words = [Path(self.command).name, "test", "--config", str(config), "--ckpt_path", str(path)]
+        if self.command is not None and self._config.is_file():
+            words = [Path(self.command).name, "test", "--config", str(self._config), "--ckpt_path", str(path)]
             Console(soft_wrap=True).print(f"test it with: {shlex.join(words)}", highlight=False)

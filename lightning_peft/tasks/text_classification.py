@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
-import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import MetricCollection
@@ -128,7 +128,7 @@ class TextClassification(MethodMixin, L.LightningModule):
         matrix: Tensor = self.confusion.compute()
         return matrix
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW, with groups for head and delta, with and without weight decay, and the schedule of its steps.
 
         Raises:
@@ -165,7 +165,7 @@ class TextClassification(MethodMixin, L.LightningModule):
         loss = F.cross_entropy(logits, labels)
         scores.update(logits, labels)
         self.log(f"{stage}_loss", loss, batch_size=len(labels), sync_dist=True)
-        self.log_dict(scores, prog_bar=True, batch_size=len(labels))  # type: ignore[arg-type]
+        self.log_dict(scores, prog_bar=True, batch_size=len(labels))
 
 
 def _can_fuse(parameter: Tensor) -> bool:

@@ -1,11 +1,370 @@
-from lightning_peft import LoRA
-from tests.contract import MethodContract
-from tests.models import KINDS
+"""LoRA: `h = W x + (alpha / r) B A x`, its counts, its patterns, and merging."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_peft import LoRA, TuningError, collect, merge
+from lightning_peft.graft import grafts
+from tests.contract import MethodContract, assert_near, output, shake, snapshot
+from tests.models import KINDS, MINILM, ROBERTA_LARGE, batch, meta, tiny
 
 
 class TestLoRA(MethodContract):
     method = LoRA(r=2)
     backbones = KINDS
 
-    def count(self, kind):
-        return 0
+    def count(self, kind: str) -> int:
+        """r (in + out) for each query and value projection, or for the fused one."""
+        square = 2 * (32 + 32)
+        return {
+            "bert": 2 * 2 * square,
+            "distilbert": 2 * 2 * square,
+            "vit": 2 * 2 * square,
+            "gpt2": 2 * 2 * (32 + 96),
+            "llama": 2 * (square + 2 * (32 + 16)),
+            "t5": (2 + 2 + 2) * 2 * square,  # in the encoder, in the decoder, and across
+        }[kind]
+
+
+class TestLoRAOnAllLinears(MethodContract):
+    method = LoRA(r=3, alpha=5.0, target_modules="all-linear", use_rslora=True, dropout=0.1)
+    backbones = ("bert", "gpt2")
+
+    def count(self, kind: str) -> int:
+        """The linear layers of the blocks and no other: neither BERT's pooler nor the head."""
+        return {"bert": 2 * 3 * (4 * 64 + 2 * 96), "gpt2": 2 * 3 * (128 + 64 + 160 + 160)}[kind]
+
+
+@pytest.mark.parametrize(
+    ("config", "r", "count"),
+    [
+        (ROBERTA_LARGE, 8, 786_432),
+        (hf.RobertaConfig(vocab_size=50265), 8, 294_912),
+        (MINILM, 8, 73_728),
+        (hf.GPT2Config(n_embd=1024, n_layer=24, n_head=16), 4, 393_216),
+        (hf.GPT2Config(n_embd=1280, n_layer=36, n_head=20), 4, 737_280),
+    ],
+    ids=["roberta-large", "roberta-base", "MiniLM", "gpt2-medium", "gpt2-large"],
+)
+def test_counts_of_the_paper(config: hf.PreTrainedConfig, r: int, count: int) -> None:
+    model = meta(config)
+    LoRA(r=r).apply(model)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def linear() -> tuple[nn.Module, Tensor]:
+    return nn.Linear(12, 10), torch.randn(2, 5, 12)
+
+
+def conv1d() -> tuple[nn.Module, Tensor]:
+    return Conv1D(10, 12), torch.randn(2, 5, 12)
+
+
+def embedding() -> tuple[nn.Module, Tensor]:
+    return nn.Embedding(12, 10, padding_idx=0), torch.randint(0, 12, (2, 5))
+
+
+def conv2d() -> tuple[nn.Module, Tensor]:
+    return nn.Conv2d(12, 10, 3, stride=2, padding=1, dilation=2, padding_mode="circular"), torch.randn(2, 12, 9, 9)
+
+
+HOSTS = pytest.mark.parametrize("build", [linear, conv1d, embedding, conv2d])
+
+
+def grafted(host: nn.Module, **arguments: object) -> tuple[nn.Module, nn.Module]:
+    """Return ``host`` in a module with LoRA on it, and the graft, its A and B random."""
+    root = nn.ModuleDict({"host": host})
+    LoRA(**{"r": 4, "alpha": 8.0, "target_modules": ["host"]} | arguments).apply(root)
+    shake(root, 1.0)
+    return root, host.lora
+
+
+@HOSTS
+def test_it_is_the_formula(build) -> None:
+    host, x = build()
+    with torch.no_grad():
+        base = host(x)
+        _, graft = grafted(host, alpha=6.0)
+        a, b, s = graft.A, graft.B, 6.0 / 4
+        if isinstance(host, nn.Embedding):
+            expected = base + s * a.t()[x] @ b.t()
+        elif isinstance(host, nn.Conv2d):
+            kernel = host.weight + s * torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a)
+            expected = host._conv_forward(x, kernel, host.bias)
+        else:
+            expected = base + s * x @ a.t() @ b.t()
+        assert not torch.allclose(expected, base, atol=0.1)
+        assert_near({"": expected}, {"": host(x)}, 1e-5)
+
+
+@HOSTS
+def test_merged_is_unmerged(build) -> None:
+    host, x = build()
+    before = host.weight.clone()
+    _, graft = grafted(host)
+    with torch.no_grad():
+        unmerged = host(x)
+        for _ in range(2):  # merging what is merged adds nothing
+            graft.merge(host)
+            assert_near({"": unmerged}, {"": host(x)}, 1e-5)
+        assert not torch.allclose(host.weight, before, atol=0.1)
+        for _ in range(2):
+            graft.unmerge(host)
+            assert_near({"": before}, {"": host.weight}, 1e-6)
+        assert_near({"": unmerged}, {"": host(x)}, 1e-5)
+
+
+@HOSTS
+def test_merge_into_bf16_rounds_once(build) -> None:
+    host, x = build()
+    host.bfloat16()
+    x = x.bfloat16() if x.is_floating_point() else x
+    with torch.no_grad():
+        _, graft = grafted(host)
+        graft.A.mul_(0.3)
+        graft.B.mul_(0.3)
+        unmerged = host(x).float()
+        exact = host.weight.float() + graft.scale * (
+            (graft.update() / graft.scale).t() if isinstance(host, Conv1D) else graft.update() / graft.scale
+        )
+        graft.merge(host)
+        assert torch.equal(host.weight, exact.bfloat16())
+        assert_near({"": unmerged}, {"": host(x).float()}, 2e-2)
+        with pytest.raises(TuningError, match=r"unmerging from torch\.bfloat16"):
+            graft.unmerge(host)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_gives_a_plain_backbone(kind: str) -> None:
+    plain, model = tiny(kind), tiny(kind)
+    LoRA(r=2).apply(model)
+    shake(model)
+    tuned = output(model, kind)
+    assert merge(model) is model
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert not list(grafts(model))
+    assert all(p.requires_grad for p in model.parameters())
+    assert_near({"": tuned}, {"": output(model, kind)}, 1e-5)
+    assert not torch.allclose(tuned, output(plain, kind), atol=0.1)
+
+
+def test_an_embedding_tied_to_the_head_is_not_merged() -> None:
+    model = tiny("gpt2")
+    LoRA(r=2, target_modules=["wte"]).apply(model)
+    shake(model)
+    before = snapshot(model, "gpt2")
+    with pytest.raises(TuningError, match=r"tied to"):
+        merge(model)
+    assert torch.equal(output(model, "gpt2"), before["output"])
+
+
+def test_a_starts_random_and_b_at_zero() -> None:
+    host = nn.Linear(400, 300)
+    LoRA(r=64, target_modules=["0"]).apply(nn.Sequential(host))
+    a, b = host.lora.A, host.lora.B
+    assert a.abs().max() <= 1 / math.sqrt(400)
+    assert a.std().item() == pytest.approx(1 / math.sqrt(3 * 400), rel=0.02)
+    assert not b.any()
+
+
+def test_an_embedding_starts_with_a_at_zero_and_b_normal() -> None:
+    host = nn.Embedding(300, 400)
+    LoRA(r=64, target_modules=["0"]).apply(nn.Sequential(host))
+    assert not host.lora.A.any()
+    assert host.lora.B.std().item() == pytest.approx(1, rel=0.02)
+
+
+@HOSTS
+def test_the_first_gradient_reaches_only_the_zero_matrix(build) -> None:
+    host, x = build()
+    LoRA(r=4, target_modules=["0"]).apply(nn.Sequential(host))
+    host(x).square().sum().backward()
+    a, b = host.lora.A.grad, host.lora.B.grad
+    zero, other = (b, a) if isinstance(host, nn.Embedding) else (a, b)
+    assert not zero.any()
+    assert other.any()
+    assert host.weight.grad is None
+
+
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 5, 12), (2, 3, 5, 12)])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_gradients_are_those_of_the_formula(shape: tuple[int, ...], contiguous: bool) -> None:
+    """The fast path is an autograd function in place; its gradients are checked against plain operations."""
+    host = nn.Linear(12, 10)
+    _, graft = grafted(host)
+    data = torch.randn(shape) if contiguous else torch.randn(*shape[:-1], 24)[..., ::2]
+    ours, plain = data.requires_grad_(), data.detach().clone().requires_grad_()
+    assert ours.is_contiguous() is contiguous or ours.dim() == 1
+    expected = F.linear(plain, host.weight, host.bias) + graft.scale * plain @ graft.A.t() @ graft.B.t()
+    weight = torch.randn_like(expected)
+    inputs = [graft.A, graft.B]
+    theirs = torch.autograd.grad((expected * weight).sum(), [plain, *inputs])
+    found = torch.autograd.grad((host(ours) * weight).sum(), [ours, *inputs])
+    for left, right in zip(theirs, found, strict=True):
+        assert_near({"": left}, {"": right}, 1e-5)
+
+
+def test_second_derivatives_are_those_of_the_formula() -> None:
+    host, x = linear()
+    _, graft = grafted(host)
+    x.requires_grad_()
+
+    def second(out: Tensor) -> tuple[Tensor, ...]:
+        inputs = (x, graft.A, graft.B)
+        first = torch.autograd.grad(out.pow(3).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+    formula = F.linear(x, host.weight, host.bias) + graft.scale * x @ graft.A.t() @ graft.B.t()
+    for left, right in zip(second(formula), second(host(x)), strict=True):
+        assert_near({"": left}, {"": right}, 1e-5)
+
+
+def test_the_update_has_rank_r() -> None:
+    host, _ = linear()
+    _, graft = grafted(host, r=3)
+    assert torch.linalg.matrix_rank(graft.update()) == 3
+
+
+def test_autocast_trains_in_fp32() -> None:
+    model = tiny("bert")
+    LoRA(r=2).apply(model)
+    shake(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch("bert")).loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all()), name
+    assert all(p.grad.any() for name, p in model.named_parameters() if "lora" in name)
+
+
+def test_dropout_leaves_the_base_path_alone() -> None:
+    host, x = linear()
+    base = host(x)
+    LoRA(r=4, dropout=0.5, target_modules=["0"]).apply(nn.Sequential(host))
+    host.train()
+    assert torch.equal(host(x), base), "with B = 0 dropout can change nothing"
+    host.lora.B.data.normal_()
+    assert not torch.equal(host(x), host(x))
+    torch.manual_seed(5)
+    dropped = F.dropout(x, 0.5)
+    torch.manual_seed(5)
+    assert_near({"": base + host.lora.scale * dropped @ host.lora.A.t() @ host.lora.B.t()}, {"": host(x)}, 1e-5)
+    host.eval()
+    assert torch.equal(host(x), host(x))
+
+
+def test_rslora_divides_by_the_root_of_the_rank() -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    LoRA(r=16, alpha=8.0, use_rslora=True, target_modules=["0"]).apply(model)
+    assert model[0].lora.scale == 8.0 / 4
+
+
+def test_patterns_set_rank_and_alpha_of_some_hosts() -> None:
+    model = tiny("bert")
+    LoRA(r=2, alpha=4.0, rank_pattern={"value": 3, "1.attention.self.value": 5}, alpha_pattern={"query": 6.0}).apply(
+        model
+    )
+    found = {place.path.removeprefix("bert.encoder.layer."): place.graft for place in grafts(model)}
+    assert {path: (graft.A.shape[0], graft.scale) for path, graft in found.items()} == {
+        "0.attention.self.query": (2, 3.0),
+        "0.attention.self.value": (3, 4 / 3),
+        "1.attention.self.query": (2, 3.0),
+        "1.attention.self.value": (5, 4 / 5),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "paths"),
+    [
+        ({"layers": [1]}, ["1.attention.self.query", "1.attention.self.value"]),
+        ({"layers": [-2]}, ["0.attention.self.query", "0.attention.self.value"]),
+        ({"target_modules": ["key"]}, ["0.attention.self.key", "1.attention.self.key"]),
+        (
+            {"target_modules": r".*layer\.1\..*dense"},
+            ["1.attention.output.dense", "1.intermediate.dense", "1.output.dense"],
+        ),
+        (
+            {"target_modules": ["0.output.dense", "key"], "exclude": r".*1\..*"},
+            ["0.attention.self.key", "0.output.dense"],
+        ),
+    ],
+)
+def test_targets(arguments: dict, paths: list[str]) -> None:
+    model = tiny("bert")
+    LoRA(r=2, **arguments).apply(model)
+    assert [place.path.removeprefix("bert.encoder.layer.") for place in grafts(model)] == paths
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_modules": ["nope"]}, r"'nope' matches no Linear .*of BertForSequenceClassification; it has e\.g\. "),
+        (
+            {"target_modules": ["self.qury"]},
+            r"'self\.qury' matches no .*e\.g\. bert\.encoder\.layer\.0\.attention\.self\.query",
+        ),
+        ({"target_modules": "query"}, "'query' matches no Linear"),
+        ({"target_modules": "(query"}, r"'\(query' is no regular expression"),
+        ({"target_modules": ["classifier"]}, "'classifier' matches no Linear"),
+        ({"r": 0}, r"r=0 does not fit .*\[32, 32\]: choose 1 to 32"),
+        ({"r": -1}, r"r=-1 does not fit"),
+        ({"r": 33}, r"r=33 does not fit"),
+        ({"rank_pattern": {"query": 40}}, r"r=40 does not fit .*query"),
+        ({"rank_pattern": {"key": 1}}, "rank_pattern has 'key', which matches no targeted module"),
+        ({"alpha_pattern": {"quer": 1.0}}, r"alpha_pattern has 'quer'.*self\.query"),
+        ({"layers": [2]}, "layers has 2, but .* has blocks 0 to 1"),
+        ({"layers": [-3]}, "layers has -3"),
+        ({"target_modules": ["pooler.dense"], "layers": [0]}, "keeps none of the selected modules"),
+        ({"exclude": ".*"}, "exclude='.*' leaves nothing"),
+        ({"exclude": "("}, "is no regular expression"),
+        ({"backbone": "encodr"}, "backbone='encodr' is no submodule"),
+        ({"also_train": "clasifier.*"}, "also_train='clasifier.*' matches no parameter .*classifier"),
+        ({"dropout": 1.5}, "dropout=1.5"),
+    ],
+)
+def test_bad_arguments_are_refused_and_change_nothing(arguments: dict, message: str) -> None:
+    model = tiny("bert")
+    before = snapshot(model, "bert")
+    with pytest.raises(TuningError, match=message):
+        LoRA(**{"r": 2} | arguments).apply(model)
+    after = snapshot(model, "bert")
+    assert torch.equal(before.pop("output"), after.pop("output"))
+    assert after.pop("state").keys() == before.pop("state").keys()
+    assert before == after
+
+
+def test_a_grouped_convolution_is_refused() -> None:
+    with pytest.raises(TuningError, match="4 groups"):
+        LoRA(r=2, target_modules=["0"]).apply(nn.Sequential(nn.Conv2d(8, 8, 3, groups=4)))
+
+
+def test_a_model_of_unknown_names_is_refused() -> None:
+    with pytest.raises(TuningError, match="no query or value projection under a known name: give target_modules"):
+        LoRA().apply(nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_a_compiled_model_is_refused() -> None:
+    whole, inside = torch.compile(tiny("bert"), backend="eager"), tiny("bert")
+    inside.compile(backend="eager")
+    for model in (whole, inside):
+        with pytest.raises(TuningError, match="compile it afterwards"):
+            LoRA(r=2).apply(model)
+
+
+def test_what_is_trained_beside_it() -> None:
+    model = tiny("bert")
+    LoRA(r=2, layers=[0], also_train=r"bert\.pooler\..*", exclude=r"classifier\.bias").apply(model)
+    assert sorted(collect(model)) == [
+        "bert.encoder.layer.0.attention.self.query.lora.A",
+        "bert.encoder.layer.0.attention.self.query.lora.B",
+        "bert.encoder.layer.0.attention.self.value.lora.A",
+        "bert.encoder.layer.0.attention.self.value.lora.B",
+        "bert.pooler.dense.bias",
+        "bert.pooler.dense.weight",
+        "classifier.weight",
+    ]

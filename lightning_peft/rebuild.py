@@ -88,7 +88,7 @@ def _pretrained(identity: Mapping[str, Any], name: str | None, source: str) -> n
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would tell that the head is new, which the delta brings
     try:
-        return kind.from_pretrained(name, **labels)
+        return kind.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
     finally:
         logging.set_verbosity(verbosity)
 

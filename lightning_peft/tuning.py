@@ -15,6 +15,16 @@ from lightning_peft.graft import detach, grafts
 _ATTRIBUTE = "_lightning_peft"
 
 
+class _Version(int):
+    """How often a tensor had been written to. The tensors of a copied model count anew, so a copy of this fits none."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Version":
+        return _Version(-1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Version, (-1,)
+
+
 @dataclass
 class Tuning:
     """What methods did to one backbone.
@@ -50,10 +60,12 @@ class Tuning:
     def add(self, backbone: nn.Module, name: str, method: Any, trains: set[str], keep: bool) -> None:
         """Record a method; let the base tensors that it trains require gradients, and keep their values to undo it."""
         parameters = dict(backbone.named_parameters())
+        in_grafts = _in_grafts(backbone)
+        trains = {name for name in trains if id(parameters[name]) not in in_grafts}
         for tensor in trains:
             if tensor not in self.originals:
                 values = parameters[tensor].detach()
-                self.originals[tensor] = values.clone() if keep else values._version
+                self.originals[tensor] = values.clone() if keep else _Version(values._version)
             parameters[tensor].requires_grad_(True)
         self.methods[name], self.trains[name] = method, trains
         self.fingerprint = None
@@ -98,7 +110,7 @@ class Tuning:
     def freeze(self, backbone: nn.Module) -> None:
         """Let require gradients just what the methods train, whatever has been done to the flags since."""
         trained = self.trained_in_place()
-        in_grafts = {id(p) for place in grafts(backbone) for p in place.graft.parameters()}
+        in_grafts = _in_grafts(backbone)
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_(name in trained or id(parameter) in in_grafts)
 
@@ -109,3 +121,8 @@ def tunings(root: nn.Module) -> Iterator[tuple[str, nn.Module, Tuning]]:
         tuning = Tuning.of(module)
         if tuning is not None:
             yield name, module, tuning
+
+
+def _in_grafts(backbone: nn.Module) -> set[int]:
+    """Return the ids of the parameters that methods have added, which are trained as long as they are there."""
+    return {id(p) for place in grafts(backbone) for p in place.graft.parameters()}

@@ -69,7 +69,7 @@ def test_two_pretrained_models_must_be_told_apart() -> None:
     with pytest.raises(TuningError, match=r"2 pretrained models \(one, other\): name one with backbone="):
         select.backbone_of(module)
     assert select.backbone_of(module, "other") is module.other
-    with pytest.raises(TuningError, match="backbone='othr' is no submodule of Module; it has e.g. other"):
+    with pytest.raises(TuningError, match=r"backbone='othr' is no submodule of Module; it has e\.g\. other"):
         select.backbone_of(module, "othr")
 
 

@@ -1,4 +1,4 @@
-"""A small labelled text problem: sentences of known words, in files of every format, and a model and tokenizer for them."""
+"""A small labelled text problem: sentences of known words, in files, and a model with its tokenizer for them."""
 
 import random
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests import models
 WORDS = {"nature": "river stone bird tree sun green", "people": "people house time", "sound": "music film"}
 """Class -> the words that only its sentences have."""
 NAMES = list(WORDS)
-FILLERS = "the of and to in good bad water light".split()
+FILLERS = ["the", "of", "and", "to", "in", "good", "bad", "water", "light"]
 
 
 def sentences(count: int, seed: int = 0, longest: int = 12) -> list[dict[str, Any]]:

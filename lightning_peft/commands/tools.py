@@ -42,13 +42,14 @@ def methods() -> None:
     console.print(f"Arguments of all: {', '.join(sorted(shared))}.", highlight=False)
 
 
-def info(file: str) -> None:
+def info(file: str, tensors: bool = True) -> None:
     """Show what a delta file holds.
 
     Args:
         file: a delta, as safetensors or checkpoint.
+        tensors: list its tensors, too.
     """
-    tensors, meta = read_delta(file)
+    held, meta = read_delta(file)
     table = Table(show_header=False, title=str(file), title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -59,15 +60,17 @@ def info(file: str) -> None:
         origin = f" of {backbone['name_or_path']}" if backbone["name_or_path"] else ""
         table.add_row("backbone", f"{backbone['class']}{origin}" + (f", at {path}" if path else ""))
         table.add_row("fingerprint", backbone["fingerprint"])
-    table.add_row("tensors", f"{len(tensors)}, {count(tensors.values()):,} values, {dtypes(tensors.values())}")
+    table.add_row("tensors", f"{len(held)}, {count(held.values()):,} values, {dtypes(held.values())}")
     table.add_row(
-        "size", f"{size(Path(file).stat().st_size)} ({size(sum(t.nbytes for t in tensors.values()))} of tensors)"
+        "size", f"{size(Path(file).stat().st_size)} ({size(sum(t.nbytes for t in held.values()))} of tensors)"
     )
     table.add_row("resumes", "yes, with optimizer and random state" if "resume" in meta else "no, weights only")
     table.add_row("written with", ", ".join(f"{package} {number}" for package, number in meta["versions"].items()))
     Console().print(table)
+    if not tensors:
+        return
     names = Table("shape", "dtype", Column("tensor", overflow="fold"))
-    for name, tensor in tensors.items():
+    for name, tensor in held.items():
         names.add_row(str(list(tensor.shape)), str(tensor.dtype).removeprefix("torch."), name)
     Console().print(names)
 

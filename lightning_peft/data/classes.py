@@ -34,7 +34,7 @@ def class_names(rows: Dataset, column: str, split: str) -> dict[Any, str]:
     kind = str(getattr(feature, "dtype", feature))
     if not named and not kind.startswith(_TYPES):
         raise TuningError(f"column {column!r} of the {split} split holds {kind}: give strings or integers as classes.")
-    values = rows.unique(column)
+    values = set(rows[column][:])
     if any(value is None or value == "" or (named and value < 0) for value in values):
         raise TuningError(f"the {split} split has rows without a label in column {column!r}: leave them out.")
     return dict(enumerate(feature.names)) if named else {value: str(value) for value in sorted(values)}
@@ -47,7 +47,7 @@ def class_numbers(rows: Dataset, column: str, split: str, names: Sequence[str]) 
         TuningError: a value is none of these classes.
     """
     own = class_names(rows, column, split)
-    for value in rows.unique(column):
+    for value in sorted(set(rows[column][:])):
         if own[value] not in names:
             raise TuningError(
                 f"the {split} split has label {own[value]!r}, which train has not{near(own[value], names)}."

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import os
 import platform
 import re
 import sysconfig
@@ -70,11 +71,9 @@ class StdlibDocstrings(TextData):
 
 
 def docstrings(library: Path) -> Iterator[tuple[str, str]]:
-    """Yield ``(package, text)`` for each first paragraph in the sources below a folder, in the order of their paths."""
-    for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).with_suffix("").parts
-        if any(_LEFT_OUT.fullmatch(part) for part in parts if part != "__init__"):
-            continue
+    """Yield ``(package, text)`` for each first paragraph in the public sources below a folder."""
+    for path in _sources(library):
+        package = path.relative_to(library).with_suffix("").parts[0]
         with warnings.catch_warnings(action="ignore"):  # of escapes in old sources
             try:
                 tree = ast.parse(path.read_bytes())
@@ -82,7 +81,16 @@ def docstrings(library: Path) -> Iterator[tuple[str, str]]:
                 continue
         for node in ast.walk(tree):
             if isinstance(node, _DOCUMENTED) and (docstring := ast.get_docstring(node)):
-                yield parts[0], " ".join(re.split(r"\n\s*\n", docstring.strip())[0].split())
+                yield package, " ".join(re.split(r"\n\s*\n", docstring.strip())[0].split())
+
+
+def _sources(library: Path) -> Iterator[Path]:
+    for folder, children, files in os.walk(library):
+        children[:] = sorted(name for name in children if not _LEFT_OUT.fullmatch(name))  # os.walk goes into these
+        for name in sorted(files):
+            stem, suffix = os.path.splitext(name)
+            if suffix == ".py" and (stem == "__init__" or not _LEFT_OUT.fullmatch(stem)):
+                yield Path(folder, name)
 
 
 def _rows(

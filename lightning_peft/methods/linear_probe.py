@@ -25,8 +25,8 @@ class LinearProbe(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Add nothing: the head is trained beside every method, here it stands alone."""
-        is_language_model = hasattr(backbone, "get_output_embeddings") and backbone.get_output_embeddings() is not None
-        if is_language_model and self.also_train is None:
+        lm_head = getattr(backbone, "get_output_embeddings", lambda: None)
+        if lm_head() is not None and self.also_train is None:
             raise TuningError(
                 f"{type(backbone).__name__} has no task head but that of a language model: take a classifier, or name "
                 "what to train with also_train= (a regex)."

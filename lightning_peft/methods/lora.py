@@ -121,8 +121,12 @@ class LowRank(Graft):
             raise TuningError(
                 f"a {weight.dtype} weight cannot take in an update: merge into the float backbone instead."
             )
-        delta = self.update()
-        shifted = weight.float().add_(delta.t() if isinstance(host, Conv1D) else delta, alpha=sign)
+        shifted = weight.float()
+        if isinstance(host, nn.Conv2d):
+            shifted.add_(self.update(), alpha=sign)
+        else:  # in the layout of the weight, and with no B A beside it; Conv1D and Embedding have [in, out]
+            left, right = (self.B, self.A) if isinstance(host, nn.Linear) else (self.A.t(), self.B.t())
+            shifted.addmm_(left, right, alpha=sign * self.scale)
         weight.copy_(shifted)
         self.merged = sign > 0
 

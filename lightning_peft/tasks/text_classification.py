@@ -10,14 +10,42 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 from transformers.utils import logging
 
 from lightning_peft import select
 from lightning_peft.errors import TuningError
+from lightning_peft.files import resolve
 from lightning_peft.mixin import MethodMixin
+
+
+class CrossEntropy(Metric):
+    """The mean cross-entropy over the rows of all processes, summed in fp32 whatever the precision of the Trainer.
+
+    Lightning's own mean of a logged number is off where processes have unlike many rows: it rounds the mean of their
+    counts down to an integer.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    total: Tensor
+    rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), "sum")
+        self.add_state("rows", torch.zeros((), dtype=torch.long), "sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch of logits [B, classes] and classes [B]."""
+        self.total = self.total + F.cross_entropy(preds.float(), target, reduction="sum")
+        self.rows = self.rows + len(target)
+
+    def compute(self) -> Tensor:
+        """Return the mean."""
+        return self.total / self.rows
 
 
 class TextClassification(MethodMixin, L.LightningModule):
@@ -27,7 +55,7 @@ class TextClassification(MethodMixin, L.LightningModule):
     classes. The optimizer is AdamW; the learning rate rises linearly from 0 and then falls linearly to 0.
 
     Args:
-        model: folder or hub id of the pretrained model.
+        model: folder or hub id of the pretrained model, or ``package://NAME/FOLDER`` in an installed package.
         labels: names of the classes; None: those that the model was trained for.
         lr: learning rate of the delta, that is of all that is trained but the head.
         head_lr: learning rate of the head; None: ``lr``.
@@ -40,8 +68,8 @@ class TextClassification(MethodMixin, L.LightningModule):
         self,
         model: str,
         labels: list[str] | None = None,
-        lr: float = 1e-3,
-        head_lr: float | None = None,
+        lr: float = 2e-3,
+        head_lr: float | None = 1e-2,
         weight_decay: float = 0.01,
         warmup: float = 0.1,
         dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
@@ -52,11 +80,11 @@ class TextClassification(MethodMixin, L.LightningModule):
         self.head_lr = lr if head_lr is None else head_lr
         self.weight_decay = weight_decay
         self.warmup = warmup
-        self.backbone = _pretrained(model, labels, dtype)
+        self.backbone = _pretrained(resolve(model), labels, dtype)
         self.labels: list[str] = list(self.backbone.config.id2label.values())
         count = len(self.labels)
         scores = {
-            "loss": MeanMetric(),  # logged as a number, its mean over processes with unlike many rows is off
+            "loss": CrossEntropy(),
             "accuracy": MulticlassAccuracy(count, average="micro"),
             "f1": MulticlassF1Score(count, average="macro"),
         }
@@ -76,7 +104,7 @@ class TextClassification(MethodMixin, L.LightningModule):
             TuningError: other classes, or texts that may be longer than the model's positions.
         """
         data = getattr(self.trainer, "datamodule", None)
-        names = getattr(data, "label_names", self.labels)
+        names = getattr(data, "label_names", self.labels) if stage != "predict" else self.labels
         if list(names) != self.labels:
             raise TuningError(
                 f"the data have {len(names)} classes ({', '.join(names)}), the model {len(self.labels)} "
@@ -110,13 +138,8 @@ class TextClassification(MethodMixin, L.LightningModule):
         labels = [self.labels[i] for i in probabilities.argmax(1).tolist()]
         return {"labels": labels, "probabilities": probabilities}
 
-    def on_validation_start(self) -> None:
-        """Start from zero."""
-        _restart(self.val_scores)
-
     def on_test_start(self) -> None:
-        """Start from zero."""
-        _restart(self.test_scores)
+        """Forget the confusions of an earlier test."""
         self.confusion.reset()
 
     def on_test_epoch_end(self) -> None:
@@ -168,15 +191,9 @@ class TextClassification(MethodMixin, L.LightningModule):
     def _score(self, scores: MetricCollection, batch: dict[str, Tensor]) -> Tensor:
         logits: Tensor = self(batch)
         labels = batch["labels"]
-        scores.update(preds=logits, target=labels, value=F.cross_entropy(logits, labels), weight=len(labels))
+        scores.update(logits, labels)
         self.log_dict(scores, prog_bar=True, batch_size=len(labels))
         return logits
-
-
-def _restart(scores: MetricCollection) -> None:
-    """Make fresh sums in fp32: bf16-true has cast them, and those that ``trainer.validate`` leaves cannot be added to."""
-    scores["loss"].set_dtype(torch.float32)
-    scores.reset()
 
 
 def _can_fuse(parameter: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.checkpoint --rounds 11
 
-Each package lives one life a round, by turns: apply; save, and save again; load in place, into the model that was saved;
-load into a bare backbone; merge. What was read must be what was written. Files go to a temporary folder and are read warm.
+Each package lives one life a round, by turns: apply; save, and save again; load in place, into the model that was
+saved; load into a bare backbone; merge. What was read must be what was written. Files are read warm.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_peft import LoRA, load_delta, merge, save_delta
-from lightning_peft.graft import grafts
 from tests.benchmarks import measure
 
 METHOD = LoRA(r=8, alpha=16.0, target_modules="all-linear")

@@ -1,11 +1,14 @@
 """Measuring on a machine that others use too: interleaved rounds, ratios within a round, medians over rounds."""
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from typing import NamedTuple
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from torch import Tensor

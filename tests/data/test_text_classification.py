@@ -1,20 +1,19 @@
 """Texts and labels from every kind of source, as batches; what is wrong with a source is said in one sentence."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import lightning as L
 import pytest
 import torch
-from datasets import Dataset
 from transformers import AutoTokenizer
 
 from lightning_peft import TuningError
 from lightning_peft.data import TextClassificationData
 from lightning_peft.data.batches import Batches
 from tests import models, text
-from tests.text import NAMES, sentences, write
-
-ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+from tests.modules import trainer
+from tests.text import ENDINGS, NAMES, sentences, write
 
 
 def decoded(data: TextClassificationData, loader: Any) -> list[tuple[str, str]]:
@@ -192,84 +191,6 @@ def test_each_process_has_its_rows(model: str, tmp_path: Path) -> None:
     assert sorted(rows) == sorted(pairs(sentences(45)))
 
 
-GOOD = sentences(12)
-MISTAKES: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
-    "text column": ({"text": "txt"}, GOOD, r"^the train split has no column 'txt'; it has e\.g\. text"),
-    "label column": ({"label": "labels"}, GOOD, r"^the train split has no column 'labels'; it has e\.g\. label"),
-    "columns": ({"text": ["a", "b", "c"]}, GOOD, r"names 3 columns: name one, or two"),
-    "empty": ({}, [], r"^the test split is empty"),
-    "unknown": ({}, [{"text": "a", "label": "peeple"}], r"^the test split has label 'peeple', .*has e\.g\. people"),
-    "missing": ({}, [{"text": "a", "label": ""}], r"^the test split has rows without a label in column 'label'"),
-    "number": (
-        {},
-        [{"text": "a", "label": 0.5}],
-        r"^column 'label' of the test split holds \w*: give strings or integers",
-    ),
-    "file": ({"test": "nowhere.csv"}, GOOD, r"^test='nowhere\.csv' is no file: give the path of one\.$"),
-    "ending": ({"test": "rows.txt"}, GOOD, r"^test='rows\.txt' ends in none of \.csv, \.tsv, "),
-    "dataset": (
-        {"dataset": "no/such"},
-        GOOD,
-        r"^dataset='no/such' cannot be loaded \(.*\): give a hub id or a folder\.$",
-    ),
-    "tokenizer": ({"tokenizer": "no/such"}, GOOD, r"^no tokenizer at 'no/such' \(.*\): give its folder or hub id\.$"),
-    "max_length": ({"max_length": 0}, GOOD, r"^max_length=0 is out of range: take 1 or more\.$"),
-    "shares": ({"test_share": 0.6, "validation_share": 0.4}, GOOD, r"leave nothing to train on"),
-}
-
-
-def set_up(arguments: dict[str, Any]) -> None:
-    data = TextClassificationData(**arguments)
-    for stage in ("fit", "test"):
-        data.setup(stage)
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes(mistake: str, model: str, tmp_path: Path) -> None:
-    arguments, test_rows, message = MISTAKES[mistake]
-    test = tmp_path / "test.jsonl"
-    test.touch()
-    if test_rows:
-        write(test, test_rows)
-    arguments = {"tokenizer": model, "train": write(tmp_path / "train.jsonl", GOOD), "test": str(test)} | arguments
-    with pytest.raises(TuningError, match=message) as caught:
-        set_up(arguments)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("content", ["", '{"text": "a'])
-def test_broken_files(content: str, ending: str, model: str, tmp_path: Path) -> None:
-    path = tmp_path / f"train{ending}"
-    path.write_text(content)
-    if content and ending in (".csv", ".tsv"):
-        message = "the train split is empty"
-    else:
-        message = "the train split is empty|is no readable"
-    with pytest.raises(TuningError, match=message):
-        TextClassificationData(tokenizer=model, train=str(path)).setup("fit")
-
-
-def test_too_few_classes_or_rows(model: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "one.jsonl", [{"text": "a", "label": "x"}] * 3)
-    with pytest.raises(
-        TuningError, match=r"^column 'label' holds the classes \['x'\]: a classifier needs two or more\.$"
-    ):
-        _ = TextClassificationData(tokenizer=model, train=path).label_names
-    path = write(tmp_path / "two.jsonl", sentences(3))
-    with pytest.raises(TuningError, match="the validation split is empty"):
-        TextClassificationData(tokenizer=model, train=path).setup("fit")
-
-
-def test_longer_than_the_tokenizer_allows(model: str, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.model_max_length = 16
-    tokenizer.save_pretrained(tmp_path / "short")
-    data = TextClassificationData(tokenizer=str(tmp_path / "short"), train=write(tmp_path / "t.csv", sentences(30)))
-    with pytest.raises(TuningError, match=r"^max_length=128 is longer than the 16 tokens of .*: take 16 or less\.$"):
-        data.setup("fit")
-
-
 def test_unlabelled_rows_can_be_predicted(model: str, tmp_path: Path) -> None:
     predict = write(tmp_path / "new.csv", [{"text": "river"}, {"text": "music of time"}])
     data = text.data(model, tmp_path, predict=predict)
@@ -278,19 +199,21 @@ def test_unlabelled_rows_can_be_predicted(model: str, tmp_path: Path) -> None:
     assert data.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True) == ["river", "music of time"]
 
 
-def test_test_rows_that_are_not_there(model: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "train.jsonl", sentences(20))
-    data = TextClassificationData(tokenizer=model, train=path, test_share=0)
-    data.setup("test")
-    with pytest.raises(TuningError, match=r"has no test rows: give it a test split\.$"):
-        data.test_dataloader()
+def test_rows_to_predict_need_no_others(model: str, tmp_path: Path) -> None:
+    predict = write(tmp_path / "new.csv", sentences(5))
+    data = TextClassificationData(tokenizer=model, train="nowhere.csv", predict=predict)
+    data.setup("predict")
+    assert [len(batch["input_ids"]) for batch in data.predict_dataloader()] == [5]
 
 
-def test_unlabelled_test_of_the_hub(model: str, tmp_path: Path) -> None:
-    labelled = Dataset.from_list(sentences(20)).class_encode_column("label")
-    blind = labelled.map(lambda row: row | {"label": -1})
-    labelled.to_parquet(tmp_path / "hub" / "train.parquet")
-    blind.to_parquet(tmp_path / "hub" / "test.parquet")
-    data = TextClassificationData(tokenizer=model, dataset=str(tmp_path / "hub"))
-    with pytest.raises(TuningError, match="the test split has rows without a label"):
-        data.setup("test")
+def test_overfitting_sees_the_same_rows(model: str, tmp_path: Path) -> None:
+    class Seen(L.Callback):
+        batches: ClassVar[list[torch.Tensor]] = []
+
+        def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
+            self.batches.append(batch["input_ids"])
+
+    run = trainer(tmp_path, Seen(), overfit_batches=2, max_epochs=2)
+    run.fit(text.task(model), text.data(model, tmp_path))
+    assert len(Seen.batches) == 4
+    assert all(torch.equal(*pair) for pair in zip(Seen.batches[:2], Seen.batches[2:], strict=True))

@@ -14,6 +14,7 @@ PAIR = "query+intermediate"
 class TestBitFit(MethodContract):
     method = BitFit()
     backbones = ("bert", "distilbert", "gpt2", "vit")
+    compiled = ("gpt2",)
 
     def count(self, kind: str) -> int:
         """L (7d + ff) as in the paper, LayerNorms included, and the biases outside of the blocks."""

@@ -15,6 +15,7 @@ from tests.modules import Tuned, loader, trainer
 class TestFullFineTuning(MethodContract):
     method = FullFineTuning()
     backbones = KINDS
+    compiled = ("bert",)
 
     def count(self, kind: str) -> int:
         """Tables, blocks of 4 (d² + d) + 2 d ff + ff + d and two norms of 2d, as each family varies them."""

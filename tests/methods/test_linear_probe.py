@@ -14,6 +14,7 @@ from tests.models import batch, meta, tiny
 class TestLinearProbe(MethodContract):
     method = LinearProbe()
     backbones = ("bert", "distilbert", "vit")
+    compiled = ("vit",)
 
     def count(self, kind: str) -> int:
         """Nothing but the head."""

@@ -32,6 +32,10 @@ class Linear(nn.Linear):
         return super().forward(x).relu()
 
 
+class Tagged(Tensor):
+    """A subclass of tensors, which all operations keep."""
+
+
 def tuned(host: nn.Module, dropout: float = 0.0) -> nn.Module:
     """Return the host, frozen, with a graft that is past the start of training."""
     host.requires_grad_(False)
@@ -279,14 +283,34 @@ def test_compiled(written, plain) -> None:
     assert not written
 
 
-def test_autocast_is_plain(written, plain) -> None:
-    host, x = tuned(nn.Linear(IN, OUT)), torch.randn(2, 5, IN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_is_plain(dtype: torch.dtype, written, plain) -> None:
+    host, x = tuned(nn.Linear(IN, OUT)), torch.randn(2, 5, IN, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = run(host, x), plain(host, x)
     assert not written
     assert found["lora.A"].dtype == torch.float32
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("change", [lambda out: out.t().contiguous().t(), Tensor.bfloat16, Tagged])
+def test_an_output_that_a_linear_layer_does_not_give_is_not_written_to(change, written) -> None:
+    host, x = tuned(nn.Linear(IN, OUT)), torch.randn(5, IN)
+    base = change(F.linear(x, host.weight, host.bias))
+    given = base.clone()
+    out = host.lora.after(base, host, x)
+    assert not written
+    assert torch.equal(base, given)
+    assert out.dtype == base.dtype
+    assert type(out) is type(base)
+
+
+def test_a_subclass_for_a_matrix_is_plain(written) -> None:
+    host = tuned(nn.Linear(IN, OUT))
+    host.lora.A = nn.Parameter(Tagged(host.lora.A.detach()))
+    assert type(host(torch.randn(5, IN))) is Tagged
+    assert not written
 
 
 def test_gradients_per_sample(written) -> None:

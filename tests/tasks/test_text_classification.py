@@ -5,14 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BertForMaskedLM
 
 from lightning_peft import (
@@ -20,17 +17,15 @@ from lightning_peft import (
     FullFineTuning,
     LinearProbe,
     LoRA,
-    LoRAMixin,
     Method,
     PromptTuning,
     TuningError,
-    load_from_checkpoint,
 )
 from lightning_peft.tasks import TextClassification
 from tests import models, text
 from tests.modules import trainer
 from tests.tasks import two_processes
-from tests.text import NAMES
+from tests.text import NAMES, scored
 
 METHODS = [
     LoRA(r=4),
@@ -41,27 +36,10 @@ METHODS = [
 ]
 
 
-def scored(task: TextClassification, data: L.LightningDataModule) -> tuple[Tensor, Tensor]:
-    """Return logits [N, C] and labels [N] of the test rows, without any of Lightning."""
-    task.eval()
-    with torch.no_grad():
-        pairs = [(task(batch), batch["labels"]) for batch in data.test_dataloader()]
-    return torch.cat([logits for logits, _ in pairs]), torch.cat([labels for _, labels in pairs])
-
-
-def weights(task: TextClassification) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in task.named_parameters() if p.requires_grad}
-
-
-def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_learns_and_scores(method: Method, model: str, tmp_path: Path) -> None:
-    data = text.data(model, tmp_path, train=240)
-    task = text.task(model, lr=3e-3 if isinstance(method, FullFineTuning) else 2e-2)
+    data = text.data(model, tmp_path, train=240, other=60)
+    task = text.task(model, lr=3e-3 if isinstance(method, FullFineTuning) else 2e-2, head_lr=None)
     run = trainer(tmp_path, method, max_epochs=5)
     before = run.validate(task, data, verbose=False)[0]
     run.fit(task, data)
@@ -131,131 +109,6 @@ def test_predictions(model: str, tmp_path: Path) -> None:
     assert torch.allclose(task.eval()(tokens).softmax(1)[0], probabilities[5], atol=1e-6)
 
 
-def configured(task: TextClassification, tmp_path: Path, *methods: Method, **kwargs: Any) -> L.Trainer:
-    """Return a Trainer after a fit, with what configure_optimizers gave it."""
-    run = trainer(tmp_path, *methods, **kwargs)
-    run.fit(task, text.data(task.hparams["model"], tmp_path))
-    return run
-
-
-def test_groups_of_the_optimizer(model: str, tmp_path: Path) -> None:
-    task = text.task(model, lr=1e-3, head_lr=5e-3, weight_decay=0.1)
-    method = LoRA(r=2, also_train=r"bert\.pooler\..*")
-    (optimizer,) = configured(task, tmp_path, method, limit_train_batches=1).optimizers
-    names = {id(p): name.removeprefix("backbone.") for name, p in task.named_parameters()}
-    groups = {group["name"]: group for group in optimizer.param_groups}
-    loras = {
-        f"bert.encoder.layer.{layer}.attention.self.{host}.lora.{matrix}"
-        for layer in (0, 1)
-        for host in ("query", "value")
-        for matrix in "AB"
-    }
-    expected = {
-        "delta": (loras | {"bert.pooler.dense.weight"}, 1e-3, 0.1),
-        "delta without decay": ({"bert.pooler.dense.bias"}, 1e-3, 0.0),
-        "head": ({"classifier.weight"}, 5e-3, 0.1),
-        "head without decay": ({"classifier.bias"}, 5e-3, 0.0),
-    }
-    for name, (members, lr, decay) in expected.items():
-        group = groups.pop(name)
-        assert {names[id(p)] for p in group["params"]} == members
-        assert (group["initial_lr"], group["weight_decay"]) == (lr, decay)
-    assert not groups
-    assert optimizer.defaults["fused"]
-
-
-def test_vectors_have_no_decay(model: str, tmp_path: Path) -> None:
-    (optimizer,) = configured(text.task(model), tmp_path, FullFineTuning(), limit_train_batches=1).optimizers
-    for group in optimizer.param_groups:
-        assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] > 0}
-    assert {group["lr"] for group in optimizer.param_groups} == {0.0}
-
-
-def test_schedule(model: str, tmp_path: Path) -> None:
-    class Rates(L.Callback):
-        seen: list[float]
-
-        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            self.seen = [trainer.optimizers[0].param_groups[0]["lr"]]
-
-        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-            self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    rates = Rates()
-    run = trainer(tmp_path, LoRA(r=2), rates, max_epochs=2)
-    run.fit(text.task(model, lr=1.0, warmup=0.25), text.data(model, tmp_path))
-    assert run.global_step == 12
-    rising, falling = [0, 1 / 3, 2 / 3, 1], [i / 9 for i in range(8, -1, -1)]
-    assert rates.seen == pytest.approx(rising + falling)
-
-
-def test_steps_are_counted_after_accumulation(model: str, tmp_path: Path) -> None:
-    run = configured(text.task(model, lr=1.0, warmup=0), tmp_path, LoRA(r=2), accumulate_grad_batches=3, max_epochs=3)
-    assert run.global_step == 6
-    assert run.optimizers[0].param_groups[0]["lr"] == 0
-
-
-def test_a_delta_checkpoint_gives_the_task_back(model: str, tmp_path: Path) -> None:
-    data, task = text.data(model, tmp_path), text.task(model, lr=1e-2)
-    saver = ModelCheckpoint(tmp_path / "saved", monitor="val_accuracy", mode="max")
-    trainer(tmp_path, LoRA(r=2), saver).fit(task, data)
-    data.setup("test")
-    logits, _ = scored(task, data)
-    assert len(torch.load(saver.best_model_path, weights_only=True)["state_dict"]) == 4 * 2 + 2
-    for load in (TextClassification.load_from_checkpoint, lambda p: load_from_checkpoint(TextClassification, p)):
-        L.seed_everything(7, verbose=False)
-        again = load(saver.best_model_path)
-        assert again.labels == NAMES
-        assert torch.equal(scored(again, data)[0], logits)
-    L.seed_everything(8, verbose=False)
-    other = text.task(model, lr=1e-2)
-    logged = trainer(tmp_path, LoRA(r=2), saver).test(other, data, ckpt_path=saver.best_model_path, verbose=False)
-    assert logged == trainer(tmp_path).test(task, data, verbose=False)
-    assert torch.equal(other.confusion_matrix(), task.confusion_matrix())
-
-
-class Owner(LoRAMixin, TextClassification):
-    """Owns its method."""
-
-
-def test_as_a_mixin(model: str, tmp_path: Path) -> None:
-    L.seed_everything(0, verbose=False)
-    task, saver = Owner(model, labels=NAMES), ModelCheckpoint(tmp_path / "saved")
-    task.method = LoRA(r=2)
-    data = text.data(model, tmp_path)
-    trainer(tmp_path, saver).fit(task, data)
-    data.setup("test")
-    again = Owner.load_from_checkpoint(saver.best_model_path)
-    assert torch.equal(scored(again, data)[0], scored(task, data)[0])
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # a resumed run goes on in it
-@pytest.mark.parametrize("when", ["end of epoch", "after validation", "inside an epoch", "after validation inside"])
-def test_a_resumed_run_equals_an_uninterrupted_one(when: str, tmp_path: Path) -> None:
-    model = text.save_model(tmp_path / "dropout", dropout=0.1)
-    saving: dict[str, dict[str, Any]] = {
-        "end of epoch": {"save_on_train_epoch_end": True, "every_n_epochs": 1},
-        "after validation": {"save_on_train_epoch_end": False, "every_n_epochs": 1},
-        "inside an epoch": {"every_n_train_steps": 4},
-        "after validation inside": {"save_on_train_epoch_end": False, "every_n_epochs": 1},
-    }
-    often = {"val_check_interval": 4} if when == "after validation inside" else {}
-
-    def run(path: Path | None = None) -> dict[str, Tensor]:
-        saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", save_top_k=-1, **saving[when])
-        method = LoRA(r=2, dropout=0.2, backbone_mode="train")
-        task = text.task(model, lr=1e-2)
-        trainer(tmp_path, method, saver, max_epochs=3, **often).fit(task, text.data(model, tmp_path), ckpt_path=path)
-        return weights(task)
-
-    whole = run()
-    middle = {path.name: path for path in (tmp_path / "saved").iterdir()}
-    assert len(middle) >= 3
-    steps = {"inside an epoch": (4, 8), "after validation inside": (4, 10)}
-    for step in steps.get(when, (6, 12)):
-        assert_equal(run(middle[f"step={step}.ckpt"]), whole)
-
-
 def test_other_classes_in_the_data(model: str, tmp_path: Path) -> None:
     task = text.task(model, labels=["nature", "people"])
     with pytest.raises(
@@ -267,11 +120,6 @@ def test_other_classes_in_the_data(model: str, tmp_path: Path) -> None:
 def test_texts_longer_than_the_model(model: str, tmp_path: Path) -> None:
     with pytest.raises(TuningError, match="max_length=100 of the data is beyond the 64 positions of the model"):
         trainer(tmp_path).fit(text.task(model), text.data(model, tmp_path, max_length=100))
-
-
-def test_no_end_of_the_schedule(model: str, tmp_path: Path) -> None:
-    with pytest.raises(TuningError, match="and there is none: set max_epochs"):
-        trainer(tmp_path, max_epochs=-1).fit(text.task(model), text.data(model, tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["missing", "vit"])

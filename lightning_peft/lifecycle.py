@@ -205,6 +205,10 @@ def _configure_optimizers(module: L.LightningModule, instance_hook: Callable[...
     configured = _previous(module, instance_hook, "configure_optimizers")()
     optimizers = _optimizers(configured)
     wanted = trained(module)
+    if not wanted:
+        raise TuningError(
+            f"{type(module).__name__} has nothing to train: give it a head, or train more of the backbone."
+        )
     ids = {id(p) for p in wanted.values()}
     held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]} & ids
     if not held:

@@ -142,6 +142,7 @@ class Method(L.Callback):
             life.methods.append(self)
         life.await_backbone(pl_module)
         life.apply(pl_module)
+        self._assert_same(pl_module)
         plugin = trainer.precision_plugin
         if isinstance(plugin, HalfPrecision) and not isinstance(vars(plugin).get("convert_module"), partial):
             convert = partial(precision.convert_module, convert=plugin.convert_module, keep_fp32=self.keep_fp32)
@@ -150,6 +151,7 @@ class Method(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what would train nothing or resume wrongly, before the first batch."""
         self._assert_applied(pl_module)
+        self._assert_checkpointing(pl_module)
         lifecycle.check_optimizers(pl_module, trainer.optimizers)
         lifecycle.remap_optimizers(pl_module, trainer.optimizers)
         lifecycle.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
@@ -198,7 +200,7 @@ class Method(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Let the backbone see the batch as `prepare` makes it."""
-        self._enter(batch)
+        self._enter(pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -210,7 +212,7 @@ class Method(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Let the backbone see the batch as `prepare` makes it."""
-        self._enter(batch)
+        self._enter(pl_module, batch)
 
     def on_validation_batch_end(
         self,
@@ -241,10 +243,38 @@ class Method(L.Callback):
             f"name it with backbone= (it has {children})."
         )
 
-    def _enter(self, batch: Any) -> None:
+    def _applied(self, module: nn.Module) -> "Method | None":
+        """Return the method of this class that is applied to the backbone of ``module``: this one, or its equal."""
+        tuning = Tuning.of(select.backbone_of(module, self.backbone)) if self.finds_backbone(module) else None
+        return tuning.methods.get(self.name) if tuning is not None else None
+
+    def _assert_same(self, module: L.LightningModule) -> None:
+        applied = self._applied(module)
+        if applied is None or applied is self:
+            return
+        ours, theirs = self.init_args(), applied.init_args()
+        for name in ours.keys() - {"backbone", "backbone_mode"}:
+            if ours[name] != theirs[name]:
+                raise TuningError(
+                    f"{type(self).__name__} is applied to {type(module).__name__} already with "
+                    f"{name}={theirs[name]!r}, not {ours[name]!r}: remove it first, or give the same."
+                )
+
+    def _assert_checkpointing(self, module: L.LightningModule) -> None:
+        backbone = select.backbone_of(module, self.backbone)
+        on = any(getattr(child, "gradient_checkpointing", False) for child in backbone.modules())
+        if on and self.backbone_mode == "eval":
+            raise TuningError(
+                f"{type(backbone).__name__} has gradient checkpointing on, which transformers does in training mode "
+                f"alone: give {type(self).__name__} backbone_mode='train'."
+            )
+
+    def _enter(self, module: L.LightningModule, batch: Any) -> None:
         if type(self).prepare is Method.prepare:
             return
-        prepared = self.prepare(batch)
+        applied = self._applied(module)
+        assert applied is not None
+        prepared = applied.prepare(batch)
         self._batch = {name: batch.get(name) for name in prepared if prepared[name] is not batch.get(name)}
         batch.update({name: prepared[name] for name in self._batch})
 

@@ -48,17 +48,18 @@ class MasterWeights(Graft):
 def hold_fp32(module: nn.Module, values: dict[str, Tensor] | None = None) -> None:
     """Store in fp32 what is trained in place and was cast to half precision, with its ``values`` before the cast."""
     for path, backbone, tuning in tunings(module):
+        parameters = dict(backbone.named_parameters())
+        dtypes: dict[int, torch.dtype] = {}
         for name in tuning.trained_in_place():
-            host_name, _, tensor = name.rpartition(".")
-            host = backbone.get_submodule(host_name)
-            parameter = getattr(host, tensor)
-            if parameter.dtype not in _HALF:
-                continue
-            dtype = parameter.dtype
-            before = (values or {}).get(f"{path}.{name}".lstrip("."), parameter.data)
-            parameter.data = before.to(parameter.device, torch.float32)
-            if not hasattr(host, _NAME):
-                attach(host, MasterWeights(dtype), _NAME)
+            parameter = parameters[name]
+            if parameter.dtype in _HALF:
+                dtypes[id(parameter)] = parameter.dtype
+                before = (values or {}).get(f"{path}.{name}".lstrip("."), parameter.data)
+                parameter.data = before.to(parameter.device, torch.float32)
+        for host in list(backbone.modules()):  # a tied parameter has several
+            own = [dtypes[id(p)] for p in host.parameters(recurse=False) if id(p) in dtypes]
+            if own and not hasattr(host, _NAME):
+                attach(host, MasterWeights(own[0]), _NAME)
 
 
 def release(backbone: nn.Module) -> None:

@@ -41,8 +41,8 @@ def methods_of(meta: Mapping[str, Any]) -> list[Method]:
 def load_from_checkpoint(cls: type[M], path: str | Path, *args: Any, **kwargs: Any) -> M:
     """Build a LightningModule of the user's class from a delta checkpoint.
 
-    ``cls.load_from_checkpoint`` knows nothing of methods, so a plain class would miss the grafts: here the methods of the
-    file are applied when the module has been built and before the delta is loaded. Arguments are those of Lightning.
+    ``cls.load_from_checkpoint`` knows nothing of methods, so a plain class would miss the grafts: here the methods of
+    the file are applied when the module has been built, before the delta is loaded. Arguments are those of Lightning.
 
     Raises:
         TuningError: the file is no whole delta, or does not fit the module.

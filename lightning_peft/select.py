@@ -1,7 +1,7 @@
 """Finding things in a backbone by name and by kind: hosts, blocks, word tables, the position table, the task head.
 
 Nothing here changes a model. No table lists architectures: a role (query, value ...) is one name pattern, a block is an
-entry of an outermost list of equal modules. Names are matched by whole dotted parts, since ``"layers.1"`` is a substring
+entry of an outermost list of equal modules. Names are matched by whole dotted parts: ``"layers.1"`` is a substring
 of ``"layers.10"`` and ``relative_attention_bias.weight`` is no bias.
 """
 
@@ -57,12 +57,12 @@ def pretrained_models(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def match(names: Iterable[str], patterns: str | Sequence[str]) -> dict[str, list[str]]:
-    """Return pattern -> the names it selects: a string is one regex for the whole name, a list holds dotted suffixes.
+    r"""Return pattern -> the names it selects: a string is one regex for the whole name, a list holds dotted suffixes.
 
     >>> match(["layers.1.q", "layers.10.q", "layers.1.kq"], ["1.q"])
     {'1.q': ['layers.1.q']}
-    >>> match(["layers.1.q", "layers.10.q"], r"layers\\.\\d+\\.q")
-    {'layers\\\\.\\\\d+\\\\.q': ['layers.1.q', 'layers.10.q']}
+    >>> match(["layers.1.q", "layers.10.q"], r"layers\.\d+\.q")
+    {'layers\\.\\d+\\.q': ['layers.1.q', 'layers.10.q']}
     """
     names = list(names)
     if isinstance(patterns, str):
@@ -142,7 +142,7 @@ def by_role(backbone: nn.Module, roles: Iterable[str], kinds: tuple[type[nn.Modu
 
 
 def block_lists(backbone: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the outermost lists of equal modules by name: ``encoder.layer``, or ``encoder.block`` and ``decoder.block``."""
+    """Return the outermost lists of equal modules by name: ``encoder.layer``, or T5's two lists ``*.block``."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in backbone.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in lists):

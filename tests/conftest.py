@@ -26,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seed_everything of another test, which DDP would go by
+        os.environ.pop(name, None)
     torch.manual_seed(0)
 
 

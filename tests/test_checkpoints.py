@@ -66,7 +66,9 @@ def test_file_holds_the_delta_and_all_that_a_resume_needs(saved: Path) -> None:
         {"class_path": "lightning_peft.methods.lora.LoRA", "init_args": LoRA(r=2).init_args(), "backbone": "model"}
     ]
     assert meta["backbones"]["model"]["class"] == "BertForSequenceClassification"
-    assert meta["backbones"]["model"]["fingerprint"] == fingerprint(tiny("bert"), ["classifier.weight", "classifier.bias"])
+    assert meta["backbones"]["model"]["fingerprint"] == fingerprint(
+        tiny("bert"), ["classifier.weight", "classifier.bias"]
+    )
     assert set(meta["versions"]) == {"torch", "lightning", "transformers", "lightning-peft"}
     assert sorted(meta["optimizers"][0][0]) == sorted(checkpoint["state_dict"])
     assert meta["resume"]["mid_epoch"] is False
@@ -186,7 +188,7 @@ def test_full_checkpoint_is_refused_and_can_be_converted(tmp_path: Path) -> None
     refuse(tmp_path / "full.ckpt", r"no delta but a full checkpoint \(\d+ tensors\).*lightning_peft\.convert")
     lora = Tuned()
     LoRA(r=2).apply(lora)
-    for name, parameter in lora.named_parameters():
+    for parameter in lora.parameters():
         if parameter.requires_grad:
             parameter.data.normal_()
     torch.save({"state_dict": lora.state_dict()}, tmp_path / "whole.ckpt")
@@ -197,7 +199,7 @@ def test_full_checkpoint_is_refused_and_can_be_converted(tmp_path: Path) -> None
     LoRA(r=2).apply(other)
     load_delta(other, tmp_path / "delta.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(lora.parameters(), other.parameters(), strict=True))
-    with pytest.raises(TuningError, match="changed model.bert"):
+    with pytest.raises(TuningError, match=r"changed model\.bert"):
         convert(_applied(LoRA(r=2), seed=1), tmp_path / "whole.ckpt", tmp_path / "no.safetensors")
     assert not (tmp_path / "no.safetensors").exists()
 
@@ -253,15 +255,21 @@ def test_one_delta_serves_the_module_and_its_bare_backbone(saved: Path, tmp_path
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("old")
-    with pytest.raises(RuntimeError), atomic(file) as temporary:
-        temporary.write_text("ne")
-        raise RuntimeError
+
+    def fail() -> None:
+        with atomic(file) as temporary:
+            temporary.write_text("ne")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
 
 
 _WRITER = """
 import sys, torch
+from lightning_peft.checkpoint_io import AtomicCheckpointIO
 io, i = AtomicCheckpointIO(), 0
 print("ready", flush=True)
 while True:
@@ -275,8 +283,9 @@ def test_a_kill_leaves_a_whole_file(tmp_path: Path) -> None:
     for wait in (0.05, 0.11, 0.17):
         writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(file)], stdout=subprocess.PIPE)
         assert writer.stdout is not None
-        writer.stdout.readline()
+        assert writer.stdout.readline() == b"ready\n"
         while not file.exists():
+            assert writer.poll() is None
             time.sleep(0.01)
         time.sleep(wait)
         writer.send_signal(signal.SIGKILL)

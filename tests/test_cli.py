@@ -20,6 +20,7 @@ from tests.models import save_tokenizer, tiny
 pytestmark = pytest.mark.filterwarnings(
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",  # lightning 2.6's use of jsonargparse 4.53
     "ignore:`.*configure_optimizers` will be overridden",
+    "ignore:Checkpoint directory .* exists and is not empty",
 )
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,10 @@ def test_help_needs_nothing_heavy(tmp_path: Path) -> None:
     assert "lightning-peft fit --config" in run("--help", folder=tmp_path)
     assert time.perf_counter() - start < 2
     loaded = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", "import lightning_peft.cli"], capture_output=True, text=True, check=True
+        [sys.executable, "-X", "importtime", "-c", "import lightning_peft.cli"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "lightning_peft.cli" in loaded.stderr
     assert not re.search(r"\| +(torch|lightning|transformers)$", loaded.stderr, re.MULTILINE)
@@ -108,7 +112,10 @@ def test_second_run_into_the_same_folder(folder: Path, fitted: str) -> None:
     ("arguments", "shown"),
     [
         (["--config", str(ROOT / "configs/methods/bitfit.yaml")], "BitFit()"),
-        (["--method", "LoRA", "--method.r", "4", "--method.target_modules", "all-linear"], "r=4, target_modules='all-linear'"),
+        (
+            ["--method", "LoRA", "--method.r", "4", "--method.target_modules", "all-linear"],
+            "r=4, target_modules='all-linear'",
+        ),
         (["--method", "PromptTuning", "--method.num_virtual_tokens", "2"], "PromptTuning(num_virtual_tokens=2)"),
         (["--method", "LoRA", "--trainer.callbacks+=BitFit"], "LoRA(), BitFit()"),
         (["--optimizer", "SGD", "--optimizer.lr", "0.1"], "LoRA()"),

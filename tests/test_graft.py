@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -235,3 +236,24 @@ def test_compile_sees_the_graft() -> None:
     assert torch.equal(compiled(x), host(x))
     host.both.by.data.mul_(2)
     assert torch.equal(compiled(x), host(x))
+
+
+def test_a_graft_knows_whether_another_hook_comes_before_it() -> None:
+    host = nn.Linear(2, 2)
+    first = attach(host, _Plus(), "first")
+    second = attach(host, _Plus(), "second")
+    assert first.is_first(host)
+    assert not second.is_first(host)
+
+
+def test_a_first_argument_by_keyword() -> None:
+    host = nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    plain = host(x)
+    attach(host, _Plus(), "plus")
+    assert torch.equal(host(input=x), plain + 1)
+
+
+class _Plus(Graft):
+    def after(self, out: Any, host: nn.Module, x: Any) -> Any:
+        return out + 1

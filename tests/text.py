@@ -1,10 +1,13 @@
 """A small labelled text problem: sentences of known words, in files, and a model with its tokenizer for them."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning as L
+import pytest
 import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor
@@ -74,3 +77,17 @@ def scored(task: TextClassification, data: L.LightningDataModule) -> tuple[Tenso
     with torch.no_grad():
         pairs = [(task(batch), batch["labels"]) for batch in data.test_dataloader()]
     return torch.cat([logits for logits, _ in pairs]), torch.cat([labels for _, labels in pairs])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny BERT and its tokenizer."""
+    return save_model(tmp_path_factory.mktemp("bert"))

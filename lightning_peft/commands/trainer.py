@@ -87,7 +87,8 @@ def _names(parser: LightningArgumentParser) -> list[str]:
     """Return the names of arguments that a user may have meant."""
     names = {action.dest for action in parser._actions}
     names.update(f"trainer.{argument}" for argument in inspect.signature(L.Trainer).parameters)
-    for kind in (Method, *_below(Method), *_below(L.LightningModule), *_below(L.LightningDataModule)):
+    kinds: list[type[Any]] = [Method, *_below(Method), *_below(L.LightningModule), *_below(L.LightningDataModule)]
+    for kind in kinds:
         if kind.__module__.startswith("lightning_peft"):
             names.update(inspect.signature(kind).parameters)
             names.add(kind.__name__)

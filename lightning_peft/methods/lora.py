@@ -11,7 +11,7 @@ The paper draws A from a Gaussian, the authors' code (``loralib/layers.py``) fro
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ class LowRank(Graft):
             not torch.compiler.is_compiling()
             and type(host) in (nn.Linear, Conv1D)
             and "forward" not in vars(host)
-            and next(iter(host._forward_hooks.values()), None) == self._on_output
+            and self.is_first(host)
             and type(out) is Tensor
             and type(self.A.data) is Tensor
             and out.dtype == x.dtype
@@ -107,7 +107,7 @@ class LowRank(Graft):
         Raises:
             TuningError: the weight is in half precision, so that rounding would stay behind.
         """
-        if host.weight.dtype is not torch.float32:  # type: ignore[union-attr]
+        if host.weight.dtype is not torch.float32:
             raise TuningError(
                 f"unmerging from {host.weight.dtype} would leave rounding behind: load the backbone anew."
             )
@@ -136,7 +136,7 @@ class LowRankEmbedding(LowRank):
 
     def shapes(self, host: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A [r, num_embeddings] and B [dim, r]."""
-        num_embeddings, dim = host.weight.shape  # type: ignore[union-attr,misc]
+        num_embeddings, dim = host.weight.shape  # type: ignore[misc]
         return (r, num_embeddings), (dim, r)
 
     def reset_parameters(self) -> None:
@@ -161,7 +161,7 @@ class LowRankConv2d(LowRank):
 
     def shapes(self, host: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A [r, in, kh, kw] and B [out, r, 1, 1]."""
-        out_channels, in_channels, *kernel = host.weight.shape  # type: ignore[union-attr,misc]
+        out_channels, in_channels, *kernel = host.weight.shape  # type: ignore[misc]
         return (r, in_channels, *kernel), (out_channels, r, 1, 1)
 
     def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
@@ -240,8 +240,10 @@ class LoRA(Method):
         rank_pattern: suffix of module names -> rank there.
         alpha_pattern: suffix of module names -> alpha there.
         use_rslora: divide alpha by sqrt(r) instead of r.
+        backbone_mode: whether dropout of the frozen backbone is active in training; in the paper it is.
     """
 
+    backbone_mode: Literal["train", "eval"] = "train"
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.prompt_tuning import PromptTuning, PromptTuningMixin
     from lightning_peft.mixin import MethodMixin
     from lightning_peft.rebuild import from_delta, load_from_checkpoint
-    from lightning_peft.reports import TuningReport
+    from lightning_peft.reports import PredictionWriter, TuningReport
     from lightning_peft.tasks import TextClassification
 
 _EXPORTS = {
@@ -37,7 +37,7 @@ _EXPORTS = {
     "methods.prompt_tuning": ["PromptTuning", "PromptTuningMixin"],
     "mixin": ["MethodMixin"],
     "rebuild": ["from_delta", "load_from_checkpoint"],
-    "reports": ["TuningReport"],
+    "reports": ["PredictionWriter", "TuningReport"],
     "tasks": ["TextClassification"],
 }
 _MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -54,6 +54,7 @@ __all__ = [
     "LoRAMixin",
     "Method",
     "MethodMixin",
+    "PredictionWriter",
     "PromptTuning",
     "PromptTuningMixin",
     "StdlibDocstrings",

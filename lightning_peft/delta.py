@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_peft.errors import TuningError
 from lightning_peft.files import atomic, read_torch
 from lightning_peft.fingerprint import fingerprint_of
-from lightning_peft.graft import detach, grafts
+from lightning_peft.graft import Grafted, detach, grafts
 from lightning_peft.precision import MasterWeights
 from lightning_peft.select import near
 from lightning_peft.tuning import tunings
@@ -218,6 +218,20 @@ def merge(module: nn.Module) -> nn.Module:
         TuningError: a graft cannot be folded; nothing has been changed then.
     """
     masters = [place for place in grafts(module) if isinstance(place.graft, MasterWeights)]
+    for place in [*foldable(module), *masters]:
+        place.graft.merge(place.host)  # type: ignore[operator]
+        detach(place.host, place.name)
+    for _, backbone, tuning in list(tunings(module)):
+        tuning.end(backbone)
+    return module
+
+
+def foldable(module: nn.Module) -> list[Grafted]:
+    """Return the grafts of ``module`` that methods have put there, all of which can be folded into the weights.
+
+    Raises:
+        TuningError: one cannot, or its host's weight is tied to that of another module.
+    """
     places = [place for place in grafts(module) if not isinstance(place.graft, MasterWeights)]
     owners = Counter(id(p) for child in module.modules() for p in child.parameters(recurse=False))
     for place in places:
@@ -231,12 +245,7 @@ def merge(module: nn.Module) -> nn.Module:
                 f"the weight of {place.path} is tied to that of another module, which would change with it: "
                 "keep the delta beside the backbone."
             )
-    for place in [*places, *masters]:
-        place.graft.merge(place.host)  # type: ignore[operator]
-        detach(place.host, place.name)
-    for _, backbone, tuning in list(tunings(module)):
-        tuning.end(backbone)
-    return module
+    return places
 
 
 def _goes_along(module: nn.Module, buffer: str, in_backbone: bool) -> bool:

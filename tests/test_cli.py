@@ -1,6 +1,7 @@
 """The console script, as a user meets it: in processes of its own."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -100,6 +101,7 @@ def test_fit_shows_the_table_the_score_and_the_command_that_tests(folder: Path, 
     assert command is not None
     printed = run(*command[1].split(), folder=folder)
     assert re.search(r"test_accuracy\s+│\s+[01]\.\d+", printed)
+    assert "Confusions" in printed
     assert len(torch.load(folder / "run" / "best.ckpt", weights_only=True)["state_dict"]) == 10
 
 
@@ -136,7 +138,13 @@ def test_methods_are_swapped_from_files_and_from_the_shell(
 def test_validate_and_predict_from_a_delta(folder: Path, fitted: str) -> None:
     arguments = ["--config", "tiny.yaml", "--ckpt_path", "run/best.ckpt"]
     assert "val_accuracy" in run("validate", *arguments, folder=folder)
-    run("predict", *arguments, folder=folder)
+    for processes in ([], ["--trainer.strategy", "ddp", "--trainer.devices", "2"]):
+        (folder / "predictions.jsonl").unlink(missing_ok=True)
+        assert "8 predictions in" in run("predict", *arguments, *processes, folder=folder)
+        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        assert [line["row"] for line in lines] == list(range(8))
+        assert {line["labels"] for line in lines} <= {"good", "bad"}
+        assert all(abs(sum(line["probabilities"]) - 1) < 1e-5 for line in lines)
 
 
 def test_two_processes(folder: Path, fitted: str) -> None:

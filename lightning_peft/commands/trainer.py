@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 import lightning_peft
 from lightning_peft.cli import fail
 from lightning_peft.method import Method
-from lightning_peft.reports import TuningReport
+from lightning_peft.reports import PredictionWriter, TuningReport
 
 for _name in lightning_peft.__all__:  # jsonargparse knows by their short names the classes that have been imported
     getattr(lightning_peft, _name)
@@ -71,7 +71,10 @@ def run() -> None:
         parser_class=Parser,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        trainer_defaults={"enable_model_summary": False, "callbacks": [TuningReport(command=sys.argv[0])]},
+        trainer_defaults={
+            "enable_model_summary": False,
+            "callbacks": [TuningReport(command=sys.argv[0]), PredictionWriter()],
+        },
     )
 
 

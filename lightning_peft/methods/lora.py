@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import select
+from lightning_peft.delta import foldable
 from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft, attach
+from lightning_peft.graft import Graft, Grafted, attach
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
 
@@ -277,6 +278,30 @@ class LoRA(Method):
             kind = next(graft for kind, graft in GRAFTS.items() if isinstance(host, kind))
             attach(host, kind(host, r, alphas[name], self.dropout, self.use_rslora), self.name)
         return ()
+
+    def merge(self, model: nn.Module) -> None:
+        """Add the updates to the weights and let the grafts rest, as for inference; `unmerge` takes them out again.
+
+        Raises:
+            TuningError: a weight is quantised, or tied to that of another module.
+        """
+        for place in self._places(model):
+            place.graft.merge(place.host)  # type: ignore[operator]
+
+    def unmerge(self, model: nn.Module) -> None:
+        """Take the updates out of the weights; in fp32 that leaves differences of 1e-7.
+
+        Raises:
+            TuningError: the weights are in half precision, so that rounding would stay behind.
+        """
+        for place in self._places(model):
+            place.graft.unmerge(place.host)  # type: ignore[operator]
+
+    def _places(self, model: nn.Module) -> list[Grafted]:
+        backbone = select.backbone_of(model, self.backbone)
+        if not self.is_applied(model):
+            raise TuningError(f"LoRA is not applied to this {type(backbone).__name__}: apply it first.")
+        return [place for place in foldable(backbone) if place.name == self.name]
 
 
 class LoRAMixin(MethodMixin):

@@ -8,11 +8,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from lightning_peft.reports.confusion import confusion_table
 from lightning_peft.reports.parameters import parameter_table, size
 
 
 class TuningReport(L.Callback):
-    """Prints the table of what is tuned before training, and the best score and the delta's file after it.
+    """Prints what is tuned before training, the best score and the delta's file after it, and confusions of a test.
 
     Args:
         command: the console script, for the line that says how to test the delta; None: leave that line out.
@@ -26,6 +27,14 @@ class TuningReport(L.Callback):
         self._config = Path(trainer.log_dir or ".") / "config.yaml"  # all processes must ask for log_dir together
         if trainer.is_global_zero:
             Console().print(parameter_table(pl_module))
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print which classes were taken for which, where the module counts that."""
+        count = getattr(pl_module, "confusion_matrix", None)
+        if count is not None:
+            matrix = count()  # summed over the processes, so all of them must ask
+            if trainer.is_global_zero:
+                Console().print(confusion_table(matrix, pl_module.labels))  # type: ignore[arg-type]
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

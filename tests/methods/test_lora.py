@@ -368,3 +368,25 @@ def test_what_is_trained_beside_it() -> None:
         "bert.pooler.dense.weight",
         "classifier.weight",
     ]
+
+
+def test_merged_for_a_while() -> None:
+    model, method = tiny("bert"), LoRA(r=2, target_modules="all-linear")
+    inputs = batch("bert")
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(TuningError, match="not applied"):
+        method.merge(model)
+    method.apply(model)
+    for place in grafts(model):
+        nn.init.normal_(place.graft.B)
+    tuned = model(**inputs).logits
+    method.merge(model)
+    method.merge(model)
+    assert not torch.equal(
+        weights["bert.encoder.layer.0.output.dense.weight"], model.bert.encoder.layer[0].output.dense.weight
+    )
+    torch.testing.assert_close(model(**inputs).logits, tuned, atol=1e-4, rtol=0)
+    method.unmerge(model)
+    now = dict(model.named_parameters())
+    assert all((now[name] - p).abs().max() < 1e-6 for name, p in weights.items())
+    torch.testing.assert_close(model(**inputs).logits, tuned, atol=1e-4, rtol=0)

@@ -92,6 +92,7 @@ class Method(L.Callback):
                 raise TuningError(
                     f"{type(backbone).__name__} is compiled and would ignore grafts: compile it afterwards."
                 )
+            self._check_exclude(backbone)
             trained = self._kept({*self.graft(backbone), *select.head_names(backbone), *self._also(backbone)})
             tuning.add(backbone, self.name, self, trained, self.keeps_originals)
         except BaseException:
@@ -301,6 +302,14 @@ class Method(L.Callback):
                 f"{select.near(self.also_train, names)}."
             )
         return chosen
+
+    def _check_exclude(self, backbone: nn.Module) -> None:
+        names = [name for name, _ in (*backbone.named_modules(), *backbone.named_parameters())]
+        if self.exclude is not None and self._kept(names) == set(names):
+            raise TuningError(
+                f"exclude={self.exclude!r} matches no module or parameter of {type(backbone).__name__}"
+                f"{select.near(self.exclude, names)}."
+            )
 
     def _kept(self, names: Iterable[str]) -> set[str]:
         if self.exclude is None:

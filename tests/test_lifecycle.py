@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -436,3 +437,18 @@ def test_merged_module_is_plain(tmp_path: Path) -> None:
     assert module.state_dict().keys() == Tuned().state_dict().keys()
     assert all(p.requires_grad for p in module.parameters())
     torch.testing.assert_close(module.model(**inputs).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_an_exclusion_that_excludes_nothing_is_refused() -> None:
+    model = tiny("bert")
+    with pytest.raises(TuningError, match=r"exclude='poler' matches no module or parameter.*pooler"):
+        BitFit(exclude="poler").apply(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_loggers_write_beside_a_method(tmp_path: Path) -> None:
+    loggers = [TensorBoardLogger(tmp_path, name="board"), CSVLogger(tmp_path, name="csv")]
+    run = trainer(tmp_path, LoRA(r=2), logger=loggers, log_every_n_steps=1)
+    run.fit(Tuned(), loader("bert"), loader("bert"))
+    assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
+    assert "val_loss" in next((tmp_path / "csv").rglob("metrics.csv")).read_text()

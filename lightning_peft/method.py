@@ -34,6 +34,7 @@ class Method(L.Callback):
         also_train: a regex for names of further parameters of the backbone to train.
         exclude: a regex for names of modules and parameters that this method leaves alone.
         backbone_mode: whether dropout of the frozen backbone is active in training; BatchNorm statistics never move.
+            Of several methods, one that says 'train' is enough.
         keep_fp32: store what trains in fp32 even where the Trainer or the backbone's checkpoint says half precision.
     """
 
@@ -152,7 +153,7 @@ class Method(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what would train nothing or resume wrongly, before the first batch."""
         self._assert_applied(pl_module)
-        self._assert_checkpointing(pl_module)
+        self._assert_checkpointing(trainer, pl_module)
         lifecycle.check_optimizers(pl_module, trainer.optimizers)
         lifecycle.remap_optimizers(pl_module, trainer.optimizers)
         lifecycle.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
@@ -166,9 +167,9 @@ class Method(L.Callback):
         Life.of(pl_module).resumed = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put what is frozen into the mode that this method asks for, and what is trained into training mode."""
+        """Put what is frozen into the mode that the methods ask for, and what is trained into training mode."""
         backbone = select.backbone_of(pl_module, self.backbone)
-        backbone.train(self.backbone_mode == "train")
+        backbone.train(self._trains_frozen(trainer))
         for module in backbone.modules():
             if any(p.requires_grad for p in module.parameters(recurse=False)):
                 module.training = True
@@ -261,10 +262,16 @@ class Method(L.Callback):
                     f"{name}={theirs[name]!r}, not {ours[name]!r}: remove it first, or give the same."
                 )
 
-    def _assert_checkpointing(self, module: L.LightningModule) -> None:
+    def _trains_frozen(self, trainer: L.Trainer) -> bool:
+        """Tell whether a method on this backbone wants what is frozen to be in training mode; one is enough."""
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        methods = [callback for callback in callbacks if isinstance(callback, Method)]
+        return any(method.backbone_mode == "train" for method in methods if method.backbone == self.backbone)
+
+    def _assert_checkpointing(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         backbone = select.backbone_of(module, self.backbone)
         on = any(getattr(child, "gradient_checkpointing", False) for child in backbone.modules())
-        if on and self.backbone_mode == "eval":
+        if on and not self._trains_frozen(trainer):
             raise TuningError(
                 f"{type(backbone).__name__} has gradient checkpointing on, which transformers does in training mode "
                 f"alone: give {type(self).__name__} backbone_mode='train'."

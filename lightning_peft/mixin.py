@@ -1,6 +1,6 @@
 """A LightningModule that owns its method."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from torch import Tensor, nn
@@ -13,13 +13,20 @@ from lightning_peft.method import Method
 class MethodMixin:
     """For a LightningModule that owns its method: give it a ``method``, and the Trainer needs no callback.
 
+    >>> from lightning_peft import LoRA
     >>> class Classifier(MethodMixin, L.LightningModule):
-    ...     method = None
-    >>> Classifier().configure_callbacks()
-    []
+    ...     default_method = LoRA
+    >>> Classifier().configure_callbacks()[0].r
+    8
     """
 
+    default_method: ClassVar[type[Method] | None] = None
     method: Method | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.default_method is not None:
+            self.method = self.default_method()
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Hand the method to the Trainer."""

@@ -452,3 +452,18 @@ def test_loggers_write_beside_a_method(tmp_path: Path) -> None:
     run.fit(Tuned(), loader("bert"), loader("bert"))
     assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
     assert "val_loss" in next((tmp_path / "csv").rglob("metrics.csv")).read_text()
+
+
+def test_gradient_checkpointing_needs_training_mode(tmp_path: Path) -> None:
+    module = Tuned()
+    module.model.activation_checkpointing_enable()
+    with pytest.raises(TuningError, match="gradient checkpointing on.*backbone_mode='train'"):
+        trainer(tmp_path, LoRA(r=2, backbone_mode="eval")).fit(module, loader("bert"))
+    plain, checkpointed = Tuned(), Tuned()
+    checkpointed.model.activation_checkpointing_enable()
+    for one in (plain, checkpointed):
+        torch.manual_seed(3)
+        trainer(tmp_path, LoRA(r=2), BitFit(backbone_mode="eval")).fit(one, loader("bert"))
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True)
+    )

@@ -9,7 +9,7 @@ feed-forward projection. Weight decay on biases should be 0.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -73,6 +73,4 @@ class BitFit(Method):
 class BitFitMixin(MethodMixin):
     """For a LightningModule that is tuned by BitFit: set ``self.method = BitFit(...)`` to change arguments."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.method = BitFit()
+    default_method = BitFit

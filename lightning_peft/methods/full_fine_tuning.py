@@ -5,7 +5,7 @@ Source: Devlin et al. 2019, arXiv 1810.04805, section 3.2. Its delta is the whol
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -44,6 +44,4 @@ class FullFineTuning(Method):
 class FullFineTuningMixin(MethodMixin):
     """For a LightningModule that is tuned as a whole."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.method = FullFineTuning()
+    default_method = FullFineTuning

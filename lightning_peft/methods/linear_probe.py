@@ -6,7 +6,7 @@ No gradient is recorded below the head, so a step costs one forward pass of the 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -37,6 +37,4 @@ class LinearProbe(Method):
 class LinearProbeMixin(MethodMixin):
     """For a LightningModule whose head alone is trained."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.method = LinearProbe()
+    default_method = LinearProbe

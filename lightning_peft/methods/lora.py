@@ -307,9 +307,7 @@ class LoRA(Method):
 class LoRAMixin(MethodMixin):
     """For a LightningModule that is tuned by LoRA: set ``self.method = LoRA(...)`` to change arguments."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.method = LoRA()
+    default_method = LoRA
 
 
 def _by_name(pattern: dict[str, Any], names: Iterable[str], default: Any, argument: str) -> dict[str, Any]:

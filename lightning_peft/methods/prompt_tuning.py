@@ -187,9 +187,7 @@ class PromptTuning(Method):
 class PromptTuningMixin(MethodMixin):
     """For a LightningModule that is tuned by a soft prompt: set ``self.method`` to change its arguments."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.method = PromptTuning()
+    default_method = PromptTuning
 
     def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return, for each virtual token, the k words of highest cosine, with it."""

@@ -310,11 +310,16 @@ def _check_methods(module: nn.Module, meta: Mapping[str, Any], source: str) -> N
     for key, init_args in saved.items():
         method, now = applied[key], applied[key].init_args()
         for name in sorted(init_args.keys() & now.keys() - method.may_change):
-            if json.dumps(init_args[name]) != json.dumps(now[name]):
+            if _plain(init_args[name]) != _plain(now[name]):
                 raise TuningError(
                     f"{source} was trained with {name}={init_args[name]!r} of {type(method).__name__}, "
                     f"which is {now[name]!r} here: give it the same value."
                 )
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON gives it back, so that a tuple is a list."""
+    return json.loads(json.dumps(value))
 
 
 def _methods(module: nn.Module) -> str:

@@ -150,7 +150,9 @@ def test_other_configuration_of_equal_weights(saved: Path) -> None:
 def test_dropout_rates_and_names_may_differ(saved: Path) -> None:
     module = Tuned(dropout=0.3)
     module.model.config._name_or_path = "elsewhere"
-    trainer(saved.parent, LoRA(r=2, dropout=0.5)).validate(module, loader("bert"), ckpt_path=saved, verbose=False)
+    trainer(saved.parent, LoRA(r=2, alpha=16, dropout=0.5)).validate(
+        module, loader("bert"), ckpt_path=saved, verbose=False
+    )
 
 
 @pytest.mark.parametrize(

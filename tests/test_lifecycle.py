@@ -457,7 +457,7 @@ def test_loggers_write_beside_a_method(tmp_path: Path) -> None:
 def test_gradient_checkpointing_needs_training_mode(tmp_path: Path) -> None:
     module = Tuned()
     module.model.activation_checkpointing_enable()
-    with pytest.raises(TuningError, match="gradient checkpointing on.*backbone_mode='train'"):
+    with pytest.raises(TuningError, match=r"gradient checkpointing on.*backbone_mode='train'"):
         trainer(tmp_path, LoRA(r=2, backbone_mode="eval")).fit(module, loader("bert"))
     plain, checkpointed = Tuned(), Tuned()
     checkpointed.model.activation_checkpointing_enable()

@@ -147,6 +147,12 @@ def test_validate_and_predict_from_a_delta(folder: Path, fitted: str) -> None:
         assert all(abs(sum(line["probabilities"]) - 1) < 1e-5 for line in lines)
 
 
+def test_a_delta_brings_its_method(folder: Path, fitted: str) -> None:
+    arguments = ["--config", "tiny.yaml", "--ckpt_path", "run/best.ckpt"]
+    scores = [run("test", *arguments, *extra, folder=folder) for extra in ([], ["--method", "null"])]
+    assert len({re.search(r"test_loss\s+│\s+([\d.]+)", printed)[1] for printed in scores}) == 1  # type: ignore[index]
+
+
 def test_two_processes(folder: Path, fitted: str) -> None:
     arguments = ["--config", "tiny.yaml", "--trainer.strategy", "ddp", "--trainer.devices", "2"]
     printed = run("fit", *arguments, "--trainer.callbacks.dirpath", "two", folder=folder)

@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
@@ -14,7 +15,9 @@ from torch.optim import Optimizer
 
 import lightning_peft
 from lightning_peft.cli import fail
+from lightning_peft.delta import read_delta
 from lightning_peft.method import Method
+from lightning_peft.rebuild import methods_of
 from lightning_peft.reports import PredictionWriter, TuningReport
 
 for _name in lightning_peft.__all__:  # jsonargparse knows by their short names the classes that have been imported
@@ -42,10 +45,15 @@ class TuningCLI(LightningCLI):
         parser.link_arguments("data.label_names", "model.init_args.labels", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Build the Trainer, without the None that Lightning would add where no method is given."""
-        callbacks = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
+        """Build the Trainer; where no method is given, a delta's own stand in (Lightning would add None)."""
+        given = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
+        methods = [method for method in given if method is not None]
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
-        methods = [callback for callback in callbacks if callback is not None]
+        callbacks = config.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        delta = Path(str(self._get(self.config_init, "ckpt_path")))
+        if delta.is_file() and not any(isinstance(callback, Method) for callback in [*methods, *callbacks]):
+            methods = methods_of(read_delta(delta)[1])
         return self._instantiate_trainer(config, methods)
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:

@@ -10,8 +10,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lightning_peft.data import StdlibDocstrings, TextClassificationData
-    from lightning_peft.delta import collect, convert, load_delta, merge, read_delta, save_delta
+    from lightning_peft.delta import collect, convert, load_delta, read_delta, save_delta
     from lightning_peft.errors import TuningError
+    from lightning_peft.folding import merge
     from lightning_peft.graft import Graft, attach, detach
     from lightning_peft.method import Method
     from lightning_peft.methods.bitfit import BitFit, BitFitMixin
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "data": ["StdlibDocstrings", "TextClassificationData"],
-    "delta": ["collect", "convert", "load_delta", "merge", "read_delta", "save_delta"],
+    "delta": ["collect", "convert", "load_delta", "read_delta", "save_delta"],
     "errors": ["TuningError"],
+    "folding": ["merge"],
     "graft": ["Graft", "attach", "detach"],
     "method": ["Method"],
     "methods.bitfit": ["BitFit", "BitFitMixin"],

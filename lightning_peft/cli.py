@@ -2,7 +2,8 @@
 
 import os
 import sys
-from typing import NoReturn
+
+from lightning_peft.commands import fail
 
 _HELP = """\
 usage: lightning-peft COMMAND [ARGUMENTS]
@@ -85,15 +86,6 @@ def _sentence(error: Exception) -> str:
         return str(cause)
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first} (--debug shows where)"
-
-
-def fail(sentence: str, code: int = 2) -> NoReturn:
-    """Print one red sentence to stderr and end."""
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True, soft_wrap=True).print(Text(sentence, style="bold red"))
-    raise SystemExit(code)
 
 
 def _nearest(command: str) -> str:

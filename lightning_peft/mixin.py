@@ -6,7 +6,8 @@ import lightning as L
 from torch import Tensor, nn
 
 from lightning_peft import rebuild, select
-from lightning_peft.delta import collect, merge
+from lightning_peft.delta import collect
+from lightning_peft.folding import merge
 from lightning_peft.method import Method
 
 

@@ -11,7 +11,7 @@ LAYERS = [
     ["graft", "select", "files"],
     ["tuning"],
     ["fingerprint", "virtual_tokens", "precision"],
-    ["delta"],
+    ["delta", "folding"],
     ["lifecycle", "checkpoint_io"],
     ["method"],
     ["rebuild"],

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 import lightning_peft
-from lightning_peft.delta import merge, read_delta
+from lightning_peft.delta import read_delta
 from lightning_peft.errors import TuningError
+from lightning_peft.folding import merge
 from lightning_peft.method import Method
 from lightning_peft.rebuild import from_delta
 from lightning_peft.reports.parameters import count, dtypes, size

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.optim import Optimizer
 
 import lightning_peft
-from lightning_peft.cli import fail
+from lightning_peft.commands import fail
 from lightning_peft.delta import read_delta
 from lightning_peft.method import Method
 from lightning_peft.rebuild import methods_of

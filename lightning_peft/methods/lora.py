@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import select
-from lightning_peft.delta import foldable
 from lightning_peft.errors import TuningError
+from lightning_peft.folding import foldable
 from lightning_peft.graft import Graft, Grafted, attach
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin

@@ -311,7 +311,7 @@ class Method(L.Callback):
         return chosen
 
     def _check_exclude(self, backbone: nn.Module) -> None:
-        names = [name for name, _ in (*backbone.named_modules(), *backbone.named_parameters())]
+        names = [name for name, _ in (*backbone.named_modules(), *backbone.named_parameters()) if name]
         if self.exclude is not None and self._kept(names) == set(names):
             raise TuningError(
                 f"exclude={self.exclude!r} matches no module or parameter of {type(backbone).__name__}"

@@ -49,7 +49,8 @@ def theirs(kind: str, **settings: Any) -> nn.Module:
 
 def ours(kind: str, like: nn.Module, **arguments: Any) -> tuple[nn.Module, Method]:
     """Return the tiny model under our LoRA, with the A and B of peft's."""
-    model, method = tiny(kind), LoRA(**{"r": 2, "target_modules": TARGETS[kind], "exclude": "classifier.*"} | arguments)
+    head = "classifier.*" if kind == "bert" else None
+    model, method = tiny(kind), LoRA(**{"r": 2, "target_modules": TARGETS[kind], "exclude": head} | arguments)
     method.apply(model)
     with torch.no_grad():
         for place in grafts(model):

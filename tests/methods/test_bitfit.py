@@ -74,7 +74,7 @@ def test_the_head_counts_apart() -> None:
 def test_only_biases_move(kind: str) -> None:
     model = tiny(kind)
     before = copy_of(model.state_dict())
-    method = BitFit(exclude="classifier.*")
+    method = BitFit(exclude="classifier.*" if kind == "bert" else None)
     method.apply(model)
     descend(model, kind, method, steps=2)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}

@@ -71,5 +71,18 @@ def resolve(name: str) -> str:
     raise TuningError(f"{name} names no folder of an installed package: pip install {package.replace('_', '-')}.")
 
 
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers from telling, while it loads a model, that the head is new."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def _first(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:120]

@@ -119,8 +119,7 @@ class Method(L.Callback):
 
     def is_applied(self, model: nn.Module) -> bool:
         """Tell whether `apply` has been done to ``model``."""
-        tuning = Tuning.of(select.backbone_of(model, self.backbone))
-        return tuning is not None and self.name in tuning.methods
+        return self._applied(model) is not None
 
     def finds_backbone(self, module: nn.Module) -> bool:
         """Tell whether the backbone is there already; some modules build it in ``configure_model``."""
@@ -247,11 +246,11 @@ class Method(L.Callback):
 
     def _applied(self, module: nn.Module) -> "Method | None":
         """Return the method of this class that is applied to the backbone of ``module``: this one, or its equal."""
-        tuning = Tuning.of(select.backbone_of(module, self.backbone)) if self.finds_backbone(module) else None
+        tuning = Tuning.of(select.backbone_of(module, self.backbone))
         return tuning.methods.get(self.name) if tuning is not None else None
 
     def _assert_same(self, module: L.LightningModule) -> None:
-        applied = self._applied(module)
+        applied = self._applied(module) if self.finds_backbone(module) else None
         if applied is None or applied is self:
             return
         ours, theirs = self.init_args(), applied.init_args()

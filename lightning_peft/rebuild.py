@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_peft.delta import load_delta, meta_of, read_delta
 from lightning_peft.errors import TuningError
-from lightning_peft.files import read_torch
+from lightning_peft.files import quiet_loading, read_torch
 from lightning_peft.lifecycle import Life
 from lightning_peft.method import Method
 
@@ -76,7 +76,6 @@ def from_delta(path: str | Path, backbone: nn.Module | str | None = None) -> nn.
 
 def _pretrained(identity: Mapping[str, Any], name: str | None, source: str) -> nn.Module:
     import transformers
-    from transformers.utils import logging
 
     kind = getattr(transformers, identity["class"], None)
     name = name or identity["name_or_path"]
@@ -85,12 +84,8 @@ def _pretrained(identity: Mapping[str, Any], name: str | None, source: str) -> n
     labels = {k: identity["config"][k] for k in ("id2label", "label2id") if identity["config"].get(k)}
     if "id2label" in labels:
         labels["id2label"] = {int(k): v for k, v in labels["id2label"].items()}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would tell that the head is new, which the delta brings
-    try:
+    with quiet_loading():  # the delta brings the head
         return kind.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:

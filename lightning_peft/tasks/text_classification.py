@@ -13,11 +13,10 @@ from torch.optim import AdamW
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
-from transformers.utils import logging
 
 from lightning_peft import select
 from lightning_peft.errors import TuningError
-from lightning_peft.files import resolve
+from lightning_peft.files import quiet_loading, resolve
 from lightning_peft.mixin import MethodMixin
 
 
@@ -205,17 +204,14 @@ def _pretrained(name: str, labels: list[str] | None, dtype: str) -> Any:
     classes: dict[str, Any] = {}
     if labels is not None:
         classes = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would tell that the head is new
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **classes
-        )
+        with quiet_loading():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **classes
+            )
     except (OSError, ValueError, KeyError) as error:
         why = str(error).splitlines()[0].rstrip(".")
         raise TuningError(f"no text classifier can be made of {name!r} ({why}): give a folder or hub id.") from None
-    finally:
-        logging.set_verbosity(verbosity)
     _warn_of_missing(model, name, info)
     model.config.problem_type = "single_label_classification"
     if model.config.pad_token_id is None:

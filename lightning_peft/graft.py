@@ -20,6 +20,7 @@ True
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, Self, TypeVar
 
 from torch import Tensor, nn
@@ -31,12 +32,15 @@ G = TypeVar("G", bound="Graft")
 
 
 class Graft(nn.Module):
-    """A module that joins the computation of its one host. Override ``before``, ``after``, or both.
+    """A module that joins the computation of its one host. Override the joints that it needs.
 
     Hooks are bound methods of the graft, so a deep copy of the host calls the copy of the graft. They compute through
     the graft's own ``__call__``, so a sharding wrapper may treat the graft as a unit of its own. A graft keeps no
     tensor between two calls of its host.
     """
+
+    weights: tuple[str, ...] = ()
+    """The parameters that the joint `weight` sees, by their names below the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,6 +53,18 @@ class Graft(nn.Module):
 
     def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return what the callers of the host shall see in place of its output ``out``."""
+        raise NotImplementedError
+
+    def weight(self, w: Tensor, name: str) -> Tensor:
+        """Return what the host shall read, while it runs, in place of its parameter ``name``, one of ``weights``.
+
+        For weights that are read without a call (``nn.MultiheadAttention``, experts stacked in one tensor) and for
+        methods that change a weight itself.
+        """
+        raise NotImplementedError
+
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return what is computed in place of the host's ``forward``, which may be called, or not."""
         raise NotImplementedError
 
     def forward(self, joint: str, *args: Any, **kwargs: Any) -> Any:
@@ -71,6 +87,17 @@ class Graft(nn.Module):
     def _on_output(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         args, kwargs = self._first_by_position(args, kwargs)
         return self("after", out, host, *args, **kwargs)
+
+    def _on_enter(self, host: nn.Module, args: tuple[Any, ...]) -> None:
+        # A tensor in the instance's own attributes hides the parameter of that name and leaves all names as they are.
+        for name in self.weights:
+            owner, leaf = _owner(host, name)
+            vars(owner)[leaf] = self("weight", getattr(owner, leaf), name)
+
+    def _on_leave(self, host: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        for name in self.weights:
+            owner, leaf = _owner(host, name)
+            vars(owner).pop(leaf, None)
 
     def _first_by_position(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -114,6 +141,12 @@ def attach(host: nn.Module, graft: G, name: str) -> G:
     graft.train(host.training)
     if _overrides(graft, "before"):
         graft._handles.append(host.register_forward_pre_hook(graft._on_input, with_kwargs=True))
+    if _overrides(graft, "weight"):
+        graft._handles.append(host.register_forward_pre_hook(graft._on_enter))
+        # Always, since a checkpointed forward pass ends by an exception when it is computed anew.
+        graft._handles.append(host.register_forward_hook(graft._on_leave, always_call=True))
+    if _overrides(graft, "around"):
+        _surround(host)
     if _overrides(graft, "after"):
         graft._handles.append(host.register_forward_hook(graft._on_output, with_kwargs=True))
     return graft
@@ -134,6 +167,8 @@ def detach(host: nn.Module, name: str) -> None:
         handle.remove()
     graft._handles.clear()
     delattr(host, name)
+    if _overrides(graft, "around"):
+        _surround(host)
 
 
 def grafts(root: nn.Module) -> Iterator[Grafted]:
@@ -151,6 +186,36 @@ def is_compiled(module: nn.Module) -> bool:
     ``torch/_dynamo/eval_frame.py`` name these attributes); ``tests/test_graft.py`` fails when they change.
     """
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _surround(host: nn.Module) -> None:
+    """Let the host run through its grafts that override ``around``, or as it did if none is left."""
+    inner = vars(host).pop("forward", None)
+    if isinstance(inner, partial) and inner.func is _forward:
+        inner = inner.args[1]
+    if any(isinstance(child, Graft) and _overrides(child, "around") for child in host.children()):
+        bare = inner or partial(type(host).forward, host)
+        surrounded = partial(_forward, host, inner)
+        # Callers read the names of the arguments; annotations may not pickle.
+        parameters = [p.replace(annotation=p.empty) for p in inspect.signature(bare).parameters.values()]
+        vars(surrounded)["__signature__"] = inspect.Signature(parameters)
+        inner = surrounded
+    if inner is not None:
+        vars(host)["forward"] = inner
+
+
+def _forward(host: nn.Module, inner: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward pass of a host through its grafts, the latest outermost."""
+    run = inner or partial(type(host).forward, host)
+    for child in host.children():
+        if isinstance(child, Graft) and _overrides(child, "around"):
+            run = partial(child, "around", run, host)
+    return run(*args, **kwargs)
+
+
+def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return host.get_submodule(path), leaf
 
 
 def _overrides(graft: Graft, joint: str) -> bool:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.delta import META, canonical, check, complete, delta_names, meta_of, metadata
 from lightning_peft.errors import TuningError
+from lightning_peft.param_groups import schedulers_in, split_groups
 from lightning_peft.tuning import tunings
 
 _ATTRIBUTE = "_lightning_peft_life"
@@ -220,7 +221,19 @@ def _configure_optimizers(module: L.LightningModule, instance_hook: Callable[...
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) in ids]
     optimizers[0].param_groups[0]["params"].extend(p for p in wanted.values() if id(p) not in held)
+    options = _options(module)
+    split_groups(optimizers, schedulers_in(configured), lambda parameter: options.get(id(parameter), {}))
     return configured
+
+
+def _options(module: L.LightningModule) -> dict[int, dict[str, Any]]:
+    """Return what the methods ask of the optimizer for single parameters, by the identity of the parameter."""
+    return {
+        id(parameter): dict(merged)
+        for _, backbone, tuning in tunings(module)
+        for name, parameter in trained(backbone).items()
+        if (merged := [item for m in tuning.methods.values() for item in m.optimizer_options(name).items()])
+    }
 
 
 def _optimizers(configured: Any) -> list[Optimizer]:

@@ -67,6 +67,14 @@ class Method(L.Callback):
         """Return what is added to the loss of each training batch, or None."""
         return None
 
+    def optimizer_options(self, name: str) -> dict[str, Any]:
+        """Return what the optimizer shall do otherwise with the trained parameter ``name`` of the backbone.
+
+        ``lr_ratio`` multiplies the learning rate of its group; every other name is an option of the optimizer, such as
+        ``lr`` and ``weight_decay``.
+        """
+        return {}
+
     @property
     def name(self) -> str:
         """The name of this method's grafts in their hosts."""

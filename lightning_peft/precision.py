@@ -19,24 +19,15 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class MasterWeights(Graft):
-    """Lets its host compute in half precision with parameters that are stored in fp32."""
+    """Lets its host read its fp32 parameters in the half precision that they had; gradients flow through the cast."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, weights: tuple[str, ...]) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.weights = dtype, weights
 
-    def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Put copies in the dtype of ``x`` before the host's fp32 parameters; gradients flow through the cast."""
-        dtype = x.dtype if x.is_floating_point() else self.dtype
-        for name, parameter in host.named_parameters(recurse=False):
-            vars(host)[name] = parameter.to(dtype)
-        return x
-
-    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Take the copies away."""
-        for name, _ in host.named_parameters(recurse=False):
-            vars(host).pop(name, None)
-        return out
+    def weight(self, w: Tensor, name: str) -> Tensor:
+        """Return the parameter rounded to the precision of the backbone."""
+        return w.to(self.dtype)
 
     @torch.no_grad()
     def merge(self, host: nn.Module) -> None:
@@ -59,7 +50,8 @@ def hold_fp32(module: nn.Module, values: dict[str, Tensor] | None = None) -> Non
         for host in list(backbone.modules()):  # a tied parameter has several
             own = [dtypes[id(p)] for p in host.parameters(recurse=False) if id(p) in dtypes]
             if own and not hasattr(host, _NAME):
-                attach(host, MasterWeights(own[0]), _NAME)
+                names = tuple(name for name, p in host.named_parameters(recurse=False) if p.is_floating_point())
+                attach(host, MasterWeights(own[0], names), _NAME)
 
 
 def release(backbone: nn.Module) -> None:

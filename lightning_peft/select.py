@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lightning_peft.errors import TuningError
+from lightning_peft.graft import grafts
 
 ROLES: dict[str, str] = {
     "query": r"q|query|q_proj|q_lin|query_proj|to_q|wq|q_linear",
@@ -91,7 +92,9 @@ def hosts(
     patterns: str | Sequence[str],
     layers: Sequence[int] | None = None,
 ) -> dict[str, nn.Module]:
-    """Return the modules of these kinds that the patterns select, head excluded, in the order of the model.
+    """Return the modules of these kinds that the patterns select, in the order of the model.
+
+    The head and what methods have added are left out.
 
     ``"all-linear"`` selects every linear layer inside the blocks: poolers and heads lie outside them. ``layers`` keeps
     the blocks of these indices, negative ones counted from the end.
@@ -100,10 +103,12 @@ def hosts(
         TuningError: a pattern selects nothing, or a layer index is out of range.
     """
     head = set(head_names(backbone))
+    added = tuple(f"{place.path}.{place.name}.".lstrip(".") for place in grafts(backbone))
     found = {
         name: module
         for name, module in backbone.named_modules()
         if isinstance(module, kinds)
+        and not f"{name}.".startswith(added)
         and not any(f"{name}.{p}" in head for p, _ in module.named_parameters(recurse=False))
     }
     if patterns == "all-linear":

@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_peft"
 LAYERS = [
     ["errors"],
-    ["graft", "select", "files"],
+    ["graft", "files", "param_groups"],
+    ["select"],
     ["tuning"],
     ["fingerprint", "virtual_tokens", "precision"],
     ["delta", "folding"],

@@ -1,0 +1,117 @@
+"""Optimizer options of single parameters, such as a learning rate of their own, in optimizers that a module has built.
+
+A method states them by `Method.optimizer_options`. The groups of the optimizer are split where they differ, and what a
+scheduler keeps per group is kept for the new group too, so the module's ``configure_optimizers`` needs no change.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_peft.errors import TuningError
+
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+# What the schedulers of torch keep for each group; tests/test_param_groups.py runs all of them.
+_RATE_LISTS = ("base_lrs", "min_lrs", "max_lrs", "_last_lr")
+_LISTS = (*_RATE_LISTS, "lr_lambdas")
+
+
+def split_groups(
+    optimizers: Iterable[Optimizer],
+    schedulers: Iterable[Any],
+    options: Callable[[nn.Parameter], dict[str, Any]],
+) -> None:
+    """Move the parameters for which ``options`` gives something into groups of their own, made from their group.
+
+    Args:
+        optimizers: those of a module.
+        schedulers: theirs.
+        options: of a parameter; ``lr_ratio`` multiplies the learning rate of its group, every other name is an
+            option of the optimizer.
+
+    Raises:
+        TuningError: the optimizer has no option of that name.
+    """
+    schedulers = [inner for scheduler in schedulers for inner in _unwrapped(scheduler)]
+    for optimizer in optimizers:
+        for index, group in enumerate(list(optimizer.param_groups)):
+            apart: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                apart.setdefault(tuple(sorted(options(parameter).items())), []).append(parameter)
+            stay = apart.pop((), [])
+            if not stay and apart:  # an empty group would remain: the first of the others takes its place
+                key, stay = next(iter(apart.items()))
+                del apart[key]
+                _change(group, dict(key), optimizer, schedulers, index)
+            group["params"] = stay
+            for key, parameters in apart.items():
+                new = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+                optimizer.add_param_group({"params": parameters, **new})
+                _extend(schedulers, optimizer, index)
+                _change(optimizer.param_groups[-1], dict(key), optimizer, schedulers, len(optimizer.param_groups) - 1)
+
+
+def _change(
+    group: dict[str, Any], options: dict[str, Any], optimizer: Optimizer, schedulers: list[Any], index: int
+) -> None:
+    for name, value in options.items():
+        if name == "lr_ratio":
+            _scale(group, value, optimizer, schedulers, index)
+        elif name == "lr":
+            rate = group.get("initial_lr", group["lr"])
+            if not rate:
+                raise TuningError(
+                    f"a learning rate of {value} is asked for where that of the group is {rate}: give the group one."
+                )
+            _scale(group, value / rate, optimizer, schedulers, index)
+        elif name in optimizer.defaults:
+            group[name] = value
+        else:
+            raise TuningError(
+                f"{type(optimizer).__name__} has no option {name!r}, which a method gives one of its parameters: "
+                "use an optimizer that has it, e.g. AdamW."
+            )
+
+
+def _scale(group: dict[str, Any], ratio: float, optimizer: Optimizer, schedulers: list[Any], index: int) -> None:
+    for name in _RATES:
+        if name in group:
+            group[name] = group[name] * ratio
+    for scheduler in schedulers:
+        if scheduler.optimizer is optimizer:
+            for name in _RATE_LISTS:
+                rates = getattr(scheduler, name, None)
+                if isinstance(rates, list):
+                    rates[index] = rates[index] * ratio
+
+
+def _extend(schedulers: list[Any], optimizer: Optimizer, index: int) -> None:
+    """Give the last group of the optimizer a copy of all that its schedulers keep for the group at ``index``."""
+    for scheduler in schedulers:
+        if scheduler.optimizer is optimizer:
+            for name in _LISTS:
+                values = getattr(scheduler, name, None)
+                if isinstance(values, list):
+                    values.append(values[index])
+
+
+def schedulers_in(configured: Any) -> Iterator[LRScheduler]:
+    """Yield the schedulers in whatever form ``configure_optimizers`` may return them."""
+    if isinstance(configured, LRScheduler):
+        yield configured
+    elif isinstance(configured, dict):
+        for key in ("lr_scheduler", "scheduler"):
+            yield from schedulers_in(configured.get(key))
+    elif isinstance(configured, (list, tuple)):
+        for entry in configured:
+            yield from schedulers_in(entry)
+
+
+def _unwrapped(scheduler: Any) -> Iterator[Any]:
+    """Yield a scheduler and those that it chains."""
+    yield scheduler
+    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR and ChainedScheduler have no public list
+        yield from _unwrapped(inner)

@@ -34,6 +34,11 @@ G = TypeVar("G", bound="Graft")
 class Graft(nn.Module):
     """A module that joins the computation of its one host. Override the joints that it needs.
 
+    One more joint than the methods below is ``weight(w: Tensor, name: str) -> Tensor``: what the host reads, while it
+    runs, in place of its parameter ``name``, one of `weights`. It serves weights that are read without a call
+    (``nn.MultiheadAttention``, experts stacked in one tensor) and methods that change a weight itself. It is not
+    declared here, since a graft may have a parameter of that name.
+
     Hooks are bound methods of the graft, so a deep copy of the host calls the copy of the graft. They compute through
     the graft's own ``__call__``, so a sharding wrapper may treat the graft as a unit of its own. A graft keeps no
     tensor between two calls of its host.
@@ -55,16 +60,15 @@ class Graft(nn.Module):
         """Return what the callers of the host shall see in place of its output ``out``."""
         raise NotImplementedError
 
-    def weight(self, w: Tensor, name: str) -> Tensor:
-        """Return what the host shall read, while it runs, in place of its parameter ``name``, one of ``weights``.
-
-        For weights that are read without a call (``nn.MultiheadAttention``, experts stacked in one tensor) and for
-        methods that change a weight itself.
-        """
-        raise NotImplementedError
-
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return what is computed in place of the host's ``forward``, which may be called, or not."""
+        raise NotImplementedError
+
+    def key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, H, S, d] of an attention with P more columns on their left, seen by all queries.
+
+        The host is an attention that `attention.join` has found.
+        """
         raise NotImplementedError
 
     def forward(self, joint: str, *args: Any, **kwargs: Any) -> Any:
@@ -139,15 +143,15 @@ def attach(host: nn.Module, graft: G, name: str) -> G:
     graft._first_argument = next(iter(inspect.signature(host.forward).parameters))
     host.register_module(name, graft)
     graft.train(host.training)
-    if _overrides(graft, "before"):
+    if overrides(graft, "before"):
         graft._handles.append(host.register_forward_pre_hook(graft._on_input, with_kwargs=True))
-    if _overrides(graft, "weight"):
+    if overrides(graft, "weight"):
         graft._handles.append(host.register_forward_pre_hook(graft._on_enter))
         # Always, since a checkpointed forward pass ends by an exception when it is computed anew.
         graft._handles.append(host.register_forward_hook(graft._on_leave, always_call=True))
-    if _overrides(graft, "around"):
+    if overrides(graft, "around"):
         _surround(host)
-    if _overrides(graft, "after"):
+    if overrides(graft, "after"):
         graft._handles.append(host.register_forward_hook(graft._on_output, with_kwargs=True))
     return graft
 
@@ -167,7 +171,7 @@ def detach(host: nn.Module, name: str) -> None:
         handle.remove()
     graft._handles.clear()
     delattr(host, name)
-    if _overrides(graft, "around"):
+    if overrides(graft, "around"):
         _surround(host)
 
 
@@ -193,7 +197,7 @@ def _surround(host: nn.Module) -> None:
     inner = vars(host).pop("forward", None)
     if isinstance(inner, partial) and inner.func is _forward:
         inner = inner.args[1]
-    if any(isinstance(child, Graft) and _overrides(child, "around") for child in host.children()):
+    if any(isinstance(child, Graft) and overrides(child, "around") for child in host.children()):
         bare = inner or partial(type(host).forward, host)
         surrounded = partial(_forward, host, inner)
         # Callers read the names of the arguments; annotations may not pickle.
@@ -208,7 +212,7 @@ def _forward(host: nn.Module, inner: Callable[..., Any] | None, *args: Any, **kw
     """Run the forward pass of a host through its grafts, the latest outermost."""
     run = inner or partial(type(host).forward, host)
     for child in host.children():
-        if isinstance(child, Graft) and _overrides(child, "around"):
+        if isinstance(child, Graft) and overrides(child, "around"):
             run = partial(child, "around", run, host)
     return run(*args, **kwargs)
 
@@ -218,5 +222,6 @@ def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
     return host.get_submodule(path), leaf
 
 
-def _overrides(graft: Graft, joint: str) -> bool:
-    return getattr(type(graft), joint) is not getattr(Graft, joint)
+def overrides(graft: Graft, joint: str) -> bool:
+    """Tell whether the graft takes part in this joint."""
+    return getattr(type(graft), joint, None) is not getattr(Graft, joint, None)

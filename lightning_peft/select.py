@@ -184,14 +184,30 @@ def word_tables(backbone: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def position_tables(backbone: nn.Module) -> dict[str, nn.Embedding]:
+    """Return the learned position tables of the text part by name; vision models count patches with theirs."""
+    vision = tuple(
+        f"{name}."
+        for name, m in backbone.named_modules()
+        if getattr(m, "main_input_name", "") == "pixel_values" and name
+    )
+    if getattr(backbone, "main_input_name", "") == "pixel_values":
+        return {}
+    return {
+        name: module
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Embedding)
+        and re.fullmatch(r"wpe|position_embeddings?|embed_positions", name.rsplit(".", 1)[-1])
+        and not name.startswith(vision)
+    }
+
+
 def max_positions(backbone: nn.Module) -> int | None:
     """Return the longest input [tokens] that a learned position table allows; None for relative or rotary positions."""
-    for name, module in backbone.named_modules():
-        last = name.rsplit(".", 1)[-1]
-        if isinstance(module, nn.Embedding) and re.fullmatch(r"wpe|position_embeddings?|embed_positions", last):
-            # RoBERTa starts at padding_idx + 1, OPT and BART carry the same shift as `offset`.
-            offset = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
-            return module.num_embeddings - offset
+    # RoBERTa starts at padding_idx + 1, OPT and BART carry the same shift as `offset`.
+    for table in position_tables(backbone).values():
+        offset = table.padding_idx + 1 if table.padding_idx is not None else getattr(table, "offset", 0)
+        return table.num_embeddings - offset
     return None
 
 

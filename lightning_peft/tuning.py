@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft import attention
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import detach, grafts
 
@@ -86,6 +87,7 @@ class Tuning:
         for _, host, child, _ in grafts(backbone):
             if child == name:
                 detach(host, child)
+        attention.leave(backbone)
         for tensor in own:
             original = self.originals.pop(tensor)
             if isinstance(original, Tensor):

@@ -10,6 +10,7 @@ LAYERS = [
     ["errors"],
     ["graft", "files", "param_groups"],
     ["select"],
+    ["attention"],
     ["tuning"],
     ["fingerprint", "virtual_tokens", "precision"],
     ["delta", "folding"],

@@ -81,12 +81,17 @@ def leave(backbone: nn.Module) -> None:
 def recorded(found: list[Attention]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Keep the keys and values [B, H, S, d] that each attention sees while the context lasts, by path."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    _watchers.append(lambda module, key, value: seen.setdefault(paths[module], (key, value)))
     paths = {attention.module: attention.path for attention in found}
+
+    def watch(module: nn.Module, key: Tensor, value: Tensor) -> None:
+        if module in paths:
+            seen.setdefault(paths[module], (key, value))
+
+    _watchers.append(watch)
     try:
         yield seen
     finally:
-        _watchers.pop()
+        _watchers.remove(watch)
 
 
 _watchers: list[Callable[[nn.Module, Tensor, Tensor], Any]] = []
@@ -120,7 +125,7 @@ def _attend(
     return _base(base, module)(module, query, key, value, attention_mask, **kwargs)
 
 
-def _observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     """Stand in for an attention while the model is probed: the shape of its output, and nothing computed."""
     _seen(module, key, value)
     batch, heads, length, _ = query.shape
@@ -161,7 +166,7 @@ def _register() -> None:
     AttentionMaskInterface.register(_PROBE, _no_mask)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
+def _no_mask(*_: Any, **__: Any) -> None:
     """Stand in for the making of a mask, which looks at values that the probe has not."""
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 
-from lightning_peft import checkpoint_io, lifecycle, precision, select
+from lightning_peft import lifecycle, precision, select, trainers
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import grafts, is_compiled
 from lightning_peft.lifecycle import Life
@@ -127,7 +127,12 @@ class Method(L.Callback):
 
     def is_applied(self, model: nn.Module) -> bool:
         """Tell whether `apply` has been done to ``model``."""
-        return self._applied(model) is not None
+        return self.applied(model) is not None
+
+    def applied(self, module: nn.Module) -> "Method | None":
+        """Return the method of this class that is applied to the backbone of ``module``: this one, or its equal."""
+        tuning = Tuning.of(select.backbone_of(module, self.backbone))
+        return tuning.methods.get(self.name) if tuning is not None else None
 
     def finds_backbone(self, module: nn.Module) -> bool:
         """Tell whether the backbone is there already; some modules build it in ``configure_model``."""
@@ -145,7 +150,7 @@ class Method(L.Callback):
                 "use strategy='ddp' in a script."
             )
         lifecycle.check_averaging(trainer, self)
-        checkpoint_io.install(trainer)
+        trainers.prepare(trainer, pl_module)
         life = Life.of(pl_module)
         if not any(type(other) is type(self) and other.backbone == self.backbone for other in life.methods):
             life.methods.append(self)
@@ -169,7 +174,8 @@ class Method(L.Callback):
         select.backbone_of(pl_module, self.backbone).train()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the random state of a run that was saved inside an epoch."""
+        """Restore the random state of a run that was saved inside an epoch, for which no epoch starts."""
+        self.on_train_epoch_start(trainer, pl_module)
         lifecycle.restore_random_state(pl_module, trainer.global_rank, mid_epoch=True)
         Life.of(pl_module).resumed = None
 
@@ -178,10 +184,11 @@ class Method(L.Callback):
         backbone = select.backbone_of(pl_module, self.backbone)
         backbone.train(self._trains_frozen(trainer))
         for module in backbone.modules():
-            if any(p.requires_grad for p in module.parameters(recurse=False)):
+            trained = [p.requires_grad for p in module.parameters(recurse=False)]
+            if isinstance(module, _BATCH_NORM):  # where its bias alone is trained, its statistics stay
+                module.training = bool(trained) and all(trained)
+            elif any(trained):
                 module.training = True
-            elif isinstance(module, _BATCH_NORM):
-                module.training = False
         for place in grafts(backbone):
             place.graft.train()
 
@@ -241,6 +248,7 @@ class Method(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the trainer's plugins as they were."""
         vars(trainer.precision_plugin).pop("convert_module", None)
+        trainers.release(trainer)
 
     def _assert_applied(self, module: L.LightningModule) -> None:
         if self.finds_backbone(module) and self.is_applied(module):
@@ -252,13 +260,8 @@ class Method(L.Callback):
             f"name it with backbone= (it has {children})."
         )
 
-    def _applied(self, module: nn.Module) -> "Method | None":
-        """Return the method of this class that is applied to the backbone of ``module``: this one, or its equal."""
-        tuning = Tuning.of(select.backbone_of(module, self.backbone))
-        return tuning.methods.get(self.name) if tuning is not None else None
-
     def _assert_same(self, module: L.LightningModule) -> None:
-        applied = self._applied(module) if self.finds_backbone(module) else None
+        applied = self.applied(module) if self.finds_backbone(module) else None
         if applied is None or applied is self:
             return
         ours, theirs = self.init_args(), applied.init_args()
@@ -287,7 +290,7 @@ class Method(L.Callback):
     def _enter(self, module: L.LightningModule, batch: Any) -> None:
         if type(self).prepare is Method.prepare:
             return
-        applied = self._applied(module)
+        applied = self.applied(module)
         assert applied is not None
         prepared = applied.prepare(batch)
         self._batch = {name: batch.get(name) for name in prepared if prepared[name] is not batch.get(name)}

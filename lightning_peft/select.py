@@ -21,6 +21,16 @@ ROLES: dict[str, str] = {
     "value": r"v|value|v_proj|v_lin|value_proj|to_v|wv|v_linear",
     "fused_qkv": r"c_attn|query_key_value|qkv|qkv_proj|Wqkv|W_pack|in_proj|qkv_lin",
     "intermediate": r"intermediate\.dense|ffn\.lin1|lin1|fc1|c_fc|wi|wi_0|wi_1|up_proj|gate_proj|dense_h_to_4h|linear1",
+    "attention_output": r"(?:cross)?attention\.output\.dense|(?:self_)?attention\.dense|self_attn\.dense|out_lin|o_proj"
+    r"|out_proj|o|(?:attn|attention|crossattention)\.c_proj|attn\.proj",
+    "ffn_output": r"(?<!attention\.)output\.dense|lin2|fc2|mlp\.c_proj|wo|down_proj|dense_4h_to_h|linear2|fc_out"
+    r"|ffn_output",
+    "ffn_norm": r"(?<!attention\.)output\.LayerNorm|output_layer_norm|full_layer_layer_norm|layernorm_after|layer_norm2"
+    r"|norm2|ln_2|post_attention_layernorm|final_layer_norm",
+    "post_norm": r"(?<!attention\.)output\.LayerNorm|output_layer_norm|full_layer_layer_norm",
+    "attention_scale": r"layer_scale1|layer_scale_1|ls1",
+    "ffn_scale": r"layer_scale2|layer_scale_2|ls2",
+    "cross_attention": r"crossattention|cross_attn|encoder_attn|EncDecAttention",
 }
 """Role of a projection in a block -> pattern of the last parts of its name."""
 
@@ -124,7 +134,7 @@ def hosts(
                 raise TuningError(f"{pattern!r} matches no {kind} of {type(backbone).__name__}{near(pattern, found)}.")
             chosen.update(names)
     if layers is not None:
-        chosen = _in_layers(backbone, chosen, layers)
+        chosen = in_layers(backbone, chosen, layers)
     return {name: module for name, module in found.items() if name in chosen}
 
 
@@ -155,6 +165,47 @@ def block_lists(backbone: nn.Module) -> dict[str, nn.ModuleList]:
         if len(module) > 0 and len({type(entry) for entry in module}) == 1:
             lists[name] = module
     return lists
+
+
+def blocks(backbone: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
+    """Return, for each of the ``block_lists``, its blocks in order, with their names; a stage counts as its blocks.
+
+    A stage (Swin, ResNet) is an entry with a list ``blocks`` or ``layers`` of equal modules of its own.
+    """
+    found: dict[str, list[tuple[str, nn.Module]]] = {}
+    for name, entries in block_lists(backbone).items():
+        found[name] = []
+        for i, entry in enumerate(entries):
+            inner = getattr(entry, "blocks", getattr(entry, "layers", None))
+            if isinstance(inner, (nn.ModuleList, nn.Sequential)) and len({type(block) for block in inner}) == 1:
+                part = "blocks" if hasattr(entry, "blocks") else "layers"
+                found[name] += [(f"{name}.{i}.{part}.{j}", block) for j, block in enumerate(inner)]
+            else:
+                found[name].append((f"{name}.{i}", entry))
+    return found
+
+
+def without_grafts(backbone: nn.Module) -> dict[str, nn.Module]:
+    """Return all modules of a backbone by name, but for those that methods have added."""
+    added = tuple(f"{place.path}.{place.name}.".lstrip(".") for place in grafts(backbone))
+    return {name: module for name, module in backbone.named_modules() if not f"{name}.".startswith(added)}
+
+
+def norm_names(backbone: nn.Module) -> list[str]:
+    """Return the parameter names of the norms that work on each token (LayerNorm, RMSNorm ...), the head's left out."""
+    head = set(head_names(backbone))
+    return [
+        full
+        for name, module in without_grafts(backbone).items()
+        if "Norm" in type(module).__name__ and "BatchNorm" not in type(module).__name__
+        for parameter, _ in module.named_parameters(recurse=False)
+        if (full := f"{name}.{parameter}") not in head
+    ]
+
+
+def has_role(name: str, *roles: str) -> bool:
+    """Tell whether the last parts of a module's name are those of one of the ``ROLES``."""
+    return re.fullmatch(rf"(?:.*\.)?(?:{'|'.join(ROLES[role] for role in roles)})", name) is not None
 
 
 def block_index(lists: Iterable[str], name: str) -> tuple[str, int] | None:
@@ -217,6 +268,9 @@ def head_names(backbone: nn.Module) -> list[str]:
     The head of a language model was pretrained with it, tied or not, so it is none: ``also_train`` can name it.
     """
     base = getattr(backbone, "base_model", None)
+    if base is backbone and type(backbone).__name__.endswith("ForImageClassification"):
+        # CLIP's and SigLIP's classifiers name a base model that they do not have; what they have is its image side.
+        base = next(iter(pretrained_models(nn.ModuleList(backbone.children())).values()), None)
     if base is None or base is backbone or backbone.get_output_embeddings() is not None:  # type: ignore[operator]
         return []
     inside = {id(p) for p in base.parameters()}
@@ -233,20 +287,12 @@ def is_encoder(backbone: nn.Module) -> bool:
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING
 
 
-def near(name: str, names: Iterable[str], most: int = 3) -> str:
-    """Return ``"; it has e.g. ..."`` with the names most like ``name``, for the end of an error message."""
-    names = list(names)
-    tails: dict[str, str] = {}
-    for full in names:
-        parts = full.split(".")
-        for i in range(len(parts)):
-            tails.setdefault(".".join(parts[i:]), full)
-    close = [tails[tail] for tail in difflib.get_close_matches(name, tails, n=most, cutoff=0.5)]
-    chosen = list(dict.fromkeys(close)) or names[:most]
-    return f"; it has e.g. {', '.join(chosen)}" if chosen else "; it has none"
+def in_layers(backbone: nn.Module, names: Iterable[str], layers: Sequence[int]) -> set[str]:
+    """Return the names that lie in the blocks of these indices, negative ones counted from the end.
 
-
-def _in_layers(backbone: nn.Module, names: Iterable[str], layers: Sequence[int]) -> set[str]:
+    Raises:
+        TuningError: an index is out of range, or none of the names is left.
+    """
     sizes = {outer: len(blocks) for outer, blocks in block_lists(backbone).items()}
     longest = max(sizes.values(), default=0)
     for layer in layers:
@@ -260,6 +306,19 @@ def _in_layers(backbone: nn.Module, names: Iterable[str], layers: Sequence[int])
     if not kept:
         raise TuningError(f"layers={list(layers)} keeps none of the selected modules: choose blocks that hold them.")
     return kept
+
+
+def near(name: str, names: Iterable[str], most: int = 3) -> str:
+    """Return ``"; it has e.g. ..."`` with the names most like ``name``, for the end of an error message."""
+    names = list(names)
+    tails: dict[str, str] = {}
+    for full in names:
+        parts = full.split(".")
+        for i in range(len(parts)):
+            tails.setdefault(".".join(parts[i:]), full)
+    close = [tails[tail] for tail in difflib.get_close_matches(name, tails, n=most, cutoff=0.5)]
+    chosen = list(dict.fromkeys(close)) or names[:most]
+    return f"; it has e.g. {', '.join(chosen)}" if chosen else "; it has none"
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -1,0 +1,52 @@
+"""P-Tuning v2: prefixes of every attention, trained with a task head, without a verbalizer.
+
+The keys and values are those of Prefix-Tuning; here they are trained themselves unless ``mid_dim`` asks for the network
+(the authors' ``prefix_projection``, of width 512), they start from N(0, 0.02), their dropout is the model's, and the
+model is in training mode. What is pooled stays [CLS], token labels and answer spans keep their places: the prefix is
+in no output. The pooler is frozen, the head is trained.
+
+Source: Liu et al. 2022, arXiv 2110.07602, and the authors' ``model/prefix_encoder.py``. One prompt for several tasks,
+adapted to one afterwards, is in the paper and not in their code: train it under a multi-task module and give the delta
+as ``init_from``; its heads stay behind.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from lightning_peft.mixin import MethodMixin
+from lightning_peft.prefixes import PrefixMethod
+
+
+@dataclass(eq=False, kw_only=True)
+class PTuningV2(PrefixMethod):
+    """Train P keys and values before those of the text in every attention, and the task head.
+
+    Args:
+        dropout: probability for each number of the prefix in training; None: the model's hidden_dropout_prob.
+    """
+
+    backbone_mode: Literal["train", "eval"] = "train"
+
+    paper: ClassVar[str] = "Liu et al. 2022, arXiv 2110.07602"
+    std: ClassVar[float] = 0.02
+
+    def _dropout(self, backbone: nn.Module) -> float:
+        if self.dropout is not None:
+            return self.dropout
+        names = ("hidden_dropout_prob", "dropout", "resid_pdrop", "dropout_rate")
+        found = (getattr(backbone.config, name, None) for name in names)
+        return next((p for p in found if isinstance(p, float)), 0.0)
+
+
+class PTuningV2Mixin(MethodMixin):
+    """For a LightningModule that is tuned by P-Tuning v2: set ``self.method`` to change its arguments."""
+
+    default_method = PTuningV2
+
+    def fold(self) -> None:
+        """Keep the prefix that the network gives and drop the network."""
+        assert isinstance(self.method, PTuningV2)
+        assert isinstance(self, nn.Module)
+        self.method.fold(self)

@@ -1,0 +1,363 @@
+"""Prefixes: trained keys and values before those of the text, in every attention.
+
+``Attn(q, [P_k; K], [P_v; V])`` with P columns for each attention, trained as they are or as the output of a network,
+``P = W tanh(U E + b) + c`` with its own W for each attention, that is dropped after training.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft import attention, select
+from lightning_peft.attention import Attention
+from lightning_peft.delta import read_delta
+from lightning_peft.errors import TuningError
+from lightning_peft.files import load_tokenizer
+from lightning_peft.graft import Graft, attach, detach, grafts
+from lightning_peft.method import Method
+
+KINDS = ("encoder", "decoder", "cross")
+
+
+class PrefixNetwork(Graft):
+    """The part of the reparametrisation that attentions of one kind share: ``tanh(U E + b)``, [P, mid].
+
+    It is a graft of the backbone that takes part in no joint: it keeps what the prefixes compute from.
+    """
+
+    def __init__(self, kinds: Iterable[str], count: int, dim: int, mid_dim: int) -> None:
+        super().__init__()
+        self.trunks = nn.ModuleDict(
+            {kind: nn.Sequential(nn.Embedding(count, dim), nn.Linear(dim, mid_dim), nn.Tanh()) for kind in kinds}
+        )
+
+    def hidden(self, kind: str) -> Tensor:
+        """Return what the prefixes of this kind of attention are projected from, [P, mid]."""
+        trunk = self.trunks[kind]
+        assert isinstance(trunk, nn.Sequential)
+        table = trunk[0]
+        return trunk(torch.arange(table.num_embeddings, device=table.weight.device))
+
+
+class Prefix(Graft):
+    """P keys and values of one attention.
+
+    Args:
+        place: the attention.
+        count: P.
+        std: of the normal distribution that they start from; None leaves them to the network.
+        network: what they are computed from while they are trained; None: they are parameters themselves.
+        dropout: probability for each number of them in training.
+    """
+
+    def __init__(
+        self, place: Attention, count: int, std: float, network: PrefixNetwork | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.shape = (place.heads, place.key_dim, place.value_dim)
+        self.count, self.kind, self.dropout = count, place.kind, dropout
+        # In a tuple, since it is a child of the backbone and no child of each prefix.
+        self._network = (network,)
+        self._bias_from: tuple[nn.Module | None] = (None,)
+        if network is None:
+            self.keys = nn.Parameter(torch.randn(place.heads, count, place.key_dim) * std)
+            self.values = nn.Parameter(torch.randn(place.heads, count, place.value_dim) * std)
+        else:
+            mid_dim = network.trunks[place.kind][1].out_features  # type: ignore[index]
+            self.project = nn.Linear(mid_dim, place.heads * (place.key_dim + place.value_dim))
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Return the keys [H, P, d_k] and the values [H, P, d_v]."""
+        (network,) = self._network
+        if network is None:
+            return self.keys, self.values
+        heads, key_dim, value_dim = self.shape
+        out = self.project(network.hidden(self.kind))
+        keys, values = out.split([heads * key_dim, heads * value_dim], dim=1)
+        return keys.view(self.count, heads, -1).transpose(0, 1), values.view(self.count, heads, -1).transpose(0, 1)
+
+    def key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values with the prefix on their left, [B, H, P + S, d]."""
+        keys, values = (
+            F.dropout(t, self.dropout, self.training).to(key.dtype).expand(key.shape[0], -1, -1, -1)
+            for t in self.rows()
+        )
+        return torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2)
+
+    def position_bias(self, bias: Tensor, added: int) -> Tensor:
+        """Return T5's bias for the prefix, [1, H, N, P]: that of tokens before the text, or 0 where it is unshifted."""
+        (table,) = self._bias_from
+        if table is None:
+            return bias.new_zeros(1, *bias.shape[1:3], added)
+        queries, length = bias.shape[2], added + bias.shape[3]
+        whole = table.compute_bias(queries, length, device=bias.device, past_seen_tokens=length - queries)  # type: ignore[operator]
+        return whole[..., :added]
+
+    def fold(self) -> None:
+        """Keep the keys and values, and forget what they were computed from."""
+        keys, values = (t.detach().clone() for t in self.rows())
+        self._network = (None,)
+        del self.project
+        self.keys, self.values = nn.Parameter(keys.contiguous()), nn.Parameter(values.contiguous())
+
+
+class ShiftedTable(Graft):
+    """Lets a position table count from P: its host reads the rows from P on, and too long an input is out of range."""
+
+    weights = ("weight",)
+
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self.by = by
+
+    def weight(self, w: Tensor, name: str) -> Tensor:
+        """Return the rows from P on, [T - P, d]."""
+        return w[self.by :]
+
+
+class ShiftedRotary(Graft):
+    """Lets rotary positions count from P."""
+
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self.by = by
+
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Compute the rotation of ``position_ids + P``."""
+        if "position_ids" in kwargs:
+            kwargs["position_ids"] = kwargs["position_ids"] + self.by
+            return forward(*args, **kwargs)
+        x, position_ids, *rest = args
+        return forward(x, position_ids + self.by, *rest, **kwargs)
+
+
+@dataclass(eq=False, kw_only=True)
+class PrefixMethod(Method):
+    """What methods that train prefixes share.
+
+    Args:
+        num_virtual_tokens: length P of the prefix [tokens].
+        mid_dim: width of the network that the prefix is computed by in training; None trains the prefix itself.
+        sets: of an encoder-decoder, which attentions get a prefix: 'encoder', 'decoder', 'cross'; None: all.
+        layers: blocks that get a prefix, negative ones counted from the end; None: all.
+        positions: 'shifted' lets the text's positions start at P, as if the prefix stood before it; 'unshifted' at 0.
+        init: 'random'; or 'text', the keys and values that the frozen model has for the words of ``text``.
+        text: the words of init='text'; the prefix is as long as they are.
+        tokenizer: folder or hub id of the tokenizer; None: that of the backbone.
+        dropout: probability for each number of the prefix in training.
+        init_from: a delta of this method whose prefix to start from, e.g. one that was trained on several tasks.
+    """
+
+    num_virtual_tokens: int = 20
+    mid_dim: int | None = None
+    sets: list[Literal["encoder", "decoder", "cross"]] | None = None
+    layers: list[int] | None = None
+    positions: Literal["shifted", "unshifted"] = "shifted"
+    init: Literal["random", "text"] = "random"
+    text: str | None = None
+    tokenizer: str | None = None
+    dropout: float | None = None
+    init_from: str | None = None
+
+    kind: ClassVar[str] = "prefix"
+    trains: ClassVar[str] = "keys and values before those of the text, in every attention"
+    std: ClassVar[float] = 1.0
+    """Standard deviation of a prefix that is trained itself."""
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "text", "tokenizer", "dropout", "init_from"}
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach a prefix to each attention and let positions count from P."""
+        self._check()
+        words = self._words(backbone)
+        if words is not None:
+            self.num_virtual_tokens = len(words)
+        count = self.num_virtual_tokens
+        found = attention.join(backbone)
+        kinds = {place.kind for place in found}
+        if self.sets is not None and kinds == {"self"}:
+            raise TuningError(
+                f"sets={self.sets} names parts of an encoder-decoder, which {type(backbone).__name__} is not: "
+                "leave it out."
+            )
+        chosen = [place for place in found if place.kind in (self.sets or kinds)]
+        if self.layers is not None:
+            kept = select.in_layers(backbone, [place.path for place in chosen], self.layers)
+            chosen = [place for place in chosen if place.path in kept]
+        network = self._network(backbone, chosen)
+        states = None if words is None else _states(backbone, chosen, words)
+        dropout = self._dropout(backbone)
+        prefixes = {place.path: Prefix(place, count, self.std, network, dropout) for place in chosen}
+        for place in chosen:
+            device = next((p.device for p in place.module.parameters()), None)
+            attach(place.module, prefixes[place.path].to(device), self.name)
+        if self.positions == "shifted":
+            self._shift(backbone, found, prefixes)
+        self._limit = select.max_positions(backbone)
+        if self._limit is not None and count >= self._limit:
+            raise TuningError(
+                f"num_virtual_tokens={count} leaves no room in the {self._limit} positions of "
+                f"{type(backbone).__name__}: take fewer."
+            )
+        if states is not None:
+            _start(prefixes, network, states)
+        if self.init_from is not None:
+            self._continue(backbone, self.init_from)
+        return ()
+
+    def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the batch as it is.
+
+        Raises:
+            TuningError: with the prefix it is longer than the positions of the model.
+        """
+        tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if self.positions == "unshifted" or self._limit is None or not isinstance(tokens, Tensor):
+            return batch
+        if tokens.shape[1] + self.num_virtual_tokens > self._limit:
+            raise TuningError(
+                f"{tokens.shape[1]} tokens and a prefix of {self.num_virtual_tokens} do not fit the {self._limit} "
+                f"positions of the model: set max_length to {self._limit - self.num_virtual_tokens}, or "
+                "positions='unshifted'."
+            )
+        return batch
+
+    def fold(self, model: nn.Module) -> None:
+        """Keep the prefix that the network gives and drop the network; what follows is a method with mid_dim=None.
+
+        Raises:
+            TuningError: the method is not applied to ``model``.
+        """
+        backbone = select.backbone_of(model, self.backbone)
+        applied = self.applied(model)
+        if not isinstance(applied, PrefixMethod):
+            raise TuningError(f"{type(self).__name__} is not applied to this {type(model).__name__}: apply it first.")
+        for prefix in self._prefixes(backbone).values():
+            if prefix._network[0] is not None:
+                prefix.fold()
+        if isinstance(getattr(backbone, self.name, None), PrefixNetwork):
+            detach(backbone, self.name)
+        self.mid_dim = applied.mid_dim = None
+
+    def _prefixes(self, backbone: nn.Module) -> dict[str, Prefix]:
+        return {p.path: p.graft for p in grafts(backbone) if isinstance(p.graft, Prefix) and p.name == self.name}
+
+    def _check(self) -> None:
+        if self.num_virtual_tokens < 1:
+            raise TuningError(f"num_virtual_tokens={self.num_virtual_tokens} is no prefix: take 1 or more.")
+        if self.mid_dim is not None and self.mid_dim < 1:
+            raise TuningError(f"mid_dim={self.mid_dim} is no width of a network: take 1 or more, or none.")
+        if self.sets is not None and (not self.sets or not set(self.sets) <= set(KINDS)):
+            raise TuningError(f"sets={self.sets} names no attentions: take some of {', '.join(KINDS)}.")
+        if self.positions not in ("shifted", "unshifted"):
+            raise TuningError(f"positions={self.positions!r} is unknown: take 'shifted' or 'unshifted'.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise TuningError(f"dropout={self.dropout} is no probability below 1.")
+        if self.init not in ("random", "text"):
+            raise TuningError(f"init={self.init!r} is no initial value of a prefix: take 'random' or 'text'.")
+
+    def _dropout(self, backbone: nn.Module) -> float:
+        return self.dropout or 0.0
+
+    def _words(self, backbone: nn.Module) -> list[int] | None:
+        if self.init != "text" or next(backbone.parameters()).is_meta:
+            return None
+        if not self.text:
+            raise TuningError("init='text' needs the words of the prefix: give text=.")
+        tokenizer = load_tokenizer(backbone, self.tokenizer, "init='text'")
+        words: list[int] = tokenizer(self.text, add_special_tokens=False)["input_ids"]
+        if not words:
+            raise TuningError(f"text={self.text!r} has no tokens: give the words of the prefix.")
+        return words
+
+    def _network(self, backbone: nn.Module, chosen: Sequence[Attention]) -> PrefixNetwork | None:
+        if self.mid_dim is None:
+            return None
+        kinds = dict.fromkeys(place.kind for place in chosen)
+        network = PrefixNetwork(kinds, self.num_virtual_tokens, _width(backbone), self.mid_dim)
+        return attach(backbone, network.to(next(backbone.parameters()).device), self.name)
+
+    def _shift(self, backbone: nn.Module, found: Sequence[Attention], prefixes: Mapping[str, Prefix]) -> None:
+        stacks = {prefix.kind for prefix in prefixes.values()}
+        for path, table in select.position_tables(backbone).items():
+            if "self" in stacks or ("decoder" if "decoder" in path.split(".") else "encoder") in stacks:
+                attach(table, ShiftedTable(self.num_virtual_tokens), self.name)
+        for module in list(backbone.modules()):
+            if type(module).__name__.endswith("RotaryEmbedding"):
+                attach(module, ShiftedRotary(self.num_virtual_tokens), self.name)
+        # The first layer of each of T5's stacks computes the position bias of all its layers.
+        with_bias = [place for place in found if getattr(place.module, "has_relative_attention_bias", False)]
+        tables = {place.kind: place.module for place in with_bias}
+        for prefix in prefixes.values():
+            prefix._bias_from = (tables.get(prefix.kind),)
+
+    def _continue(self, backbone: nn.Module, path: str) -> None:
+        """Start from the prefix of a delta; its heads, which are those of other tasks, are left there."""
+        tensors, _ = read_delta(Path(path))
+        own = {n: p for place in grafts(backbone) if place.name == self.name for n, p in _named(place)}
+        for name, parameter in own.items():
+            tensor = next((t for key, t in tensors.items() if key == name or key.endswith(f".{name}")), None)
+            if tensor is None or tensor.shape != parameter.shape:
+                shape = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+                raise TuningError(
+                    f"init_from={path!r} has {shape} where {name} is {tuple(parameter.shape)}: "
+                    f"it must be a delta of {type(self).__name__} with equal num_virtual_tokens, mid_dim and backbone."
+                )
+            parameter.data.copy_(tensor)
+
+
+def _named(place: Any) -> list[tuple[str, nn.Parameter]]:
+    return [(f"{place.path}.{place.name}.{n}".lstrip("."), p) for n, p in place.graft.named_parameters()]
+
+
+def _width(backbone: nn.Module) -> int:
+    config: Any = backbone.config
+    sizes = (getattr(c, "hidden_size", None) for c in (config, getattr(config, "text_config", None)))
+    width = next((size for size in sizes if size is not None), None)
+    if width is None:
+        raise TuningError(f"{type(backbone).__name__} states no hidden_size: train the prefix itself by mid_dim=None.")
+    return width
+
+
+def _states(backbone: nn.Module, places: list[Attention], words: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the keys and values [H, P, d] that the frozen model has for words, by the path of the attention."""
+    ids = torch.tensor([words], device=next(backbone.parameters()).device)
+    encoder_decoder = getattr(backbone.config, "is_encoder_decoder", False)
+    training = backbone.training
+    with torch.no_grad(), attention.recorded(places) as seen:
+        backbone.eval()
+        backbone(input_ids=ids, **({"decoder_input_ids": ids} if encoder_decoder else {}))
+    backbone.train(training)
+    return {path: (key[0].float(), value[0].float()) for path, (key, value) in seen.items()}
+
+
+def _start(
+    prefixes: Mapping[str, Prefix],
+    network: PrefixNetwork | None,
+    states: Mapping[str, tuple[Tensor, Tensor]],
+    steps: int = 500,
+    lr: float = 1e-4,
+) -> None:
+    """Let the prefixes be the states of real words: as a copy, or by fitting the network without its table."""
+    if network is None:
+        for path, prefix in prefixes.items():
+            prefix.keys.data.copy_(states[path][0])
+            prefix.values.data.copy_(states[path][1])
+        return
+    tables = {id(trunk[0].weight) for trunk in network.trunks.values()}  # type: ignore[index]
+    fitted = [p for module in (network, *prefixes.values()) for p in module.parameters() if id(p) not in tables]
+    optimizer = torch.optim.Adam(fitted, lr=lr)
+    with torch.enable_grad():
+        for _ in range(steps):
+            loss = torch.stack(
+                [F.mse_loss(a, b) for path, p in prefixes.items() for a, b in zip(p.rows(), states[path], strict=True)]
+            ).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for module in (network, *prefixes.values()):
+        module.zero_grad()

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, read without running anything that is in them, found in installed packages."""
 
 import importlib.util
+import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from lightning_peft.errors import TuningError
 
@@ -52,6 +55,36 @@ def read_torch(path: str | Path, weights_only: bool = True, map_location: Any = 
     if not isinstance(loaded, dict):
         raise TuningError(f"{path} holds a {type(loaded).__name__}, not a checkpoint: give the path of a checkpoint.")
     return loaded
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whose bytes are a function of its content; the library shuffles the metadata."""
+    save_file(tensors, path, metadata=metadata)
+    with Path(path).open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the header must keep its place"
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def load_tokenizer(backbone: nn.Module, name: str | None, reason: str) -> Any:
+    """Return the tokenizer of a folder or hub id, or else the one that lies beside the backbone's weights.
+
+    Raises:
+        TuningError: none is found; ``reason`` says what it was wanted for.
+    """
+    from transformers import AutoTokenizer
+
+    place = name or getattr(getattr(backbone, "config", None), "_name_or_path", "")
+    if not place:
+        raise TuningError(f"{reason} needs the words of the model: give tokenizer= (a folder or hub id).")
+    try:
+        return AutoTokenizer.from_pretrained(resolve(place))
+    except (OSError, ValueError) as error:
+        raise TuningError(f"no tokenizer at {place!r} ({_first(error)}): give tokenizer=.") from None
 
 
 def resolve(name: str) -> str:

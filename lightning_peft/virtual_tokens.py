@@ -22,16 +22,36 @@ _FILL = {"attention_mask": 1, "token_type_ids": 0, "labels": IGNORED_LABEL, "spe
 """What the columns of a virtual token hold in the tensors that run along ``input_ids``."""
 
 
-class VirtualTokens(Graft):
-    """Gives virtual ids their rows in the output of a word table.
+class PromptRows(Graft):
+    """Holds the rows of a soft prompt.
 
     Args:
-        weight: the rows, [P, d], shared between the tied tables of a model.
+        weight: the rows, [P, d], shared between the tied tables of a model; or a module that computes them.
     """
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter | nn.Module) -> None:
         super().__init__()
-        self.weight = weight
+        # Such a module is a child of the backbone; in a tuple it is none of each table.
+        self._encoder = (weight,) if isinstance(weight, nn.Module) else ()
+        if isinstance(weight, nn.Parameter):
+            self.weight = weight
+
+    def rows(self) -> Tensor:
+        """Return the rows of virtual tokens 0, 1 ..., [P, d]."""
+        for encoder in self._encoder:
+            return encoder()
+        return self.weight
+
+    def fold(self, weight: nn.Parameter) -> None:
+        """Keep rows in place of the module that computed them."""
+        self._encoder, self.weight = (), weight
+
+
+class VirtualTokens(PromptRows):
+    """Gives virtual ids their rows in the output of a word table."""
+
+    def __init__(self, weight: nn.Parameter | nn.Module) -> None:
+        super().__init__(weight)
         self._ids: Tensor | None = None
 
     def before(self, host: nn.Module, x: Tensor) -> Tensor:
@@ -43,21 +63,24 @@ class VirtualTokens(Graft):
         """Return the embeddings with the rows of virtual ids filled in, [B, T, d]."""
         ids, self._ids = self._ids, None
         assert ids is not None
-        rows = F.embedding((-1 - ids).clamp(min=0), self.weight).to(out.dtype)
+        rows = F.embedding((-1 - ids).clamp(min=0), self.rows()).to(out.dtype)
         return torch.where((ids < 0).unsqueeze(-1), rows, out)
 
 
-def insert(batch: Mapping[str, Any], count: int, after: int, targets: bool = False) -> dict[str, Any]:
-    """Return a copy of a batch with virtual tokens put into each row, ``after`` real tokens from the row's first one.
+def insert(
+    batch: Mapping[str, Any], count: int, after: int, targets: bool = False, first: Tensor | int = 0
+) -> dict[str, Any]:
+    """Return a copy of a batch with P virtual tokens put into each row, ``after`` real tokens from the row's first one.
 
     Every tensor that runs along ``input_ids`` [B, T] becomes [B, P + T]. Padding on the left stays on the left of the
     prompt. Labels of the rows ([B]) stay; ``start_positions`` and ``end_positions`` move with the text.
 
     Args:
         batch: holds ``input_ids`` and what goes with them.
-        count: how many virtual tokens, P: 0 to P - 1.
+        count: how many virtual tokens, P.
         after: 0 puts them before the first real token, 1 after it ([CLS]).
         targets: ``labels`` are what a decoder shall write, which has no prompt, whatever their length.
+        first: the number of the first virtual token, or that of each row, [B, 1].
 
     Raises:
         TuningError: the batch is no mapping with ``input_ids``.
@@ -72,7 +95,8 @@ def insert(batch: Mapping[str, Any], count: int, after: int, targets: bool = Fal
     source = torch.where(columns < start, columns, columns - count).clamp(0, length - 1)
     widened: dict[str, Any] = dict(batch)
     widened["attention_mask"] = _widen(mask, source, virtual, 1)
-    widened["input_ids"] = torch.where(virtual, -1 - (columns - start), tokens.gather(1, source)).to(tokens.dtype)
+    ids = torch.where(virtual, -1 - (columns - start + first), tokens.gather(1, source))
+    widened["input_ids"] = ids.to(tokens.dtype)
     for name, fill in _FILL.items():
         value = batch.get(name)
         if name == "attention_mask" or (name == "labels" and targets):

@@ -1,9 +1,13 @@
 """Prompt-Tuning: P trained rows are put before the word embeddings of the input, ``[P_e; X_e]``; the model is frozen.
 
-Source: Lester et al. 2021, arXiv 2104.08691, section 2 and 3.2. In an encoder-decoder the prompt is in the encoder
+Source: Lester et al. 2021, arXiv 2104.08691, sections 2, 3.2 and 5. In an encoder-decoder the prompt is in the encoder
 input alone. The paper draws random rows from U(-0.5, 0.5), the released configuration from U(0, 0.5): we follow the
 paper. "First 5,000 ids" are frequent words in a SentencePiece vocabulary, in BERT's 999 of them are special or unused:
 we count words. In an encoder the prompt goes after [CLS], so that what is pooled stays [CLS].
+
+Before the text of a causal model the prompt does not depend on the text, so it is computed once a batch and its
+positions have no outputs. With several prompts, one a task, each row of a batch says by ``task_ids`` which it has; the
+prompts are then in the input.
 """
 
 import random
@@ -12,176 +16,124 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft import select
 from lightning_peft.errors import TuningError
-from lightning_peft.graft import attach, grafts
-from lightning_peft.method import Method
+from lightning_peft.files import load_tokenizer
 from lightning_peft.mixin import MethodMixin
-from lightning_peft.virtual_tokens import (
-    VirtualTokens,
-    frequent_ids,
-    insert,
-    is_widened,
-    random_rows,
-    word_rows,
-)
+from lightning_peft.prompts import PromptMethod, cut_to
+from lightning_peft.virtual_tokens import frequent_ids, insert, random_rows, word_rows
 
 INITS = ("random_uniform", "sampled_vocab", "text", "class_labels")
 
 
 @dataclass(eq=False, kw_only=True)
-class PromptTuning(Method):
+class PromptTuning(PromptMethod):
     """Train a soft prompt of P virtual tokens before the input.
 
     Args:
-        num_virtual_tokens: length P of the prompt [tokens].
+        num_prompts: how many prompts; with more than one, ``task_ids`` [B] of a batch says which each row has.
         init: 'random_uniform' U(-0.5, 0.5); 'sampled_vocab' rows of frequent words, each word once; 'text' the tokens
             of ``text``, repeated or cut to P; 'class_labels' the mean over the tokens of each label, the rest sampled.
         text: the words of init='text'.
         class_labels: the words of init='class_labels'; None: the label names of the backbone's configuration.
         top_words: how many frequent words 'sampled_vocab' draws from.
-        tokenizer: folder or hub id of the tokenizer; None: that of the backbone.
         seed: of the drawing; None: the global generator.
     """
 
-    num_virtual_tokens: int = 20
+    num_prompts: int = 1
     init: Literal["random_uniform", "sampled_vocab", "text", "class_labels"] = "sampled_vocab"
     text: str | None = None
     class_labels: list[str] | None = None
     top_words: int = 5000
-    tokenizer: str | None = None
     seed: int | None = None
 
-    kind: ClassVar[str] = "prompt"
-    trains: ClassVar[str] = "the embeddings of virtual tokens in the input"
     paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691"
-    may_change: ClassVar[frozenset[str]] = Method.may_change | {
-        "init", "text", "class_labels", "top_words", "tokenizer", "seed"
+    may_change: ClassVar[frozenset[str]] = PromptMethod.may_change | {
+        "init", "text", "class_labels", "top_words", "seed"
     }  # fmt: skip
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
-        """Attach the prompt to the word table and its tied twins."""
-        if self.num_virtual_tokens < 1:
-            raise TuningError(f"num_virtual_tokens={self.num_virtual_tokens} is no prompt: take 1 or more.")
-        if self.init not in INITS:
-            raise TuningError(f"init={self.init!r} is no initial value of a prompt: take one of {', '.join(INITS)}.")
-        tables = select.word_tables(backbone)
-        limit = select.max_positions(backbone)
-        if limit is not None and self.num_virtual_tokens >= limit:
-            raise TuningError(
-                f"num_virtual_tokens={self.num_virtual_tokens} leaves no room in the {limit} positions of "
-                f"{type(backbone).__name__}: take fewer."
-            )
-        table = next(iter(tables.values()))
-        rows = self._initial_rows(backbone, table)
+        """Attach the prompt."""
+        self._check_count()
+        self._check_choice("init", INITS, "initial value of a prompt")
+        if self.num_prompts < 1:
+            raise TuningError(f"num_prompts={self.num_prompts} is no number of prompts: take 1 or more.")
+        table = next(iter(select.word_tables(backbone).values()))
+        rows = torch.cat([self._initial_rows(backbone, table) for _ in range(self.num_prompts)])
         weight = nn.Parameter(rows.to(table.weight.device))  # type: ignore[arg-type]
-        for host in tables.values():
-            attach(host, VirtualTokens(weight), self.name)
-        self._limit = limit
-        self._after = 1 if select.is_encoder(backbone) else 0
-        self._targets = bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
+        self.place(backbone, weight, anywhere=self.num_prompts > 1)
         return ()
 
-    def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the batch with the prompt in every row; one that has virtual tokens already is returned as it is.
+    def insert(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the batch with the prompt of its task in every row.
 
         Raises:
-            TuningError: the batch is no mapping with ``input_ids``, or with the prompt too long for the positions.
+            TuningError: there are several prompts, and the batch does not say which its rows have.
         """
-        if not is_widened(batch):
-            batch = insert(batch, self.num_virtual_tokens, self._after, self._targets)
-            length = batch["input_ids"].shape[1]
-            if self._limit is not None and length > self._limit:
-                raise TuningError(
-                    f"{length - self.num_virtual_tokens} tokens and a prompt of {self.num_virtual_tokens} do not fit "
-                    f"the {self._limit} positions of the model: set max_length to "
-                    f"{self._limit - self.num_virtual_tokens}."
-                )
-        return batch
+        if self.num_prompts == 1:
+            return super().insert(batch)
+        tasks = batch.get("task_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(tasks, Tensor):
+            raise TuningError(
+                f"num_prompts={self.num_prompts}, but the batch does not say which prompt its rows have: "
+                "let it hold task_ids, [B]."
+            )
+        low, high = int(tasks.min()), int(tasks.max())
+        if low < 0 or high >= self.num_prompts:
+            raise TuningError(
+                f"task id {low if low < 0 else high} is out of range: there are prompts 0 to {self.num_prompts - 1}, "
+                "so set num_prompts to the number of tasks."
+            )
+        first = tasks.view(-1, 1) * self.num_virtual_tokens
+        return insert(batch, self.num_virtual_tokens, self._after, self._targets, first)
 
-    def rows(self, model: nn.Module) -> Tensor:
-        """Return the prompt, [P, d].
-
-        Raises:
-            TuningError: the method is not applied to ``model``.
-        """
-        for place in grafts(model):
-            if isinstance(place.graft, VirtualTokens) and place.name == self.name:
-                return place.graft.weight
-        raise TuningError(f"{type(self).__name__} is not applied to this {type(model).__name__}: apply it first.")
-
-    def nearest_words(self, model: nn.Module, k: int = 5) -> list[list[tuple[str, float]]]:
-        """Return, for each virtual token, the k words of highest cosine, with it (section 7 of the paper)."""
-        backbone = select.backbone_of(model, self.backbone)
-        table = next(iter(select.word_tables(backbone).values()))
-        with torch.no_grad():
-            words = F.normalize(table.weight.float(), dim=1)  # type: ignore[arg-type]
-            cosine = F.normalize(self.rows(backbone).float(), dim=1) @ words.t()
-        values, ids = cosine.topk(k, dim=1)
-        tokenizer = self._tokenizer(backbone)
-        return [
-            list(zip(tokenizer.convert_ids_to_tokens(row.tolist()), value.tolist(), strict=True))
-            for row, value in zip(ids, values, strict=True)
-        ]
+    def _prompts(self) -> int:
+        return self.num_prompts
 
     def _initial_rows(self, backbone: nn.Module, table: nn.Module) -> Tensor:
         count = self.num_virtual_tokens
         weight: Tensor = table.weight  # type: ignore[assignment]
         if self.init == "random_uniform" or weight.is_meta:
             return random_rows(count, weight.shape[1])
-        tokenizer = self._tokenizer(backbone)
         if self.init == "text":
-            if not self.text:
-                raise TuningError("init='text' needs the words of the prompt: give text=.")
-            ids = tokenizer(self.text, add_special_tokens=False)["input_ids"]
-            if not ids:
-                raise TuningError(f"text={self.text!r} has no tokens: give the words of the prompt.")
-            return word_rows(table, [ids[i % len(ids)] for i in range(count)])
+            return word_rows(table, cut_to(self.ids_of(backbone, self.text), count))
+        rows = word_rows(table, self._sampled(backbone, weight.shape[0]))
+        if self.init == "class_labels":
+            for i, ids in enumerate(self._label_ids(backbone)):
+                rows[i] = word_rows(table, ids).mean(0)
+        return rows
+
+    def _sampled(self, backbone: nn.Module, vocabulary: int) -> list[int]:
         if self.top_words < 1:
             raise TuningError(f"top_words={self.top_words} leaves no words to draw from: take 1 or more.")
+        tokenizer = load_tokenizer(backbone, self.tokenizer, f"init={self.init!r}")
         draw = random.Random(self.seed if self.seed is not None else torch.randint(2**31, ()).item())
-        frequent = frequent_ids(tokenizer, weight.shape[0], self.top_words)
+        frequent, count = frequent_ids(tokenizer, vocabulary, self.top_words), self.num_virtual_tokens
         if not frequent:
             raise TuningError(
                 f"the tokenizer of {type(backbone).__name__} has no words to sample: use init='random_uniform'."
             )
-        sampled = draw.sample(frequent, count) if count <= len(frequent) else draw.choices(frequent, k=count)
-        rows = word_rows(table, sampled)
-        if self.init == "class_labels":
-            labels = self._labels(backbone)
-            if len(labels) > count:
-                raise TuningError(
-                    f"{len(labels)} class labels do not fit a prompt of {count} virtual tokens: "
-                    f"set num_virtual_tokens to {len(labels)} or more."
-                )
-            for i, label in enumerate(labels):
-                ids = tokenizer(label, add_special_tokens=False)["input_ids"]
-                if not ids:
-                    raise TuningError(f"the class label {label!r} has no tokens: give its words with class_labels=.")
-                rows[i] = word_rows(table, ids).mean(0)
-        return rows
+        return draw.sample(frequent, count) if count <= len(frequent) else draw.choices(frequent, k=count)
 
-    def _labels(self, backbone: nn.Module) -> list[str]:
-        if self.class_labels is not None:
-            return self.class_labels
-        names = list((getattr(backbone.config, "id2label", None) or {}).values())
-        if not names or all(name.startswith("LABEL_") for name in names):
-            raise TuningError("init='class_labels' needs the names of the classes: give class_labels=.")
-        return names
-
-    def _tokenizer(self, backbone: nn.Module) -> Any:
-        from transformers import AutoTokenizer
-
-        name = self.tokenizer or getattr(getattr(backbone, "config", None), "_name_or_path", "")
-        if not name:
-            raise TuningError(f"init={self.init!r} needs the words of the model: give tokenizer= (a folder or hub id).")
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise TuningError(f"no tokenizer at {name!r} ({str(error).splitlines()[0]}): give tokenizer=.") from None
+    def _label_ids(self, backbone: nn.Module) -> list[list[int]]:
+        labels = self.class_labels
+        if labels is None:
+            labels = list((getattr(backbone.config, "id2label", None) or {}).values())
+            if not labels or all(name.startswith("LABEL_") for name in labels):
+                raise TuningError("init='class_labels' needs the names of the classes: give class_labels=.")
+        if len(labels) > self.num_virtual_tokens:
+            raise TuningError(
+                f"{len(labels)} class labels do not fit a prompt of {self.num_virtual_tokens} virtual tokens: "
+                f"set num_virtual_tokens to {len(labels)} or more."
+            )
+        tokenizer = load_tokenizer(backbone, self.tokenizer, "init='class_labels'")
+        ids = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
+        for label, tokens in zip(labels, ids, strict=True):
+            if not tokens:
+                raise TuningError(f"the class label {label!r} has no tokens: give its words with class_labels=.")
+        return ids
 
 
 class PromptTuningMixin(MethodMixin):
@@ -192,4 +144,5 @@ class PromptTuningMixin(MethodMixin):
     def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return, for each virtual token, the k words of highest cosine, with it."""
         assert isinstance(self.method, PromptTuning)
-        return self.method.nearest_words(self, k)  # type: ignore[arg-type]
+        assert isinstance(self, nn.Module)
+        return self.method.nearest_words(self, k)

@@ -1,0 +1,223 @@
+"""P-Tuning: virtual tokens anywhere in a template, their embeddings computed by an LSTM while they train.
+
+``h_i = MLP([LSTM(h_0 .. h_i) : LSTM(h_m .. h_i)])``, where ``h`` [P, H] is a table of its own and H the width of the word
+embeddings. The LSTM sees the virtual tokens as one sequence in the order of the template, without the text between
+them, and runs once a step. After training `fold` keeps the rows that it gives, [P, H], and drops it; a checkpoint of a
+run keeps it, so that training can go on.
+
+Source: Liu et al. 2021, arXiv 2103.10385, section 3. The authors' code has two sizes: ``'lstm_half'`` (LAMA: a
+bidirectional LSTM of H / 2, ``14 H² + 18 H + P H`` parameters) and ``'lstm'`` (few-shot SuperGLUE: of H,
+``43 H² + 34 H + P H``); ``'mlp'`` is its form without the LSTM. For LAMA the language model is frozen, for SuperGLUE
+it is tuned with a learning rate of its own: ``tune_backbone``.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft import select
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import Graft, attach, detach
+from lightning_peft.mixin import MethodMixin
+from lightning_peft.prompting import Template
+from lightning_peft.prompts import PromptMethod, cut_to, placed
+from lightning_peft.virtual_tokens import is_widened, word_rows
+
+ENCODERS = ("lstm_half", "lstm", "mlp", "none")
+
+
+class LSTM(nn.Module):
+    """A bidirectional LSTM of two layers over one sequence, with the parameters of ``nn.LSTM``.
+
+    torch.compile knows neither ``nn.LSTM`` nor its kernel, so under it each step is computed in plain operations.
+
+    Args:
+        width: of the input.
+        hidden: of each direction.
+        dropout: between the layers.
+    """
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.hidden, self.dropout = hidden, dropout
+        for name, parameter in nn.LSTM(width, hidden, num_layers=2, bidirectional=True).named_parameters():
+            self.register_parameter(name, nn.Parameter(parameter.data))
+        self._names = list(self._parameters)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the states of both directions, [P, width] to [P, 2 hidden]."""
+        weights = [getattr(self, name) for name in self._names]
+        if not torch.compiler.is_compiling():
+            start = x.new_zeros(4, 1, self.hidden)
+            out = torch.lstm(x.unsqueeze(1), (start, start), weights, True, 2, self.dropout, self.training, True, False)
+            return out[0].squeeze(1)
+        both = torch.cat((_run(x, *weights[:4]), _run(x.flip(0), *weights[4:8]).flip(0)), 1)
+        x = F.dropout(both, self.dropout, self.training)
+        return torch.cat((_run(x, *weights[8:12]), _run(x.flip(0), *weights[12:]).flip(0)), 1)
+
+
+def _run(x: Tensor, w_in: Tensor, w_state: Tensor, b_in: Tensor, b_state: Tensor) -> Tensor:
+    """Compute one direction of one layer, [P, width] to [P, hidden]."""
+    state = cell = x.new_zeros(w_state.shape[1])
+    states = []
+    for row in F.linear(x, w_in, b_in + b_state):
+        gate_in, forget, new, out = (row + w_state @ state).chunk(4)
+        cell = forget.sigmoid() * cell + gate_in.sigmoid() * new.tanh()
+        state = out.sigmoid() * cell.tanh()
+        states.append(state)
+    return torch.stack(states)
+
+
+class PromptEncoder(Graft):
+    """Computes the rows of virtual tokens from a table, [P, H].
+
+    It is a graft of the backbone that takes part in no joint.
+
+    Args:
+        rows: what the table starts from, [P, H].
+        encoder: 'lstm_half', 'lstm' or 'mlp'.
+        dropout: of the LSTM, between its layers.
+    """
+
+    def __init__(self, rows: Tensor, encoder: str, dropout: float) -> None:
+        super().__init__()
+        width = rows.shape[1]
+        self.table = nn.Parameter(rows)
+        hidden = width // 2 if encoder == "lstm_half" else width
+        self.lstm = LSTM(width, hidden, dropout) if encoder != "mlp" else None
+        inner = 2 * hidden if encoder != "mlp" else width
+        self.mlp = nn.Sequential(nn.Linear(inner, width), nn.ReLU(), nn.Linear(width, width))
+
+    def forward(self, joint: str = "rows") -> Tensor:
+        """Return the rows, [P, H]."""
+        return self.mlp(self.table if self.lstm is None else self.lstm(self.table))
+
+
+@dataclass(eq=False, kw_only=True)
+class PTuning(PromptMethod):
+    """Train virtual tokens through an LSTM that is dropped afterwards.
+
+    Args:
+        template: where the virtual tokens are, e.g. ``"{v:3} {sub} {v:3} {mask}"``, as the template of the data; its
+            slots say how many there are. None: ``num_virtual_tokens`` at the front.
+        encoder: 'lstm_half' as the authors' LAMA code, 'lstm' as their few-shot code, 'mlp' without the LSTM, 'none'
+            for the rows alone, which is what remains after `fold`.
+        dropout: between the layers of the LSTM.
+        init: what the table starts from: 'random' N(0, 1); or 'text', the embeddings of ``text``.
+        text: the words of init='text'.
+        tune_backbone: train the whole language model beside the prompt.
+        backbone_lr: its learning rate; None: that of the prompt.
+    """
+
+    num_virtual_tokens: int = 20
+    template: str | None = None
+    encoder: Literal["lstm_half", "lstm", "mlp", "none"] = "lstm_half"
+    dropout: float = 0.0
+    init: Literal["random", "text"] = "random"
+    text: str | None = None
+    tune_backbone: bool = False
+    backbone_lr: float | None = 1e-5
+    backbone_mode: Literal["train", "eval"] = "train"
+
+    trains: ClassVar[str] = "virtual tokens anywhere in a template, through an LSTM"
+    paper: ClassVar[str] = "Liu et al. 2021, arXiv 2103.10385"
+    may_change: ClassVar[frozenset[str]] = PromptMethod.may_change | {"init", "text", "dropout", "backbone_lr"}
+
+    def __post_init__(self) -> None:
+        if self.tune_backbone:  # a copy of a whole model is more than an undo is worth
+            vars(self)["keeps_originals"] = False
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach the virtual tokens and what computes them."""
+        self._check(backbone)
+        table = next(iter(select.word_tables(backbone).values()))
+        weight: Tensor = table.weight  # type: ignore[assignment]
+        rows = self._initial_rows(backbone, table).to(weight.device)
+        source: nn.Parameter | PromptEncoder = nn.Parameter(rows)
+        if self.encoder != "none":
+            source = PromptEncoder(rows, self.encoder, self.dropout).to(weight.device)
+            attach(backbone, source, self.name)
+        self.place(backbone, source, anywhere=self.template is not None)
+        if not self.tune_backbone:
+            return ()
+        return [name for name, _ in backbone.named_parameters() if f".{self.name}." not in f".{name}"]
+
+    def optimizer_options(self, name: str) -> dict[str, Any]:
+        """Give the language model its own learning rate."""
+        of_prompt = f".{self.name}." in f".{name}"
+        return {} if of_prompt or not self.tune_backbone or self.backbone_lr is None else {"lr": self.backbone_lr}
+
+    def insert(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the batch with the virtual tokens at the front of every row.
+
+        Raises:
+            TuningError: a template was to put them elsewhere.
+        """
+        if self.template is not None:
+            is_widened(batch)  # what is no batch of a text model is refused first
+            raise TuningError(
+                f"the template {self.template!r} puts virtual tokens into the text, and the batch has none: give the "
+                "data module the same template, or take none here for a prompt at the front."
+            )
+        return super().insert(batch)
+
+    def fold(self, model: nn.Module) -> None:
+        """Keep the rows that the encoder gives and drop it; what follows is a method with encoder='none'.
+
+        Raises:
+            TuningError: the method is not applied to ``model``.
+        """
+        backbone = select.backbone_of(model, self.backbone)
+        applied = self.applied(model)
+        if not isinstance(applied, PTuning):
+            raise TuningError(f"PTuning is not applied to this {type(model).__name__}: apply it first.")
+        if isinstance(getattr(backbone, self.name, None), PromptEncoder):
+            weight = nn.Parameter(self.rows(backbone).detach().clone())
+            for prompt in placed(backbone, self.name):
+                prompt.fold(weight)
+            detach(backbone, self.name)
+        self.encoder = applied.encoder = "none"
+
+    def _check(self, backbone: nn.Module) -> None:
+        if self.template is not None:
+            self.num_virtual_tokens = Template(self.template).num_virtual_tokens
+            if not self.num_virtual_tokens:
+                raise TuningError(
+                    f"the template {self.template!r} has no virtual tokens: write a slot such as {{v:3}}."
+                )
+        self._check_count()
+        self._check_choice("encoder", ENCODERS, "prompt encoder")
+        self._check_choice("init", ("random", "text"), "initial value of a prompt")
+        if not 0 <= self.dropout < 1:
+            raise TuningError(f"dropout={self.dropout} is no probability below 1.")
+        width = next(iter(select.word_tables(backbone).values())).embedding_dim
+        if self.encoder == "lstm_half" and width % 2:  # type: ignore[operator]
+            raise TuningError(f"encoder='lstm_half' halves the embeddings, which are {width} wide: take 'lstm'.")
+
+    def _initial_rows(self, backbone: nn.Module, table: nn.Module) -> Tensor:
+        weight: Tensor = table.weight  # type: ignore[assignment]
+        if self.init == "text" and not weight.is_meta:
+            return word_rows(table, cut_to(self.ids_of(backbone, self.text), self.num_virtual_tokens))
+        return torch.randn(self.num_virtual_tokens, weight.shape[1])
+
+
+class PTuningMixin(MethodMixin):
+    """For a LightningModule that is tuned by P-Tuning: set ``self.method`` to change its arguments."""
+
+    default_method = PTuning
+
+    def fold(self) -> None:
+        """Keep the rows that the encoder gives and drop it."""
+        assert isinstance(self.method, PTuning)
+        assert isinstance(self, nn.Module)
+        self.method.fold(self)
+
+    def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """Return, for each virtual token, the k words of highest cosine, with it."""
+        assert isinstance(self.method, PTuning)
+        assert isinstance(self, nn.Module)
+        return self.method.nearest_words(self, k)

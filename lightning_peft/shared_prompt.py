@@ -1,0 +1,130 @@
+"""A soft prompt before the text of a causal model, computed once for all rows of a batch.
+
+What stands before the text does not see it: the prompt's keys and values are the same for every row. So they are
+computed at batch size 1, forward and backward, and all rows attend to them. The outputs are those of the text's tokens,
+as if the prompt had been in the input and its outputs cut off. ``generate`` puts the prompt into its cache.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft import select
+from lightning_peft.errors import TuningError
+from lightning_peft.virtual_tokens import PromptRows
+
+
+class SharedPrompt(PromptRows):
+    """Runs the decoder, its host, with a prompt before the text.
+
+    Args:
+        weight: the rows of the prompt, [P, d], or a module that computes them.
+        count: P.
+        host: the decoder, whose arguments are looked up by name.
+    """
+
+    def __init__(self, weight: nn.Parameter | nn.Module, count: int, host: nn.Module) -> None:
+        super().__init__(weight)
+        self.count = count
+        self._names = tuple(inspect.signature(host.forward).parameters)
+
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Compute the outputs of the text with the prompt before it, [B, N, d].
+
+        Raises:
+            TuningError: the mask has four dimensions, or the cache has a fixed size.
+        """
+        inputs = dict(zip(self._names, args, strict=False)) | kwargs
+        text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+        assert isinstance(text, Tensor)
+        cache = inputs.get("past_key_values")
+        cached = cache.get_seq_length() if cache is not None else 0
+        self._widen_mask(inputs, text, cached or self.count)
+        if cached:
+            return forward(**inputs)
+        if torch.compiler.is_compiling() or _is_checkpointed(host):  # neither takes a cache
+            return self._in_front(forward, host, inputs)
+        out = forward(**inputs | {"past_key_values": self._computed(forward, host, text.shape[0], cache)})
+        if inputs.get("use_cache") is False:  # generate() would take it for its own and go on from it
+            out.past_key_values = None
+        return out
+
+    def _widen_mask(self, inputs: dict[str, Any], text: Tensor, cached: int) -> None:
+        """Let the mask cover the prompt, and the positions that were given come after it."""
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            if mask.ndim != 2:
+                raise TuningError(
+                    f"a soft prompt is put before the text with a mask [B, T], this one has {mask.ndim} dimensions: "
+                    "give that of the tokenizer, and to generate() no cache of fixed size."
+                )
+            if mask.shape[1] == cached + text.shape[1] - self.count:
+                inputs["attention_mask"] = torch.cat((mask.new_ones(mask.shape[0], self.count), mask), 1)
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] + self.count
+
+    def _computed(self, forward: Callable[..., Any], host: nn.Module, rows: int, cache: Any) -> Any:
+        """Return a cache with the prompt's keys and values for each row, [B, H, P, d_k]."""
+        from transformers import DynamicCache
+
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise TuningError(
+                f"a soft prompt needs room in the cache, which {type(cache).__name__} of fixed size has not: "
+                "use the default cache of generate()."
+            )
+        once = forward(inputs_embeds=self._embedded(host)[None], use_cache=True, return_dict=True).past_key_values
+        cache = DynamicCache() if cache is None else cache
+        for i, layer in enumerate(once.layers):
+            cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
+        return cache
+
+    def _in_front(self, forward: Callable[..., Any], host: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """Run the prompt in each row before the text, and cut its outputs off."""
+        count, inputs = self.count, dict(inputs)
+        ids = inputs.pop("input_ids", None)
+        text = host.get_input_embeddings()(ids) if ids is not None else inputs["inputs_embeds"]  # type: ignore[operator]
+        prompt = self._embedded(host).expand(text.shape[0], -1, -1)
+        inputs["inputs_embeds"] = torch.cat((prompt, text), 1)
+        if inputs.get("position_ids") is not None:
+            before = torch.arange(count, device=text.device).expand(inputs["position_ids"].shape[0], -1)
+            inputs["position_ids"] = torch.cat((before, inputs["position_ids"]), 1)
+        out = forward(**inputs)
+        out.last_hidden_state = out.last_hidden_state[:, count:]
+        if getattr(out, "hidden_states", None) is not None:
+            out.hidden_states = tuple(hidden[:, count:] for hidden in out.hidden_states)
+        return out
+
+    def _embedded(self, host: nn.Module) -> Tensor:
+        table: nn.Module = host.get_input_embeddings()  # type: ignore[operator]
+        return self.rows().to(table.weight.dtype)  # type: ignore[arg-type]
+
+
+def decoder_of(backbone: nn.Module) -> nn.Module | None:
+    """Return the decoder before whose text a prompt can be shared, or None.
+
+    It must be causal, take embeddings and a cache of keys and values, and attend to all that came before.
+    """
+    config = getattr(backbone, "config", None)
+    if config is None or config.is_encoder_decoder or not hasattr(backbone, "get_decoder"):
+        return None
+    decoder: nn.Module = backbone.get_decoder()  # type: ignore[operator]
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "sliding_window", None) or windows:
+        return None
+    takes = {"input_ids", "inputs_embeds", "attention_mask", "past_key_values"}
+    if select.is_encoder(backbone) or not takes <= set(inspect.signature(decoder.forward).parameters):
+        return None
+    return decoder
+
+
+def _is_checkpointed(host: nn.Module) -> bool:
+    """Tell whether activations are computed anew in the backward pass, by transformers or by torch's wrapper."""
+    return host.training and any(
+        getattr(module, "gradient_checkpointing", False) or type(module).__name__ == "CheckpointWrapper"
+        for module in host.modules()
+    )

@@ -68,7 +68,7 @@ class VirtualTokens(PromptRows):
 
 
 def insert(
-    batch: Mapping[str, Any], count: int, after: int, targets: bool = False, first: Tensor | int = 0
+    batch: Mapping[str, Any], count: int, after: Tensor | int, targets: bool = False, first: Tensor | int = 0
 ) -> dict[str, Any]:
     """Return a copy of a batch with P virtual tokens put into each row, ``after`` real tokens from the row's first one.
 
@@ -78,7 +78,7 @@ def insert(
     Args:
         batch: holds ``input_ids`` and what goes with them.
         count: how many virtual tokens, P.
-        after: 0 puts them before the first real token, 1 after it ([CLS]).
+        after: 0 puts them before the first real token, 1 after it ([CLS]); or a number for each row, [B, 1].
         targets: ``labels`` are what a decoder shall write, which has no prompt, whatever their length.
         first: the number of the first virtual token, or that of each row, [B, 1].
 

@@ -10,13 +10,19 @@ GPT-2 counts the text's positions from P, their BART from 0: `positions` says wh
 (ALBERT) share its prefix. A prefix of zeros is no identity: it takes part of the softmax.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lightning_peft import infix, select
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import attach
 from lightning_peft.mixin import MethodMixin
 from lightning_peft.prefixes import PrefixMethod
+from lightning_peft.virtual_tokens import is_widened
 
 
 @dataclass(eq=False, kw_only=True)
@@ -26,12 +32,63 @@ class PrefixTuning(PrefixMethod):
     Args:
         num_virtual_tokens: length P of the prefix [tokens].
         mid_dim: width of the network that the prefix is computed by in training; None trains the prefix itself.
+        form: 'prefix'; or 'infix' ``[x; INFIX; y]``, virtual tokens between the source and the target of a causal text,
+            whose keys and values are changed in each layer; it has no network and no gradient checkpointing.
     """
 
     num_virtual_tokens: int = 10
     mid_dim: int | None = 512
+    form: Literal["prefix", "infix"] = "prefix"
 
     paper: ClassVar[str] = "Li & Liang 2021, arXiv 2101.00190"
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach a prefix to each attention, or an infix to the word table and each projection of keys and values."""
+        if self.form == "prefix":
+            return super().graft(backbone)
+        self._check()
+        self._check_infix(backbone)
+        count, call = self.num_virtual_tokens, infix.Call()
+        (table,) = select.word_tables(backbone).values()
+        width: int = table.embedding_dim  # type: ignore[assignment]
+        device = table.weight.device
+        attach(table, infix.InfixTokens(nn.Parameter(torch.randn(count, width, device=device)), call), self.name)  # type: ignore[arg-type]
+        for host, size, skip in infix.projections(backbone).values():
+            attach(host, infix.InfixStates(count, size, skip, call).to(device), self.name)  # type: ignore[arg-type]
+        attach(backbone.get_decoder(), infix.InfixEnd(call), self.name)  # type: ignore[operator]
+        self._limit = select.max_positions(backbone)
+        return ()
+
+    def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the batch, with the infix before the first target token of each row if there is one.
+
+        Raises:
+            TuningError: it is longer than the positions of the model, or a row has no source.
+        """
+        if self.form == "prefix":
+            return super().prepare(batch)
+        batch = batch if is_widened(batch) else infix.put_between(batch, self.num_virtual_tokens)
+        tokens: Tensor = batch["input_ids"]
+        if self._limit is not None and tokens.shape[1] > self._limit:
+            raise TuningError(
+                f"{tokens.shape[1]} tokens with the infix do not fit the {self._limit} positions of the model: "
+                f"set max_length to {self._limit - self.num_virtual_tokens}."
+            )
+        return batch
+
+    def _check_infix(self, backbone: nn.Module) -> None:
+        if self.form != "infix":
+            raise TuningError(f"form={self.form!r} is unknown: take 'prefix' or 'infix'.")
+        if self.mid_dim is not None or self.init != "random" or self.init_from or self.sets or self.layers is not None:
+            raise TuningError(
+                "form='infix' trains numbers of its own in every layer: give mid_dim=None, and none of sets, layers, "
+                "init and init_from."
+            )
+        if select.is_encoder(backbone) or getattr(getattr(backbone, "config", None), "is_encoder_decoder", True):
+            raise TuningError(
+                f"form='infix' stands between source and target of one text, and {type(backbone).__name__} is no "
+                "decoder-only model: take form='prefix'."
+            )
 
 
 class PrefixTuningMixin(MethodMixin):

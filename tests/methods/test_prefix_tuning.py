@@ -116,6 +116,26 @@ class TestDirect(MethodContract):
         return SETS.get(kind, 1) * P * 2 * 2 * HIDDEN
 
 
+class TestInfix(MethodContract):
+    method = PrefixTuning(num_virtual_tokens=P, mid_dim=None, form="infix")
+    backbones = ("gpt2", "llama")
+    identity_at_start = False
+    compiled = ("gpt2",)
+
+    def count(self, kind: str) -> int:
+        """P d in the word table, 2 L P d in the keys and values."""
+        return P * HIDDEN + P * 2 * 2 * (HIDDEN // 2 if kind == "llama" else HIDDEN)
+
+    def test_gradient_checkpointing_gives_the_same_gradients(self, kind: str) -> None:
+        """It cannot, so it is refused in the first backward pass."""
+        model = tiny(kind).train()
+        method = self.applied(model)
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        loss = model(**method.prepare(sourced(kind))).loss
+        with pytest.raises(TuningError, match="switch gradient checkpointing off, or take form='prefix'"):
+            loss.backward()
+
+
 @pytest.mark.parametrize(
     ("config", "auto", "length", "mid", "trained", "saved"),
     [
@@ -408,6 +428,66 @@ def test_two_methods_share_the_attention() -> None:
     prefix.remove(model)
     assert model.config._attn_implementation == "sdpa"
     assert_same(before, {name: model.state_dict()[name] for name in before})
+
+
+# The infix.
+
+
+def sourced(kind: str, source: int = 4) -> dict[str, Tensor]:
+    """Return a batch whose first tokens are a source, which is in no loss."""
+    inputs = batch(kind)
+    inputs["labels"][:, :source] = -100
+    return inputs
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_an_infix_of_words_is_the_words(kind: str) -> None:
+    """With nothing added to its keys and values; the source does not see it."""
+    model, plain, words = tiny(kind), tiny(kind), torch.tensor([20, 31, 57])
+    method = PrefixTuning(num_virtual_tokens=3, mid_dim=None, form="infix")
+    method.apply(model)
+    inputs = sourced(kind)
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    with torch.no_grad():
+        for place in grafts(model):
+            if hasattr(place.graft, "states"):
+                place.graft.states.zero_()
+            elif hasattr(place.graft, "weight"):
+                place.graft.weight.copy_(plain.get_input_embeddings().weight[words])
+        written = torch.cat((ids[:, :4], words.expand(4, -1), ids[:, 4:]), 1)
+        targets = torch.cat((labels[:, :4], torch.full((4, 3), -100), labels[:, 4:]), 1)
+        expected, found = plain(written, labels=targets), model(**method.prepare(inputs))
+        assert_near({"": expected.logits}, {"": found.logits}, 1e-6)
+        assert_near({"": expected.loss}, {"": found.loss}, 1e-6)
+        shake(model)
+        changed = model(**method.prepare(inputs)).logits
+        assert_near({"": expected.logits[:, :4]}, {"": changed[:, :4]}, 1e-6)
+        assert not torch.allclose(expected.logits[:, 4:], changed[:, 4:], atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_generation_goes_on_from_the_infix(kind: str) -> None:
+    model = tiny(kind)
+    method = PrefixTuning(num_virtual_tokens=P, mid_dim=None, form="infix")
+    method.apply(model)
+    ready = method.prepare({"input_ids": tokens(), "attention_mask": torch.ones(2, 6, dtype=torch.long)})
+    assert (ready["input_ids"][:, 6:] < 0).all()
+    how = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(**ready, **how), model.generate(**ready, **how, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("bert", {}, "is no decoder-only model: take form='prefix'"),
+        ("t5", {}, "is no decoder-only model"),
+        ("gpt2", {"mid_dim": 4}, "give mid_dim=None, and none of sets"),
+        ("gpt2", {"form": "suffix"}, "form='suffix' is unknown"),
+    ],
+)
+def test_where_an_infix_cannot_be(kind: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TuningError, match=message):
+        PrefixTuning(**{"form": "infix", "mid_dim": None} | changes).apply(tiny(kind))
 
 
 # What is refused.

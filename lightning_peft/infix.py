@@ -1,0 +1,111 @@
+"""The infix: virtual tokens between a source and its target, with numbers added to their keys and values in each layer.
+
+``[x; INFIX; y]``: the tokens are in the sequence, so they see the source, the target sees them, and the last of them
+says the target's first token.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft import select
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import Graft
+from lightning_peft.virtual_tokens import IGNORED_LABEL, VirtualTokens, insert
+
+
+class Call:
+    """What the word table tells the attentions of the same call: the ids, [B, T]. Nothing is left of it afterwards."""
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None
+
+
+class InfixTokens(VirtualTokens):
+    """Gives virtual ids their rows, and tells the attentions where they are."""
+
+    def __init__(self, weight: nn.Parameter, call: Call) -> None:
+        super().__init__(weight)
+        self.call = call
+
+    def before(self, host: nn.Module, x: Tensor) -> Tensor:
+        """Return ids that the table has, [B, T]."""
+        self.call.ids = x
+        return super().before(host, x)
+
+
+class InfixEnd(Graft):
+    """Forgets, after the decoder, where the virtual tokens were."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return the output as it is."""
+        self.call.ids = None
+        return out
+
+
+class InfixStates(Graft):
+    """Adds numbers to the keys or values of virtual tokens. Its host is the projection.
+
+    Args:
+        count: P.
+        width: of the keys or values, or of both where one projection makes them.
+        skip: leading columns of the output that stay as they are: the queries of a fused projection.
+        call: shared with the word table.
+    """
+
+    def __init__(self, count: int, width: int, skip: int, call: Call) -> None:
+        super().__init__()
+        self.states = nn.Parameter(torch.randn(count, width))
+        self.skip, self.call = skip, call
+
+    def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the keys or values with those of virtual tokens changed, [B, T, width].
+
+        Raises:
+            TuningError: the projection runs again after the model, as under gradient checkpointing.
+        """
+        ids = self.call.ids
+        if ids is None:
+            raise TuningError(
+                "the infix is not known where a layer is computed anew: switch gradient checkpointing off, "
+                "or take form='prefix', which needs nothing of it."
+            )
+        rows = nn.functional.embedding((-1 - ids).clamp(min=0), self.states).to(out.dtype)
+        added = nn.functional.pad(rows, (self.skip, out.shape[-1] - self.skip - rows.shape[-1]))
+        return out + torch.where((ids < 0).unsqueeze(-1), added, torch.zeros_like(added))
+
+
+def projections(backbone: nn.Module) -> dict[str, tuple[nn.Module, int, int]]:
+    """Return the projections of keys and values by name, with how wide what they give is and where it starts."""
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, Conv1D)
+    regex = select.by_role(backbone, ("key", "value"), kinds)
+    found = {}
+    for name, module in select.hosts(backbone, kinds, regex).items():
+        out = module.out_features if isinstance(module, nn.Linear) else module.nf  # type: ignore[union-attr]
+        fused = select.match([name], rf"(?:.*\.)?(?:{select.ROLES['fused_qkv']})")
+        is_fused = bool(next(iter(fused.values())))
+        width = module.in_features if isinstance(module, nn.Linear) else module.nx  # type: ignore[union-attr]
+        found[name] = (module, out - width if is_fused else out, width if is_fused else 0)
+    return found  # type: ignore[return-value]
+
+
+def put_between(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Return the batch with virtual tokens before the first target token of each row, or at its end to generate one."""
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    first = mask.to(torch.int).argmax(1, keepdim=True)
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.shape == ids.shape:
+        at = (labels != IGNORED_LABEL).to(torch.int).argmax(1, keepdim=True) - first
+    else:
+        at = mask.sum(1, keepdim=True)
+    return insert(batch, count, at)

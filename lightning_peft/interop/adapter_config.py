@@ -1,0 +1,175 @@
+"""``adapter_config.json``: what it holds for each type of adapter, and which task a model does.
+
+Read by hand, so that PEFT need not be installed. Keys are sorted, and lists of names too, so that equal adapters have
+equal files; PEFT writes sets in the order of their hashes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.errors import TuningError
+
+FILE = "adapter_config.json"
+PEFT_VERSION = "0.21.2"
+"""The version of PEFT whose format is written."""
+
+_COMMON: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "modules_to_save": None,
+    "peft_version": PEFT_VERSION,
+    "revision": None,
+    "task_type": None,
+}
+_PROMPT: dict[str, Any] = _COMMON | {
+    "num_attention_heads": None,
+    "num_layers": None,
+    "num_transformer_submodules": 1,
+    "num_virtual_tokens": None,
+    "token_dim": None,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "LORA": _COMMON
+    | {
+        "alora_invocation_tokens": None,
+        "alpha_pattern": {},
+        "arrow_config": None,
+        "bias": "none",
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "kasa_config": None,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": 8,
+        "lora_bias": False,
+        "lora_dropout": 0.0,
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "monteclora_config": None,
+        "qalora_group_size": 16,
+        "r": 8,
+        "rank_pattern": {},
+        "target_modules": None,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_dora": False,
+        "use_qalora": False,
+        "use_rslora": False,
+        "velora_config": None,
+    },
+    "IA3": _COMMON
+    | {
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "feedforward_modules": None,
+        "init_ia3_weights": True,
+        "target_modules": None,
+    },
+    "PROMPT_TUNING": _PROMPT
+    | {
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "tokenizer_kwargs": None,
+        "tokenizer_name_or_path": None,
+    },
+    "P_TUNING": _PROMPT
+    | {
+        "encoder_dropout": 0.0,
+        "encoder_hidden_size": None,
+        "encoder_num_layers": 2,
+        "encoder_reparameterization_type": "MLP",
+    },
+    "PREFIX_TUNING": _PROMPT | {"encoder_hidden_size": None, "init_weights": None, "prefix_projection": False},
+}
+"""Type of an adapter -> every key that PEFT 0.21 writes for it, with its default."""
+
+_PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+
+_TASKS = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+}
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""Task of an adapter -> the class of transformers that builds its model."""
+
+
+def is_prompt(config: dict[str, Any]) -> bool:
+    """Tell whether an adapter is a prompt, whose model PEFT does not wrap."""
+    return config["peft_type"] in _PROMPT_TYPES
+
+
+def task_of(model: nn.Module) -> str | None:
+    """Return PEFT's name for the task of a transformers model, or None: it has none for it."""
+    from transformers.models.auto import modeling_auto
+
+    for task, mapping in _TASKS.items():
+        if type(model).__name__ in set(getattr(modeling_auto, mapping).values()):
+            return task
+    return None
+
+
+def full(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with all keys of its type."""
+    return DEFAULTS[config["peft_type"]] | config
+
+
+def dumps(config: dict[str, Any]) -> str:
+    """Return the text of the file, the same for equal configurations."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what ``adapter_config.json`` says, keys that it leaves out with their defaults.
+
+    Raises:
+        TuningError: there is no such file, it is no JSON, or it is of a type, or asks for something, unknown here.
+    """
+    if not path.is_file():
+        raise TuningError(f"{path.parent} is no adapter of PEFT, since it has no {FILE}: give the folder that has it.")
+    try:
+        given = json.loads(path.read_text())
+    except ValueError as error:
+        raise TuningError(f"{path} is no JSON ({error}): take another copy.") from None
+    return checked(given, str(path))
+
+
+def checked(given: Any, source: str) -> dict[str, Any]:
+    """Return a configuration with the defaults of what it leaves out.
+
+    Raises:
+        TuningError: it is of a type that is unknown here, or has a key that may change what the adapter computes.
+    """
+    kind = given.get("peft_type") if isinstance(given, dict) else None
+    if kind not in DEFAULTS:
+        raise TuningError(f"{source} has peft_type={kind!r}, which has no twin here: import {', '.join(DEFAULTS)}.")
+    config = full(given)
+    odd = {key: value for key, value in given.items() if key not in DEFAULTS[kind] | {"peft_type": ""} and value}
+    odd.pop("runtime_config", None)  # PEFT ignores it, too
+    if odd:
+        raise TuningError(
+            f"{source} has {', '.join(f'{k}={v!r}' for k, v in odd.items())}, which {kind} of PEFT {PEFT_VERSION} does "
+            "not know: save the adapter with that version."
+        )
+    return config

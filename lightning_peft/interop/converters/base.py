@@ -1,0 +1,120 @@
+"""What a converter does, and what it is given: the two sides of one adapter, apart from names and from base tensors."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import Grafted, grafts
+from lightning_peft.interop.names import Names
+from lightning_peft.method import Method
+
+
+@dataclass
+class Exported:
+    """What a method is in the format of PEFT.
+
+    Attributes:
+        config: the keys of ``adapter_config.json`` that are not the default.
+        layers: module -> part -> tensor, such as ``lora_A.weight``.
+        bare: tensors that belong to no module, such as ``prompt_embeddings``.
+        delta: the names of the tensors of the delta that these stand for.
+    """
+
+    config: dict[str, Any]
+    layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    bare: dict[str, Tensor] = field(default_factory=dict)
+    delta: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Parts:
+    """An adapter of PEFT that is being read, its names being those of the model.
+
+    Attributes:
+        config: ``adapter_config.json``, complete.
+        layers: module -> part -> tensor.
+        bare: tensors that belong to no module.
+        in_place: name of a tensor of the model -> what the adapter puts in its place.
+        called: module -> its name in the file, which ``target_modules`` and the patterns go by.
+        source: what the adapter is called in errors.
+    """
+
+    config: dict[str, Any]
+    layers: dict[str, dict[str, Tensor]]
+    bare: dict[str, Tensor]
+    in_place: dict[str, Tensor]
+    called: dict[str, str]
+    source: str
+
+
+class Converter(ABC):
+    """Turns one method into one type of adapter, and back. The methods know nothing of it."""
+
+    peft_type: ClassVar[str]
+    methods: ClassVar[tuple[str, ...]]
+    """The classes of methods that it exports, by their names in this package; the first one is imported."""
+
+    def method_of(self, parts: Parts) -> str:
+        """Return the name of the method that an adapter becomes."""
+        return self.methods[0]
+
+    @abstractmethod
+    def export(self, model: nn.Module, method: Any, names: Names) -> Exported:
+        """Return what the method is in the format of PEFT.
+
+        Raises:
+            TuningError: PEFT would compute something else.
+        """
+
+    @abstractmethod
+    def arguments(self, parts: Parts, names: Names) -> dict[str, Any]:
+        """Return the arguments of the method that an adapter describes.
+
+        Raises:
+            TuningError: the adapter is not whole, or this package would compute something else.
+        """
+
+    @abstractmethod
+    def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
+        """Return the adapter's tensors by their names in the delta of ``model``, to which ``method`` is applied."""
+
+    def config_of_bias(self, biases: set[str], layers: Iterable[str]) -> str | None:
+        """Return what says that lonely biases are trained; None: this type has no word for it."""
+        return None
+
+    def trains_bias(self, parts: Parts, name: str) -> bool:
+        """Tell whether the arguments that were read already say that this bias is trained."""
+        return False
+
+
+def places(model: nn.Module, method: Method) -> list[Grafted]:
+    """Return the grafts of a method."""
+    return [place for place in grafts(model) if place.name == method.name]
+
+
+def delta_name(place: Grafted, parameter: str) -> str:
+    """Return the name in the delta of a parameter of a graft."""
+    return f"{place.path}.{place.name}.{parameter}".lstrip(".")
+
+
+def tensors_of(place: Grafted) -> set[str]:
+    """Return the names in the delta of all tensors of a graft."""
+    return {delta_name(place, name) for name in place.graft.state_dict()}
+
+
+def refuse(config: Mapping[str, Any], keys: Iterable[str], source: str) -> None:
+    """See that a configuration uses none of these features.
+
+    Raises:
+        TuningError: it does.
+    """
+    used = [key for key in keys if config.get(key)]
+    if used:
+        raise TuningError(
+            f"{source} uses {', '.join(f'{key}={config[key]!r}' for key in used)}, which has no twin here: "
+            "train it without, or merge it with PEFT."
+        )

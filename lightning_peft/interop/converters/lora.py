@@ -1,0 +1,384 @@
+"""LoRA: ``lora_A`` and ``lora_B`` of each layer, with rsLoRA, DoRA, patterns of rank and alpha, and biases."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_peft import select
+from lightning_peft.errors import TuningError
+from lightning_peft.factors import Factors
+from lightning_peft.graft import Grafted
+from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, refuse
+from lightning_peft.interop.names import BASE_LAYER, Names, compact
+from lightning_peft.low_rank import LowRank, LowRankWeights, shape_of
+
+_KINDS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)
+_WITHOUT_TWIN = (
+    *("trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_bdlora"),
+    *("use_qalora", "lora_bias", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+    "megatron_config",
+)
+_INITS = (True, False, "gaussian", "orthogonal", "eva")
+"""The initial values that leave the base as it is; of the others (PiSSA, OLoRA ...) PEFT saves A and B for a base that
+it has changed."""
+
+
+class Update(NamedTuple):
+    """One low-rank update, on both sides.
+
+    Attributes:
+        key: where PEFT keeps it.
+        target: what our ``target_modules`` call it.
+        start: of the names of its tensors in the delta.
+        factors: its tensors.
+        host: the layer, or the module that reads the matrix itself.
+        weight: the name of that matrix below the host; None: the host is the layer.
+    """
+
+    key: str
+    target: str
+    start: str
+    factors: Factors
+    host: nn.Module
+    weight: str | None = None
+
+
+class LoRAConverter(Converter):
+    """``W + (alpha / r) B A``, the same matrices on both sides."""
+
+    peft_type: ClassVar[str] = "LORA"
+    methods: ClassVar[tuple[str, ...]] = ("LoRA",)
+
+    def export(self, model: nn.Module, method: Any, names: Names) -> Exported:
+        """Return A, B and, for DoRA, the magnitudes of each layer."""
+        exported = Exported({})
+        updates = [update for place in places(model, method) for update in _updates(place)]
+        ranks: dict[str, int] = {}
+        alphas: dict[str, float] = {}
+        given = _spread(method.alpha_pattern, [update.target for update in updates], method.alpha)
+        for update in updates:
+            exported.layers.setdefault(update.key, {}).update(_tensors(update))
+            exported.delta |= {f"{update.start}{name}" for name in update.factors.state_dict()}
+            ours, rank = update.factors.A.shape[_rank_axis(update.factors)], _rank(update.factors)
+            ranks[update.target] = rank  # twice ours where the factors of the start are taken off again
+            alphas[update.target] = given[update.target] * (
+                math.sqrt(rank / ours) if method.use_rslora else rank / ours
+            )
+        r, alpha = _common(ranks, method.r), _common(alphas, method.alpha)
+        exported.config = {
+            "fan_in_fan_out": any(isinstance(update.host, Conv1D) for update in updates),
+            "lora_alpha": _number(alpha),
+            "lora_dropout": method.dropout,
+            "r": r,
+            "alpha_pattern": _pattern(alphas, alpha),
+            "rank_pattern": _pattern(ranks, r),
+            "target_modules": compact([u.target for u in updates if u.weight is None], names.modules),
+            "target_parameters": compact([u.target for u in updates if u.weight is not None], names.tensors) or None,
+            "use_rslora": method.use_rslora,
+            "use_dora": method.use_dora,
+        }
+        return exported
+
+    def config_of_bias(self, biases: set[str], layers: Iterable[str]) -> str | None:
+        """Return 'lora_only' if the biases are those of the layers, else 'all'."""
+        return "lora_only" if biases <= {f"{layer}.bias" for layer in layers} else "all"
+
+    def trains_bias(self, parts: Parts, name: str) -> bool:
+        """Tell whether ``bias`` covers it."""
+        return parts.config["bias"] == "all" or name.removesuffix(".bias") in parts.layers
+
+    def arguments(self, parts: Parts, names: Names) -> dict[str, Any]:
+        """Return the arguments of LoRA, after seeing that every layer has its tensors, of the rank that is said."""
+        config, source = parts.config, parts.source
+        refuse(config, _WITHOUT_TWIN, source)
+        if config["init_lora_weights"] not in _INITS:
+            raise TuningError(
+                f"{source} was started with init_lora_weights={config['init_lora_weights']!r}, for which PEFT changes "
+                "the base: save it with path_initial_model_for_weight_conversion= of save_pretrained."
+            )
+        found = _found(parts, names)
+        _check_targets(parts, names, found)
+        head = set(select.head_names(names.model))
+        in_head = [target for target in found if f"{target}.weight" in head]
+        if in_head:
+            raise TuningError(
+                f"{source} has a low-rank update of {in_head[0]}, the task head, which is trained whole here: "
+                "merge that update with PEFT, or train with exclude_modules."
+            )
+        called = {target: _called(parts, target) for target in found}
+        ranks = {target: _pattern_value(config["rank_pattern"], called[target], config["r"]) for target in found}
+        alphas = {t: _pattern_value(config["alpha_pattern"], called[t], config["lora_alpha"]) for t in found}
+        for target, (key, shape) in found.items():
+            _check_parts(parts, key, _shapes(shape, ranks[target], config["use_dora"]), ranks[target])
+        candidates = [n for n in {*names.modules, *names.tensors} if n not in head and f"{n}.weight" not in head]
+        arguments = {
+            "r": config["r"],
+            "alpha": float(config["lora_alpha"]),
+            "dropout": config["lora_dropout"],
+            "target_modules": compact(found, candidates),
+            "rank_pattern": _pattern(ranks, config["r"]),
+            "alpha_pattern": {key: float(v) for key, v in _pattern(alphas, config["lora_alpha"]).items()},
+            "use_rslora": config["use_rslora"],
+        }
+        if config["use_dora"]:
+            arguments["use_dora"] = True
+        if config["bias"] != "none":
+            arguments["bias"] = config["bias"]
+        return arguments
+
+    def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
+        """Return A, B and magnitudes by the names of the grafts."""
+        filled = {}
+        for place in places(model, method):
+            for update in _updates(place):
+                for name, tensor in update.factors.named_parameters():
+                    theirs = parts.layers[update.key][_PARTS[isinstance(update.host, nn.Embedding)][name]]
+                    filled[f"{update.start}{name}"] = _unstacked(theirs, tensor, name)
+        return filled
+
+
+_PARTS = (
+    {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"},
+    {"A": "lora_embedding_A", "B": "lora_embedding_B", "m": "lora_magnitude_vector"},
+)
+"""Our parameter -> PEFT's part, of a layer and of an embedding."""
+
+
+def _updates(place: Grafted) -> list[Update]:
+    """Return the updates of a graft, in PEFT's order."""
+    graft = place.graft
+    if not isinstance(graft, LowRankWeights):
+        assert isinstance(graft, LowRank)
+        return [Update(place.path, place.path, delta_name(place, ""), graft, place.host)]
+    names = [name for name, _ in place.host.named_parameters() if name in graft.weights]
+    keys = _keys(place.path, place.host, names)
+    return [
+        Update(
+            keys[name],
+            f"{place.path}.{name}".lstrip("."),
+            delta_name(place, f"{name.replace('.', '_')}."),
+            graft.part(name),
+            place.host,
+            name,
+        )
+        for name in names
+    ]
+
+
+def _keys(path: str, host: nn.Module, names: list[str]) -> dict[str, str]:
+    """Return where PEFT keeps the updates of matrices that a module reads itself.
+
+    It wraps the module once for each of them, the first one innermost.
+
+    Raises:
+        TuningError: the module is torch's own attention.
+    """
+    if isinstance(host, nn.MultiheadAttention):
+        raise TuningError(
+            f"PEFT adds the update of the out-projection of {path} (nn.MultiheadAttention) twice, so the same matrices "
+            "would compute something else: exclude it, or merge."
+        )
+    depth = len(names) - 1
+    return {name: f"{path}{f'.{BASE_LAYER}' * (depth - i)}" for i, name in enumerate(names)}
+
+
+def _tensors(update: Update) -> dict[str, Tensor]:
+    """Return the tensors of an update by PEFT's parts, in PEFT's shapes."""
+    a, b = (factor.detach() for factor in update.factors.factors())
+    if a.ndim == 3:  # one for each expert: PEFT has them side by side
+        a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+    names = _PARTS[isinstance(update.host, nn.Embedding)]
+    tensors = {names["A"]: a, names["B"]: b}
+    if update.factors.m is not None:
+        if update.weight is not None:
+            raise TuningError(f"PEFT has no DoRA of {update.target}, which is read without a call: exclude it.")
+        tensors[names["m"]] = update.factors.m
+    return tensors
+
+
+def _unstacked(theirs: Tensor, ours: Tensor, name: str) -> Tensor:
+    """Return a tensor of PEFT in our shape."""
+    if ours.ndim != 3:
+        return theirs
+    if name == "A":
+        return theirs.reshape(ours.shape)
+    experts, out, r = ours.shape
+    return theirs.reshape(out, r, experts).permute(2, 0, 1)
+
+
+def _rank_axis(factors: Factors) -> int:
+    return -2 if factors.A.ndim < 4 else 0
+
+
+def _rank(factors: Factors) -> int:
+    return factors.factors()[0].shape[_rank_axis(factors)]
+
+
+def _common(values: Mapping[str, Any], default: Any) -> Any:
+    """Return the default if something has it, else the most frequent value, the least of several."""
+    counts = Counter(values.values())
+    return default if default in counts else min(counts, key=lambda value: (-counts[value], value))
+
+
+def _number(value: float) -> float:
+    """Return a whole number as an integer, as PEFT's own files have it."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _spread(pattern: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
+    """Return module -> its value, by our patterns: suffixes, later ones win."""
+    values = dict.fromkeys(names, default)
+    for suffix, chosen in select.match(values, list(pattern)).items():
+        values.update(dict.fromkeys(chosen, pattern[suffix]))
+    return values
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Return name -> value for what is not the default, by the last part of names where that says it all."""
+    found: dict[str, Any] = {}
+    for value in sorted({value for value in values.values() if value != default}):
+        chosen = [name for name in values if values[name] == value]
+        found.update(dict.fromkeys(compact(chosen, values), _number(value)))
+    return found
+
+
+def _pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """Return the value of a module as PEFT finds it: the first key that, as a regex, matches the end of its name."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _found(parts: Parts, names: Names) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return, for each update in the file, our name of it -> PEFT's key, and the shape [..., out, in] of the matrix."""
+    found = {}
+    for path, module in names.modules.items():
+        if isinstance(module, _KINDS):
+            if path in parts.layers:
+                found[path] = (path, _shape(module))
+            continue
+        depth = sum(key == path or key.startswith(f"{path}.{BASE_LAYER}") for key in parts.layers)
+        own = _targeted(parts, path, module)[:depth]
+        if depth and isinstance(module, nn.MultiheadAttention):
+            own = ["in_proj_weight"]  # which is refused
+        for name, key in _keys(path, module, own).items() if own else ():
+            shape = tuple(module.get_parameter(name).shape)
+            if getattr(module, "is_transposed", False):
+                shape = (*shape[:-2], shape[-1], shape[-2])
+            found[f"{path}.{name}"] = (key, shape)
+    return found
+
+
+def _targeted(parts: Parts, path: str, module: nn.Module) -> list[str]:
+    """Return the parameters of a module that ``target_parameters`` names."""
+    wanted = parts.config["target_parameters"] or []
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    return [name for name in own if _selects(wanted, f"{parts.called.get(path, path)}.{name}")]
+
+
+def _called(parts: Parts, target: str) -> str:
+    """Return the name of a target in the file, which the patterns go by."""
+    if target in parts.called:
+        return parts.called[target]
+    module, _, leaf = target.rpartition(".")
+    return f"{parts.called.get(module, module)}.{leaf}"
+
+
+def _check_targets(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:
+    """See that the layers with tensors are those that the configuration names."""
+    if not found:
+        raise TuningError(f"{parts.source} has no tensor of LoRA: take another copy of the adapter.")
+    expected = [
+        name
+        for name, module in names.modules.items()
+        if isinstance(module, _KINDS) and is_target(parts.config, parts.called.get(name, name))
+    ]
+    expected += [
+        f"{path}.{name}"
+        for path, module in names.modules.items()
+        if not isinstance(module, _KINDS)
+        for name in _targeted(parts, path, module)
+    ]
+    if parts.config["target_modules"] == "all-linear":  # older versions did not write out what that is
+        return
+    missing, odd = sorted(set(expected) - found.keys()), sorted(found.keys() - set(expected))
+    if odd:
+        raise TuningError(
+            f"{parts.source} has tensors for {odd[0]}, which its configuration does not target: one of the two was "
+            "changed, so take another copy."
+        )
+    if missing:
+        raise TuningError(
+            f"{parts.source} targets {missing[0]} of this model but has no tensors for it ({len(missing)} such "
+            "layers): it is not whole, or was made for another base."
+        )
+
+
+def is_target(config: Mapping[str, Any], name: str) -> bool:
+    """Tell whether PEFT would wrap the module of this name (``check_target_module_exists`` there)."""
+    saved = config["modules_to_save"] or []
+    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved) or _selects(
+        config["exclude_modules"] or [], name
+    ):
+        return False
+    if not _selects(config["target_modules"] or [], name):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is None or isinstance(config["target_modules"], str):
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = next((m for p in patterns if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _selects(patterns: Any, name: str) -> bool:
+    if isinstance(patterns, str):
+        return bool(re.fullmatch(patterns, name))
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _check_parts(parts: Parts, key: str, shapes: Mapping[str, tuple[int, ...]], r: int) -> None:
+    """See that a layer has all its tensors, in the shapes of the host and the rank."""
+    have = parts.layers.get(key, {})
+    if lacking := sorted(shapes.keys() - have.keys()):
+        raise TuningError(f"{parts.source} lacks {lacking[0]} of {key}: take another copy of the adapter.")
+    for part, shape in shapes.items():
+        if list(have[part].shape) != list(shape):
+            raise TuningError(
+                f"{parts.source} has {part} of {key} in shape {list(have[part].shape)}, but rank {r} and this layer "
+                f"make it {list(shape)}: it was made for another base, or its configuration was changed."
+            )
+
+
+def _shape(host: nn.Module) -> tuple[int, ...]:
+    """Return the shape of a layer's weight, with a mark before that of an embedding."""
+    return (0, *shape_of(host)) if isinstance(host, nn.Embedding) else shape_of(host)
+
+
+def _shapes(shape: tuple[int, ...], r: int, dora: bool) -> dict[str, tuple[int, ...]]:
+    """Return the part -> the shape that PEFT gives it, for a matrix or kernel of ``shape``."""
+    magnitude: tuple[int, ...]
+    if len(shape) == 3 and shape[0] == 0:
+        _, out, inside = shape
+        shapes: dict[str, tuple[int, ...]] = {"lora_embedding_A": (r, inside), "lora_embedding_B": (out, r)}
+        magnitude = (out,)
+    elif len(shape) == 3:
+        experts, out, inside = shape
+        shapes = {"lora_A.weight": (r * experts, inside), "lora_B.weight": (out, r * experts)}
+        magnitude = ()
+    elif len(shape) == 4:
+        out, per_group, *kernel = shape
+        shapes = {"lora_A.weight": (r, per_group, *kernel), "lora_B.weight": (out, r, 1, 1)}
+        magnitude = (1, out, 1, 1)
+    else:
+        out, inside = shape
+        shapes = {"lora_A.weight": (r, inside), "lora_B.weight": (out, r)}
+        magnitude = (out,)
+    return shapes | ({"lora_magnitude_vector": magnitude} if dora else {})

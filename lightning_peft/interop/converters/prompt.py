@@ -1,0 +1,96 @@
+"""Prompt-Tuning: ``prompt_embeddings`` [P, d], in models that do not pool their first token."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lightning_peft import select
+from lightning_peft.errors import TuningError
+from lightning_peft.interop.adapter_config import task_of
+from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, tensors_of
+from lightning_peft.interop.names import Names
+
+TENSOR = "prompt_embeddings"
+
+
+class PromptConverter(Converter):
+    """The rows of the prompt, before the input embeddings on both sides."""
+
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
+    methods: ClassVar[tuple[str, ...]] = ("PromptTuning",)
+
+    def export(self, model: nn.Module, method: Any, names: Names) -> Exported:
+        """Return the rows of the prompt."""
+        check_place(model)
+        if getattr(method, "num_prompts", 1) != 1:
+            raise TuningError(f"an adapter of PEFT has one prompt, and this {type(method).__name__} has several.")
+        if getattr(method, "template", None) is not None or getattr(method, "tune_backbone", False):
+            raise TuningError("a prompt of PEFT stands at the front of a frozen model: train without a template.")
+        rows: Tensor = method.rows(model)
+        config = shape_of(model) | {"num_virtual_tokens": rows.shape[0], "token_dim": rows.shape[1]}
+        delta = {name for place in places(model, method) for name in tensors_of(place)}
+        return Exported(config, bare={TENSOR: rows}, delta=delta)
+
+    def arguments(self, parts: Parts, names: Names) -> dict[str, Any]:
+        """Return the length of the prompt."""
+        check_place(names.model)
+        return {"num_virtual_tokens": rows_of(parts).shape[0], "init": "random_uniform"}
+
+    def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
+        """Return the rows by their name in the delta, in which tied tables have them once."""
+        first = places(model, method)[0]
+        ((name, _),) = first.graft.named_parameters()
+        return {delta_name(first, name): rows_of(parts)}
+
+
+class PTuningConverter(PromptConverter):
+    """P-Tuning: the rows that its encoder gives; PEFT keeps no encoder, so none comes back."""
+
+    peft_type: ClassVar[str] = "P_TUNING"
+    methods: ClassVar[tuple[str, ...]] = ("PTuning",)
+
+    def arguments(self, parts: Parts, names: Names) -> dict[str, Any]:
+        """Return the length of the prompt."""
+        return {"num_virtual_tokens": super().arguments(parts, names)["num_virtual_tokens"], "encoder": "none"}
+
+
+def check_place(model: nn.Module) -> None:
+    """See that PEFT puts the prompt where it is here.
+
+    Raises:
+        TuningError: the model is an encoder, or PEFT has no class for prompts in its task.
+    """
+    if select.is_encoder(model):
+        raise TuningError(
+            f"PEFT puts a prompt before [CLS], so that {type(model).__name__} pools a virtual token, and here it comes "
+            "after [CLS]: the same rows would compute something else, so keep the delta, or take a decoder."
+        )
+    if task_of(model) is None:
+        raise TuningError(f"PEFT has no task type for {type(model).__name__}, which its prompts need: keep the delta.")
+
+
+def shape_of(model: nn.Module) -> dict[str, Any]:
+    """Return what PEFT writes of the model into the configuration of a prompt."""
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return {"num_attention_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers}
+
+
+def rows_of(parts: Parts) -> Tensor:
+    """Return the rows that reach the input, [P, d].
+
+    For an encoder-decoder PEFT makes rows for the decoder, too, which nothing reads.
+
+    Raises:
+        TuningError: there are none, or not as many as the configuration says.
+    """
+    rows, count = parts.bare.get(TENSOR), parts.config["num_virtual_tokens"]
+    if rows is None:
+        raise TuningError(f"{parts.source} lacks {TENSOR}: take another copy of the adapter.")
+    expected = [count * (parts.config["num_transformer_submodules"] or 1), parts.config["token_dim"]]
+    if list(rows.shape) != expected:
+        raise TuningError(
+            f"{parts.source} has {TENSOR} of shape {list(rows.shape)}, its configuration says {expected}: "
+            "take another copy of the adapter."
+        )
+    return rows[:count]

@@ -1,0 +1,186 @@
+"""A tuned model as an adapter of PEFT."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lightning_peft.delta import delta_names
+from lightning_peft.errors import TuningError
+from lightning_peft.fingerprint import fingerprint
+from lightning_peft.graft import grafts
+from lightning_peft.interop import adapter_config, card, folder, in_place, serving
+from lightning_peft.interop.converters import CONVERTERS, Converter
+from lightning_peft.interop.folder import Adapter
+from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, compact
+from lightning_peft.method import Method
+from lightning_peft.precision import MasterWeights
+from lightning_peft.tuning import tunings
+
+
+def to_peft(
+    model: nn.Module,
+    path: str | Path,
+    names: Literal["memory", "disk"] = "memory",
+    profile: str | None = None,
+    facts: card.Facts | None = None,
+) -> Path:
+    """Write what is trained in ``model`` as an adapter that PEFT reads: configuration, tensors and a model card.
+
+    Args:
+        model: a tuned model, or a LightningModule with one tuned backbone.
+        path: the folder to write; it must be new, empty, or an older adapter.
+        names: 'memory': the module names of this version of transformers, which PEFT wants beside it; 'disk': those of
+            the model's checkpoints, which are also the names of transformers 4. Most models have the same.
+        profile: a server that must be able to read the adapter, 'vllm'; checked before anything is written.
+        facts: what the model card says of data, metrics and command.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TuningError: PEFT has no twin of what is trained, or would compute something else; nothing is written then.
+    """
+    path = Path(path)
+    folder.check_free(path)
+    serving.known(profile)
+    backbone, method = _tuned(model)
+    adapter = adapter_of(backbone, method, "disk" if profile else names)
+    serving.check(profile, adapter)
+    folder.write(path, adapter, card.text(adapter, method, facts or card.Facts(), path.name, profile))
+    return path
+
+
+def adapter_of(backbone: nn.Module, method: Method, naming: str = "memory") -> Adapter:
+    """Return what is trained in a backbone as an adapter.
+
+    Args:
+        backbone: the tuned model.
+        method: the one of its methods that has grafts.
+        naming: 'memory' or 'disk'.
+
+    Raises:
+        TuningError: PEFT has no twin of it.
+    """
+    converter, names = _converter(method), Names(backbone)
+    exported = converter.export(backbone, method, names)
+    found = in_place.in_place(names, exported.layers)
+    config = {"peft_type": converter.peft_type} | exported.config | _base(backbone)
+    if found.biases:
+        word = converter.config_of_bias(found.biases, exported.layers)
+        if word is None:
+            raise TuningError(
+                f"{converter.peft_type} of PEFT has no place for trained biases such as {min(found.biases)}: "
+                "exclude them, or tune with LoRA."
+            )
+        config["bias"] = word
+    every_bias = config.get("bias") == "all"
+    kept = in_place.tensors_of(names, found, every_bias)
+    config |= {"modules_to_save": found.modules or None} | _task(names, found.modules, converter.peft_type)
+    if found.tied and "ensure_weight_tying" in adapter_config.DEFAULTS[converter.peft_type]:
+        config["ensure_weight_tying"] = True
+    lost = set(delta_names(backbone)) - exported.delta - kept.keys()
+    if lost:
+        raise TuningError(f"PEFT has no place for {min(lost)}, which is trained: exclude it, or keep the delta.")
+    called = names.on_disk if naming == "disk" else {}
+    prefix = PROMPT_PREFIX if adapter_config.is_prompt(config) else PREFIX
+    tensors = dict(exported.bare)
+    for module, parts in exported.layers.items():
+        tensors |= {f"{prefix}{called.get(module, module)}.{part}": tensor for part, tensor in parts.items()}
+    for name, tensor in kept.items():
+        module, _, leaf = name.rpartition(".")
+        wrapped = f".{BASE_LAYER}" if module in exported.layers else ""
+        tensors[f"{prefix}{called.get(module, module)}{wrapped}.{leaf}"] = tensor
+    if called:
+        config |= _renamed(config, called, names)
+    header = {
+        "fingerprint": fingerprint(backbone, skipped(names, kept)),
+        "names": naming,
+        "on_disk": {m: names.on_disk[m] for m in sorted({*exported.layers, *found.modules} & names.on_disk.keys())},
+        "versions": folder.versions(),
+    }
+    return Adapter(adapter_config.full(config), _plain(tensors), header)
+
+
+def skipped(names: Names, kept: dict[str, Tensor]) -> set[str]:
+    """Return the tensors of a backbone that its fingerprint leaves out, when an adapter replaces ``kept``."""
+    replaced = {id(tensor) for name, tensor in names.tensors.items() if name in kept}
+    same = {name for name, tensor in names.tensors.items() if id(tensor) in replaced}
+    return same | (names.model.state_dict().keys() - names.tensors.keys())
+
+
+def _tuned(model: nn.Module) -> tuple[nn.Module, Method]:
+    """Return the tuned backbone and its one method that has grafts."""
+    found = list(tunings(model))
+    if len(found) != 1:
+        raise TuningError(
+            f"{type(model).__name__} has {len(found)} tuned backbones, and an adapter is of one: give the tuned model."
+        )
+    _, backbone, tuning = found[0]
+    outside = [name for name in delta_names(model) if not name.startswith(found[0][0])]
+    if outside:
+        raise TuningError(f"{outside[0]} is trained outside of the backbone, where PEFT keeps nothing: give the model.")
+    attached = {place.name for place in grafts(backbone) if not isinstance(place.graft, MasterWeights)}
+    methods = [method for name, method in tuning.methods.items() if name in attached]
+    if len(methods) > 1:
+        both = " + ".join(type(method).__name__ for method in methods)
+        raise TuningError(
+            f"{both} are in one model, and an adapter of PEFT has one method: merge or remove the others."
+        )
+    if not methods:
+        names = " + ".join(type(method).__name__ for method in tuning.methods.values())
+        raise TuningError(
+            f"{names} trains tensors of the model in place, which alone is no adapter of PEFT: keep the delta, or tune "
+            "by LoRA, whose bias= trains biases beside it."
+        )
+    return backbone, methods[0]
+
+
+def _converter(method: Method) -> Converter:
+    for converter in CONVERTERS:
+        if type(method).__name__ in converter.methods:
+            return converter
+    known = ", ".join(name for converter in CONVERTERS for name in converter.methods)
+    raise TuningError(f"{type(method).__name__} has no twin in PEFT, which has {known}: keep the delta, or merge it.")
+
+
+def _base(backbone: Any) -> dict[str, Any]:
+    return {"base_model_name_or_path": getattr(backbone.config, "_name_or_path", "") or None}
+
+
+def _task(names: Names, modules: list[str], peft_type: str) -> dict[str, Any]:
+    """Return the task, or where PEFT would then want more than is trained, the class that it finds the base by."""
+    task = adapter_config.task_of(names.model)
+    if task is not None and in_place.fits_task(names, task, modules):
+        return {"task_type": task}
+    if adapter_config.is_prompt({"peft_type": peft_type}):
+        raise TuningError(
+            f"PEFT trains the head of a {task} model with every prompt, and here it was left out: train it, too."
+        )
+    kind = type(names.model)
+    return {"auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__}}
+
+
+def _renamed(config: dict[str, Any], called: dict[str, str], names: Names) -> dict[str, Any]:
+    """Return what of the configuration names modules, by the names that the file uses."""
+    every = [called.get(name, name) for name in names.modules]
+
+    def renamed(chosen: list[str]) -> list[str]:
+        full = [name for name in names.modules if any(name == c or name.endswith(f".{c}") for c in chosen)]
+        return compact([called.get(name, name) for name in full], every)
+
+    changed: dict[str, Any] = {
+        key: renamed(config[key])
+        for key in ("target_modules", "feedforward_modules", "modules_to_save")
+        if config.get(key)
+    }
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        if pattern:
+            by_value = {value: [name for name in pattern if pattern[name] == value] for value in pattern.values()}
+            changed[key] = {name: value for value, chosen in by_value.items() for name in renamed(chosen)}
+    return changed
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}

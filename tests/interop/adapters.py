@@ -1,0 +1,54 @@
+"""Tuned tiny models, and PEFT's own, as adapters."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from lightning_peft import Method
+from tests.contract import shake
+from tests.models import batch, tiny
+
+
+def plain(kind: str) -> dict[str, Tensor]:
+    """Return a batch without padding, which a prompt of ours and of PEFT's would put in another place."""
+    return batch(kind, padded=False)
+
+
+def tuned(kind: str, methods: Sequence[Method]) -> tuple[nn.Module, Method]:
+    """Return a tiny model with copies of the methods applied and noise in all that they train, and the first copy."""
+    model = tiny(kind)
+    copies = [eval(repr(m), {type(m).__name__: type(m)}) for m in methods]
+    for method in copies:
+        method.apply(model)
+    torch.manual_seed(3)
+    shake(model)
+    return model, copies[0]
+
+
+def logits(model: nn.Module, kind: str, method: Method | None = None) -> Tensor:
+    """Return what a model computes for the batch of its kind."""
+    inputs = plain(kind) if method is None else dict(method.prepare(plain(kind)))
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+def theirs_from(folder: Path, kind: str, model: nn.Module | None = None) -> Tensor:
+    """Return the logits that PEFT gives with the adapter in a folder."""
+    other: Any = peft.PeftModel.from_pretrained(model or tiny(kind), folder).eval()
+    with torch.no_grad():
+        return other(**plain(kind)).logits
+
+
+def saved_by_peft(kind: str, config: peft.PeftConfig, folder: Path, model: nn.Module | None = None) -> Tensor:
+    """Let PEFT tune a model, with noise in all that it trains, save the adapter, and return its logits."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        other: Any = peft.get_peft_model(model or tiny(kind), config).eval()
+        shake(other)
+    other.save_pretrained(folder)
+    with torch.no_grad():
+        return other(**plain(kind)).logits

@@ -40,7 +40,8 @@ def split_groups(
         for index, group in enumerate(list(optimizer.param_groups)):
             apart: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                apart.setdefault(tuple(sorted(options(parameter).items())), []).append(parameter)
+                new = {name: value for name, value in options(parameter).items() if group.get(name, 0.0) != value}
+                apart.setdefault(tuple(sorted(new.items())), []).append(parameter)
             stay = apart.pop((), [])
             if not stay and apart:  # an empty group would remain: the first of the others takes its place
                 key, stay = next(iter(apart.items()))

@@ -25,6 +25,10 @@ class MasterWeights(Graft):
         super().__init__()
         self.dtype, self.weights = dtype, weights
 
+    def before(self, host: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the input in that precision too: T5 casts it to the one in which it finds the weight stored."""
+        return x.to(self.dtype) if isinstance(x, Tensor) and x.dtype is torch.float32 else x
+
     def weight(self, w: Tensor, name: str) -> Tensor:
         """Return the parameter rounded to the precision of the backbone."""
         return w.to(self.dtype)

@@ -159,8 +159,9 @@ def by_role(backbone: nn.Module, roles: Iterable[str], kinds: tuple[type[nn.Modu
 def block_lists(backbone: nn.Module) -> dict[str, nn.ModuleList]:
     """Return the outermost lists of equal modules by name: ``encoder.layer``, or T5's two lists ``*.block``."""
     lists: dict[str, nn.ModuleList] = {}
+    added = tuple(f"{place.path}.{place.name}.".lstrip(".") for place in grafts(backbone))
     for name, module in backbone.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in lists):
+        if not isinstance(module, nn.ModuleList) or name.startswith((*(f"{outer}." for outer in lists), *added)):
             continue
         if len(module) > 0 and len({type(entry) for entry in module}) == 1:
             lists[name] = module
@@ -201,6 +202,17 @@ def norm_names(backbone: nn.Module) -> list[str]:
         for parameter, _ in module.named_parameters(recurse=False)
         if (full := f"{name}.{parameter}") not in head
     ]
+
+
+def bias_owners(backbone: nn.Module) -> dict[str, str]:
+    """Return the name of each module that has a bias, the head's left out, with the name of that bias."""
+    head = set(head_names(backbone))
+    return {
+        name: full
+        for name, module in without_grafts(backbone).items()
+        for last, _ in module.named_parameters(recurse=False)
+        if last in ("bias", "in_proj_bias") and (full := f"{name}.{last}".lstrip(".")) not in head
+    }
 
 
 def has_role(name: str, *roles: str) -> bool:

@@ -85,7 +85,7 @@ class Tuning:
         if lost:
             raise TuningError(f"{name} trained {lost[0]} in place and kept no copy of it: load the backbone anew.")
         for _, host, child, _ in grafts(backbone):
-            if child == name:
+            if child == name or child.startswith(f"{name}_"):  # where a method has two grafts in one host
                 detach(host, child)
         attention.leave(backbone)
         for tensor in own:

@@ -106,3 +106,11 @@ def test_schedulers_are_found_in_every_form() -> None:
         assert list(schedulers_in(form)) == [scheduler]
     for form in (None, optimizer, [optimizer], {"optimizer": optimizer}):
         assert list(schedulers_in(form)) == []
+
+
+def test_what_a_group_has_already_splits_nothing() -> None:
+    """Nor does a weight decay of 0, where the optimizer has none."""
+    a, b, *_ = parameters()
+    for optimizer in (SGD([a, b], lr=0.1), torch.optim.Rprop([a, b])):
+        split_groups([optimizer], [], lambda p: {"weight_decay": 0.0} if p is a else {})
+        assert len(optimizer.param_groups) == 1

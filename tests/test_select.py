@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from lightning_peft import TuningError, select
+from lightning_peft import LadderSideTuning, TuningError, select
 from tests.models import KINDS, POSITIONS, TEXT, meta, tiny
 
 LINEAR = (nn.Linear, hf.pytorch_utils.Conv1D)
@@ -300,3 +300,64 @@ def test_a_host_in_the_head_is_not_selected() -> None:
     assert "classifier" not in select.hosts(model, LINEAR, r".*")
     with torch.device("meta"):
         assert "pooler.dense" in select.hosts(hf.BertModel(hf.BertConfig(num_hidden_layers=1)), LINEAR, r".*")
+
+
+# Blocks and roles.
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("vit", {"vit.layers": ["vit.layers.0", "vit.layers.1"]}),
+        ("t5", {f"{p}.block": [f"{p}.block.0", f"{p}.block.1"] for p in ("encoder", "decoder")}),
+        ("swin", {"swin.encoder.layers": [f"swin.encoder.layers.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]}),
+        (
+            "resnet",
+            {"resnet.encoder.stages": [f"resnet.encoder.stages.{i}.layers.{j}" for i in (0, 1) for j in (0, 1)]},
+        ),
+    ],
+)
+def test_blocks_are_counted_across_stages(kind: str, expected: dict[str, list[str]]) -> None:
+    model = tiny(kind)
+    found = select.blocks(model)
+    assert {outer: [name for name, _ in entries] for outer, entries in found.items()} == expected
+    assert all(model.get_submodule(name) is block for entries in found.values() for name, block in entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "yes"),
+    [
+        ("encoder.layer.0.output.dense", "ffn_output", True),
+        ("encoder.layer.0.attention.output.dense", "ffn_output", False),
+        ("encoder.layer.0.attention.output.dense", "attention_output", True),
+        ("encoder.layer.0.crossattention.output.dense", "attention_output", True),
+        ("h.0.attn.c_proj", "attention_output", True),
+        ("h.0.mlp.c_proj", "attention_output", False),
+        ("h.0.mlp.c_proj", "ffn_output", True),
+        ("block.0.layer.1.DenseReluDense.wo", "ffn_output", True),
+        ("block.0.layer.0.SelfAttention.o", "attention_output", True),
+        ("layer.0.output.LayerNorm", "post_norm", True),
+        ("layer.0.attention.output.LayerNorm", "post_norm", False),
+    ],
+)
+def test_roles(name: str, role: str, yes: bool) -> None:
+    assert select.has_role(name, role) is yes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_block_has_its_two_output_projections(kind: str) -> None:
+    names = [name for name, module in tiny(kind).named_modules() if isinstance(module, LINEAR)]
+    cross = sum("EncDecAttention" in name and select.has_role(name, "attention_output") for name in names)
+    blocks = 4 if kind == "t5" else 2
+    assert sum(select.has_role(name, "attention_output") for name in names) - cross == blocks
+    assert sum(select.has_role(name, "ffn_output") for name in names) == blocks
+
+
+def test_norms_and_biases_leave_out_the_head_and_grafts() -> None:
+    model = tiny("bert")
+    assert len(select.norm_names(model)) == 10
+    owners = select.bias_owners(model)
+    LadderSideTuning().apply(model)
+    assert len(select.norm_names(model)) == 10
+    assert select.bias_owners(model) == owners
+    assert "classifier" not in owners

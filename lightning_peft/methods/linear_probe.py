@@ -1,7 +1,12 @@
 """Linear probing: the backbone is frozen and the task head is trained on its features.
 
+``y = W f(x) + b`` with f frozen.
+
 Source: Alain and Bengio 2016, arXiv 1610.01644; as a baseline of tuning: He et al. 2020, arXiv 1911.05722, section 4.1.
-No gradient is recorded below the head, so a step costs one forward pass of the backbone.
+With ``batch_norm`` the features pass a BatchNorm without trained parameters first, as in the probes of MAE (He et al.
+2022, arXiv 2111.06377; code: facebookresearch/mae ``main_linprobe.py``); its statistics are part of the delta.
+No gradient is recorded below the head, so a step costs one forward pass of the backbone; with ``cache_features`` the
+backbone runs once for each row.
 """
 
 from collections.abc import Iterable
@@ -10,27 +15,56 @@ from typing import ClassVar
 
 from torch import nn
 
+from lightning_peft import heads, select
 from lightning_peft.errors import TuningError
-from lightning_peft.method import Method
+from lightning_peft.feature_cache import CachingMethod
+from lightning_peft.graft import attach
 from lightning_peft.mixin import MethodMixin
 
 
 @dataclass(eq=False, kw_only=True)
-class LinearProbe(Method):
-    """Train the head alone: ``logits = W f(x) + b`` with f frozen."""
+class LinearProbe(CachingMethod):
+    """Train the head alone: ``logits = W f(x) + b`` with f frozen.
+
+    Args:
+        batch_norm: norm the features by the statistics of the batch in training, by their running means later.
+        head_init: initial values of the layer that gives the logits: 'model' (as they are), 'vpt', 'mae' or 'zero'.
+        cache_features: run the frozen part once for each row and train on what it gave; for data without augmentation.
+        cache_limit: most memory to take for that [GiB].
+    """
+
+    batch_norm: bool = False
+    head_init: heads.HeadInit = "model"
 
     kind: ClassVar[str] = "head"
     trains: ClassVar[str] = "the task head"
     paper: ClassVar[str] = "Alain and Bengio 2016, arXiv 1610.01644"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    may_change: ClassVar[frozenset[str]] = CachingMethod.may_change | {"head_init"}
+
+    def apply(self, model: nn.Module) -> None:
+        """Freeze the backbone and give the head its initial values."""
+        super().apply(model)
+        if self.head_init != "model":
+            heads.initialise(
+                heads.last_linear(select.backbone_of(model, self.backbone), "LinearProbe")[1], self.head_init
+            )
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
-        """Add nothing: the head is trained beside every method, here it stands alone."""
+        """Add nothing, or a BatchNorm: the head is trained beside every method, here it stands alone."""
         lm_head = getattr(backbone, "get_output_embeddings", lambda: None)
         if lm_head() is not None and self.also_train is None:
             raise TuningError(
                 f"{type(backbone).__name__} has no task head but that of a language model: take a classifier, or name "
                 "what to train with also_train= (a regex)."
             )
+        if self.batch_norm or self.head_init != "model":
+            heads.last_linear(backbone, f"batch_norm={self.batch_norm}, head_init={self.head_init!r}")
+            heads.check_init(self.head_init)
+        self.cache(backbone)
+        if self.batch_norm:
+            first = next(iter(heads.head_linears(backbone).values()))
+            attach(first, heads.HeadNorm(first), self.name)
         return ()
 
 

@@ -1,12 +1,18 @@
 """BitFit: the biases, found by the last part of their names."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 
-from lightning_peft import BitFit, TuningError, collect
-from tests.contract import MethodContract, copy_of, descend, snapshot
+from lightning_peft import BitFit, TuningError, collect, merge
+from lightning_peft.graft import grafts
+from tests.contract import MethodContract, assert_near, copy_of, descend, output, shake, snapshot
 from tests.models import BERT_LARGE, MINILM, meta, tiny
+from tests.modules import Tuned, loader, trainer
 
 PAIR = "query+intermediate"
 
@@ -36,13 +42,30 @@ class TestBitFit(MethodContract):
         (hf.BertConfig(), PAIR, 46_080),
         (BERT_LARGE, PAIR, 122_880),
         (MINILM, PAIR, 11_520),
+        (hf.GPT2Config(), PAIR, 12 * 5 * 768),
     ],
-    ids=["base", "large", "MiniLM", "base, subset", "large, subset", "MiniLM, subset"],
+    ids=["base", "large", "MiniLM", "base, subset", "large, subset", "MiniLM, subset", "GPT-2, subset"],
 )
 def test_counts_of_the_paper(config: hf.BertConfig, biases: str, count: int) -> None:
     model = meta(config)
     BitFit(biases=biases).apply(model)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_the_count_of_vit() -> None:
+    """(11 L + 2) d: seven in the norms and outputs, four in the first projection; a patch and a last norm."""
+    model = meta(hf.ViTConfig(), hf.AutoModelForImageClassification)
+    BitFit(exclude="classifier.*").apply(model)
+    delta = collect(model)
+    assert (sum(t.numel() for t in delta.values()), len(delta)) == (102_912, 98)
+
+
+def test_a_bias_table_is_no_bias() -> None:
+    """Swin has a ``relative_position_bias_table``."""
+    model = tiny("swin")
+    assert any("bias_table" in name for name, _ in model.named_parameters())
+    BitFit().apply(model)
+    assert not any("bias_table" in name for name in collect(model))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +118,16 @@ def test_a_bias_is_named_by_the_last_part() -> None:
     assert all(name.endswith(".bias") for name in delta)
 
 
+def test_every_bias_is_there_already() -> None:
+    with pytest.raises(TuningError, match=r"every linear layer .* has a bias"):
+        BitFit(add_missing_bias=True).apply(tiny("bert"))
+
+
+def test_two_parts_of_a_fused_bias_are_refused() -> None:
+    with pytest.raises(TuningError, match=r"two parts of one fused bias.*'c_attn'"):
+        BitFit(biases="query+value").apply(tiny("gpt2"))
+
+
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "vit"])
 def test_the_subset_is_query_and_intermediate(kind: str) -> None:
     model = tiny(kind)
@@ -114,12 +147,171 @@ def test_suffixes_choose_biases() -> None:
     ]
 
 
+class TestBitFitPart(MethodContract):
+    """The paper's subset where query, key and value are one projection."""
+
+    method = BitFit(biases=PAIR)
+    backbones = ("gpt2",)
+
+    def count(self, kind: str) -> int:
+        """L (d + ff), a third of the fused bias being the query's; ff = 4d."""
+        return 2 * (32 + 4 * 32)
+
+
+class TestBitFitAdded(MethodContract):
+    method = BitFit(add_missing_bias=True)
+    backbones = ("llama", "t5")
+    compiled = ("llama",)
+
+    def count(self, kind: str) -> int:
+        """The outputs of all linear layers in the blocks."""
+        d, ff = 32, 64
+        if kind == "llama":
+            return 2 * (2 * d + 2 * d // 2 + 2 * ff + d)  # keys and values have half the heads
+        return 2 * (4 * d + ff + d) + 2 * (8 * d + ff + d)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bloom", "torch"])
+@pytest.mark.parametrize("role", ["query", "key", "value"])
+def test_a_part_of_a_fused_bias_is_the_bias_of_that_role(family: str, role: str) -> None:
+    """The layout differs: GPT-2 has all queries first, NeoX and BLOOM each head's query, key and value in turn."""
+    torch.manual_seed(0)
+    model = {
+        "gpt2": lambda: tiny("gpt2").transformer,
+        "gpt_neox": lambda: hf.GPTNeoXModel(
+            hf.GPTNeoXConfig(
+                vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+            )
+        ),
+        "bloom": lambda: hf.BloomModel(hf.BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4)),
+        "torch": lambda: nn.Sequential(nn.ModuleList([nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)])),
+    }[family]()
+    BitFit(biases=[role]).apply(model)
+    place = next(iter(grafts(model)))
+    nn.init.normal_(place.graft.shift)
+    whole = place.graft.whole()
+    first = family in ("gpt2", "torch")
+    parts = whole.view(3, 32) if first else whole.view(4, 3, 8).transpose(0, 1).reshape(3, 32)
+    index = ["query", "key", "value"].index(role)
+    assert torch.equal(parts[index], place.graft.shift)
+    assert not parts[[i for i in range(3) if i != index]].any()
+    if family == "torch":
+        x = torch.randn(2, 5, 32)
+        attention = place.host
+        shifted = attention(x, x, x)[0]
+        merge(model)
+        assert torch.allclose(attention(x, x, x)[0], shifted, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "bloom"])
+def test_a_shift_of_the_interleaved_query_moves_queries_alone(family: str) -> None:
+    """Attention sees other queries, and the keys and values that it saw before."""
+    torch.manual_seed(0)
+    common = {"vocab_size": 50, "hidden_size": 32}
+    if family == "gpt_neox":
+        config = hf.GPTNeoXConfig(**common, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+        model = hf.GPTNeoXModel(config).eval()
+        module = model.layers[0].attention
+    else:
+        model = hf.BloomModel(hf.BloomConfig(**common, n_layer=1, n_head=4)).eval()
+        module = model.h[0].self_attention
+    BitFit(biases=["query"]).apply(model)
+    fused, x = module.query_key_value, torch.randn(1, 5, 32)
+
+    def split(out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if family == "bloom":
+            return module._reshape(out)
+        return out.view(1, 5, 4, 24).transpose(1, 2).chunk(3, dim=-1)
+
+    before = split(fused(x))
+    nn.init.normal_(fused.bitfit.shift)
+    after = split(fused(x))
+    assert [torch.equal(a, b) for a, b in zip(after, before, strict=True)] == [False, True, True]
+
+
+def test_a_part_merges_into_the_bias() -> None:
+    model = tiny("gpt2")
+    BitFit(biases=PAIR).apply(model)
+    shake(model)
+    before = output(model, "gpt2")
+    merge(model)
+    assert not list(grafts(model))
+    assert_near({"": before}, {"": output(model, "gpt2")}, 1e-5)
+
+
+def test_added_biases_cannot_be_merged() -> None:
+    model = tiny("llama")
+    BitFit(add_missing_bias=True).apply(model)
+    with pytest.raises(TuningError, match=r"AddedBias .* computes what no weight can"):
+        merge(model)
+
+
+def test_added_biases_of_some_roles() -> None:
+    model = tiny("t5")
+    BitFit(biases="query+intermediate", add_missing_bias=True).apply(model)
+    assert {name.split(".")[-3] for name in collect(model)} == {"q", "wi"}
+
+
+@pytest.mark.parametrize(
+    ("biases", "tails"),
+    [
+        ("norm", {"attention.output.LayerNorm", "output.LayerNorm", "bert.embeddings.LayerNorm"}),
+        ("attention_output+ffn_output", {"attention.output.dense", "output.dense"}),
+        (["value", "pooler.dense"], {"attention.self.value", "bert.pooler.dense"}),
+    ],
+)
+def test_biases_by_role(biases: str | list[str], tails: set[str]) -> None:
+    model = tiny("bert")
+    BitFit(biases=biases, exclude="classifier.*").apply(model)
+    names = {name.removesuffix(".bias") for name in collect(model)}
+    assert {re.sub(r"bert\.encoder\.layer\.\d\.", "", name) for name in names} == tails
+
+
+def test_biases_have_no_weight_decay(tmp_path: Path) -> None:
+    """Though the optimizer has it, a bias without a gradient to speak of stays where it is."""
+
+    class Decaying(Tuned):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-8, weight_decay=1e7)
+
+    module = Decaying("bert")
+    fit = trainer(tmp_path, BitFit(exclude=r"classifier\.weight"), max_steps=1)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name.endswith("bias"):
+                p.add_(1)
+    before = copy_of(module.state_dict())
+    fit.fit(module, loader("bert"), loader("bert"))
+    for name, tensor in collect(module).items():
+        assert torch.allclose(tensor, before[name], atol=1e-4), name
+    assert {group["weight_decay"] for group in fit.optimizers[0].param_groups} == {0.0}
+
+
+def test_an_optimizer_without_weight_decay_will_do(tmp_path: Path) -> None:
+    class Other(Tuned):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Rprop(self.parameters())
+
+    trainer(tmp_path, BitFit(), max_steps=1).fit(Other("bert"), loader("bert"), loader("bert"))
+
+
+def test_batch_statistics_stay_where_a_bias_alone_is_trained(tmp_path: Path) -> None:
+    module = Tuned("resnet")
+    before = copy_of(module.state_dict())
+    trainer(tmp_path, BitFit(), max_epochs=1).fit(module, loader("resnet"), loader("resnet"))
+    delta = collect(module)
+    assert any("normalization.bias" in name for name in delta)
+    assert not any("running" in name for name in delta)
+    after = module.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in after if "running" in name)
+
+
 @pytest.mark.parametrize(
     ("kind", "biases", "message"),
     [
         ("t5", "all", "T5ForConditionalGeneration has no biases"),
         ("llama", "all", "LlamaForCausalLM has no biases"),
-        ("gpt2", PAIR, "no query projection with a bias of its own"),
+        ("llama", PAIR, "LlamaForCausalLM has no biases .* add_missing_bias=True"),
         ("bert", ["querry"], r"'querry' matches no module with a bias .*attention\.self\.query"),
         ("bert", ["classifier"], "'classifier' matches no module with a bias"),
         ("bert", "al", "'al' matches no module with a bias"),

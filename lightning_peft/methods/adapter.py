@@ -1,0 +1,310 @@
+"""Adapters: a small bottleneck network is trained in each block, ``A(x) = x + s U act(D x + b1) + b2``.
+
+* ``houlsby``: after the output projection of both sublayers, before the residual sum; all LayerNorms are trained too.
+* ``pfeiffer``: in the feed-forward sublayer alone, norms frozen. Where the norm comes after the residual sum (BERT),
+  ``y = LN(U act(D LN(f + x)) + f + x)``: the norm is applied twice, and the residual is what went into it. Elsewhere
+  (ViT, GPT-2, Llama, T5) ``y = x + A(f)``, as in the ViT adapters of VPT.
+* ``parallel``: beside the feed-forward sublayer, ``y = x + f(x') + s U act(D x')`` with x' what the sublayer reads.
+
+Source: Houlsby et al. 2019, arXiv 1902.00751, section 2.1; Pfeiffer et al. 2021, arXiv 2005.00247; parallel: He et al.
+2022, arXiv 2110.04366; code: google-research/adapter-bert, adapter-hub/adapters.
+
+The serial adapters of the paper come after the dropout that follows the projection. In today's models that dropout is a
+module of its own in some families, shared by both sublayers or a function in others, so ours come before it: the same
+function wherever dropout is off, and with it the adapter's whole output is dropped, not its input alone. Where a block
+scales its sublayers (DINOv2), they come after the scale, which may be 1e-5. The paper draws D and U from a normal
+distribution of std 1e-2, cut at two std; its code says 1e-3. We draw D so and start U at zero, which makes the start
+the frozen model; ``zero_up=False`` is the paper. D must not be zero as well: then nothing but b2 would ever learn.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from lightning_peft import select
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import Graft, attach
+from lightning_peft.method import Method
+from lightning_peft.mixin import MethodMixin
+
+FORMS = ("houlsby", "pfeiffer", "parallel")
+
+
+class Bottleneck(Graft):
+    """Computes ``s (U act(D x + b1) + b2)``: ``down`` is D [m, d] with b1, ``up`` is U [d, m] with b2.
+
+    Args:
+        host: the module that it is to be attached to.
+        width: size d of what it reads and writes.
+        size: size m of the bottleneck.
+        activation: name of the activation.
+        std: standard deviation of D, and of U unless ``zero_up``.
+        zero_up: start U at zero.
+        scale: the factor s.
+    """
+
+    def __init__(
+        self, host: nn.Module, width: int, size: int, activation: str, std: float, zero_up: bool, scale: float
+    ) -> None:
+        super().__init__()
+        weight = next(host.parameters())
+        self.down = nn.Linear(width, size, device=weight.device)
+        self.up = nn.Linear(size, width, device=weight.device)
+        self.down.float()
+        self.up.float()
+        self.activation = ACT2FN[activation]
+        self.scale = scale
+        for layer, zero in ((self.down, False), (self.up, zero_up)):
+            nn.init.zeros_(layer.bias)
+            if zero:
+                nn.init.zeros_(layer.weight)
+            else:
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+
+    def update(self, x: Tensor) -> Tensor:
+        """Return ``s (U act(D x + b1) + b2)``, of the shape and dtype of ``x``, [..., d]."""
+        hidden = F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
+        out = F.linear(self.activation(hidden), self.up.weight.to(x.dtype), self.up.bias.to(x.dtype)).to(x.dtype)
+        return out if self.scale == 1 else out * self.scale
+
+
+class Serial(Bottleneck):
+    """Adds the update of the host's output to it."""
+
+    def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Return ``A(out)``."""
+        return out + self.update(out)
+
+
+class AroundNorm(Bottleneck):
+    """Norms twice: ``LN(x + update(LN(x)))``; the host is the norm after a residual sum."""
+
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the norm of its input and of the update of the normed input."""
+        x = args[0] if args else kwargs["input"]
+        return forward(x + self.update(forward(x)))
+
+
+class Parallel(Bottleneck):
+    """Adds the update of the host's input to its output; the host is a whole feed-forward sublayer."""
+
+    def after(self, out: Tensor, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return ``out + update(x)``."""
+        return out + self.update(x).to(out.dtype)
+
+
+class ParallelResidual(Bottleneck):
+    """Adds the update of the residual to it; the host computes ``LN(dense(h) + residual)`` of what the sublayer read.
+
+    In blocks like BERT's the sublayer's input reaches its end as the residual, so that this is the parallel adapter.
+    """
+
+    def __init__(self, host: nn.Module, *args: Any) -> None:
+        super().__init__(host, *args)
+        self.names = list(inspect.signature(type(host).forward).parameters)[1:]
+
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what the host gives for the residual and its update."""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        residual = given[self.names[1]]
+        return forward(**(given | {self.names[1]: residual + self.update(residual)}))
+
+
+@dataclass(eq=False, kw_only=True)
+class Adapter(Method):
+    """Train bottleneck networks inside the blocks.
+
+    Args:
+        form: 'houlsby' in both sublayers, with the norms trained; 'pfeiffer' in the feed-forward sublayer; 'parallel'
+            beside it.
+        bottleneck: size m of the bottleneck, or one for each block.
+        reduction: give m as width / reduction instead, e.g. 16.
+        activation: name of an activation of transformers; None: 'gelu' for houlsby, else 'relu'.
+        init_std: standard deviation of D, cut at two std.
+        zero_up: start U at zero, so that training starts at the frozen model; False: draw it as D.
+        scale: the factor s.
+        train_norms: train the norms of the whole backbone; None: for houlsby alone.
+        leave_out: blocks that get no adapter, negative ones counted from the end.
+        cross_attention: put adapters after cross-attentions too.
+        target_modules: the output projections that get a serial adapter, as suffixes or one regex; None: by their role.
+        backbone_mode: whether dropout of the frozen backbone is active in training.
+    """
+
+    form: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
+    bottleneck: int | list[int] = 64
+    reduction: float | None = None
+    activation: str | None = None
+    init_std: float = 1e-2
+    zero_up: bool = True
+    scale: float = 1.0
+    train_norms: bool | None = None
+    leave_out: list[int] = field(default_factory=list)
+    cross_attention: bool = False
+    target_modules: list[str] | str | None = None
+    backbone_mode: Literal["train", "eval"] = "train"
+
+    kind: ClassVar[str] = "modules"
+    trains: ClassVar[str] = "bottleneck networks inside the blocks, and the norms"
+    paper: ClassVar[str] = "Houlsby et al. 2019, arXiv 1902.00751"
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"init_std", "zero_up"}
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach the bottlenecks; return the names of the norms that are trained."""
+        self._check()
+        indices = self._indices(backbone)
+        chosen = self.without_excluded(dict(self._places(backbone, indices)))
+        if not chosen:
+            raise TuningError(
+                f"exclude={self.exclude!r} leaves no place for an adapter in {type(backbone).__name__}: exclude less."
+            )
+        for name, (host, kind, width) in chosen.items():
+            size = self._size(indices.get(_block_of(indices, name) or ""), width, backbone)
+            activation = self.activation or ("gelu" if self.form == "houlsby" else "relu")
+            attach(host, kind(host, width, size, activation, self.init_std, self.zero_up, self.scale), self.name)
+        self._norms: set[str] = set()
+        if self.train_norms if self.train_norms is not None else self.form == "houlsby":
+            self._norms = set(select.norm_names(backbone))
+        return self._norms
+
+    def optimizer_options(self, name: str) -> dict[str, Any]:
+        """Ask for no weight decay of norms and of the biases of the bottlenecks, as in the authors' code."""
+        free = name in self._norms or name.endswith((f"{self.name}.down.bias", f"{self.name}.up.bias"))
+        return {"weight_decay": 0.0} if free else {}
+
+    def _check(self) -> None:
+        if self.form not in FORMS:
+            raise TuningError(f"form={self.form!r} is no form of adapter: take one of {', '.join(FORMS)}.")
+        if self.activation is not None and self.activation not in ACT2FN:
+            raise TuningError(f"activation={self.activation!r} is unknown{select.near(self.activation, ACT2FN)}.")
+        if not self.init_std > 0:
+            raise TuningError(
+                f"init_std={self.init_std} leaves D at zero, so that nothing but a bias would learn: take e.g. 0.01."
+            )
+        if self.target_modules is not None and self.form != "houlsby":
+            raise TuningError(
+                f"target_modules names hosts of serial adapters, form={self.form!r} finds its own: leave one of them."
+            )
+
+    def _indices(self, backbone: nn.Module) -> dict[str, int]:
+        """Return the name of each block that gets an adapter with its index in its list."""
+        lists = select.blocks(backbone)
+        if not lists:
+            raise TuningError(f"{type(backbone).__name__} has no list of blocks, so there is no place for adapters.")
+        longest = max(len(entries) for entries in lists.values())
+        for layer in self.leave_out:
+            if not -longest <= layer < longest:
+                raise TuningError(
+                    f"leave_out has {layer}, but {type(backbone).__name__} has blocks 0 to {longest - 1}."
+                )
+        if isinstance(self.bottleneck, list) and any(len(e) != len(self.bottleneck) for e in lists.values()):
+            sizes = ", ".join(str(len(entries)) for entries in lists.values())
+            raise TuningError(
+                f"bottleneck has {len(self.bottleneck)} sizes, {type(backbone).__name__} {sizes} blocks: "
+                "give one for each, or one number for all."
+            )
+        kept = {
+            name: i
+            for entries in lists.values()
+            for i, (name, _) in enumerate(entries)
+            if i not in {layer % len(entries) for layer in self.leave_out if -len(entries) <= layer < len(entries)}
+        }
+        if not kept:
+            raise TuningError(f"leave_out={self.leave_out} leaves no block for an adapter: leave out fewer.")
+        return kept
+
+    def _size(self, index: int | None, width: int, backbone: nn.Module) -> int:
+        if self.reduction is not None:
+            size = int(width // self.reduction) if self.reduction > 0 else 0
+            given = f"reduction={self.reduction} of width {width}"
+        else:
+            size = self.bottleneck[index or 0] if isinstance(self.bottleneck, list) else self.bottleneck
+            given = f"bottleneck={self.bottleneck}"
+        if size < 1:
+            raise TuningError(f"{given} is no size of a bottleneck in {type(backbone).__name__}: take 1 or more.")
+        return size
+
+    def _places(
+        self, backbone: nn.Module, indices: dict[str, int]
+    ) -> Iterable[tuple[str, tuple[nn.Module, type[Bottleneck], int]]]:
+        """Yield the name of each host with the host, the kind of its adapter and the width that it works on."""
+        inside = {
+            name: module
+            for name, module in select.without_grafts(backbone).items()
+            if _block_of(indices, name) is not None
+            and (self.cross_attention or not any(select.has_role(p, "cross_attention") for p in _parts(name)))
+        }
+        if self.target_modules is not None:
+            linears = {name: module for name, module in inside.items() if _width(module)}
+            for pattern, names in select.match(linears, self.target_modules).items():
+                if not names:
+                    raise TuningError(
+                        f"{pattern!r} matches no linear layer in the blocks of {type(backbone).__name__}"
+                        f"{select.near(pattern, linears)}."
+                    )
+                for name in names:
+                    yield name, (inside[name], Serial, _width(inside[name]))
+            return
+        for sublayer in ("attention", "ffn") if self.form == "houlsby" else ("ffn",):
+            outputs = [name for name, m in inside.items() if select.has_role(name, f"{sublayer}_output") and _width(m)]
+            if not outputs:
+                raise TuningError(
+                    f"{type(backbone).__name__} has no output projection of its {sublayer} sublayers under a known "
+                    "name: use form='houlsby' with target_modules=."
+                )
+            if self.form == "parallel":
+                yield from (_beside(inside, name, backbone) for name in outputs)
+                continue
+            norms = [name for name in inside if select.has_role(name, "post_norm") and self.form == "pfeiffer"]
+            scales = [name for name in inside if select.has_role(name, f"{sublayer}_scale")]
+            kind = AroundNorm if norms else Serial
+            for name in norms or scales or outputs:
+                yield name, (inside[name], kind, _width(inside[name]))
+
+
+class AdapterMixin(MethodMixin):
+    """For a LightningModule that is tuned by adapters: set ``self.method`` to change their arguments."""
+
+    default_method = Adapter
+
+
+def _beside(
+    inside: dict[str, nn.Module], name: str, backbone: nn.Module
+) -> tuple[str, tuple[nn.Module, type[Bottleneck], int]]:
+    """Return the host of the parallel adapter of the feed-forward sublayer whose output projection is ``name``."""
+    parent = name.rpartition(".")[0]
+    around = inside.get(parent)
+    width = _width(inside[name])
+    if around is not None and any(
+        child.startswith(f"{parent}.") and select.has_role(child, "intermediate") for child in inside
+    ):
+        kind: type[Bottleneck] = Parallel
+    elif around is not None and any(isinstance(child, nn.LayerNorm) for child in around.children()):
+        kind = ParallelResidual
+    else:
+        raise TuningError(
+            f"{type(backbone).__name__} has no module around its feed-forward sublayer at {name}, so that nothing can "
+            "be put beside it: use form='pfeiffer'."
+        )
+    return parent, (around, kind, width)
+
+
+def _block_of(indices: dict[str, int], name: str) -> str | None:
+    return next((block for block in indices if name.startswith(f"{block}.")), None)
+
+
+def _parts(name: str) -> list[str]:
+    return name.split(".")
+
+
+def _width(module: nn.Module) -> int:
+    """Return the size of the last dimension of a module's output: of a projection, a norm or a scale; 0 if unknown."""
+    for attribute in ("out_features", "nf"):
+        if isinstance(getattr(module, attribute, None), int):
+            return int(getattr(module, attribute))
+    own = list(module.parameters(recurse=False))
+    return own[0].shape[0] if own and own[0].ndim == 1 else 0

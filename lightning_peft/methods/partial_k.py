@@ -1,0 +1,120 @@
+"""Partial-k: the last k blocks, the norm after them and the task head are trained, the rest is frozen.
+
+Source: the baselines partial-1, -2, -4 of Jia et al. 2022, arXiv 2203.12119 (VPT), and "partial fine-tuning" of He et
+al. 2022, arXiv 2111.06377 (MAE), figure 9, where half a block is the feed-forward sublayer of the last one, with its
+norm. Blocks are counted by index; where they come in stages (Swin, ResNet), across the stages, and what lies between
+two trained blocks, such as a downsampling, is trained too. A pooler is not. ``k=0`` is linear probing. Autograd stops
+below the first trained block by itself, so that the frozen part costs one forward pass, and with ``cache_features`` it
+runs once for each row.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from lightning_peft import select
+from lightning_peft.errors import TuningError
+from lightning_peft.feature_cache import CachingMethod
+from lightning_peft.mixin import MethodMixin
+
+
+@dataclass(eq=False, kw_only=True)
+class PartialK(CachingMethod):
+    """Train the last k blocks with the norm after them, and the head.
+
+    Args:
+        k: how many blocks; a half is the feed-forward sublayer of one block more: 0.5, 1.5 ...
+        blocks: name of the list of blocks, where there are several; None: the only one, or the decoder's.
+        cache_features: run the frozen part once for each row and train on what it gave; for data without augmentation.
+        cache_limit: most memory to take for that [GiB].
+        backbone_mode: whether dropout of the frozen blocks is active in training.
+    """
+
+    k: float = 1
+    blocks: str | None = None
+
+    kind: ClassVar[str] = "blocks"
+    trains: ClassVar[str] = "the last k blocks, the norm after them and the head"
+    paper: ClassVar[str] = "Jia et al. 2022, arXiv 2203.12119"
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Return the names of what is trained in the last k blocks and after them."""
+        path, entries = self._list(backbone)
+        whole, half = int(self.k), self.k % 1
+        if half not in (0, 0.5) or self.k < 0 or self.k > len(entries):
+            raise TuningError(
+                f"k={self.k} does not fit the {len(entries)} blocks of {type(backbone).__name__}: take 0 to "
+                f"{len(entries)}, in whole or half blocks."
+            )
+        first = len(entries) - whole - (1 if half else 0)
+        if first == len(entries):
+            if not select.head_names(backbone) and self.also_train is None:
+                raise TuningError(
+                    f"k=0 trains the head alone, and {type(backbone).__name__} has none: take k=0.5 or more, or name "
+                    "what to train with also_train= (a regex)."
+                )
+            self.cache(backbone)
+            return ()
+        names = [name for name, _ in backbone.named_parameters() if name.startswith(f"{path}.")]
+        head = set(select.head_names(backbone))
+        after = [name for name in select.norm_names(backbone) if self._follows(backbone, path, name)]
+        trained = [n for n in names if whole and _at_or_after(names, n, f"{entries[len(entries) - whole][0]}.")]
+        if half:
+            trained += self._half(backbone, entries[first][0])
+        self.cache(backbone, entries[first][0], [name for name, _ in entries[:first]])
+        return [name for name in (*trained, *after) if name not in head]
+
+    def _list(self, backbone: nn.Module) -> tuple[str, list[tuple[str, nn.Module]]]:
+        lists = select.blocks(backbone)
+        if self.blocks is not None:
+            if self.blocks not in lists:
+                raise TuningError(
+                    f"blocks={self.blocks!r} is no list of blocks of {type(backbone).__name__}"
+                    f"{select.near(self.blocks, lists)}."
+                )
+            return self.blocks, lists[self.blocks]
+        if not lists:
+            raise TuningError(f"{type(backbone).__name__} has no list of blocks: use LinearProbe or another method.")
+        if len(lists) > 1 and not getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
+            raise TuningError(
+                f"{type(backbone).__name__} has {len(lists)} lists of blocks ({', '.join(lists)}): name one by blocks="
+            )
+        return next(reversed(lists.items()))
+
+    def _follows(self, backbone: nn.Module, path: str, norm: str) -> bool:
+        """Tell whether a norm comes after the list of blocks, outside of it, in the same part of the model."""
+        order = [name for name, _ in backbone.named_modules()]
+        parent, owner = path.rpartition(".")[0], norm.rpartition(".")[0]
+        outer = parent.rpartition(".")[0] if parent.rpartition(".")[2] in ("encoder", "decoder") else parent
+        near = {f"{place}." if place else "" for place in (parent, outer)}
+        here = any(owner.startswith(place) and "." not in owner.removeprefix(place) for place in near)
+        later = order.index(owner) > order.index(path) and not norm.startswith(f"{path}.")
+        return here and later and "embed" not in owner.rpartition(".")[2]
+
+    def _half(self, backbone: nn.Module, block: str) -> list[str]:
+        """Return the names of the feed-forward sublayer of a block, with its norm."""
+        roles = ("intermediate", "ffn_output", "ffn_norm")
+        names = [
+            name
+            for name, _ in backbone.named_parameters()
+            if name.startswith(f"{block}.") and select.has_role(name.rpartition(".")[0], *roles)
+        ]
+        for role in roles[:2]:
+            if not any(select.has_role(name.rpartition(".")[0], role) for name in names):
+                raise TuningError(
+                    f"{block} has no feed-forward sublayer under a known name, so it has no half: take a whole k."
+                )
+        return names
+
+
+class PartialKMixin(MethodMixin):
+    """For a LightningModule whose last blocks are trained: set ``self.method = PartialK(k=2)`` for more of them."""
+
+    default_method = PartialK
+
+
+def _at_or_after(names: list[str], name: str, first: str) -> bool:
+    start = next(i for i, other in enumerate(names) if other.startswith(first))
+    return names.index(name) >= start

@@ -1,0 +1,237 @@
+"""Side-tuning: a small network is trained beside the frozen one, ``R(x) = s(a) B(x) + (1 - s(a)) S(x)``.
+
+B is the backbone, S the side network, s the sigmoid, a a trained number that starts at 0, which is the mean of both.
+
+Source: Zhang et al. 2020, arXiv 1912.13503; code: jozhang97/side-tuning ``tlkit/models/sidetune_architecture.py``. The
+number has no weight decay, as the code asks: that would pull s(a) to 1/2, not to "off". The backbone runs without a
+graph. S is a class of your own, or a narrow copy of the backbone, of random weights, with a projection to its width.
+What is blended is what the head reads: the pooler's output where a model with a head has a pooler, else the hidden
+states; with ``first_token`` that of the first token alone, as in the side-tuning baseline of VPT.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_peft import select, together
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import attach, grafts
+from lightning_peft.method import Method
+from lightning_peft.mixin import MethodMixin
+from lightning_peft.side import BesideFrozen, base_of, field_of, with_fields
+
+BLENDS = ("auto", "pooler_output", "last_hidden_state", "first_token")
+_INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner")
+_LEFT_OUT = ("past_key_values", "use_cache", "output_hidden_states", "output_attentions", "return_dict", "labels")
+
+
+class Side(BesideFrozen):
+    """Blends the output of its host with that of a network that sees the same inputs.
+
+    Args:
+        host: the frozen model.
+        network: the side network.
+        projection: brings its output to the width of the host's; None: it has that width.
+        blend: which output of the host is blended.
+        alpha: initial value of the number a.
+    """
+
+    def __init__(
+        self, host: nn.Module, network: nn.Module, projection: nn.Linear | None, blend: str, alpha: float
+    ) -> None:
+        super().__init__(host)
+        self.network, self.projection, self.blend = network, projection, blend
+        parameters = inspect.signature(type(network).forward).parameters
+        self.takes = [name for name in list(parameters)[1:] if name not in _LEFT_OUT]
+        self.main = getattr(host, "main_input_name", self.names[0])
+        self.alpha = nn.Parameter(torch.full((1,), alpha, device=next(host.parameters()).device))
+
+    def beside(self, out: Any, host: nn.Module, given: dict[str, Any]) -> Any:
+        """Return the host's output with the blend in place of one field of it."""
+        name = "last_hidden_state" if self.blend == "first_token" else self.blend
+        whole = field_of(out, name, host)
+        base = whole[:, 0] if self.blend == "first_token" else whole
+        side = self._run(given, name)
+        if side.shape != base.shape:
+            raise TuningError(
+                f"the side network {type(self.network).__name__} gives {list(side.shape)} where the {self.blend} of "
+                f"{type(host).__name__} is {list(base.shape)}: both must have one shape."
+            )
+        share = self.alpha.sigmoid()
+        blended = (share * base.float() + (1 - share) * side.float()).to(base.dtype)
+        if self.blend == "first_token":
+            blended = torch.cat([blended[:, None], whole[:, 1:]], 1)
+        return with_fields(out, {name: blended})
+
+    def _run(self, given: dict[str, Any], name: str) -> Tensor:
+        inputs = {key: given[key] for key in self.takes if given.get(key) is not None}
+        if not inputs:  # a network of the user's own, with names of its own
+            inputs = {self.takes[0]: given[self.main]}
+        floats = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+        out = self.network(**floats)
+        side = out if isinstance(out, Tensor) else field_of(out, name, self.network)
+        if self.projection is None:
+            return side
+        return self.projection(side.movedim(1, -1)).movedim(-1, 1) if side.ndim == 4 else self.projection(side)
+
+
+@dataclass(eq=False, kw_only=True)
+class SideTuning(Method):
+    """Train a side network and how much of it is blended in.
+
+    Args:
+        side: the side network as a class path, such as ``mypackage.nets.Small``; it is called with those inputs of
+            the backbone that its forward pass names, else with the main one. None: a narrow copy of the backbone.
+        side_args: arguments of that class.
+        reduction: by how much the copy is narrower: heads, width, feed-forward width.
+        side_layers: number of blocks of the copy; None: as many as the backbone has.
+        blend: what is blended: 'pooler_output', 'last_hidden_state', 'first_token', or 'auto', what the head reads.
+        alpha_init: initial value of a; 0 is the mean.
+    """
+
+    side: str | None = None
+    side_args: dict[str, Any] = field(default_factory=dict)
+    reduction: int = 4
+    side_layers: int | None = None
+    blend: Literal["auto", "pooler_output", "last_hidden_state", "first_token"] = "auto"
+    alpha_init: float = 0.0
+
+    kind: ClassVar[str] = "side network"
+    trains: ClassVar[str] = "a small network beside the backbone"
+    paper: ClassVar[str] = "Zhang et al. 2020, arXiv 1912.13503"
+    needs: ClassVar[frozenset[str]] = frozenset({together.FEATURES})
+    breaks: ClassVar[frozenset[str]] = frozenset({together.GRADIENTS, together.FEATURES})
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"alpha_init"}
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach the side network to the base model."""
+        if self.blend not in BLENDS:
+            raise TuningError(f"blend={self.blend!r} is no output to blend: take one of {', '.join(BLENDS)}.")
+        if self.side is None and self.reduction < 1:
+            raise TuningError(f"reduction={self.reduction} makes no narrow copy: take 1 or more.")
+        base = base_of(backbone)
+        blend = self._blend(backbone, base)
+        device = next(base.parameters()).device
+        projection = None
+        if self.side is not None:
+            network = _build(self.side, self.side_args)
+        else:
+            network, widths = narrow(base, self.reduction, self.side_layers, pooled=blend == "pooler_output")
+            projection = nn.Linear(*widths, bias=False, device=device, dtype=torch.float32)
+        network.to(device=device).requires_grad_(True)
+        attach(base, Side(base, network, projection, blend, self.alpha_init), self.name)
+        return ()
+
+    def optimizer_options(self, name: str) -> dict[str, Any]:
+        """Ask for no weight decay of a."""
+        return {"weight_decay": 0.0} if name.endswith(f"{self.name}.alpha") else {}
+
+    def alpha(self, model: nn.Module) -> float:
+        """Return s(a), the share of the backbone in the blend.
+
+        Raises:
+            TuningError: the method is not applied to ``model``.
+        """
+        for place in grafts(model):
+            if isinstance(place.graft, Side):
+                return place.graft.alpha.detach().sigmoid().item()
+        raise TuningError(f"SideTuning is not applied to this {type(model).__name__}: apply it first.")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the share of the backbone as ``side_alpha``."""
+        super().on_train_epoch_end(trainer, pl_module)
+        pl_module.log("side_alpha", self.alpha(pl_module))
+
+    def _blend(self, backbone: nn.Module, base: nn.Module) -> str:
+        if self.blend != "auto":
+            return self.blend
+        has_head = bool(select.head_names(backbone))
+        return "pooler_output" if has_head and getattr(base, "pooler", None) is not None else "last_hidden_state"
+
+
+class SideTuningMixin(MethodMixin):
+    """For a LightningModule with a side network: set ``self.method = SideTuning(...)`` to choose it."""
+
+    default_method = SideTuning
+
+    def alpha(self) -> float:
+        """Return the share of the backbone in the blend."""
+        assert isinstance(self.method, SideTuning)
+        return self.method.alpha(self)  # type: ignore[arg-type]
+
+
+def narrow(base: nn.Module, reduction: int, layers: int | None, pooled: bool) -> tuple[nn.Module, tuple[int, int]]:
+    """Return a copy of a transformers model with random weights and smaller sizes, and both widths.
+
+    Raises:
+        TuningError: the model is none of transformers, or its class refuses such sizes.
+    """
+    config = copy.deepcopy(getattr(base, "config", None))
+    if config is None:
+        raise TuningError(f"{type(base).__name__} has no config to build a narrow copy by: give side= (a class path).")
+    try:
+        widths = _shrink(config, reduction)
+        if layers is not None:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
+        options = (
+            {"add_pooling_layer": pooled} if "add_pooling_layer" in inspect.signature(type(base)).parameters else {}
+        )
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            network = type(base)(config, **options)
+        finally:
+            torch.set_default_dtype(dtype)
+    except (TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise TuningError(
+            f"no narrow copy of {type(base).__name__} can be built with reduction={reduction}, side_layers={layers} "
+            f"({why}): choose others, or give side= (a class path)."
+        ) from None
+    return network, widths
+
+
+def _shrink(config: Any, reduction: int) -> tuple[int, int]:
+    """Divide the sizes in a config; return the narrow and the full width."""
+    if getattr(config, "hidden_sizes", None):  # a convolutional network in stages
+        full = config.hidden_sizes[-1]
+        config.hidden_sizes = [max(1, size // reduction) for size in config.hidden_sizes]
+        if getattr(config, "embedding_size", None):
+            config.embedding_size = max(1, config.embedding_size // reduction)
+        return config.hidden_sizes[-1], full
+    full, heads = config.hidden_size, config.num_attention_heads
+    few = max(1, heads // reduction)
+    width = max(1, full // reduction // few) * few
+    if getattr(config, "num_key_value_heads", None):
+        config.num_key_value_heads = max(1, config.num_key_value_heads * few // heads)
+    if getattr(config, "head_dim", None):
+        config.head_dim = width // few
+    for name in _INNER:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, max(1, getattr(config, name) // reduction))
+    config.hidden_size, config.num_attention_heads = width, few
+    return width, full
+
+
+def _build(path: str, arguments: dict[str, Any]) -> nn.Module:
+    """Return an instance of the class at an import path."""
+    package, _, name = path.rpartition(".")
+    try:
+        kind = getattr(import_module(package), name) if package else None
+    except (ImportError, AttributeError) as error:
+        raise TuningError(f"side={path!r} cannot be imported ({error}): give the path of a class.") from None
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TuningError(f"side={path!r} is no path of an nn.Module class: give e.g. 'mypackage.nets.Small'.")
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise TuningError(f"side={path!r} does not take side_args={arguments} ({error}): give what it takes.") from None

@@ -1,0 +1,289 @@
+"""TinyTL: the biases are trained, and a lite residual beside each block, ``y = F(x) + Up(LR(x))``.
+
+``LR = norm(conv1x1(ReLU(norm(conv_kxk(AvgPool2(x))))))``, at half the resolution and with two groups, Up bilinear. The
+last norm starts at zero, so that training starts at the frozen model. The norms are GroupNorms of 8 channels a group,
+the convolutions have standardised weights: no statistics of a batch.
+
+Source: Cai et al. 2020, arXiv 2007.11622, section 3; code: mit-han-lab/tinyml, ``tinytl/``. There the backbone's own
+BatchNorms are replaced by GroupNorms and its frozen weights quantised; here the backbone stays as it is, its BatchNorms
+in eval mode. In blocks of tokens (ViT) the tokens of the image are the grid, other tokens get nothing, so that the
+residual of the last block matters only to a head that reads the image's tokens. Biases have no weight decay.
+
+The paper's memory model counts the input of a layer only where its weight is trained, and one bit for a ReLU; autograd
+in PyTorch also keeps the inputs of GELU, softmax and norms. So we report what autograd does keep in the first training
+step, as ``activation_memory_mib``.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft import select, together
+from lightning_peft.activation_memory import Kept, tensors_in
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import Graft, attach, detach, is_compiled
+from lightning_peft.method import Method
+from lightning_peft.mixin import MethodMixin
+
+_EPS = 1e-5
+
+
+class Shapes(Graft):
+    """Notes the shapes of the first input and of the output of its host."""
+
+    def after(self, out: Any, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the output as it is."""
+        first = out if isinstance(out, Tensor) else out[0]
+        self.seen = x.shape, first.shape
+        return out
+
+
+class LiteResidual(Graft):
+    """Adds ``Up(LR(x))`` to the output of a block.
+
+    Args:
+        into: shape of the block's input, [B, C, H, W] or [B, T, C].
+        out: shape of its output.
+        grid: rows and columns of the image among the tokens; None: the block has images.
+        kernel: size of the first convolution at most.
+        groups: its groups.
+        expand: channels between the convolutions, as a multiple of those of the input.
+        device: where to put it.
+    """
+
+    def __init__(
+        self,
+        into: torch.Size,
+        out: torch.Size,
+        grid: tuple[int, int] | None,
+        kernel: int,
+        groups: int,
+        expand: float,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        channels, outputs = (into[1], out[1]) if grid is None else (into[2], out[2])
+        height, width = (into[2], into[3]) if grid is None else grid
+        self.stride = 1 if grid is not None else max(1, into[2] // out[2])
+        self.pooled = (max(1, height // 2), max(1, width // 2))
+        size = min(kernel, *self.pooled)
+        size -= 1 - size % 2
+        middle = max(8, round(channels * expand / 8) * 8)
+        self.groups = groups if channels % groups == 0 and middle % groups == 0 else 1
+        place: dict[str, Any] = {"device": device, "dtype": torch.float32}
+        options: dict[str, Any] = {"stride": self.stride, "padding": size // 2, "groups": self.groups, "bias": False}
+        self.conv = nn.Conv2d(channels, middle, size, **options, **place)
+        self.norm = nn.GroupNorm(_norm_groups(middle), middle, **place)
+        self.point = nn.Conv2d(middle, outputs, 1, bias=False, **place)
+        self.last_norm = nn.GroupNorm(_norm_groups(outputs), outputs, **place)
+        nn.init.zeros_(self.last_norm.weight)
+
+    def after(self, out: Any, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the block's output with the residual added to the tensor, or to the first of a tuple."""
+        if not isinstance(out, Tensor):
+            return type(out)((self.after(out[0], host, x), *out[1:]))
+        if self.grid is None:
+            return out + self.residual(x, out.shape[2:]).to(out.dtype)
+        height, width = self._grid(x.shape[1])
+        others = x.shape[1] - height * width
+        image = x[:, others:].transpose(1, 2).unflatten(2, (height, width))
+        tokens = self.residual(image, (height, width)).flatten(2).transpose(1, 2)
+        return out + F.pad(tokens, (0, 0, others, 0)).to(out.dtype)
+
+    def residual(self, x: Tensor, size: Iterable[int]) -> Tensor:
+        """Return ``Up(LR(x))``, [B, C', *size]."""
+        size = list(size)
+        x = F.avg_pool2d(x, 2) if min(x.shape[2:]) > 1 else F.adaptive_avg_pool2d(x, 1)
+        conv, weight = self.conv, _standardised(self.conv.weight).to(x.dtype)
+        x = F.conv2d(x, weight, None, conv.stride, conv.padding, 1, conv.groups)
+        x = F.conv2d(F.relu(_normed(self.norm, x)), _standardised(self.point.weight).to(x.dtype))
+        x = _normed(self.last_norm, x)
+        return x if list(x.shape[2:]) == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        assert self.grid is not None
+        if tokens >= self.grid[0] * self.grid[1]:
+            return self.grid
+        raise TuningError(
+            f"an image of {tokens} tokens is smaller than the {self.grid[0]} x {self.grid[1]} of TinyTL's residuals: "
+            "build it with that image_size."
+        )
+
+
+@dataclass(eq=False, kw_only=True)
+class TinyTL(Method):
+    """Train the biases and lite residuals beside the blocks of an image model.
+
+    Args:
+        kernel_size: size of the residual's first convolution at most; it is no larger than what it sees.
+        groups: groups of that convolution.
+        expand: channels between its convolutions, as a multiple of those of the block's input.
+        biases: train the biases too.
+        target_modules: the blocks, as suffixes or one regex; None: the entries of the model's lists of blocks.
+        image_size: height and width of the images [pixels]; None: that of the backbone's configuration, or 224.
+    """
+
+    kernel_size: int = 5
+    groups: int = 2
+    expand: float = 1.0
+    biases: bool = True
+    target_modules: list[str] | str | None = None
+    image_size: int | None = None
+
+    kind: ClassVar[str] = "modules"
+    trains: ClassVar[str] = "the biases, and small convolutions beside the blocks"
+    paper: ClassVar[str] = "Cai et al. 2020, arXiv 2007.11622"
+    needs: ClassVar[frozenset[str]] = frozenset({together.GRADIENTS, together.LENGTH})
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach a residual to each block; return the names of the biases."""
+        if min(self.kernel_size, self.groups) < 1 or not self.expand > 0:
+            raise TuningError(
+                f"kernel_size={self.kernel_size}, groups={self.groups} and expand={self.expand} must be above 0."
+            )
+        if getattr(backbone, "main_input_name", "pixel_values") != "pixel_values":
+            raise TuningError(
+                f"{type(backbone).__name__} takes no images, and TinyTL's residuals are convolutions: use Adapter."
+            )
+        if getattr(backbone, "main_input_name", "pixel_values") != "pixel_values":
+            raise TuningError(
+                f"{type(backbone).__name__} takes no images, and TinyTL's residuals are convolutions: use Adapter."
+            )
+        biases = list(select.bias_owners(backbone).values())
+        if self.biases and not biases:
+            raise TuningError(
+                f"{type(backbone).__name__} has no biases to train: leave them out with biases=False, or use LoRA."
+            )
+        blocks = self._blocks(backbone)
+        for name, (into, out) in self._shapes(backbone, blocks).items():
+            device = next(backbone.parameters()).device
+            grid = None if len(into) == 4 else self._grid(backbone, into[1])
+            residual = LiteResidual(into, out, grid, self.kernel_size, self.groups, self.expand, device)
+            attach(blocks[name], residual, self.name)
+        return biases if self.biases else ()
+
+    def optimizer_options(self, name: str) -> dict[str, Any]:
+        """Ask for no weight decay of biases and norms, as in the authors' code."""
+        parts = name.split(".")
+        return {"weight_decay": 0.0} if parts[-1] == "bias" or "norm" in parts or "last_norm" in parts else {}
+
+    def activation_memory(self, model: nn.Module, batch: Mapping[str, Any]) -> int:
+        """Return how many bytes a forward pass of ``batch`` keeps for the backward pass, parameters left out."""
+        with Kept([*model.parameters(), *model.buffers(), *tensors_in(batch)]) as kept:
+            out = model(**batch)
+        del out
+        return kept.bytes
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to count what the first step keeps."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        first = trainer.global_step == 0 and batch_idx == 0
+        if first and not any(is_compiled(module) for module in pl_module.modules()):
+            self._counting: Kept | None = Kept(
+                [*pl_module.parameters(), *pl_module.buffers(), *tensors_in(batch)]
+            ).__enter__()
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Log it as ``activation_memory_mib``."""
+        super().on_before_backward(trainer, pl_module, loss)
+        kept = self._end()
+        if kept is not None:
+            pl_module.log("activation_memory_mib", kept.bytes / 2**20, batch_size=1)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Count no further."""
+        super().on_exception(trainer, pl_module, exception)
+        self._end()
+
+    def _end(self) -> Kept | None:
+        kept: Kept | None = vars(self).pop("_counting", None)
+        if kept is not None:
+            kept.__exit__(None, None, None)
+        return kept
+
+    def _blocks(self, backbone: nn.Module) -> dict[str, nn.Module]:
+        modules = select.without_grafts(backbone)
+        if self.target_modules is None:
+            chosen = [name for entries in select.blocks(backbone).values() for name, _ in entries]
+        else:
+            chosen = []
+            for pattern, names in select.match(modules, self.target_modules).items():
+                if not names:
+                    raise TuningError(
+                        f"{pattern!r} matches no module of {type(backbone).__name__}{select.near(pattern, modules)}."
+                    )
+                chosen += names
+        if not chosen:
+            raise TuningError(f"{type(backbone).__name__} has no list of blocks: name them with target_modules=.")
+        lists = [name for name in chosen if isinstance(modules[name], (nn.ModuleList, nn.ModuleDict))]
+        if lists:
+            raise TuningError(f"{lists[0]} is no block but a container, which is never called: name what it holds.")
+        return self.without_excluded({name: modules[name] for name in chosen})
+
+    def _shapes(self, backbone: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, tuple[torch.Size, torch.Size]]:
+        """Return the shapes of each block's input and output, by a pass of one empty image."""
+        parameter = next(p for p in backbone.parameters() if p.is_floating_point())
+        config = getattr(backbone, "config", None)
+        size = self.image_size or getattr(config, "image_size", None) or 224
+        channels = getattr(config, "num_channels", None) or 3
+        image = torch.zeros(1, channels, size, size, dtype=parameter.dtype, device=parameter.device)
+        modes = {module: module.training for module in backbone.modules()}
+        noted = {name: attach(block, Shapes(), f"{self.name}_shapes") for name, block in blocks.items()}
+        try:
+            with torch.no_grad():
+                backbone.eval()(image)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise TuningError(
+                f"{type(backbone).__name__} does not take an image of {channels} x {size} x {size} ({why}): TinyTL is "
+                "for image models; give image_size= if theirs is another."
+            ) from None
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for block in blocks.values():
+                detach(block, f"{self.name}_shapes")
+        for name, note in noted.items():
+            if not hasattr(note, "seen") or len(note.seen[0]) not in (3, 4):
+                raise TuningError(
+                    f"{name} is no block of images or tokens, or is not used: leave it out with exclude=."
+                )
+        return {name: note.seen for name, note in noted.items()}
+
+    def _grid(self, backbone: nn.Module, tokens: int) -> tuple[int, int]:
+        """Return the rows and columns of the image among that many tokens."""
+        side = math.isqrt(tokens)
+        config = getattr(backbone, "config", None)
+        size, patch = self.image_size or getattr(config, "image_size", 0), getattr(config, "patch_size", 0)
+        if isinstance(size, int) and isinstance(patch, int) and patch and (size // patch) ** 2 <= tokens:
+            side = size // patch if tokens - (size // patch) ** 2 < 2 * (size // patch) + 1 else side
+        return side, side
+
+
+class TinyTLMixin(MethodMixin):
+    """For a LightningModule that is tuned by biases and lite residuals."""
+
+    default_method = TinyTL
+
+
+def _norm_groups(channels: int) -> int:
+    return next(groups for groups in range(max(1, channels // 8), 0, -1) if channels % groups == 0)
+
+
+def _standardised(weight: Tensor) -> Tensor:
+    """Return the weights of each output channel with mean 0 and standard deviation 1."""
+    centred = weight - weight.mean((1, 2, 3), keepdim=True)
+    return centred / (centred.std((1, 2, 3), keepdim=True) + _EPS)
+
+
+def _normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)

@@ -1,0 +1,78 @@
+"""What side networks need of the frozen model that they run beside: its inputs by name, its output, no graph in it."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import Graft
+
+
+class BesideFrozen(Graft):
+    """Runs its host without a graph, and then something beside it that is given the same inputs.
+
+    Args:
+        host: the frozen model.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.names = list(inspect.signature(type(host).forward).parameters)[1:]
+
+    def beside(self, out: Any, host: nn.Module, given: dict[str, Any]) -> Any:
+        """Return what the callers of the host shall see, from its output and its inputs by name."""
+        raise NotImplementedError
+
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return what `beside` makes of the host's output."""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        cache = given.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise TuningError(
+                "a side network reads the whole text, not the tokens since the last call: generate with "
+                "use_cache=False."
+            )
+        with torch.no_grad():
+            out = forward(**given)
+        return self.beside(out, host, given)
+
+
+def base_of(backbone: nn.Module) -> nn.Module:
+    """Return the part of a backbone that gives the hidden states.
+
+    Raises:
+        TuningError: it has none, as an encoder-decoder with a language model's head.
+    """
+    base = getattr(backbone, "base_model", backbone)
+    head = getattr(backbone, "get_output_embeddings", lambda: None)()
+    if base is backbone and head is not None:
+        raise TuningError(
+            f"{type(backbone).__name__} has no base model of its own that gives hidden states, beside which a side "
+            "network could run: take another model, or LoRA."
+        )
+    return base
+
+
+def field_of(out: Any, name: str, host: nn.Module) -> Tensor:
+    """Return the tensor ``name`` of a model's output, or the output itself if it is a tensor.
+
+    Raises:
+        TuningError: it has none of that name.
+    """
+    value = out if isinstance(out, Tensor) else getattr(out, name, None)
+    if not isinstance(value, Tensor):
+        raise TuningError(
+            f"{type(host).__name__} gives no {name} (but {type(out).__name__}) to blend the side network with: "
+            "choose what it gives by blend=, or take another model."
+        )
+    return value
+
+
+def with_fields(out: Any, changes: dict[str, Any]) -> Any:
+    """Return a model's output with some of its fields changed; a tensor is all the output that there is."""
+    if isinstance(out, Tensor):
+        return next(iter(changes.values()))
+    return type(out)(**{**out, **changes})

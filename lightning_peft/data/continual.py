@@ -1,0 +1,159 @@
+"""Classes that come one task after another."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+from torch.utils.data import DataLoader
+
+from lightning_peft.data.batches import ResumableLoader
+from lightning_peft.data.image_data import ImageData, Images
+from lightning_peft.errors import TuningError
+from lightning_peft.select import near
+
+
+class ContinualData(L.LightningDataModule):
+    """The classes of ``data`` in a sequence of tasks: each is trained for some epochs and then seen no more.
+
+    The Trainer needs ``reload_dataloaders_every_n_epochs=1`` and as many epochs as all tasks have together. Validation
+    scores every task that has begun; the test scores all of them.
+
+    Args:
+        data: the images.
+        tasks: how many tasks of equally many classes, as far as that goes; or the names of the classes of each task.
+        epochs_per_task: how long a task is trained.
+        class_seed: of the order of the classes where ``tasks`` is a number; None: the order of ``data``.
+        score: 'test': validation during training scores the test images, as the field reports it; 'validation': the
+            validation images, to choose settings by.
+        processor: passed on to ``data`` where that has none.
+
+    Raises:
+        TuningError: a class is in two tasks or in none, or there are more tasks than classes.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        tasks: int | list[list[str]] = 5,
+        epochs_per_task: int = 5,
+        class_seed: int | None = None,
+        score: Literal["test", "validation"] = "test",
+        processor: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["data"])
+        if epochs_per_task < 1:
+            raise TuningError(f"epochs_per_task={epochs_per_task} trains nothing: take 1 or more.")
+        if score not in ("test", "validation"):
+            raise TuningError(f"score={score!r} is no split to score: take 'test' or 'validation'.")
+        self.data = data
+        if processor is not None and data.processor is None:
+            data.processor = processor
+        self.tasks = tasks
+        self.epochs_per_task = epochs_per_task
+        self.class_seed = class_seed
+        self.score = score
+        self._train_loader: ResumableLoader | None = None
+        self._resume: Mapping[str, int] | None = None
+
+    @property
+    def label_names(self) -> list[str]:
+        """The names of all classes, in the order of their numbers in a batch."""
+        return self.data.label_names
+
+    @cached_property
+    def task_classes(self) -> list[list[int]]:
+        """The numbers of the classes of each task."""
+        names = self.label_names
+        if isinstance(self.tasks, int):
+            if not 1 <= self.tasks <= len(names):
+                raise TuningError(f"tasks={self.tasks}, but there are {len(names)} classes: take 1 to {len(names)}.")
+            order = np.arange(len(names))
+            if self.class_seed is not None:
+                order = np.random.default_rng(self.class_seed).permutation(order)
+            return [part.tolist() for part in np.array_split(order, self.tasks)]
+        task_of: dict[str, int] = {}
+        for task, classes in enumerate(self.tasks):
+            for name in classes:
+                if name not in names:
+                    raise TuningError(
+                        f"task {task} has the class {name!r}, which the data have not{near(name, names)}."
+                    )
+                if name in task_of:
+                    raise TuningError(
+                        f"class {name!r} is in task {task_of[name]} and in task {task}: tasks must not overlap, "
+                        "so name it once."
+                    )
+                task_of[name] = task
+        if left_out := [name for name in names if name not in task_of]:
+            raise TuningError(f"class {left_out[0]!r} is in no task: name it in one, or leave it out of the data.")
+        return [[names.index(name) for name in classes] for classes in self.tasks]
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks there are."""
+        return len(self.task_classes)
+
+    def task_at(self, epoch: int) -> int:
+        """Return the number of the task that an epoch trains."""
+        return min(epoch // self.epochs_per_task, self.num_tasks - 1)
+
+    def prepare_data(self) -> None:
+        """Read in one process of each machine."""
+        self.data.trainer = self.trainer
+        self.data.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Find the images, and check the tasks before the first batch."""
+        self.data.trainer = self.trainer
+        self.data.setup(stage)
+        if len(self.task_classes) and stage in ("fit", "validate") and not len(self.data.images(self.score)):
+            raise TuningError(f"there are no {self.score} images to score tasks by: take score='test', or add them.")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the training batches of the task that the current epoch belongs to."""
+        epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        loader = self.data.loader(self.images("train", self.task_at(epoch)), shuffle=True)
+        self._train_loader = loader
+        if self._resume is not None:
+            loader.load_state_dict(self._resume)
+            self._resume = None
+        return loader
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Return the images to score by of each task up to the current one."""
+        epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        last = self.task_at(epoch) if fitting else self.num_tasks - 1
+        return [self.data.loader(self.images(self.score, task)) for task in range(last + 1)]
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Return the test images of each task."""
+        return [self.data.loader(self.images("test", task)) for task in range(self.num_tasks)]
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the images to predict in their own order."""
+        return self.data.predict_dataloader()
+
+    def images(self, split: str, task: int) -> Images:
+        """Return the images of a task.
+
+        Raises:
+            TuningError: the split has none of them.
+        """
+        images = self.data.images(split)
+        assert images.labels is not None
+        rows = np.flatnonzero(np.isin(images.labels, self.task_classes[task]))
+        if not len(rows):
+            raise TuningError(f"the {split} split has no images of task {task}: give it some.")
+        return images.select(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the training batches have been given out."""
+        return self._train_loader.state_dict() if self._train_loader is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training batches go on from there."""
+        self._resume = state_dict

@@ -1,0 +1,396 @@
+"""Labelled images as batches of pixels: all that does not depend on where the images come from."""
+
+import copy
+import importlib.util
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import lightning as L
+import numpy as np
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from lightning_peft.data.batches import Batches, ResumableLoader
+from lightning_peft.data.classes import check_columns, class_names
+from lightning_peft.errors import TuningError
+from lightning_peft.select import near
+
+if TYPE_CHECKING:
+    from lightning_peft.data.image_transforms import ImageTransform
+
+AUGMENTATIONS = ("crop", "flip", "colour")
+_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
+MOST_VALIDATION_SHOTS = 4
+"""Validation images of each class in few-shot training, as in Zhou et al. 2021, arXiv 2109.01134, section 4.1."""
+
+
+class ImageData(L.LightningDataModule):
+    """Labelled images; a subclass says in `rows` where they come from and names the columns, ``image`` and ``label``.
+
+    A batch is a dict of ``pixel_values`` [B, 3, H, W] and ``labels`` [B], except for prediction. The rows of a training
+    batch and their random changes are a function of the seed and the epoch, so a run resumes exactly inside an epoch.
+
+    Args:
+        processor: folder or hub id of the model whose image processor prepares the images; its Pillow form is used,
+            which needs no torchvision. None: scale to ``image_size`` and to [-1, 1].
+        image_size: height and width [pixels]; None: those of the model.
+        augment: random changes of the training images: 'crop', 'flip', 'colour'; see `ImageTransform`.
+        crop_scale: the least and the greatest share of the area that 'crop' keeps.
+        shots: train with that many images of each class, drawn by ``seed``; fewer shots are a part of more. None: all.
+        validation_shots: the same for validation; None: all, and with ``shots`` the smaller of it and 4.
+        classes: 'all', or the first half of the classes ('base', the larger one of an odd number) or the second
+            ('new'); a half is numbered from 0 and leaves the images of the other out of every split.
+        batch_size: images of a batch on each device.
+        num_workers: how many processes decode images.
+        keep_in_memory: keep prepared images that no random change is made to; without worker processes.
+        skip_corrupt: look at every image first and leave out, with a warning that names them, those that cannot be
+            read. Otherwise the first of them is an error when it is read.
+        seed: of the order of the training rows, their random changes, the shots, and the splits that are drawn.
+    """
+
+    image: str = "image"
+    """The column of the image."""
+    label: str = "label"
+    """The column of the class."""
+    size: int | None = None
+    """Height and width where neither a model nor ``image_size`` says them [pixels]."""
+
+    def __init__(
+        self,
+        processor: str | None = None,
+        image_size: int | None = None,
+        augment: Sequence[Literal["crop", "flip", "colour"]] = (),
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        shots: int | None = None,
+        validation_shots: int | None = None,
+        classes: Literal["all", "base", "new"] = "all",
+        batch_size: int = 32,
+        num_workers: int = 0,
+        keep_in_memory: bool = False,
+        skip_corrupt: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if importlib.util.find_spec("PIL") is None:
+            raise TuningError("images need Pillow, which is not there: pip install 'lightning-peft[vision]'.")
+        for name, value, least in (
+            ("shots", shots, 1),
+            ("validation_shots", validation_shots, 1),
+            ("image_size", image_size, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+        ):
+            if value is not None and value < least:
+                raise TuningError(f"{name}={value} is out of range: take {least} or more.")
+        if odd := [name for name in augment if name not in AUGMENTATIONS]:
+            raise TuningError(f"augment has {odd[0]!r}{near(odd[0], AUGMENTATIONS)}.")
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise TuningError(f"crop_scale={crop_scale} is no range of shares: give two numbers in 0 to 1.")
+        if classes not in ("all", "base", "new"):
+            raise TuningError(f"classes={classes!r} is no part of the classes: take 'all', 'base' or 'new'.")
+        self.processor = processor
+        self.image_size = image_size
+        self.augment = tuple(augment)
+        self.crop_scale = (crop_scale[0], crop_scale[1])
+        self.shots = shots
+        self.validation_shots = validation_shots
+        if shots is not None and validation_shots is None:
+            self.validation_shots = min(shots, MOST_VALIDATION_SHOTS)
+        self.classes = classes
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.keep_in_memory = keep_in_memory
+        self.skip_corrupt = skip_corrupt
+        self.seed = seed
+        self._images: dict[str, Images] = {}
+        self._train_loader: ResumableLoader | None = None
+        self._resume: Mapping[str, int] | None = None
+
+    def rows(self, split: str) -> Dataset | None:
+        """Return the rows of 'train', 'validation', 'test' or 'predict', or None where there is no such split."""
+        raise NotImplementedError
+
+    def all_classes(self) -> Dataset:
+        """Return rows among which every class occurs."""
+        rows = self.rows("train")
+        assert rows is not None
+        return rows
+
+    @cached_property
+    def all_label_names(self) -> list[str]:
+        """The names of all classes, of whichever part ``classes`` says."""
+        rows = self.all_classes()
+        check_columns(rows, "train", [self.label])
+        names = list(class_names(rows, self.label, "train").values())
+        least = 2 if self.classes == "all" else 3
+        if len(names) < least:
+            raise TuningError(
+                f"column {self.label!r} holds the classes {names}: classes={self.classes!r} needs {least} or more."
+            )
+        return names
+
+    @property
+    def label_names(self) -> list[str]:
+        """The names of the classes, in the order of their numbers in a batch."""
+        names = self.all_label_names
+        middle = (len(names) + 1) // 2
+        return {"all": names, "base": names[:middle], "new": names[middle:]}[self.classes]
+
+    def part(self, classes: Literal["all", "base", "new"]) -> Self:
+        """Return the same data with another part of the classes.
+
+        >>> from lightning_peft import Digits
+        >>> Digits().part("new").label_names
+        ['five', 'six', 'seven', 'eight', 'nine']
+        """
+        other = copy.copy(self)
+        other.classes, other._images, other._train_loader, other._resume = classes, {}, None, None
+        return other
+
+    @property
+    def num_labels(self) -> int:
+        """How many classes there are."""
+        return len(self.label_names)
+
+    def transform(self, split: str) -> "ImageTransform":
+        """Return how the images of a split are prepared: at random those to train with, the others always alike."""
+        from lightning_peft.data.image_transforms import ImageTransform, load_processor
+
+        size = self.size if self.processor is None and self.image_size is None else self.image_size
+        processor = load_processor(self.processor, size)
+        return ImageTransform(processor, self.augment if split == "train" else (), self.crop_scale)
+
+    def prepare_data(self) -> None:
+        """Read in one process of each machine; the others find what `datasets` keeps in its cache."""
+        if self.trainer is not None and self.trainer.state.fn is not None:
+            self.setup(self.trainer.state.fn.value)
+
+    def setup(self, stage: str) -> None:
+        """Find the images of the splits that 'fit', 'validate', 'test' or 'predict' needs.
+
+        Raises:
+            TuningError: a split is empty, lacks a column, has a class that the training rows lack, or too few images of
+                a class for the shots.
+        """
+        for split in _STAGES[stage]:
+            self.images(split)
+
+    def images(self, split: str) -> "Images":
+        """Return the images of a split, prepared when they are asked for.
+
+        Raises:
+            TuningError: there is no such split, or what is said at `setup`.
+        """
+        if split not in self._images:
+            rows = self.rows(split)
+            if rows is None and split == "validation":
+                return Images.none()
+            if rows is None:
+                raise TuningError(f"{type(self).__name__} has no {split} rows: give it a {split} split.")
+            self._images[split] = self._chosen(rows, split)
+        return self._images[split]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the training batches, in another order each epoch."""
+        loader = self._loader("train", shuffle=True)
+        if isinstance(loader, ResumableLoader):
+            self._train_loader = loader
+            if self._resume is not None:
+                loader.load_state_dict(self._resume)
+                self._resume = None
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Return the validation batches, or none where there is no such split."""
+        return self._loader("validation") if len(self.images("validation")) else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the test batches."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the images to predict in their own order."""
+        return self.plain_loader(self.images("predict"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the training batches have been given out."""
+        return self._train_loader.state_dict() if self._train_loader is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training batches go on from there."""
+        self._resume = state_dict
+
+    def loader(self, images: "Images", shuffle: bool = False) -> ResumableLoader:
+        """Return batches of these images, shared out to the processes of the Trainer."""
+        share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        batches = _Drawn(
+            np.ones(len(images), "int8"), self.batch_size, shuffle, bucket=False, seed=self.seed, **share or {}
+        )
+        return ResumableLoader(images, sampler=batches, batch_size=None, **self._common())
+
+    def plain_loader(self, images: "Images") -> DataLoader[Any]:
+        """Return batches of these images in their own order, which Lightning may share out as it likes."""
+        return DataLoader(images, batch_size=self.batch_size, **self._common())
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return self.plain_loader(self.images(split))
+        return self.loader(self.images(split), shuffle)
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "generator": torch.Generator(),  # without one, making an iterator draws from the global generator
+        }
+
+    def _chosen(self, rows: Dataset, split: str) -> "Images":
+        labelled = split != "predict"
+        check_columns(rows, split, [self.image, self.label] if labelled else [self.image])
+        if not len(rows):
+            raise TuningError(f"the {split} split is empty: give it at least one row.")
+        rows = rows.cast_column(self.image, ImageFeature(decode=False))
+        if self.skip_corrupt:
+            rows = self._readable(rows, split)
+        labels = None
+        if labelled:
+            labels = self._numbers(rows, split)
+            kept = np.flatnonzero(labels >= 0)
+            shots = {"train": self.shots, "validation": self.validation_shots}.get(split)
+            if shots is not None:
+                kept = self._few(labels, kept, shots, split)
+            if not len(kept):
+                raise TuningError(f"the {split} split has no images of the classes {', '.join(self.label_names)}.")
+            rows, labels = rows.select(kept), labels[kept]
+            if split == "train" and (absent := sorted(set(range(self.num_labels)) - set(labels.tolist()))):
+                names = ", ".join(self.label_names[number] for number in absent)
+                rank_zero_warn(f"there are no training images of {names}: they cannot be learnt.")
+        keep = self.keep_in_memory and self.num_workers == 0
+        return Images(rows, self.image, labels, self.transform(split), self.seed, keep)
+
+    def _numbers(self, rows: Dataset, split: str) -> np.ndarray:
+        """Return the number of each row's class, -1 for a class that is left out."""
+        own = class_names(rows, self.label, split)
+        values = rows[self.label][:]
+        for value in sorted(set(values)):
+            if own[value] not in self.all_label_names:
+                raise TuningError(
+                    f"the {split} split has label {own[value]!r}, which train has not"
+                    f"{near(own[value], self.all_label_names)}."
+                )
+        number = {name: i for i, name in enumerate(self.label_names)}
+        return np.array([number.get(own[value], -1) for value in values])
+
+    def _few(self, labels: np.ndarray, kept: np.ndarray, shots: int, split: str) -> np.ndarray:
+        """Return the rows drawn: ``shots`` of each class, in the order of the rows."""
+        chosen = []
+        for number, name in enumerate(self.label_names):
+            own = kept[labels[kept] == number]
+            if len(own) < shots:
+                argument = "shots" if split == "train" else "validation_shots"
+                raise TuningError(
+                    f"the {split} split has {len(own)} images of class {name!r}, and {argument}={shots}: "
+                    f"take {len(own)} or fewer."
+                )
+            chosen.append(np.random.default_rng((self.seed, number)).permutation(own)[:shots])
+        return np.sort(np.concatenate(chosen))
+
+    def _readable(self, rows: Dataset, split: str) -> Dataset:
+        from lightning_peft.data.image_transforms import decode
+
+        kept, skipped = [], []
+        for i, value in enumerate(rows[self.image]):
+            try:
+                decode(value, i)
+                kept.append(i)
+            except TuningError:
+                skipped.append(value["path"] or f"row {i}")
+        if skipped:
+            rank_zero_warn(f"{len(skipped)} images of the {split} split cannot be read: {', '.join(skipped)}")
+        return rows.select(kept) if skipped else rows
+
+
+class Images(TorchDataset[dict[str, Tensor]]):
+    """Images that are decoded and prepared when they are asked for.
+
+    An index gives one example, a list of pairs ``(epoch, index)`` a batch.
+
+    Args:
+        rows: their column ``column`` holds undecoded images.
+        column: the column of the image.
+        labels: numbers of the classes, or None.
+        transform: from an image to its pixels.
+        seed: of the random changes.
+        keep: keep the pixels where nothing about them is random.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset | None,
+        column: str,
+        labels: np.ndarray | None,
+        transform: "ImageTransform | None",
+        seed: int,
+        keep: bool,
+    ) -> None:
+        self.rows = rows
+        self.column = column
+        self.labels = labels
+        self.transform = transform
+        self.seed = seed
+        self.keep = keep and transform is not None and not transform.augment
+        self._kept: dict[int, Tensor] = {}
+
+    @classmethod
+    def none(cls) -> "Images":
+        """Return no images."""
+        return cls(None, "", None, None, 0, False)
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self.rows) if self.rows is not None else 0
+
+    def __getitem__(self, key: int | Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """Return an example as epoch 0 has it, or a batch."""
+        if isinstance(key, int):
+            return {name: value[0] for name, value in self[[(0, key)]].items()}
+        batch = {"pixel_values": torch.stack([self.pixels(row, epoch) for epoch, row in key])}
+        if self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[[row for _, row in key]].astype("int64"))
+        return batch
+
+    def pixels(self, row: int, epoch: int = 0) -> Tensor:
+        """Return one image as the epoch has it, [3, H, W]."""
+        from lightning_peft.data.image_transforms import decode
+
+        if row in self._kept:
+            return self._kept[row]
+        assert self.rows is not None
+        assert self.transform is not None
+        draw = np.random.default_rng((self.seed, epoch, row)) if self.transform.augment else None
+        pixels = self.transform(decode(self.rows[row][self.column], row), draw)
+        if self.keep:
+            self._kept[row] = pixels
+        return pixels
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "Images":
+        """Return some of the images."""
+        assert self.rows is not None
+        labels = None if self.labels is None else self.labels[np.asarray(indices)]
+        return Images(self.rows.select(indices), self.column, labels, self.transform, self.seed, self.keep)
+
+
+class _Drawn(Batches):
+    """Batches whose rows come with the epoch, which worker processes would not know otherwise."""
+
+    def __iter__(self) -> Any:
+        """Yield batches as lists of ``(epoch, row)``."""
+        for batch in super().__iter__():
+            yield [(self.epoch, row) for row in batch]

@@ -1,0 +1,315 @@
+"""VPT: trained prompts among the tokens of a frozen vision transformer.
+
+Shallow: ``[x_1, Z_1, E_1] = L_1([x_0, P, E_0])``, then the prompts' outputs Z go on. Deep: every block i gets prompts
+of its own, ``[x_i, _, E_i] = L_i([x_{i-1}, P_{i-1}, E_{i-1}])``, and what it makes of them is thrown away.
+
+Source: Jia et al. 2022, arXiv 2203.12119, section 3. Prompts come after [CLS] and registers, before the patches, with
+no position embedding. Initial values are drawn from U(-v, v), v = sqrt(6 / (channels * patch area + d)), as in the
+authors' code (``src/models/vit_prompt/vit.py``): Xavier's rule for the patch embedding, not for the prompts. Where we
+differ from that code: in Swin a prompt stays with its image in every window (there, prompts of one image join windows
+of another as soon as a batch has two), the mean over tokens never has the prompts in it, and dropout is drawn for each
+image.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft import attention, select, together
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import Graft, attach, detach, grafts
+from lightning_peft.method import Method
+from lightning_peft.mixin import MethodMixin
+from lightning_peft.vision import Tower, tower
+from lightning_peft.window_prompts import PromptRows, attach_windows
+
+
+class TokenPrompt(PromptRows):
+    """Puts prompts after the first n tokens, or in the place of those that stand there.
+
+    Args:
+        weight: the prompts, [P, dp]; None: those of an earlier block go through.
+        projection: from dp to d, shared between blocks; None: dp is d.
+        dropout: of the prompts.
+        start: n.
+        width: P.
+        insert: whether the sequence has no prompts yet.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter | None,
+        projection: nn.Linear | None,
+        dropout: float,
+        start: int,
+        width: int,
+        insert: bool,
+    ) -> None:
+        super().__init__(weight, projection, dropout)
+        self.start = start
+        self.width = width
+        self.insert = insert
+
+    def joined(self, x: Tensor) -> Tensor:
+        """Return the tokens with the prompts among them, [B, n + P + N, d]."""
+        if self.weight is None:
+            return x
+        rest = self.start if self.insert else self.start + self.width
+        return torch.cat((x[:, : self.start], self.rows(x), x[:, rest:]), dim=1)
+
+    def stripped(self, out: Any) -> Any:
+        """Return the output of a block without prompts, [B, n + N, d]."""
+        x = out[0] if isinstance(out, tuple) else out
+        x = torch.cat((x[:, : self.start], x[:, self.start + self.width :]), dim=1)
+        return (x, *out[1:]) if isinstance(out, tuple) else x
+
+
+class EmbeddedPrompt(TokenPrompt):
+    """Stands behind the embeddings: the stack then builds its mask for the longer sequence."""
+
+    def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the embeddings of the image with the prompts among them."""
+        return self.joined(out)
+
+
+class BlockPrompt(TokenPrompt):
+    """Stands before a block."""
+
+    def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the block's input with prompts of its own."""
+        return self.joined(x)
+
+
+class LastBlockPrompt(BlockPrompt):
+    """Stands around the last block, behind which nothing knows of prompts: neither norm, nor pooling, nor head."""
+
+    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return the block's output without the prompts."""
+        return self.stripped(out)
+
+
+class Pooled(Graft):
+    """Gives every token of the last hidden state the vector that the head shall read, however it pools.
+
+    Args:
+        pool: 'cls' for the first token, 'mean' for the mean over the patches.
+        prefix: number of tokens before the patches.
+    """
+
+    def __init__(self, pool: str, prefix: int) -> None:
+        super().__init__()
+        self.pool = pool
+        self.prefix = prefix
+
+    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the tower, its last hidden state pooled, [B, n + N, d]."""
+        x: Tensor = out[0]
+        pooled = x[:, :1] if self.pool == "cls" else x[:, self.prefix :].mean(1, keepdim=True)
+        pooled = pooled.expand_as(x)
+        if isinstance(out, tuple):
+            return (pooled, *out[1:])
+        out.last_hidden_state = pooled
+        return out
+
+
+class FoldedPrompt(Graft):
+    """Keys and values that an attention computed from its prompts, kept in their place.
+
+    Args:
+        key: [1, H, P, d_h].
+        value: [1, H, P, d_h].
+    """
+
+    key: Tensor
+    value: Tensor
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("key", key.clone())
+        self.register_buffer("value", value.clone())
+
+    def key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values with those of the prompts on their left."""
+        added = [t.to(key.dtype).expand(key.shape[0], -1, -1, -1) for t in (self.key, self.value)]
+        return torch.cat((added[0], key), dim=2), torch.cat((added[1], value), dim=2)
+
+
+@dataclass(eq=False, kw_only=True)
+class VPT(Method):
+    """Train P prompts in the input of a vision transformer (shallow) or of each of its blocks (deep).
+
+    Args:
+        num_virtual_tokens: P, the number of prompts [tokens]; the paper searches 1 to 200, fewer for Swin.
+        deep: whether each block has prompts of its own.
+        num_deep_layers: how many blocks have, with ``deep``; None: all.
+        deep_from: whether these are the first blocks ('bottom') or the last ('top').
+        projection: width of the prompts before a linear layer that all blocks share; None: that of the tokens.
+        dropout: of the prompts; None: 0.1 where deep, 0 where shallow, as in the paper.
+        pool: what the task head reads: 'model' what it always reads, 'cls' the first token, 'mean' the mean over the
+            patches. The prompts are never part of it.
+    """
+
+    num_virtual_tokens: int = 10
+    deep: bool = True
+    num_deep_layers: int | None = None
+    deep_from: Literal["bottom", "top"] = "bottom"
+    projection: int | None = None
+    dropout: float | None = None
+    pool: Literal["model", "cls", "mean"] = "model"
+
+    kind: ClassVar[str] = "prompt"
+    trains: ClassVar[str] = "tokens among the patches of an image, in the first or in every block"
+    paper: ClassVar[str] = "Jia et al. 2022, arXiv 2203.12119"
+    breaks: ClassVar[frozenset[str]] = frozenset({together.LENGTH})
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout"}
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach the prompts to the embeddings or blocks of the vision tower."""
+        self._check_arguments()
+        found = tower(backbone)
+        chosen = self._layers(len(found.blocks), type(backbone).__name__)
+        self._check_fit(backbone, found)
+        bound = initial_bound(found)
+        if found.windowed:
+            dims = [_width(block) for block in found.blocks]
+            weights = {i: self._drawn(bound, dims[i], found) for i in chosen}
+            attach_windows(found, weights, self._dropout, self.name)
+        else:
+            self._attach_tokens(found, chosen, bound)
+        if self.pool != "model":
+            attach(found.module, Pooled(self.pool, found.prefix), self.name)
+        return ()
+
+    def prompts(self, model: nn.Module) -> list[Tensor]:
+        """Return the trained prompts of each block that has some, [P, d] or, before a projection, [P, dp]."""
+        backbone = select.backbone_of(model, self.backbone)
+        sources = [place.graft for place in grafts(backbone) if place.name == self.name]
+        return [graft.weight for graft in sources if isinstance(graft, PromptRows) and graft.weight is not None]
+
+    def fold(self, model: nn.Module) -> None:
+        """Turn deep prompts into keys and values of each attention, for inference: no query and no MLP sees them.
+
+        The outputs stay the same, since deep prompts' outputs are thrown away. What was trained is gone from the model
+        afterwards, so save the delta first; `remove` still gives the backbone back.
+
+        Raises:
+            TuningError: the method is not applied, or the output of some prompts goes on to the next block.
+        """
+        backbone = select.backbone_of(model, self.backbone)
+        if not self.is_applied(model):
+            raise TuningError(f"VPT is not applied to this {type(backbone).__name__}: apply it first.")
+        found = tower(backbone)
+        chosen = self._layers(len(found.blocks), type(backbone).__name__)
+        if chosen != list(range(chosen[0], len(found.blocks))):
+            raise TuningError(
+                "the outputs of these prompts go on to the next block, so no keys and values can stand for them: "
+                "fold prompts that are deep down to the last block."
+            )
+        prompted = {id(m) for i in chosen for m in found.blocks[i].modules()}
+        start = 0 if found.windowed else found.prefix
+        attentions = [a for a in attention.join(backbone) if id(a.module) in prompted]
+        image = found.patches.weight.new_zeros(1, found.patches.in_channels, *found.image_size)
+        was_training = found.module.training
+        found.module.eval()
+        with torch.no_grad(), attention.recorded(attentions) as seen:
+            found.module(image)
+        found.module.train(was_training)
+        for place in list(grafts(backbone)):
+            if place.name == self.name and not isinstance(place.graft, Pooled):
+                detach(place.host, place.name)
+        for one in attentions:
+            columns = slice(start, start + self.num_virtual_tokens)
+            key, value = (tensor[:1, :, columns] for tensor in seen[one.path])
+            attach(one.module, FoldedPrompt(key, value), self.name)
+
+    @property
+    def _dropout(self) -> float:
+        return self.dropout if self.dropout is not None else 0.1 * self.deep
+
+    def _layers(self, count: int, name: str) -> list[int]:
+        """Return the blocks that get prompts of their own."""
+        if not self.deep:
+            return [0]
+        deep = count if self.num_deep_layers is None else self.num_deep_layers
+        if not 1 <= deep <= count:
+            raise TuningError(f"num_deep_layers={deep}, but {name} has {count} blocks: take 1 to {count}.")
+        return list(range(deep)) if self.deep_from == "bottom" else list(range(count - deep, count))
+
+    def _check_arguments(self) -> None:
+        if self.num_virtual_tokens < 1:
+            raise TuningError(f"num_virtual_tokens={self.num_virtual_tokens} is no prompt: take 1 or more.")
+        if self.deep_from not in ("bottom", "top"):
+            raise TuningError(f"deep_from={self.deep_from!r} is no end of the blocks: take 'bottom' or 'top'.")
+        if not self.deep and (self.num_deep_layers is not None or self.deep_from == "top"):
+            raise TuningError("deep=False has prompts in the input alone: leave num_deep_layers and deep_from out.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise TuningError(f"dropout={self.dropout} is no share: take 0 or more, and less than 1.")
+        if self.projection is not None and self.projection < 1:
+            raise TuningError(f"projection={self.projection} is no width: take 1 or more.")
+        if self.pool not in ("model", "cls", "mean"):
+            raise TuningError(f"pool={self.pool!r} is no pooling: take 'model', 'cls' or 'mean'.")
+
+    def _check_fit(self, backbone: nn.Module, found: Tower) -> None:
+        name = type(backbone).__name__
+        if hasattr(found.module, "out_features"):
+            raise TuningError(
+                f"{name} gives the hidden states of its blocks, and prompts would be among them: take the model "
+                "without that (AutoModel), or LoRA."
+            )
+        if found.windowed and self.projection is not None:
+            raise TuningError(f"the blocks of {name} have several widths: leave projection out.")
+        if self.pool == "cls" and not found.has_cls:
+            raise TuningError(f"pool='cls', but {name} has no [CLS] token: take pool='mean' or 'model'.")
+        if self.pool != "model" and not select.head_names(backbone):
+            raise TuningError(f"pool={self.pool!r} is for a task head, and {name} has none: take pool='model'.")
+
+    def _drawn(self, bound: float, dim: int, found: Tower) -> nn.Parameter:
+        weight = torch.empty(self.num_virtual_tokens, dim, device=found.patches.weight.device)
+        return nn.Parameter(weight.uniform_(-bound, bound))
+
+    def _attach_tokens(self, found: Tower, chosen: list[int], bound: float) -> None:
+        projection = self._projection(found)
+        weights = {i: self._drawn(bound, self.projection or found.dim, found) for i in chosen}
+
+        def prompt(kind: type[TokenPrompt], i: int, own: bool) -> TokenPrompt:
+            weight = weights.get(i) if own else None
+            shared = projection if weight is not None else None
+            first = i == chosen[0]
+            return kind(weight, shared, self._dropout, found.prefix, self.num_virtual_tokens, first)
+
+        if 0 in weights:
+            attach(found.embeddings, prompt(EmbeddedPrompt, 0, own=True), self.name)
+        last = len(found.blocks) - 1
+        for i, block in enumerate(found.blocks):
+            if i == last:
+                attach(block, prompt(LastBlockPrompt, i, own=i > 0), self.name)
+            elif i > 0 and i in weights:
+                attach(block, prompt(BlockPrompt, i, own=True), self.name)
+
+    def _projection(self, found: Tower) -> nn.Linear | None:
+        if self.projection is None:
+            return None
+        projection = nn.Linear(self.projection, found.dim, device=found.patches.weight.device)
+        nn.init.kaiming_normal_(projection.weight, mode="fan_out")
+        return projection
+
+
+def initial_bound(found: Tower) -> float:
+    """Return v of the initial values U(-v, v): 0.0625 for ViT-B/16."""
+    height, width = found.patches.kernel_size
+    return math.sqrt(6 / (found.patches.in_channels * int(height) * int(width) + found.dim))
+
+
+def _width(block: nn.Module) -> int:
+    """Return the width of a block, that of its first norm."""
+    return next(int(m.normalized_shape[0]) for m in block.modules() if isinstance(m, nn.LayerNorm))
+
+
+class VPTMixin(MethodMixin):
+    """For a LightningModule that is tuned by VPT: set ``self.method`` to change its arguments."""
+
+    default_method = VPT

@@ -1,7 +1,7 @@
 """A small labelled text problem: sentences of known words, in files, and a model with its tokenizer for them."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +91,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny BERT and its tokenizer."""
     return save_model(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def valley(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """From 'bert', 'gpt2' or 't5' to the folder of a tiny model that knows the words of the made-up valley."""
+    from tests.valley import save
+
+    folder = tmp_path_factory.mktemp("valley")
+    return lambda kind: save(kind, folder)

@@ -60,11 +60,19 @@ class Batches(DistributedSampler[list[int]]):
 
     def __len__(self) -> int:
         """Return the number of batches of the whole epoch."""
-        return len(self._sizes())
+        return sum(len(self._sizes(count)) for count in self._counts())
 
-    def _sizes(self) -> list[int]:
-        """Return how many rows each batch has in all processes together."""
-        full, rest = divmod(len(self.lengths), self.batch_size * self.num_replicas)
+    def _counts(self) -> list[int]:
+        """Return how many rows an epoch has of each group that shares no batch with the others."""
+        return [len(self.lengths)]
+
+    def _groups(self, draw: np.random.Generator) -> list[np.ndarray]:
+        """Return the rows of an epoch, by group."""
+        return [np.arange(len(self.lengths))]
+
+    def _sizes(self, count: int) -> list[int]:
+        """Return how many of ``count`` rows each batch has in all processes together."""
+        full, rest = divmod(count, self.batch_size * self.num_replicas)
         sizes = [self.batch_size * self.num_replicas] * full
         if rest >= self.num_replicas or not full:
             return [*sizes, rest]
@@ -73,17 +81,64 @@ class Batches(DistributedSampler[list[int]]):
 
     def _shared_batches(self) -> list[np.ndarray]:
         draw = np.random.default_rng((self.seed, self.epoch))
-        rows = np.arange(len(self.lengths))
+        groups = self._groups(draw)
+        batches = [batch for rows in groups for batch in self._batches_of(rows, draw)]
+        if self.shuffle and (self.bucket or len(groups) > 1):
+            batches = [batches[i] for i in draw.permutation(len(batches))]
+        return batches
+
+    def _batches_of(self, rows: np.ndarray, draw: np.random.Generator) -> list[np.ndarray]:
         if self.shuffle:
             draw.shuffle(rows)
         if self.bucket:
             size = POOL * self.batch_size * self.num_replicas if self.shuffle else len(rows)
             pools = (rows[start : start + size] for start in range(0, len(rows), size))
             rows = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
-        batches = np.split(rows, np.cumsum(self._sizes())[:-1])
-        if self.shuffle and self.bucket:
-            batches = [batches[i] for i in draw.permutation(len(batches))]
-        return batches
+        return np.split(rows, np.cumsum(self._sizes(len(rows)))[:-1])
+
+
+class TaskBatches(Batches):
+    """The batches of several tasks together: each task has its share of an epoch, the largest ones are capped.
+
+    In training an epoch has ``min(rows, cap)`` rows of each task, drawn anew each epoch (examples-proportional mixing,
+    Raffel et al. 2020, section 3.5.2; a cap of 3,000 in Wei et al. 2021, section 2.1).
+
+    >>> list(TaskBatches([1, 1, 1, 1], 2, False, False, tasks=[0, 0, 1, 1], cap=None, mixed=False))
+    [[0, 1], [2, 3]]
+
+    Args:
+        *args: as in `Batches`.
+        tasks: the number of the task of each row.
+        cap: the most rows of a task in an epoch of training; None: all.
+        mixed: whether a batch has rows of several tasks.
+        **kwargs: as in `Batches`.
+    """
+
+    def __init__(
+        self, *args: Any, tasks: Sequence[int] | np.ndarray, cap: int | None, mixed: bool, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        tasks = np.asarray(tasks)
+        self.rows_of = [np.flatnonzero(tasks == task) for task in range(int(tasks.max()) + 1)]
+        self.cap = cap if self.shuffle and cap is not None else len(tasks)
+        self.mixed = mixed
+        if min(self._counts()) < self.num_replicas:
+            raise TuningError(
+                f"a task has {min(map(len, self.rows_of))} rows, too few for {self.num_replicas} processes: "
+                "use fewer processes, or mixed batches."
+            )
+
+    def _counts(self) -> list[int]:
+        counts = [min(len(rows), self.cap) for rows in self.rows_of if len(rows)]
+        return [sum(counts)] if self.mixed else counts
+
+    def _groups(self, draw: np.random.Generator) -> list[np.ndarray]:
+        groups = [
+            rows if len(rows) <= self.cap else np.sort(draw.choice(rows, self.cap, replace=False))
+            for rows in self.rows_of
+            if len(rows)
+        ]
+        return [np.concatenate(groups)] if self.mixed else [rows.copy() for rows in groups]
 
 
 class ResumableLoader(DataLoader[Any]):

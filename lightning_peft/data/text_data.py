@@ -1,75 +1,30 @@
 """Labelled texts as padded batches of token ids: all that does not depend on where the texts come from."""
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-import lightning as L
-import torch
 from datasets import Dataset
-from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from lightning_peft.data.batches import Batches, ResumableLoader
 from lightning_peft.data.classes import check_columns, class_names, class_numbers
+from lightning_peft.data.token_data import TokenData
 from lightning_peft.errors import TuningError
-from lightning_peft.files import resolve
-
-_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
 
-class TextData(L.LightningDataModule):
+class TextData(TokenData):
     """Labelled texts; a subclass says in `rows` where they come from and names the columns, ``text`` and ``label``.
 
     A batch is a dict of ``input_ids`` and ``attention_mask`` [B, T], ``token_type_ids`` where the tokenizer gives them,
-    and ``labels`` [B], except for prediction. The rows of a training batch are a function of the seed and the epoch.
-    Tokenised texts are kept in the cache of Hugging Face ``datasets``.
+    and ``labels`` [B], except for prediction.
 
     Args:
-        tokenizer: folder or hub id of the tokenizer, as a rule that of the model.
-        max_length: where a text, or a pair of texts, is cut [tokens].
-        batch_size: rows of a batch on each device.
-        num_workers: how many processes pad batches; the texts are tokenised already, so none is mostly fastest.
-        bucket: whether texts of like length share batches, which spares padding.
-        pad_to_multiple_of: round the length of a batch up to a multiple, which suits some accelerators [tokens].
-        seed: of the order of the training rows, and of the splits that are drawn.
+        **kwargs: as in `TokenData`.
     """
 
     text: Sequence[str] = ("text",)
     """The columns of the text or of the pair of texts."""
     label: str = "label"
     """The column of the class."""
-
-    def __init__(
-        self,
-        tokenizer: str,
-        max_length: int = 128,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        bucket: bool = True,
-        pad_to_multiple_of: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        for name, value, least in (("max_length", max_length, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-            if value < least:
-                raise TuningError(f"{name}={value} is out of range: take {least} or more.")
-        self.tokenizer_name = tokenizer
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.bucket = bucket
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.seed = seed
-        self._encoded: dict[str, Dataset] = {}
-        self._train_loader: ResumableLoader | None = None
-        self._resume: Mapping[str, int] | None = None
-
-    def rows(self, split: str) -> Dataset | None:
-        """Return the rows of 'train', 'validation', 'test' or 'predict', or None where there is no such split."""
-        raise NotImplementedError
 
     def all_classes(self) -> Dataset:
         """Return rows among which every class occurs."""
@@ -92,125 +47,23 @@ class TextData(L.LightningDataModule):
         """How many classes there are."""
         return len(self.label_names)
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer; one without a padding token pads with its end-of-sequence token, which the mask hides."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer_name))
-        except (OSError, ValueError, KeyError) as error:
-            why = str(error).splitlines()[0].rstrip(".")
-            raise TuningError(f"no tokenizer at {self.tokenizer_name!r} ({why}): give its folder or hub id.") from None
-        if self.max_length > tokenizer.model_max_length:
-            raise TuningError(
-                f"max_length={self.max_length} is longer than the {tokenizer.model_max_length} tokens of "
-                f"{self.tokenizer_name}: take {tokenizer.model_max_length} or less."
-            )
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        # The first call changes the tokenizer's state, and with it the hash that cached texts are found by
-        # (https://github.com/huggingface/transformers/issues/8739).
-        tokenizer("", truncation=True, max_length=self.max_length)
-        return tokenizer
+    def columns(self, split: str) -> Sequence[str]:
+        """Return the text's columns, and that of the class."""
+        return self.text if split == "predict" else [*self.text, self.label]
 
-    def prepare_data(self) -> None:
-        """Read and tokenise in one process of each machine; the others find the result in the cache."""
-        if self.trainer is not None and self.trainer.state.fn is not None:
-            self.setup(self.trainer.state.fn.value)
-
-    def setup(self, stage: str) -> None:
-        """Read and tokenise the splits that 'fit', 'validate', 'test' or 'predict' needs.
+    def encoding(self, rows: Dataset, split: str) -> tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]:
+        """Tokenise the texts and number the classes.
 
         Raises:
-            TuningError: a split is empty, lacks a column, or has a class that the training rows lack.
+            TuningError: a row has a class that the training rows lack.
         """
-        for split in _STAGES[stage]:
-            if split not in self._encoded:
-                rows = self.rows(split)
-                if rows is not None:
-                    self._encoded[split] = self._encode(rows, split)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training batches, in another order each epoch."""
-        loader = self._loader("train", shuffle=True)
-        if isinstance(loader, ResumableLoader):
-            self._train_loader = loader
-            if self._resume is not None:
-                loader.load_state_dict(self._resume)
-                self._resume = None
-        return loader
-
-    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Return the validation batches, or none where there is no such split."""
-        return self._loader("validation") if "validation" in self._encoded else []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return the test batches."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the rows to predict in their own order."""
-        return self._plain_loader("predict")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how far the training batches have been given out."""
-        return self._train_loader.state_dict() if self._train_loader is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training batches go on from there.
-
-        Lightning restores loaders too, but not one that was asked for the number of steps before: a schedule does that.
-        """
-        self._resume = state_dict
-
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
-        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            return self._plain_loader(split)
-        rows = self._split(split)
-        share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        lengths = rows.with_format("numpy")["length"][:]
-        return ResumableLoader(
-            rows,
-            sampler=Batches(lengths, self.batch_size, shuffle, self.bucket, self.seed, **share or {}),
-            batch_size=None,
-            **self._common(),
-        )
-
-    def _plain_loader(self, split: str) -> DataLoader[Any]:
-        return DataLoader(self._split(split), batch_size=self.batch_size, **self._common())
-
-    def _common(self) -> dict[str, Any]:
-        collator = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
-        return {
-            "collate_fn": partial(_collate, collator),
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "generator": torch.Generator(),  # without one, making an iterator draws from the global generator
+        return _tokenise, {
+            "tokenizer": self.tokenizer,
+            "text": list(self.text),
+            "label": self.label,
+            "numbers": None if split == "predict" else class_numbers(rows, self.label, split, self.label_names),
+            "max_length": self.max_length,
         }
-
-    def _split(self, split: str) -> Dataset:
-        if split not in self._encoded:
-            raise TuningError(f"{type(self).__name__} has no {split} rows: give it a {split} split.")
-        return self._encoded[split]
-
-    def _encode(self, rows: Dataset, split: str) -> Dataset:
-        labelled = split != "predict"
-        check_columns(rows, split, [*self.text, self.label] if labelled else self.text)
-        if not len(rows):
-            raise TuningError(f"the {split} split is empty: give it at least one row.")
-        encoded = rows.map(
-            _tokenise,
-            batched=True,
-            fn_kwargs={
-                "tokenizer": self.tokenizer,
-                "text": list(self.text),
-                "label": self.label,
-                "numbers": class_numbers(rows, self.label, split, self.label_names) if labelled else None,
-                "max_length": self.max_length,
-            },
-            remove_columns=rows.column_names,
-            desc=f"Tokenising {split}",
-        )
-        return encoded.with_format(None, columns=[name for name in encoded.column_names if name != "length"])
 
 
 def _tokenise(
@@ -221,7 +74,7 @@ def _tokenise(
     numbers: list[tuple[Any, int]] | None,
     max_length: int,
 ) -> dict[str, list[Any]]:
-    columns = [["" if value is None else str(value) for value in rows[column]] for column in text]
+    columns = [words(rows[column]) for column in text]
     encoded = dict(tokenizer(*columns, truncation=True, max_length=max_length))
     encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
     if numbers is not None:
@@ -230,5 +83,6 @@ def _tokenise(
     return encoded
 
 
-def _collate(collator: DataCollatorWithPadding, rows: Any) -> dict[str, Tensor]:
-    return dict(collator(rows))
+def words(column: Sequence[Any]) -> list[str]:
+    """Return the values of a column as texts; a missing one is the empty text."""
+    return ["" if value is None else str(value) for value in column]

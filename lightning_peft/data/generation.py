@@ -1,0 +1,223 @@
+"""Texts to write: a prompt and its continuation in one row of tokens, or a source and its target apart."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from lightning_peft.data.padding import Padder
+from lightning_peft.data.sources import SourcedData
+from lightning_peft.errors import TuningError
+from lightning_peft.virtual_tokens import IGNORED_LABEL
+
+
+class Seq2SeqData(SourcedData):
+    """Sources and targets for an encoder-decoder: ``input_ids`` of the source, ``labels`` of the target.
+
+    A batch also has ``references``, the right targets of each row as texts, except for prediction.
+
+    Args:
+        source: column of the source.
+        target: column of the target: a text, or a list of right ones, of which the first is trained on.
+        max_target_length: where a target is cut [tokens].
+        prefix: what to put before each source, e.g. "summarize: " or a control code.
+        **kwargs: as in `SourcedData` and `TokenData`.
+    """
+
+    def __init__(
+        self,
+        source: str = "source",
+        target: str = "target",
+        max_target_length: int = 64,
+        prefix: str = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if max_target_length < 1:
+            raise TuningError(f"max_target_length={max_target_length} is out of range: take 1 or more.")
+        self.source = source
+        self.target = target
+        self.max_target_length = max_target_length
+        self.prefix = prefix
+
+    def columns(self, split: str) -> Sequence[str]:
+        """Return the columns of source and target; a row to predict needs no target."""
+        return [self.source] if split == "predict" else [self.source, self.target]
+
+    def encoding(self, rows: Dataset, split: str) -> tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]:
+        """Tokenise sources and targets.
+
+        Raises:
+            TuningError: a row has no target.
+        """
+        if split != "predict":
+            check_targets(rows, split, self.target)
+        return _pairs, {
+            "tokenizer": self.tokenizer,
+            "names": (self.source, self.target if split != "predict" else None),
+            "lengths": (self.max_length, self.max_target_length),
+            "prefix": self.prefix,
+        }
+
+
+class CausalLMData(SourcedData):
+    """Prompts and what follows them, or whole texts, for a causal language model.
+
+    Only the tokens of the target have ``labels``, [B, T]; those of the prompt have -100. Every target ends with the
+    end-of-sequence token, if the tokenizer has one. A batch also has ``references``, the targets as texts. A batch to
+    predict has the prompts alone, padded on the left.
+
+    Args:
+        prompt: column of the prompt; None: all of the text is the target.
+        target: column of the text to learn: a text, or a list of right ones, of which the first is trained on.
+        prefix: what to put before each row: an instruction, or a control code as CTRL has them, e.g. "Reviews ".
+        separator: what to put between prompt and target.
+        packing: put texts end to end in rows of ``max_length`` tokens, so that nothing is padding. ``position_ids``
+            begin anew with each text, by which transformers keeps the texts of a row from seeing each other. Packed
+            rows have no ``references``. It is for training: validation and test are not packed.
+        **kwargs: as in `SourcedData` and `TokenData`.
+    """
+
+    def __init__(
+        self,
+        prompt: str | None = None,
+        target: str = "text",
+        prefix: str = "",
+        separator: str = " ",
+        packing: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.prompt = prompt
+        self.target = target
+        self.prefix = prefix
+        self.separator = separator
+        self.packing = packing
+
+    def columns(self, split: str) -> Sequence[str]:
+        """Return the columns of prompt and target; a row to predict needs no target where there is a prompt."""
+        return [name for name in (self.prompt, self.target) if name is not None and self._needs(name, split)]
+
+    def encoding(self, rows: Dataset, split: str) -> tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]:
+        """Tokenise, mark the target, and pack.
+
+        Raises:
+            TuningError: a row has no target, or prompts leave no room for any.
+        """
+        names = (self.prompt, self.target if self._needs(self.target, split) else None)
+        if names[1] is not None:
+            check_targets(rows, split, self.target)
+        arguments = {
+            "tokenizer": self.tokenizer,
+            "names": names,
+            "max_length": self.max_length,
+            "prefix": self.prefix,
+            "separator": self.separator,
+            "predicts": split == "predict",
+        }
+        if self.packing and split == "train":
+            return _packed, arguments
+        return _continued, arguments
+
+    def padder(self, split: str) -> Callable[..., dict[str, Any]]:
+        """Return what makes a batch of rows: training pads on the right, prompts to go on from end at the right."""
+        return Padder.of(self.tokenizer, "left" if split == "predict" else "right", self.pad_to_multiple_of)
+
+    def _needs(self, name: str, split: str) -> bool:
+        return split != "predict" or name == self.prompt or self.prompt is None
+
+
+def check_targets(rows: Dataset, split: str, column: str) -> None:
+    """See that every row has a target.
+
+    Raises:
+        TuningError: one is empty or missing, or is no text.
+    """
+    for number, target in enumerate(rows[column]):
+        texts = target if isinstance(target, list) else [target]
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise TuningError(
+                f"row {number} of the {split} split has target {target!r} in column {column!r}: give a text, or a list."
+            )
+
+
+def _references(targets: Sequence[Any]) -> list[list[str]]:
+    return [target if isinstance(target, list) else [target] for target in targets]
+
+
+def _pairs(
+    rows: Mapping[str, list[Any]],
+    tokenizer: Any,
+    names: tuple[str, str | None],
+    lengths: tuple[int, int],
+    prefix: str,
+) -> dict[str, list[Any]]:
+    source, target = names
+    texts = [f"{prefix}{'' if text is None else text}" for text in rows[source]]
+    encoded = dict(tokenizer(texts, truncation=True, max_length=lengths[0]))
+    encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
+    if target is not None:
+        references = _references(rows[target])
+        first = [texts[0] for texts in references]
+        encoded["labels"] = tokenizer(text_target=first, truncation=True, max_length=lengths[1])["input_ids"]
+        encoded["references"] = references
+    return encoded
+
+
+def _continued(
+    rows: Mapping[str, list[Any]],
+    tokenizer: Any,
+    names: tuple[str | None, str | None],
+    max_length: int,
+    prefix: str,
+    separator: str,
+    predicts: bool,
+) -> dict[str, list[Any]]:
+    prompt, target = names
+    count = len(rows[prompt or target or ""])
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    before = [prefix] * count if prompt is None else [f"{prefix}{text}{separator}" for text in rows[prompt]]
+    # A blank belongs to the word that follows it in most vocabularies: it goes over to the target.
+    stripped = [text.rstrip(" ") for text in before]
+    blanks = [text[len(short) :] for text, short in zip(before, stripped, strict=True)]
+    prompts = tokenizer(stripped, add_special_tokens=False)["input_ids"]
+    if predicts:
+        ids = [(begin + row)[-max_length:] for row in prompts]
+        ids = [row or end or [tokenizer.pad_token_id] for row in ids]
+        return {"input_ids": ids, "attention_mask": [[1] * len(r) for r in ids], "length": [len(r) for r in ids]}
+    references = _references(rows[target or ""])
+    targets = tokenizer(
+        [f"{blank}{texts[0]}" for blank, texts in zip(blanks, references, strict=True)], add_special_tokens=False
+    )["input_ids"]
+    out: dict[str, list[Any]] = {name: [] for name in ("input_ids", "attention_mask", "labels", "length")}
+    for front, back in zip(prompts, targets, strict=True):
+        front, back = begin + front, back + end
+        if len(front) >= max_length:
+            raise TuningError(f"a prompt of {len(front)} tokens leaves no room for its target: raise max_length.")
+        ids = (front + back)[:max_length]
+        out["input_ids"].append(ids)
+        out["attention_mask"].append([1] * len(ids))
+        out["labels"].append(([IGNORED_LABEL] * len(front) + back)[:max_length])
+        out["length"].append(len(ids))
+    return out | {"references": references}
+
+
+def _packed(rows: Mapping[str, list[Any]], max_length: int, **arguments: Any) -> dict[str, list[Any]]:
+    """Return rows of ``max_length`` tokens, each of whole texts as they come; the rest of a row is padding."""
+    single = _continued(rows, max_length=max_length, **arguments)
+    pad = arguments["tokenizer"].pad_token_id
+    packed: list[dict[str, list[int]]] = []
+    for ids, labels in zip(single["input_ids"], single["labels"], strict=True):
+        if not packed or len(packed[-1]["input_ids"]) + len(ids) > max_length:
+            packed.append({"input_ids": [], "labels": [], "position_ids": []})
+        packed[-1]["input_ids"] += ids
+        # Nothing of a text is guessed from the one before it.
+        packed[-1]["labels"] += [IGNORED_LABEL, *labels[1:]]
+        packed[-1]["position_ids"] += range(len(ids))
+    for row in packed:
+        rest = max_length - len(row["input_ids"])
+        row["input_ids"] += [pad] * rest
+        row["labels"] += [IGNORED_LABEL] * rest
+        row["position_ids"] += range(rest)
+    return {name: [row[name] for row in packed] for name in packed[0]} | {"length": [max_length] * len(packed)}

@@ -1,0 +1,215 @@
+"""Rows of any kind as padded batches of token ids: all that does not depend on where they come from or what for."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import lightning as L
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+from lightning_peft.data.batches import Batches, ResumableLoader
+from lightning_peft.data.classes import check_columns
+from lightning_peft.data.padding import Padder
+from lightning_peft.errors import TuningError
+from lightning_peft.files import resolve
+
+Encoding: TypeAlias = Callable[[Dataset, str], tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]]
+"""From rows and their split to a function of their columns, with its keyword arguments."""
+_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
+
+
+class TokenData(L.LightningDataModule):
+    """Tokenised rows; a subclass says in `rows` where they come from, and in `encoding` what they become.
+
+    A batch is a dict. The rows of a training batch are a function of the seed and the epoch, and a training loader goes
+    on inside an epoch where its checkpoint was written. Tokenised rows are kept in the cache of Hugging Face
+    ``datasets``.
+
+    Args:
+        tokenizer: folder or hub id of the tokenizer, as a rule that of the model.
+        max_length: where a row is cut [tokens].
+        batch_size: rows of a batch on each device.
+        num_workers: how many processes pad batches; the texts are tokenised already, so none is mostly fastest.
+        bucket: whether texts of like length share batches, which spares padding.
+        pad_to_multiple_of: round the length of a batch up to a multiple, which suits some accelerators [tokens].
+        seed: of the order of the training rows, and of the splits that are drawn.
+    """
+
+    numbered = False
+    """Whether the function of `encoding` is told the numbers of the rows, as its second argument."""
+
+    def __init__(
+        self,
+        tokenizer: str,
+        max_length: int = 128,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        bucket: bool = True,
+        pad_to_multiple_of: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        for name, value, least in (("max_length", max_length, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if value < least:
+                raise TuningError(f"{name}={value} is out of range: take {least} or more.")
+        self.tokenizer_name = tokenizer
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.bucket = bucket
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.seed = seed
+        self._encoded: dict[str, Dataset] = {}
+        self._encoding: Encoding | None = None
+        self._train_loader: ResumableLoader | None = None
+        self._resume: Mapping[str, int] | None = None
+
+    def rows(self, split: str) -> Dataset | None:
+        """Return the rows of 'train', 'validation', 'test' or 'predict', or None where there is no such split."""
+        raise NotImplementedError
+
+    def columns(self, split: str) -> Sequence[str]:
+        """Return the columns that the rows of a split must have; those to predict have no labels."""
+        raise NotImplementedError
+
+    def encoding(self, rows: Dataset, split: str) -> tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]:
+        """Return a function from columns of rows to columns of a batch, and its keyword arguments.
+
+        It is a function of a module, so that ``datasets`` finds its result in the cache. It gives ``length``, by which
+        rows share batches, and may give more rows than it gets, or fewer.
+
+        Raises:
+            TuningError: the rows cannot be encoded.
+        """
+        raise NotImplementedError
+
+    def encode_as(self, encoding: Encoding | None) -> None:
+        """Encode rows by another function than `encoding`, for a task that makes its own inputs; None: by `encoding`.
+
+        What the function's result leaves as it is reaches the task as lists, numbers as tensors.
+        """
+        self._encoding, self._encoded = encoding, {}
+
+    def padder(self, split: str) -> Callable[..., dict[str, Any]]:
+        """Return what makes a batch of rows."""
+        return Padder.of(self.tokenizer, multiple=self.pad_to_multiple_of)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer; one without a padding token pads with its end-of-sequence token, which the mask hides."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer_name))
+        except (OSError, ValueError, KeyError) as error:
+            why = str(error).splitlines()[0].rstrip(".")
+            raise TuningError(f"no tokenizer at {self.tokenizer_name!r} ({why}): give its folder or hub id.") from None
+        if self.max_length > tokenizer.model_max_length:
+            raise TuningError(
+                f"max_length={self.max_length} is longer than the {tokenizer.model_max_length} tokens of "
+                f"{self.tokenizer_name}: take {tokenizer.model_max_length} or less."
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        # The first call changes the tokenizer's state, and with it the hash that cached texts are found by
+        # (https://github.com/huggingface/transformers/issues/8739).
+        tokenizer("", truncation=True, max_length=self.max_length)
+        return tokenizer
+
+    def prepare_data(self) -> None:
+        """Read and tokenise in one process of each machine; the others find the result in the cache."""
+        if self.trainer is not None and self.trainer.state.fn is not None:
+            self.setup(self.trainer.state.fn.value)
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise the splits that 'fit', 'validate', 'test' or 'predict' needs.
+
+        Raises:
+            TuningError: a split is empty, lacks a column, or holds what cannot be encoded.
+        """
+        for split in _STAGES[stage]:
+            if split not in self._encoded:
+                rows = self.rows(split)
+                if rows is not None:
+                    self._encoded[split] = self._encode(rows, split)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the training batches, in another order each epoch."""
+        loader = self._loader("train", shuffle=True)
+        if isinstance(loader, ResumableLoader):
+            self._train_loader = loader
+            if self._resume is not None:
+                loader.load_state_dict(self._resume)
+                self._resume = None
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Return the validation batches, or none where there is no such split."""
+        return self._loader("validation") if "validation" in self._encoded else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the test batches."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the rows to predict in their own order."""
+        return self._plain_loader("predict")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the training batches have been given out."""
+        return self._train_loader.state_dict() if self._train_loader is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training batches go on from there.
+
+        Lightning restores loaders too, but not one that was asked for the number of steps before: a schedule does that.
+        """
+        self._resume = state_dict
+
+    def batches(self, split: str, shuffle: bool, **share: Any) -> Batches:
+        """Return which rows make which batch; ``share`` says how many processes there are, and which this one is."""
+        lengths = self._split(split).with_format("numpy")["length"][:]
+        return Batches(lengths, self.batch_size, shuffle, self.bucket, self.seed, **share)
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return self._plain_loader(split)
+        rows = self._split(split)
+        share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        sampler = self.batches(split, shuffle, **share or {})
+        return ResumableLoader(rows, sampler=sampler, batch_size=None, **self._common(split))
+
+    def _plain_loader(self, split: str) -> DataLoader[Any]:
+        return DataLoader(self._split(split), batch_size=self.batch_size, **self._common(split))
+
+    def _common(self, split: str) -> dict[str, Any]:
+        return {
+            "collate_fn": Padder({}) if self._encoding else self.padder(split),
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "generator": torch.Generator(),  # without one, making an iterator draws from the global generator
+        }
+
+    def _split(self, split: str) -> Dataset:
+        if split not in self._encoded:
+            raise TuningError(f"{type(self).__name__} has no {split} rows: give it a {split} split.")
+        return self._encoded[split]
+
+    def _encode(self, rows: Dataset, split: str) -> Dataset:
+        check_columns(rows, split, self.columns(split))
+        if not len(rows):
+            raise TuningError(f"the {split} split is empty: give it at least one row.")
+        function, arguments = (self._encoding or self.encoding)(rows, split)
+        encoded = rows.map(
+            function,
+            batched=True,
+            with_indices=self.numbered,
+            fn_kwargs=arguments,
+            remove_columns=rows.column_names,
+            desc=f"Tokenising {split}",
+        )
+        if not len(encoded):
+            raise TuningError(f"no row of the {split} split is left: see what is asked of rows.")
+        return encoded.with_format(None, columns=[name for name in encoded.column_names if name != "length"])

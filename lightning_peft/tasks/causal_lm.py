@@ -1,0 +1,58 @@
+"""Continuing a text, by any ``AutoModelForCausalLM``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lightning_peft.errors import TuningError
+from lightning_peft.tasks.generation import Generate, WritingTask
+from lightning_peft.tasks.scores import IGNORED
+
+
+class CausalLM(WritingTask):
+    """Continue a text; only the tokens of the target count.
+
+    Args:
+        model: folder or hub id of the pretrained model, or ``package://NAME/FOLDER`` in an installed package.
+        generate: where texts are generated and scored, besides prediction.
+        **kwargs: as in `WritingTask` and `Task`.
+    """
+
+    auto = AutoModelForCausalLM
+    what = "causal language model"
+
+    def __init__(self, model: str, generate: Generate = "never", **kwargs: Any) -> None:
+        super().__init__(model, generate=generate, **kwargs)
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the logits of the next tokens, [B, T, V].
+
+        Raises:
+            TuningError: packed rows have virtual tokens.
+        """
+        if "position_ids" in batch and "attention_mask" not in batch and bool((batch["input_ids"] < 0).any()):
+            raise TuningError("a soft prompt would be seen by the first text of a packed row alone: set packing=false.")
+        logits: Tensor = self.backbone(**self.inputs(batch), use_cache=False).logits
+        return logits
+
+    def predictions(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return logits [B, T - 1, V] and the next tokens [B, T - 1], -100 outside of targets."""
+        return self(batch)[:, :-1], batch["labels"][:, 1:]
+
+    def prompts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the tokens before the targets, padded on the left."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        lengths = (batch["labels"] != IGNORED).int().argmax(1)
+        if bool((lengths == 0).any()):
+            raise TuningError(
+                "a row has no token before its target to write from: give a prompt or a prefix, or set generate=never."
+            )
+        width = int(lengths.max())
+        source = torch.arange(width, device=ids.device) - (width - lengths).unsqueeze(1)
+        inside = source >= 0
+        source = source.clamp(min=0)
+        ids = ids.gather(1, source).masked_fill(~inside, self.tokenizer.pad_token_id)
+        return {"input_ids": ids, "attention_mask": mask.gather(1, source) * inside}

@@ -1,0 +1,310 @@
+"""Classes and facts as words that a language model says in a gap, without a head."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from lightning_peft.encoding import verbalizer_ids, word_ids
+from lightning_peft.errors import TuningError
+from lightning_peft.prompting.verbalizer import Combine, Verbalizer
+from lightning_peft.tasks.base import Task
+from lightning_peft.tasks.scores import CrossEntropy
+from lightning_peft.tasks.text_classification import ClassScores
+
+LMStyle = Literal["masked", "causal"]
+
+
+class GapTask(Task):
+    """A task whose rows have a gap that the model fills: the masks of a masked model, the end of a causal one's prompt.
+
+    Args:
+        model: folder or hub id of the pretrained model, or ``package://NAME/FOLDER`` in an installed package.
+        lm: 'masked' or 'causal'; None: masked if the tokenizer has a mask.
+        lead: the blank in front of the answer in the template, or nothing.
+        **kwargs: as in `Task`.
+    """
+
+    def __init__(self, model: str, lm: LMStyle | None = None, lead: str = " ", **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        if lm is None:
+            lm = "causal" if self.tokenizer.mask_token_id is None else "masked"
+        self.style = lm
+        self.lead = lead
+        self.auto = AutoModelForMaskedLM if lm == "masked" else AutoModelForCausalLM
+        self.what = f"{lm} language model"
+        self.backbone = self.load()
+
+    def check(self, data: Any, stage: str) -> None:
+        """See that the data have gaps for this model.
+
+        Raises:
+            TuningError: they are for the other style.
+        """
+        style = getattr(data, "style", self.style)
+        if style != self.style:
+            raise TuningError(
+                f"the data are for a {style} language model, this one is {self.style}: give both a style."
+            )
+
+    def gap_logits(self, batch: Mapping[str, Tensor], masks: int) -> Tensor:
+        """Return the logits in the gap in fp32, [B, masks, V]; a causal model's are those of the next token, [B, 1, V].
+
+        Raises:
+            TuningError: a row has another number of masks.
+        """
+        logits: Tensor = self.backbone(**self.inputs(batch)).logits
+        if self.style == "causal":
+            return logits.gather(1, _last(batch).view(-1, 1, 1).expand(-1, 1, logits.shape[2])).float()
+        where = self._masks(batch, masks)
+        return logits[where].unflatten(0, (len(logits), masks)).float()
+
+    def _masks(self, batch: Mapping[str, Tensor], masks: int) -> Tensor:
+        where = batch["input_ids"].eq(self.tokenizer.mask_token_id)
+        counts = where.sum(1)
+        if bool((counts != masks).any()):
+            raise TuningError(f"a row has {int(counts[counts != masks][0])} masks, the words have {masks} tokens.")
+        return where
+
+
+class ClozeClassification(GapTask, ClassScores):
+    """Classify by the words that a language model says in a template (PET without its ensemble).
+
+    The score of a word is the sum of its tokens' log-likelihoods in the gap, that of a label is made of its words'
+    scores, and training minimises the cross-entropy over the labels' scores. Nothing is added to the model. A word of
+    several tokens has as many masks in the gap: in training, where the longest word says how many there are, all are
+    guessed in one pass; in scoring the gap is as long as the word, and ``fill`` says in which order it is filled.
+
+    Logs ``train_loss``, ``val_loss``, ``val_accuracy``, ``val_f1`` and the same for the test.
+
+    Source: Schick and Schütze 2020, arXiv 2001.07676, section 3; words of several tokens: arXiv 2009.07118, section 3.
+
+    Args:
+        model: folder or hub id of the pretrained model, or ``package://NAME/FOLDER`` in an installed package.
+        words: label -> its word or words (the ``verbalizer`` of the data).
+        labels: the labels in the order of their numbers; None: in that of ``words``.
+        combine: how the scores of words make that of their label: 'mean', 'max', or the 'sum' of likelihoods.
+        fill: of a masked model: 'parallel' scores all tokens of a word in one pass, 'confident' puts in the token that
+            is surest, and looks again.
+        **kwargs: as in `GapTask` and `Task`.
+    """
+
+    owners: Tensor
+
+    def __init__(
+        self,
+        model: str,
+        words: dict[str, list[str]],
+        labels: list[str] | None = None,
+        combine: Combine = "mean",
+        fill: Literal["parallel", "confident"] = "confident",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, **kwargs)
+        self.verbalizer = Verbalizer(words, combine).ordered(labels or words)
+        self.fill = fill
+        self.tokens_of = verbalizer_ids(self.verbalizer, self.tokenizer, self.lead, multi_token=True)
+        self.masks = max(map(len, self.tokens_of))
+        self.register_buffer("owners", torch.tensor(self.verbalizer.owners), persistent=False)
+        self.score_classes(self.verbalizer.labels)
+
+    def check(self, data: Any, stage: str) -> None:
+        """See that the data have the labels and gaps for these words.
+
+        Raises:
+            TuningError: they have others.
+        """
+        GapTask.check(self, data, stage)
+        ClassScores.check(self, data, stage)
+        masks = getattr(data, "masks", self.masks)
+        if masks != self.masks:
+            raise TuningError(
+                f"the gap of the data has {masks} tokens, the longest word {self.masks}: use one verbalizer."
+            )
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the scores of the labels in fp32, [B, labels]."""
+        words = self.word_scores(batch)
+        label = torch.arange(len(self.labels), device=words.device)
+        own = self.owners.eq(label.unsqueeze(1))
+        if self.verbalizer.combine == "mean":
+            return words @ (own / own.sum(1, keepdim=True)).to(words.dtype).t()
+        spread = words.unsqueeze(1).masked_fill(~own, -torch.inf)
+        return spread.amax(2) if self.verbalizer.combine == "max" else spread.logsumexp(2)
+
+    def word_scores(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the log-likelihood of each word in the gap, [B, words]."""
+        if self.style == "causal":
+            return self._continuations(batch)
+        if self.training or self.masks == 1:
+            return _likelihoods(self.gap_logits(batch, self.masks), self.tokens_of)
+        scores: list[Tensor] = [torch.empty(0)] * len(self.tokens_of)
+        for length in sorted(set(map(len, self.tokens_of))):
+            numbers = [i for i, word in enumerate(self.tokens_of) if len(word) == length]
+            short = self._shorter(batch, length)
+            if length == 1 or self.fill == "parallel":
+                found = _likelihoods(self.gap_logits(short, length), [self.tokens_of[i] for i in numbers]).unbind(1)
+            else:
+                found = tuple(self._confident(short, self.tokens_of[i]) for i in numbers)
+            for i, score in zip(numbers, found, strict=True):
+                scores[i] = score
+        return torch.stack(scores, 1)
+
+    def _shorter(self, batch: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+        """Return the batch with ``length`` masks in each gap."""
+        where = self._masks(batch, self.masks)
+        keep = ~(where & (where.cumsum(1) > length))
+        shape = batch["input_ids"].shape
+        return {
+            name: value[keep].unflatten(0, (shape[0], -1)) if value.shape[:2] == shape else value
+            for name, value in self.inputs(batch).items()
+        }
+
+    def _confident(self, batch: Mapping[str, Tensor], word: Sequence[int]) -> Tensor:
+        """Return the log-likelihood of a word whose tokens are put in one by one, the surest first, [B]."""
+        ids, rows = batch["input_ids"].clone(), torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device)
+        columns = self._masks(batch, len(word)).int().topk(len(word), dim=1).indices.sort(1).values
+        left = torch.ones_like(columns, dtype=torch.bool)
+        tokens = torch.tensor(word, device=ids.device)
+        total = torch.zeros(len(ids), device=ids.device)
+        for _ in word:
+            logits = self.backbone(**(dict(batch) | {"input_ids": ids})).logits
+            gap = logits[rows.unsqueeze(1), columns].float().log_softmax(2)
+            own = gap.gather(2, tokens.view(1, -1, 1).expand(len(ids), -1, 1)).squeeze(2).masked_fill(~left, -torch.inf)
+            score, place = own.max(1)
+            total = total + score
+            left[rows, place] = False
+            ids[rows, columns[rows, place]] = tokens[place]
+        return total
+
+    def _continuations(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the log-likelihood of each word after the prompt; words of one token share a pass, [B, words]."""
+        first = self.gap_logits(batch, 1)[:, 0].log_softmax(1)
+        if self.masks == 1:
+            return first[:, [word[0] for word in self.tokens_of]]
+        return torch.stack(
+            [first[:, w[0]] if len(w) == 1 else first[:, w[0]] + self._rest(batch, w) for w in self.tokens_of], 1
+        )
+
+    def _rest(self, batch: Mapping[str, Tensor], word: Sequence[int]) -> Tensor:
+        """Return the log-likelihood of a word's second and further tokens after its prompt, [B]."""
+        inputs, count = self.inputs(batch), len(word) - 1
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        end = _last(batch).unsqueeze(1) + 1 + torch.arange(count, device=ids.device)
+        wide = F.pad(ids, (0, count), value=self.tokenizer.pad_token_id or 0)
+        wide = wide.scatter(1, end, torch.tensor(word[:-1], device=ids.device).expand(len(ids), -1))
+        inputs |= {"input_ids": wide, "attention_mask": F.pad(mask, (0, count)).scatter(1, end, 1)}
+        if "position_ids" in inputs:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        logits: Tensor = self.backbone(**inputs).logits
+        own = logits.gather(1, end.unsqueeze(2).expand(-1, -1, logits.shape[2])).float().log_softmax(2)
+        return own.gather(2, torch.tensor(word[1:], device=ids.device).view(1, -1, 1).expand(len(ids), -1, 1)).sum(
+            (1, 2)
+        )
+
+
+class KnowledgeProbing(GapTask):
+    """Ask a language model for facts (LAMA): which of the candidates does it put into the gap?
+
+    Training, of a soft prompt as a rule, minimises the cross-entropy over the whole vocabulary, as P-Tuning does. Logs
+    ``train_loss``, ``val_loss``, ``val_p_at_1`` and ``val_p_at_10``, the share of facts whose object is the first, or
+    among the first ten, of the candidates, and the same for the test.
+
+    Source: Petroni et al. 2019, arXiv 1909.01066, section 4.5; Liu et al. 2021, arXiv 2103.10385, section 4.1.
+
+    Args:
+        model: folder or hub id of the pretrained model, or ``package://NAME/FOLDER`` in an installed package.
+        candidates: the objects to choose from, each one token.
+        **kwargs: as in `GapTask` and `Task`.
+    """
+
+    monitor = "val_p_at_1"
+    ids: Tensor
+
+    def __init__(self, model: str, candidates: list[str], **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        ids = [word_ids(self.tokenizer, word, self.lead) for word in candidates]
+        for word, own in zip(candidates, ids, strict=True):
+            if len(own) > 1:
+                raise TuningError(f"candidate {word!r} is {len(own)} tokens of {model}: give words of one token.")
+        if len(candidates) < 2:
+            raise TuningError(f"candidates={candidates} leave no choice: give two words or more.")
+        self.candidates = list(candidates)
+        self.register_buffer("ids", torch.tensor([own[0] for own in ids]), persistent=False)
+        count = len(candidates)
+        scores = {
+            "loss": CrossEntropy(),
+            "p_at_1": MulticlassAccuracy(count, top_k=1, average="micro"),
+            "p_at_10": MulticlassAccuracy(count, top_k=min(10, count), average="micro"),
+        }
+        self.val_scores = MetricCollection(scores, prefix="val_", compute_groups=False)  # type: ignore[arg-type]
+        self.test_scores = self.val_scores.clone(prefix="test_")
+
+    def check(self, data: Any, stage: str) -> None:
+        """See that the data have the candidates of the model.
+
+        Raises:
+            TuningError: they have others.
+        """
+        super().check(data, stage)
+        names = list(getattr(data, "candidates", self.candidates)) if stage != "predict" else self.candidates
+        if names != self.candidates:
+            raise TuningError(
+                f"the data have {len(names)} candidates, the model {len(self.candidates)} others: "
+                "build it with candidates=data.candidates."
+            )
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits of all words in the gap in fp32, [B, V]."""
+        return self.gap_logits(batch, 1)[:, 0]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross-entropy over the vocabulary."""
+        return self._log_loss(F.cross_entropy(self(batch), self.ids[batch["labels"]]), len(batch["labels"]))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Score one batch."""
+        self._score(self.val_scores, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores."""
+        self._log_scores(self.val_scores)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Score one batch."""
+        self._score(self.test_scores, batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores."""
+        self._log_scores(self.test_scores)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Return ``objects``, the five likeliest candidates of each row, and their ``probabilities`` among all."""
+        values, places = self(batch)[:, self.ids].softmax(1).topk(min(5, len(self.candidates)), dim=1)
+        return {"objects": [[self.candidates[i] for i in row] for row in places.tolist()], "probabilities": values}
+
+    def _score(self, scores: MetricCollection, batch: Mapping[str, Tensor]) -> None:
+        logits = self(batch)
+        scores["loss"].update(logits, self.ids[batch["labels"]])
+        chosen = logits[:, self.ids]
+        scores["p_at_1"].update(chosen, batch["labels"])
+        scores["p_at_10"].update(chosen, batch["labels"])
+
+
+def _last(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the column of the last token of each prompt, [B]."""
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(batch["input_ids"]) if mask is None else mask
+    return (mask.cumsum(1) * (mask > 0)).argmax(1)
+
+
+def _likelihoods(gap: Tensor, words: Sequence[Sequence[int]]) -> Tensor:
+    """Return the log-likelihood of words from the logits [B, masks, V] of all places of the gap, [B, words]."""
+    gap = gap.log_softmax(2)
+    return torch.stack([gap[:, torch.arange(len(w)), list(w)].sum(1) for w in words], 1)

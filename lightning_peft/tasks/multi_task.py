@@ -1,0 +1,148 @@
+"""Several text classifications on one backbone, each with a head of its own."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from transformers import AutoModel
+
+from lightning_peft import select
+from lightning_peft.errors import TuningError
+from lightning_peft.tasks.base import Task
+from lightning_peft.tasks.scores import TaskScores
+
+
+class MultiTask(Task):
+    """Classify texts of several tasks; a row's ``task_ids`` says by which head.
+
+    The heads are one matrix, of which a row sees the classes of its own task: a batch may mix tasks, and every row has
+    the logits that it has in a batch of its task alone. Logs ``train_loss``, ``val_loss``, ``val_accuracy`` (the mean
+    over the tasks), ``val_loss_NAME`` and ``val_accuracy_NAME`` of each task, and the same for the test.
+
+    Args:
+        model: folder or hub id of the pretrained model, or ``package://NAME/FOLDER`` in an installed package.
+        labels: name of a task -> names of its classes.
+        pool: which token is classified: the first ([CLS]), the last that is no padding, or the mean of all of the text;
+            None: the first of an encoder, the last of a decoder.
+        dropout: before the heads.
+        **kwargs: as in `Task`.
+    """
+
+    auto = AutoModel
+    what = "text encoder"
+    monitor = "val_accuracy"
+    owner: Tensor
+    start: Tensor
+
+    def __init__(
+        self,
+        model: str,
+        labels: dict[str, list[str]],
+        pool: Literal["first", "last", "mean"] | None = None,
+        dropout: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, **kwargs)
+        if not labels or any(len(names) < 2 for names in labels.values()):
+            raise TuningError(f"labels={labels!r} leaves a task without a choice: name two classes or more of each.")
+        if any(not name.isidentifier() for name in labels):
+            raise TuningError(f"tasks {list(labels)} name scores: use letters, digits and _ alone.")
+        self.labels = {name: list(names) for name, names in labels.items()}
+        self.backbone = self._load_base()
+        config: Any = self.backbone.config
+        if config.is_encoder_decoder:
+            raise TuningError(f"{model} is an encoder-decoder: multi-task heads need an encoder or a decoder alone.")
+        self.pool = pool or ("first" if select.is_encoder(self.backbone) else "last")
+        counts = [len(names) for names in self.labels.values()]
+        self.dropout = nn.Dropout(dropout)
+        self.heads = nn.Linear(config.hidden_size, sum(counts))
+        nn.init.normal_(self.heads.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.zeros_(self.heads.bias)
+        owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        self.register_buffer("owner", owner, persistent=False)
+        self.register_buffer("start", torch.tensor([0, *counts]).cumsum(0)[:-1], persistent=False)
+        self.val_scores = MetricCollection(TaskScores(list(labels)), prefix="val_")
+        self.test_scores = self.val_scores.clone(prefix="test_")
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of the tasks, in the order of their numbers."""
+        return list(self.labels)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return logits in fp32, [B, classes of all tasks]; those of other tasks than the row's are -inf.
+
+        Raises:
+            TuningError: a task id is out of range.
+        """
+        tasks = batch["task_ids"]
+        if bool(((tasks < 0) | (tasks >= len(self.labels))).any()):
+            raise TuningError(
+                f"task id {int(tasks.max()) if int(tasks.min()) >= 0 else int(tasks.min())} is out of range: "
+                f"the tasks are 0 to {len(self.labels) - 1} ({', '.join(self.labels)})."
+            )
+        hidden = self._pooled(self.backbone(**self.inputs(batch)).last_hidden_state, batch)
+        logits: Tensor = self.heads(self.dropout(hidden.to(self.heads.weight.dtype))).float()
+        return logits.masked_fill(self.owner != tasks.unsqueeze(1), -torch.inf)
+
+    def check(self, data: Any, stage: str) -> None:
+        """See that the data have the tasks and classes of the model.
+
+        Raises:
+            TuningError: they have others.
+        """
+        names = getattr(data, "label_names", self.labels) if stage != "predict" else self.labels
+        if names != self.labels or list(names) != list(self.labels):
+            raise TuningError(f"the data have the tasks {names}, the model {self.labels}: build it with these labels.")
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross-entropy, the mean over the rows."""
+        return self._log_loss(F.cross_entropy(self(batch), self._targets(batch)), len(batch["labels"]))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Score one batch."""
+        self.val_scores.update(self(batch), self._targets(batch), batch["task_ids"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores."""
+        self._log_scores(self.val_scores)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Score one batch."""
+        self.test_scores.update(self(batch), self._targets(batch), batch["task_ids"])
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores."""
+        self._log_scores(self.test_scores)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Return ``task`` and ``labels``, the name of a row's task and of its likeliest class."""
+        guesses = (self(batch).argmax(1) - self.start[batch["task_ids"]]).tolist()
+        tasks = [self.names[task] for task in batch["task_ids"].tolist()]
+        labels = [self.labels[task][guess] for task, guess in zip(tasks, guesses, strict=True)]
+        return {"task": tasks, "labels": labels}
+
+    def _load_base(self) -> nn.Module:
+        try:
+            return self.load(add_pooling_layer=False)  # the pooler of another aim, which would train nothing here
+        except TypeError:  # it has no pooler
+            return self.load()
+
+    def _pooled(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        hidden = self.text_columns(hidden, batch)
+        mask = batch.get("attention_mask")
+        mask = torch.ones_like(hidden[..., 0]) if mask is None else self.text_columns(mask, batch)
+        if self.pool == "mean":
+            weights = mask.unsqueeze(-1).to(hidden.dtype)
+            return (hidden * weights).sum(1) / weights.sum(1)
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        place = mask.int().argmax(1) if self.pool == "first" else (columns * (mask > 0)).argmax(1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), place]
+
+    def _targets(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the classes, numbered through all tasks, [B]."""
+        return batch["labels"] + self.start[batch["task_ids"]]

@@ -1,0 +1,225 @@
+"""Scores as sums over the rows of all processes, where torchmetrics has none that is right with unlike many rows."""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.text import rouge_score, squad
+from torchmetrics.utilities import dim_zero_cat
+
+from lightning_peft.errors import TuningError
+
+IGNORED = -100
+_ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+class CrossEntropy(Metric):
+    """The mean cross-entropy over the rows of all processes, summed in fp32 whatever the precision of the Trainer.
+
+    Lightning's own mean of a logged number is off where processes have unlike many rows: it rounds the mean of their
+    counts down to an integer. Rows or tokens of label -100 do not count.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    total: Tensor
+    rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), "sum")
+        self.add_state("rows", torch.zeros((), dtype=torch.long), "sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add logits [..., classes] and classes [...]."""
+        flat = target.flatten()
+        self.total = self.total + F.cross_entropy(preds.float().flatten(0, -2), flat, reduction="sum")
+        self.rows = self.rows + (flat != IGNORED).sum()
+
+    def compute(self) -> Tensor:
+        """Return the mean."""
+        return self.total / self.rows
+
+
+class TaskScores(Metric):
+    """Cross-entropy and accuracy of each of several tasks, and of all rows; a task without rows has no score.
+
+    Args:
+        names: of the tasks, by number.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    sums: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = list(names)
+        self.add_state("sums", torch.zeros(len(self.names), 3), "sum")
+
+    def update(self, preds: Tensor, target: Tensor, tasks: Tensor) -> None:
+        """Add logits [B, classes], classes [B] and the numbers of the tasks [B]."""
+        losses = F.cross_entropy(preds.float(), target, reduction="none")
+        columns = torch.stack([losses, (preds.argmax(1) == target).float(), torch.ones_like(losses)], 1)
+        self.sums = self.sums.index_add(0, tasks, columns.to(self.sums.dtype))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the loss over all rows, the mean accuracy of the tasks, and both of each task."""
+        scores: dict[str, Tensor] = {}
+        accuracies = []
+        for name, (loss, right, rows) in zip(self.names, self.sums.float(), strict=True):
+            if rows:
+                scores |= {f"loss_{name}": loss / rows, f"accuracy_{name}": right / rows}
+                accuracies.append(right / rows)
+        loss, _, rows = self.sums.float().sum(0)
+        return {"loss": loss / rows, "accuracy": torch.stack(accuracies).mean(), **scores}
+
+
+class SpanF1(Metric):
+    """Precision, recall and F1 of whole spans in BIO tags: right is a span whose ends and type are both right (CoNLL).
+
+    The spans of a row are read by nervaluate. ``B-`` begins a span, ``I-`` goes on with one of its type, or begins one.
+
+    Args:
+        labels: names of the tags, by number.
+
+    Raises:
+        TuningError: nervaluate is not installed.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    counts: Tensor
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        super().__init__()
+        if importlib.util.find_spec("nervaluate") is None:
+            raise TuningError("nervaluate, which reads spans, is not installed: pip install 'lightning-peft[text]'.")
+        self.labels = list(labels)
+        self.add_state("counts", torch.zeros(3, dtype=torch.long), "sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add logits [B, T, tags] and tags [B, T]; where the tag is -100 there is no word."""
+        guesses = preds.argmax(-1)
+        counts = [0, 0, 0]
+        for row, truth in zip(guesses, target, strict=True):
+            kept = truth != IGNORED
+            found, true = self.spans(row[kept].tolist()), self.spans(truth[kept].tolist())
+            for i, spans in enumerate((found & true, found, true)):
+                counts[i] += len(spans)
+        self.counts = self.counts + torch.tensor(counts, device=self.counts.device)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the three scores; a score of no spans is 0."""
+        right, found, true = self.counts.float()
+        nothing = torch.zeros_like(right)
+        return {
+            "precision": right / found if found else nothing,
+            "recall": right / true if true else nothing,
+            "f1": 2 * right / (found + true) if found + true else nothing,
+        }
+
+    def spans(self, tags: Sequence[int]) -> set[tuple[str, int, int]]:
+        """Return type, first and last word of each span in a row of tags."""
+        from nervaluate import collect_named_entities
+
+        entities = collect_named_entities([self.labels[tag] for tag in tags])
+        return {(entity["label"], entity["start"], entity["end"]) for entity in entities}
+
+
+class Rouge(Metric):
+    """F-measures ROUGE-1, ROUGE-2 and ROUGE-L of texts, the best over the references of each, averaged.
+
+    The texts are scored by torchmetrics. Its own ``ROUGEScore`` keeps a list entry a text, and processes with unlike
+    many texts then wait for each other forever.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    totals: Tensor
+    rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("totals", torch.zeros(len(_ROUGE)), "sum")
+        self.add_state("rows", torch.zeros((), dtype=torch.long), "sum")
+
+    def update(self, preds: Sequence[str], target: Sequence[Sequence[str]]) -> None:
+        """Add texts and the references of each."""
+        scores = rouge_score(list(preds), [list(texts) for texts in target], rouge_keys=_ROUGE, accumulate="best")
+        means = torch.stack([torch.as_tensor(scores[f"{key}_fmeasure"]) for key in _ROUGE])
+        self.totals = self.totals + means.to(self.totals) * len(preds)
+        self.rows = self.rows + len(preds)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means."""
+        return dict(zip(_ROUGE, self.totals / self.rows, strict=True))
+
+
+class ExactMatch(Metric):
+    """The share of texts that equal one of their references, but for white space at the ends."""
+
+    full_state_update = False
+    higher_is_better = True
+    right: Tensor
+    rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("right", torch.zeros((), dtype=torch.long), "sum")
+        self.add_state("rows", torch.zeros((), dtype=torch.long), "sum")
+
+    def update(self, preds: Sequence[str], target: Sequence[Sequence[str]]) -> None:
+        """Add texts and the references of each."""
+        equal = [text.strip() in {t.strip() for t in texts} for text, texts in zip(preds, target, strict=True)]
+        self.right = self.right + sum(equal)
+        self.rows = self.rows + len(equal)
+
+    def compute(self) -> Tensor:
+        """Return the share."""
+        return self.right / self.rows
+
+
+class Answers(Metric):
+    """Exact match and F1 of answers, as of SQuAD, in [0, 1]; of several windows of a context the surest one answers.
+
+    A pair of answers is compared by torchmetrics. Windows of one question may lie in unlike batches and processes.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    found: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("found", [], "cat")
+
+    def update(
+        self, questions: Sequence[int], sure: Sequence[float], texts: Sequence[str], answers: Sequence[Sequence[str]]
+    ) -> None:
+        """Add the best answer of each window, how sure it is, and the right answers; none: the right one is empty."""
+        for question, how_sure, text, right in zip(questions, sure, texts, answers, strict=True):
+            truth: Any = {"id": "0", "answers": {"text": list(right) or [""], "answer_start": [0]}}
+            scores = squad({"id": "0", "prediction_text": text}, truth)
+            row = [float(question), how_sure, scores["exact_match"].item() / 100, scores["f1"].item() / 100]
+            self.found.append(torch.tensor([row], device=self.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means over the questions.
+
+        Raises:
+            TuningError: there were none.
+        """
+        if not len(self.found):
+            raise TuningError("there are no answers to score: give the split at least one question.")
+        found = dim_zero_cat(self.found)
+        order = found[:, 1].argsort(descending=True, stable=True)
+        found = found[order[found[order, 0].argsort(stable=True)]]
+        first = torch.ones(len(found), dtype=torch.bool, device=found.device)
+        first[1:] = found[1:, 0] != found[:-1, 0]
+        exact, f1 = found[first, 2:].mean(0).float()
+        return {"exact_match": exact, "f1": f1}

@@ -1,0 +1,332 @@
+"""Soft contexts in the texts of a two-tower model (CLIP, SigLIP): what CoOp and its kin share.
+
+A context is virtual tokens (`lightning_peft.virtual_tokens`) that a graft around the text tower puts into every text
+which the tower reads, wherever the call comes from: ``model(input_ids=..., pixel_values=...)``,
+``model.get_text_features(...)`` or a task. A causal tower that is read at the end of the text (CLIP) computes what the
+texts have in common once and nothing behind their ends (`lightning_peft.packing`); one that reads all tokens and is
+read at its last position (SigLIP) is left to compute the full length, since there the padding matters.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import Graft, attach, grafts
+from lightning_peft.packing import pack
+from lightning_peft.text_towers import ends_of, positions_of, reads_end, two_towers, word_table
+from lightning_peft.virtual_tokens import VirtualTokens
+
+Position = Literal["end", "middle", "front"]
+POSITIONS = ("end", "middle", "front")
+
+
+class Call:
+    """What the grafts of one method tell each other while a model is called; no tensor is left afterwards.
+
+    Attributes:
+        active: whether the context is put in; without it the model is the frozen one.
+        variant: which of the prompts of a text is made; None: all.
+        listens: whether the image features of this call are to be kept.
+        images: the image features of this call, [B, p].
+        shift: what is added to the context for each image, [B, d].
+        prompts: the graft that holds the rows of all layers; it is no tensor, and stays.
+    """
+
+    def __init__(self) -> None:
+        self.active = True
+        self.variant: int | None = None
+        self.listens = False
+        self.images: Tensor | None = None
+        self.shift: Tensor | None = None
+        self.prompts: nn.Module | None = None
+
+
+class ContextTokens(VirtualTokens):
+    """Gives the tokens of a context their rows in the output of the word table.
+
+    Args:
+        weight: the rows, [P, d].
+        call: shared with the other grafts of the method.
+    """
+
+    def __init__(self, weight: nn.Parameter, call: Call) -> None:
+        super().__init__(weight)
+        self.call = call
+
+    def table(self) -> Tensor:
+        """Return the row of each virtual token, [P, d]."""
+        return self.weight
+
+    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        """Return the embeddings with the rows of virtual ids filled in, [B, T, d]."""
+        ids, self._ids = self._ids, None
+        assert ids is not None
+        rows = F.embedding((-1 - ids).clamp(min=0), self.table())
+        shift = self.call.shift
+        if shift is not None:
+            rows = rows + shift.repeat_interleave(len(rows) // len(shift), 0).unsqueeze(1)
+        return torch.where((ids < 0).unsqueeze(-1), rows.to(out.dtype), out)
+
+
+class TextContext(Graft):
+    """Puts a context into each text that the tower reads. Its host is the text tower.
+
+    Args:
+        layout: the virtual tokens of each text's prompts, as ids, [V, C, M]: V prompts of each text, C of 1 where all
+            texts have the same, M tokens.
+        position: where the words of a text stand: behind the context ('end'), in the middle of it or before it. The
+            token before the end of the text is the full stop, which stays last.
+        share_prefix: compute what texts have in common once, and nothing behind their ends.
+        template: what a caller shall write around the name of a class.
+        chunk: at most that many prompts at a time, computed anew in the backward pass; None: all at once.
+        call: shared with the other grafts of the method.
+    """
+
+    def __init__(
+        self,
+        layout: Tensor,
+        call: Call,
+        position: Position = "end",
+        share_prefix: bool = True,
+        template: str = "{}.",
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("layout", layout, persistent=False)
+        self.layout: Tensor
+        self.call = call
+        self.position = position
+        self.share_prefix = share_prefix
+        self.template = template
+        self.chunk = chunk
+
+    @property
+    def count(self) -> int:
+        """How many tokens the context has."""
+        return self.layout.shape[2]
+
+    @property
+    def variants(self) -> int:
+        """How many prompts there are of each text."""
+        return self.layout.shape[0]
+
+    def around(
+        self,
+        forward: Callable[..., Any],
+        host: nn.Module,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return what the tower gives for the prompts, V C rows, those of the first variant first."""
+        if not self.call.active or input_ids is None:
+            return forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        if position_ids is not None:
+            raise TuningError("position_ids count the tokens without the context that is put in: leave them out.")
+        ids, mask = self.prompts(host, input_ids, attention_mask)
+        shift = self.call.shift
+        images = 1 if shift is None else len(shift)
+        size = self._chunk_size(len(ids), images)
+        if size >= len(ids):
+            return self._read(forward, host, ids, mask, shift, kwargs)
+        outs = []
+        for start in range(0, len(ids), size):
+            part = (forward, host, ids[start : start + size], None if mask is None else mask[start : start + size])
+            if torch.is_grad_enabled():
+                outs.append(checkpoint(self._read, *part, shift, kwargs, use_reentrant=False))
+            else:
+                outs.append(self._read(*part, shift, kwargs))
+        pooled = [out.pooler_output.unflatten(0, (images, -1)) for out in outs]
+        return type(outs[0])(pooler_output=torch.cat(pooled, 1).flatten(0, 1))
+
+    def prompts(self, host: nn.Module, texts: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the texts with the context in them, [V C, T'], and the mask widened alike.
+
+        Raises:
+            TuningError: a text has no room for the context, no end, no name where the context goes behind it, or there
+                are not as many texts as classes that have a context of their own.
+        """
+        texts = texts.view(-1, texts.shape[-1])
+        layout = self.layout if self.call.variant is None else self.layout[self.call.variant].unsqueeze(0)
+        if layout.shape[1] not in (1, len(texts)):
+            raise TuningError(
+                f"{layout.shape[1]} classes have a context of their own, and there are {len(texts)} texts: "
+                "give one text for each class, in their order."
+            )
+        context = layout.expand(-1, len(texts), -1).flatten(0, 1)
+        count, length, causal = self.count, texts.shape[1], reads_end(host)
+        ends = ends_of(host, texts)
+        limit = positions_of(host) if causal else length
+        if not torch.compiler.is_compiling():
+            self._check(texts, mask, ends, limit, causal)
+        start = 1 if causal else 0
+        close = (ends - 1 if causal else ends).clamp(min=start)
+        first = {"end": count, "middle": count // 2, "front": 0}[self.position]
+        columns = torch.arange(length + count, device=texts.device)[:limit].expand(len(texts), -1)
+        close = close.unsqueeze(1)
+        behind = columns >= close + first
+        virtual = ((columns >= start) & (columns < start + first)) | (behind & (columns < close + count))
+        token = torch.where(behind, columns - close, columns - start).clamp(0, count - 1)
+        source = torch.where(columns < start, columns, columns - torch.where(behind, count, first))
+        source = source.clamp(0, length - 1)
+        times = layout.shape[0]
+        virtual, words = virtual.repeat(times, 1), texts.gather(1, source).repeat(times, 1)
+        ids = torch.where(virtual, context.gather(1, token.repeat(times, 1)), words)
+        if mask is not None:
+            mask = torch.where(virtual, 1, mask.gather(1, source).repeat(times, 1)).to(mask.dtype)
+        return ids, mask
+
+    def _check(self, texts: Tensor, mask: Tensor | None, ends: Tensor, limit: int, causal: bool) -> None:
+        if causal and mask is not None and not bool((mask.cumsum(1).gather(1, ends[:, None])[:, 0] == ends + 1).all()):
+            raise TuningError("a text is padded on the left, where the context goes: pad it on the right.")
+        longest = int(ends.max()) + 1
+        if longest + self.count > limit:
+            row = int(ends.argmax())
+            remedy = "shorten the text or the context" if causal else "pad to the full length, padding='max_length'"
+            raise TuningError(
+                f"text {row} has {longest} tokens, which with a context of {self.count} is more than {limit}: {remedy}."
+            )
+        if causal and self.position != "end":
+            if int(ends.min()) < 3:
+                raise TuningError(
+                    f"text {int(ends.argmin())} has no name and full stop for position={self.position!r}: "
+                    "write each as 'name.'."
+                )
+            last = texts.gather(1, ends[:, None] - 1)
+            if bool((last != last[0]).any()):
+                raise TuningError(
+                    f"position={self.position!r} keeps the full stop behind the context, and the texts end in "
+                    "different tokens: end each with a full stop."
+                )
+
+    def _chunk_size(self, prompts: int, images: int) -> int:
+        return prompts if self.chunk is None else max(1, self.chunk // images)
+
+    def _read(
+        self,
+        forward: Callable[..., Any],
+        host: nn.Module,
+        ids: Tensor,
+        mask: Tensor | None,
+        shift: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Return what the tower gives for the prompts, those of the first image first."""
+        self.call.shift, before = shift, self.call.shift  # a checkpoint comes here again in the backward pass
+        try:
+            if self.share_prefix and can_pack(host, kwargs):
+                return self._packed(forward, host, ids, 1 if shift is None else len(shift), kwargs)
+            if self.share_prefix and reads_end(host) and not torch.compiler.is_compiling():
+                longest = int(ends_of(host, ids).max()) + 1
+                ids, mask = ids[:, :longest], None if mask is None else mask[:, :longest]
+            if shift is not None:
+                ids = ids.repeat(len(shift), 1)
+                mask = mask if mask is None else mask.repeat(len(shift), 1)
+            return forward(input_ids=ids, attention_mask=mask, **kwargs)
+        finally:
+            self.call.shift = before
+
+    def _packed(
+        self, forward: Callable[..., Any], host: nn.Module, ids: Tensor, images: int, kwargs: dict[str, Any]
+    ) -> Any:
+        ends = ends_of(host, ids).tolist()
+        rows = tuple(tuple(row[: end + 1]) for row, end in zip(ids.tolist(), ends, strict=True))
+        packed = pack(rows, host.config.hidden_size)  # type: ignore[union-attr]
+        device = ids.device
+        tokens = torch.from_numpy(packed.ids).to(device).repeat(images, 1)
+        positions = torch.from_numpy(packed.positions).to(device).repeat(images, 1)
+        visible = torch.from_numpy(packed.visible).to(device).unsqueeze(1)
+        if len(visible) > 1:
+            visible = visible.repeat(images, 1, 1, 1)
+        out = forward(input_ids=tokens, position_ids=positions, attention_mask=_mask(host, visible), **kwargs)
+        hidden = out.last_hidden_state
+        index = torch.from_numpy(packed.ends).to(device)
+        if images > 1:
+            index = index + torch.arange(images, device=device).unsqueeze(1) * packed.ids.size
+        # A tree has no hidden state for each text, and one of another shape would be taken for it: there is none.
+        return type(out)(pooler_output=hidden.flatten(0, 1)[index.flatten()])
+
+
+class LongRows(Graft):
+    """Lets the embeddings of a text tower take rows of more tokens than it has positions.
+
+    CLIPTextEmbeddings refuses them, though a tree's positions are depths, all within its table
+    (https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/clip/modeling_clip.py). An
+    embedding depends on one token and one position, so the tokens are looked up as rows of one.
+    """
+
+    def around(
+        self,
+        forward: Callable[..., Any],
+        host: nn.Module,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the embeddings, [G, N, d]."""
+        if input_ids is None or position_ids is None or input_ids.shape != position_ids.shape:
+            return forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        single = forward(input_ids=input_ids.reshape(-1, 1), position_ids=position_ids.reshape(-1, 1), **kwargs)
+        return single.view(*input_ids.shape, -1)
+
+
+def plain_layout(count: int, classes: int | None = None) -> Tensor:
+    """Return the layout of one prompt of each text, [1, C, M]: the same for all texts, or for each of its own."""
+    return -1 - torch.arange(count * (classes or 1)).view(1, -1, count)
+
+
+def graft_context(tower: nn.Module, tokens: ContextTokens, context: TextContext, name: str) -> None:
+    """Attach the grafts of a context to a text tower."""
+    table = word_table(tower)
+    attach(table, tokens.to(table.weight.device), name)
+    attach(tower, context.to(table.weight.device), name)
+    if reads_end(tower):
+        attach(tower.embeddings, LongRows(), name)  # type: ignore[arg-type]
+
+
+def can_pack(tower: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Tell whether a tower can read a tree: it is causal, takes a mask, and the caller wants features alone."""
+    wants_more = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+    if torch.compiler.is_compiling() or not reads_end(tower) or wants_more or kwargs.get("return_dict") is False:
+        return False
+    return _implementation(tower).endswith(("sdpa", "eager"))
+
+
+@contextmanager
+def frozen(backbone: nn.Module) -> Iterator[None]:
+    """Let the backbone compute what it computed before methods came, as far as they put contexts and prompts in."""
+    found = [getattr(place.graft, "call", None) for place in grafts(backbone)]
+    calls = [call for call in found if isinstance(call, Call)]
+    for call in calls:
+        call.active = False
+    try:
+        yield
+    finally:
+        for call in calls:
+            call.active = True
+
+
+def context_of(backbone: nn.Module) -> TextContext | None:
+    """Return the context that a method has put into the texts of the backbone, if any."""
+    tower = getattr(two_towers(backbone), "text_model", None)
+    children = tower.children() if isinstance(tower, nn.Module) else ()
+    return next((child for child in children if isinstance(child, TextContext)), None)
+
+
+def _implementation(tower: nn.Module) -> str:
+    return getattr(tower.config, "_attn_implementation", None) or "eager"
+
+
+def _mask(tower: nn.Module, visible: Tensor) -> Tensor:
+    """Return the mask [G, 1, N, N] as the tower's attention takes it: what is seen, or what is added to the scores."""
+    if _implementation(tower).endswith("sdpa"):
+        return visible
+    dtype = word_table(tower).weight.dtype
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

@@ -1,0 +1,180 @@
+"""CoCoOp: the context of the prompts is shifted by what a small network makes of the image.
+
+v_m(x) = v_m + h(x) for m = 1 .. M, h = Linear(p, p / 16), ReLU, Linear(p / 16, d), on the normalised image feature x of
+p numbers; every image then has prompts of its own, [B, C] of them.
+
+Source: Zhou et al. 2022, arXiv 2203.05557, and its released code, which runs the images one by one: here a
+batch is one pass, equal to that loop. What the prompts of an image have in common is computed once, and ``chunk``
+bounds how many are in memory. The context has the name at its end and is the same for all classes, as there.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import Graft, attach
+from lightning_peft.method import Method
+from lightning_peft.mixin import MethodMixin
+from lightning_peft.text_towers import initial_rows, text_tower, two_towers, word_table
+
+DEFAULT_LENGTH = 4
+
+
+class ConditionalTokens(ContextTokens):
+    """Rows of a context, and the network that shifts them by the features of an image.
+
+    Args:
+        weight: the rows, [M, d].
+        call: shared with the other grafts of the method.
+        features: how many numbers p an image feature has.
+        reduction: how many times narrower the network is inside.
+    """
+
+    def __init__(self, weight: nn.Parameter, call: Call, features: int, reduction: int) -> None:
+        super().__init__(weight, call)
+        inner = features // reduction
+        self.meta_net = nn.Sequential(nn.Linear(features, inner), nn.ReLU(), nn.Linear(inner, weight.shape[1]))
+
+    def shift(self, images: Tensor) -> Tensor:
+        """Return what is added to every token of the context for each image, [B, d]."""
+        shift: Tensor = self.meta_net(F.normalize(images.float(), dim=-1))
+        return shift
+
+
+class ConditionalContext(TextContext):
+    """Makes the prompts of each image. Its host is the text tower."""
+
+    conditional = True
+
+    def __init__(self, *args: Any, tokens: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokens = tokens
+
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return what the tower gives for the prompts of all images, B C rows, those of the first image first."""
+        if not self.call.active:
+            return super().around(forward, host, *args, **kwargs)
+        if self.call.images is None:
+            raise TuningError(
+                "CoCoOp's prompts depend on the image: call the model with input_ids and pixel_values, or give "
+                "images= to lightning_peft.clip.text_features."
+            )
+        self.call.shift = getattr(word_table(host), self.tokens).shift(self.call.images)
+        try:
+            return super().around(forward, host, *args, **kwargs)
+        finally:
+            self.call.shift = None
+
+
+class ImageListener(Graft):
+    """Tells the text tower the features of the images that the same call of the model has. It changes nothing."""
+
+    listens_only = True
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Keep the features till the end of the call."""
+        if self.call.listens:
+            self.call.images = out if isinstance(out, Tensor) else out.pooler_output
+        return out
+
+
+class OwnTexts(Graft):
+    """Compares each image with its own prompts alone. Its host is the two-tower model."""
+
+    listens_only = True
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return the output with logits of each image [B, C], where the host compares all images with all prompts."""
+        if not self.call.active:
+            return forward(*args, **kwargs)
+        if kwargs.get("return_loss"):
+            raise TuningError(
+                "return_loss contrasts pairs of image and text, and CoCoOp makes each text anew for each image: "
+                "compute the loss from logits_per_image."
+            )
+        self.call.listens = True
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            self.call.listens, self.call.images = False, None
+        per_image = getattr(out, "logits_per_image", None)  # [B, B C]
+        if per_image is None:
+            raise TuningError(
+                f"{type(host).__name__} changes what the two-tower model gives, so CoCoOp cannot keep the logits of "
+                "each image's own prompts: keep the model as a part of yours, and do not derive from it."
+            )
+        size = len(per_image)
+        own = torch.diagonal(per_image.unflatten(1, (size, -1)), dim1=0, dim2=1)
+        out.logits_per_image, out.logits_per_text = own.t(), own
+        return out
+
+
+@dataclass(eq=False, kw_only=True)
+class CoCoOp(Method):
+    """Train a context that a small network shifts for each image, in the texts that CLIP or SigLIP reads.
+
+    Args:
+        num_virtual_tokens: length M of the context [tokens]; None: 4, or that of ``init``.
+        init: words whose embeddings the context starts from, "a photo of a" in the paper; None: N(0, 0.02²).
+        reduction: the network is that many times narrower inside than an image feature.
+        chunk: at most that many prompts in the text tower at a time; in training they are computed again for the
+            gradient, which takes a third more time. None: all.
+        share_prefix: compute what texts have in common once and nothing behind their ends; False: every text in full.
+        tokenizer: folder or hub id of the tokenizer of ``init``; None: that of the backbone.
+    """
+
+    num_virtual_tokens: int | None = None
+    init: str | None = "a photo of a"
+    reduction: int = 16
+    chunk: int | None = None
+    share_prefix: bool = True
+    tokenizer: str | None = None
+
+    kind: ClassVar[str] = "prompt"
+    trains: ClassVar[str] = "a context in the texts of a two-tower model, shifted by the image"
+    paper: ClassVar[str] = "Zhou et al. 2022, arXiv 2203.05557"
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "chunk", "share_prefix", "tokenizer"}
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach the context, and what brings it the image."""
+        tower, call = text_tower(backbone, type(self).__name__), Call()
+        model = two_towers(backbone)
+        source = getattr(model, "visual_projection", None) or getattr(model, "vision_model", None)
+        if source is None:
+            raise TuningError(f"{type(backbone).__name__} reads no images, which CoCoOp needs: give a CLIPModel.")
+        features = getattr(source, "out_features", None) or source.config.hidden_size
+        if not 1 <= self.reduction <= features:
+            raise TuningError(f"reduction={self.reduction} is out of range: an image feature has {features} numbers.")
+        if self.chunk is not None and self.chunk < 1:
+            raise TuningError(f"chunk={self.chunk} is out of range: take 1 or more.")
+        rows = initial_rows(
+            backbone, word_table(tower), self.num_virtual_tokens, self.init, self.tokenizer, DEFAULT_LENGTH
+        )
+        tokens = ConditionalTokens(nn.Parameter(rows), call, features, self.reduction)
+        context = ConditionalContext(
+            plain_layout(len(rows)), call, share_prefix=self.share_prefix, chunk=self.chunk, tokens=self.name
+        )
+        graft_context(tower, tokens, context, self.name)
+        attach(source, ImageListener(call), self.name)
+        attach(model, OwnTexts(call), self.name)
+        return ()
+
+
+class CoCoOpMixin(MethodMixin):
+    """For a LightningModule that is tuned by a context for each image: set ``self.method`` to change its arguments."""
+
+    default_method = CoCoOp

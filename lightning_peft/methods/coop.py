@@ -1,0 +1,118 @@
+"""CoOp: learnt context tokens stand in front of the names of classes, ``[SOS] [V]_1 .. [V]_M name . [EOT]``.
+
+p(y = i | x) = softmax_i(exp(s) cos(g(t_i), f(x))), where the prompt t_i has M trained vectors, and both encoders g, f
+and the temperature s are frozen.
+
+Source: Zhou et al. 2021, arXiv 2109.01134, section 3. The paper has one context for all classes or one of
+each class, and the name at the end or in the middle; the released code adds the front. The released code counts words
+where it means tokens, so that of words of several tokens some stay fixed: we count tokens. It runs all 77 positions of
+every class; we compute the start token and a common context once and nothing behind the end of a text, which gives the
+same features (`share_prefix`). SigLIP has no start token and is read at its last position, so its context comes first
+and the padding stays as it is.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft import select
+from lightning_peft.contexts import POSITIONS, Call, ContextTokens, Position, TextContext, graft_context, plain_layout
+from lightning_peft.errors import TuningError
+from lightning_peft.graft import grafts
+from lightning_peft.method import Method
+from lightning_peft.mixin import MethodMixin
+from lightning_peft.text_towers import initial_rows, nearest_words, text_tower, tokenizer_of, word_table
+
+DEFAULT_LENGTH = 16
+
+
+@dataclass(eq=False, kw_only=True)
+class CoOp(Method):
+    """Train a context of M tokens in the texts that the text tower of CLIP or SigLIP reads.
+
+    The texts are the names of the classes with a full stop, ``"red star."``, tokenised by the model's own tokenizer.
+
+    Args:
+        num_virtual_tokens: length M of the context [tokens]; None: 16, or that of ``init``.
+        init: words whose embeddings the context starts from, such as "a photo of a"; None: N(0, 0.02²).
+        position: where the name stands: behind the context ('end'), in the middle of it, or before it ('front').
+        class_specific: give each class a context of its own. It fits no other list of classes.
+        num_classes: how many classes there are, if each has a context of its own.
+        share_prefix: compute what texts have in common once and nothing behind their ends; False: every text in full.
+        tokenizer: folder or hub id of the tokenizer of ``init``; None: that of the backbone.
+    """
+
+    num_virtual_tokens: int | None = None
+    init: str | None = None
+    position: Position = "end"
+    class_specific: bool = False
+    num_classes: int | None = None
+    share_prefix: bool = True
+    tokenizer: str | None = None
+
+    kind: ClassVar[str] = "prompt"
+    trains: ClassVar[str] = "a context in the texts of a two-tower model"
+    paper: ClassVar[str] = "Zhou et al. 2021, arXiv 2109.01134"
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "share_prefix", "tokenizer"}
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach the context to the text tower."""
+        if self.position not in POSITIONS:
+            raise TuningError(f"position={self.position!r} is no place of a name: take one of {', '.join(POSITIONS)}.")
+        if self.class_specific != (self.num_classes is not None):
+            raise TuningError(
+                f"class_specific={self.class_specific} and num_classes={self.num_classes} do not go together: "
+                "give both for a context of each class, or neither."
+            )
+        tower, call = text_tower(backbone, type(self).__name__), Call()
+        rows = initial_rows(
+            backbone, word_table(tower), self.num_virtual_tokens, self.init, self.tokenizer, DEFAULT_LENGTH
+        )
+        layout = plain_layout(len(rows), self.num_classes)
+        if self.num_classes is not None:
+            rows = self._of_each_class(rows, self.num_classes)
+        context = TextContext(layout, call, self.position, self.share_prefix)
+        graft_context(tower, ContextTokens(nn.Parameter(rows), call), context, self.name)
+        return ()
+
+    def context(self, model: nn.Module) -> Tensor:
+        """Return the context, [M, d], or that of each class, [C, M, d].
+
+        Raises:
+            TuningError: the method is not applied to ``model``.
+        """
+        for place in grafts(model):
+            if isinstance(place.graft, ContextTokens) and place.name == self.name:
+                rows = place.graft.weight
+                return rows if self.num_classes is None else rows.unflatten(0, (self.num_classes, -1))
+        raise TuningError(f"{type(self).__name__} is not applied to this {type(model).__name__}: apply it first.")
+
+    def nearest_words(self, model: nn.Module, k: int = 5) -> list[list[tuple[str, float]]]:
+        """Return, for each token of the context, the k words of least Euclidean distance, with it.
+
+        Contexts of classes follow each other.
+        """
+        backbone = select.backbone_of(model, self.backbone)
+        rows = self.context(backbone).flatten(0, -2)
+        return nearest_words(backbone, rows, tokenizer_of(backbone, self.tokenizer, "nearest_words"), k)
+
+    def _of_each_class(self, rows: Tensor, classes: int) -> Tensor:
+        if classes < 1:
+            raise TuningError(f"num_classes={classes} is out of range: take 1 or more.")
+        if self.init is not None:
+            return rows.repeat(classes, 1)
+        return torch.cat([rows, *(torch.empty_like(rows).normal_(std=0.02) for _ in range(classes - 1))])
+
+
+class CoOpMixin(MethodMixin):
+    """For a LightningModule that is tuned by a context: set ``self.method`` to change its arguments."""
+
+    default_method = CoOp
+
+    def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """Return, for each token of the context, the k words of least Euclidean distance, with it."""
+        assert isinstance(self.method, CoOp)
+        return self.method.nearest_words(self, k)  # type: ignore[arg-type]

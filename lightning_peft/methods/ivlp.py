@@ -1,0 +1,73 @@
+"""IVLP: prompts in the first layers of both towers of CLIP, independent of each other.
+
+Layer i <= J of the text tower has n rows of its own behind the start token, layer i <= J' of the vision tower n' rows
+behind the patches; what a layer makes of the rows is dropped where the next one has its own.
+
+Source: "independent vision-language prompting" of Khattak et al. 2022, arXiv 2210.03117, and its released code.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from lightning_peft.deep_prompts import Prompts, check_depth, device_of, graft_prompts, random_rows, vision_tower
+from lightning_peft.errors import TuningError
+from lightning_peft.method import Method
+from lightning_peft.mixin import MethodMixin
+from lightning_peft.text_towers import initial_rows, text_tower, two_towers, word_table
+
+DEFAULT_LENGTH = 4
+
+
+@dataclass(eq=False, kw_only=True)
+class IVLP(Method):
+    """Train prompts in the first layers of both towers of CLIP or SigLIP.
+
+    Args:
+        num_virtual_tokens: length n of the prompt in each layer of the text tower [tokens]; None: 4, or that of
+            ``init``.
+        num_image_tokens: length n' of the prompt in each layer of the vision tower [tokens].
+        depth: how many layers J of the text tower have prompts.
+        image_depth: how many layers J' of the vision tower have prompts; None: ``depth``.
+        init: words whose embeddings the prompt of the first text layer starts from; None: N(0, 0.02²).
+        share_prefix: compute what texts have in common once and nothing behind their ends; False: every text in full.
+        tokenizer: folder or hub id of the tokenizer of ``init``; None: that of the backbone.
+    """
+
+    num_virtual_tokens: int | None = None
+    num_image_tokens: int = 4
+    depth: int = 9
+    image_depth: int | None = None
+    init: str | None = "a photo of a"
+    share_prefix: bool = True
+    tokenizer: str | None = None
+
+    kind: ClassVar[str] = "prompt"
+    trains: ClassVar[str] = "independent prompts in the layers of both towers"
+    paper: ClassVar[str] = "Khattak et al. 2022, arXiv 2210.03117"
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "share_prefix", "tokenizer"}
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach the prompts to both towers."""
+        if self.num_image_tokens < 1:
+            raise TuningError(f"num_image_tokens={self.num_image_tokens} is no prompt: take 1 or more.")
+        text, images = text_tower(backbone, type(self).__name__), vision_tower(backbone, type(self).__name__)
+        image_depth = self.depth if self.image_depth is None else self.image_depth
+        check_depth(text, self.depth, "depth")
+        check_depth(images, image_depth, "depth" if self.image_depth is None else "image_depth")
+        rows = initial_rows(
+            backbone, word_table(text), self.num_virtual_tokens, self.init, self.tokenizer, DEFAULT_LENGTH
+        )
+        first = nn.Parameter(rows.to(device_of(text)))
+        texts = [first, *(random_rows(text, len(rows)) for _ in range(self.depth - 1))]
+        prompts = Prompts(texts, [random_rows(images, self.num_image_tokens) for _ in range(image_depth)])
+        graft_prompts(two_towers(backbone), prompts, self.name, "{}.", self.share_prefix)
+        return ()
+
+
+class IVLPMixin(MethodMixin):
+    """For a LightningModule that is tuned by prompts in both towers: set ``self.method`` to change its arguments."""
+
+    default_method = IVLP

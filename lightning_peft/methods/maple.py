@@ -1,0 +1,104 @@
+"""MaPLe: prompts in the first layers of both towers of CLIP, those of the images made from those of the texts.
+
+Layer i <= J of the text tower has n rows P_i behind the start token, layer i of the vision tower the rows F_i P_i
+behind the patches, F_i a linear map; what a layer makes of the rows is dropped where the next one has its own.
+
+Source: Khattak et al. 2022, arXiv 2210.03117, and its released code. There the rows of the first layer
+start from the first n tokens of "a photo of a" and the other words stay: `template` is "of a {}." by default, and the
+texts that the model is given are to be written so.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from lightning_peft.deep_prompts import (
+    Prompts,
+    check_depth,
+    device_of,
+    graft_prompts,
+    random_rows,
+    vision_tower,
+    width_of,
+)
+from lightning_peft.errors import TuningError
+from lightning_peft.method import Method
+from lightning_peft.mixin import MethodMixin
+from lightning_peft.text_towers import (
+    initial_rows,
+    rows_of,
+    text_tower,
+    tokenizer_of,
+    two_towers,
+    word_ids,
+    word_table,
+)
+
+
+@dataclass(eq=False, kw_only=True)
+class MaPLe(Method):
+    """Train prompts in the first layers of both towers of CLIP or SigLIP, coupled by linear maps.
+
+    Args:
+        num_virtual_tokens: length n of the prompt in each layer [tokens].
+        depth: how many layers J of either tower have prompts.
+        init: words whose first n tokens the prompt of the first layer starts from; the other words belong in the
+            texts. None: N(0, 0.02²), as in the layers above.
+        share_prefix: compute what texts have in common once and nothing behind their ends; False: every text in full.
+        tokenizer: folder or hub id of the tokenizer of ``init``; None: that of the backbone.
+    """
+
+    num_virtual_tokens: int = 2
+    depth: int = 9
+    init: str | None = "a photo of a"
+    share_prefix: bool = True
+    tokenizer: str | None = None
+
+    kind: ClassVar[str] = "prompt"
+    trains: ClassVar[str] = "coupled prompts in the layers of both towers"
+    paper: ClassVar[str] = "Khattak et al. 2022, arXiv 2210.03117"
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"share_prefix", "tokenizer"}
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach the prompts to both towers."""
+        model, count = two_towers(backbone), self.num_virtual_tokens
+        text, images = text_tower(backbone, type(self).__name__), vision_tower(backbone, type(self).__name__)
+        for tower in (text, images):
+            check_depth(tower, self.depth, "depth")
+        if self.init is None:
+            rows, template = initial_rows(backbone, word_table(text), count, None, None, count), "{}."
+        else:
+            tokenizer = tokenizer_of(backbone, self.tokenizer, f"init={self.init!r}")
+            first, template = split_words(tokenizer, self.init, count)
+            rows = rows_of(word_table(text), first)
+        weights = [nn.Parameter(rows.to(device_of(text))), *(random_rows(text, count) for _ in range(self.depth - 1))]
+        maps = [nn.Linear(width_of(text), width_of(images)).to(device_of(images)) for _ in range(self.depth)]
+        graft_prompts(model, Prompts(weights, projections=maps), self.name, template, self.share_prefix)
+        return ()
+
+
+def split_words(tokenizer: Any, words: str, count: int) -> tuple[list[int], str]:
+    """Return the ids of the first ``count`` tokens of words, and the template of a text, which begins with the others.
+
+    Raises:
+        TuningError: there are fewer tokens, or the last of them ends within a word.
+    """
+    if count < 1:
+        raise TuningError(f"num_virtual_tokens={count} is no prompt: take 1 or more.")
+    every, parts = word_ids(tokenizer, words), words.split()
+    for i in range(1, len(parts) + 1):
+        ids = word_ids(tokenizer, " ".join(parts[:i]))
+        if len(ids) == count:
+            return ids, " ".join([*parts[i:], "{}."])
+    raise TuningError(
+        f"no beginning of init={words!r} has {count} tokens (it has {len(every)}): change num_virtual_tokens, or give "
+        "init=None for random values."
+    )
+
+
+class MaPLeMixin(MethodMixin):
+    """For a LightningModule that is tuned by coupled prompts: set ``self.method`` to change its arguments."""
+
+    default_method = MaPLe

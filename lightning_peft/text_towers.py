@@ -1,0 +1,139 @@
+"""Text towers of two-tower models (CLIP, SigLIP): where they are, what they read, and the words that they know."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.errors import TuningError
+
+STANDARD_DEVIATION = 0.02
+"""Of the random initial values of a context."""
+
+
+def two_towers(backbone: nn.Module) -> nn.Module:
+    """Return the two-tower model in a backbone: itself, or what it is built around."""
+    return backbone if hasattr(backbone, "text_model") else getattr(backbone, "base_model", backbone)
+
+
+def text_tower(backbone: nn.Module, method: str) -> nn.Module:
+    """Return the text tower of a two-tower model.
+
+    Raises:
+        TuningError: it has none that is read at the end of the text, as CLIP's, or at the last position, as SigLIP's.
+    """
+    tower = getattr(two_towers(backbone), "text_model", None)
+    table = getattr(getattr(tower, "embeddings", None), "token_embedding", None)
+    if not isinstance(tower, nn.Module) or not isinstance(table, nn.Embedding) or not _is_known(tower):
+        raise TuningError(
+            f"{method} puts a context into the texts of a two-tower model, and {type(backbone).__name__} has no text "
+            "tower like that of CLIP or SigLIP: give a CLIPModel or a SiglipModel."
+        )
+    return tower
+
+
+def word_table(tower: nn.Module) -> nn.Embedding:
+    """Return the word table of a text tower."""
+    return tower.embeddings.token_embedding  # type: ignore[union-attr, return-value]
+
+
+def positions_of(tower: nn.Module) -> int:
+    """Return how many positions a text tower has."""
+    return tower.embeddings.position_embedding.num_embeddings  # type: ignore[union-attr, return-value]
+
+
+def reads_end(tower: nn.Module) -> bool:
+    """Tell whether a tower is causal and read at the end-of-text token; otherwise it is read at its last position."""
+    return hasattr(tower, "eos_token_id")
+
+
+def ends_of(tower: nn.Module, texts: Tensor) -> Tensor:
+    """Return where each text ends, [C]: its end-of-text token, or the first of the equal tokens that fill it up.
+
+    Raises:
+        TuningError: a text has no end-of-text token.
+    """
+    if not reads_end(tower):
+        filled = texts.eq(texts[:, -1:]).flip(1).long().cumprod(1).sum(1)
+        return texts.shape[1] - filled
+    if tower.eos_token_id == 2:  # configurations of old, where CLIPTextModel reads at the largest id
+        return texts.argmax(1)
+    found = texts.eq(tower.eos_token_id).long()  # type: ignore[arg-type]
+    if not torch.compiler.is_compiling() and not bool(found.any(1).all()):
+        row = int(found.any(1).long().argmin())
+        raise TuningError(
+            f"text {row} has no end-of-text token ({tower.eos_token_id}): tokenise with the model's own tokenizer."
+        )
+    return found.argmax(1)
+
+
+def tokenizer_of(backbone: nn.Module, name: str | None, argument: str) -> Any:
+    """Return a tokenizer by its folder or hub id, or that of the backbone.
+
+    Raises:
+        TuningError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    name = name or getattr(getattr(backbone, "config", None), "_name_or_path", "")
+    if not name:
+        raise TuningError(f"{argument} needs the words of the model: give tokenizer= (a folder or hub id).")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise TuningError(f"no tokenizer at {name!r} ({str(error).splitlines()[0]}): give tokenizer=.") from None
+
+
+def initial_rows(
+    backbone: nn.Module, table: nn.Embedding, count: int | None, init: str | None, tokenizer: str | None, default: int
+) -> Tensor:
+    """Return the first values of a context, [M, d]: the embeddings of ``init``'s tokens, or N(0, 0.02²).
+
+    Raises:
+        TuningError: ``init`` has another number of tokens than ``count``, or there is no tokenizer.
+    """
+    if init is None:
+        count = default if count is None else count
+        if count < 1:
+            raise TuningError(f"num_virtual_tokens={count} is no context: take 1 or more.")
+        return torch.empty(count, table.embedding_dim, dtype=torch.float32).normal_(std=STANDARD_DEVIATION)
+    ids = word_ids(tokenizer_of(backbone, tokenizer, f"init={init!r}"), init)
+    if count not in (None, len(ids)):
+        raise TuningError(
+            f"init={init!r} has {len(ids)} tokens, and num_virtual_tokens={count}: give one of them, or other words."
+        )
+    return rows_of(table, ids)
+
+
+def word_ids(tokenizer: Any, words: str) -> list[int]:
+    """Return the ids of words.
+
+    Raises:
+        TuningError: there are none.
+    """
+    ids: list[int] = tokenizer(words, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise TuningError(f"init={words!r} has no tokens: give words, or None for random values.")
+    return ids
+
+
+def rows_of(table: nn.Embedding, ids: Sequence[int]) -> Tensor:
+    """Return the embeddings of words, in fp32, [len(ids), d]."""
+    return table.weight.detach()[torch.tensor(ids, device=table.weight.device)].float().clone()
+
+
+def nearest_words(backbone: nn.Module, rows: Tensor, tokenizer: Any, k: int) -> list[list[tuple[str, float]]]:
+    """Return, for each token of a context, the k words of least Euclidean distance, with it."""
+    table = word_table(two_towers(backbone).text_model)  # type: ignore[arg-type]
+    with torch.no_grad():
+        distances = torch.cdist(rows.float(), table.weight.float())
+    values, ids = distances.topk(k, dim=1, largest=False)
+    return [
+        list(zip(tokenizer.convert_ids_to_tokens(row.tolist()), value.tolist(), strict=True))
+        for row, value in zip(ids, values, strict=True)
+    ]
+
+
+def _is_known(tower: nn.Module) -> bool:
+    return reads_end(tower) or isinstance(getattr(tower, "head", None), nn.Linear)

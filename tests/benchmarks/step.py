@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import BitFit, LoRA, Method, PromptTuning, TuningError
+from lightning_peft import IA3, BitFit, LoRA, Method, PromptTuning, TuningError
 from lightning_peft.graft import grafts
+from lightning_peft.methods.ia3 import ScaledInput
 from lightning_peft.select import word_tables
 from tests.benchmarks import measure
 from tests.benchmarks.backbones import SHAPES, Shape
@@ -31,6 +32,8 @@ R, PROMPT = 8, 20
 METHODS: dict[str, Method] = {
     "LoRA q+v": LoRA(r=R, alpha=2 * R),
     "LoRA all linears": LoRA(r=R, alpha=2 * R, target_modules="all-linear"),
+    "DoRA all linears": LoRA(r=R, alpha=2 * R, target_modules="all-linear", use_dora=True),
+    "IA3": IA3(),
     "BitFit": BitFit(),
     f"PromptTuning {PROMPT}": PromptTuning(num_virtual_tokens=PROMPT, init="random_uniform"),
 }
@@ -82,8 +85,11 @@ def ours(shape: Shape, method: Method) -> nn.Module:
     torch.manual_seed(1)
     method.apply(model)
     for place in grafts(model):
-        if isinstance(method, LoRA):
-            nn.init.normal_(place.graft.B, std=0.02)
+        with torch.no_grad():
+            if isinstance(method, LoRA):
+                nn.init.normal_(place.graft.B, std=0.02)
+            elif isinstance(method, IA3):
+                place.graft.l.add_(torch.randn_like(place.graft.l), alpha=0.02)
     return model
 
 
@@ -95,7 +101,12 @@ def theirs(shape: Shape, method: Method, tuned: nn.Module) -> nn.Module | None:
     if isinstance(method, LoRA):
         hosts = {place.path: place.graft for place in grafts(tuned)}
         config = peft.LoraConfig(
-            r=method.r, lora_alpha=method.alpha, target_modules=list(hosts), fan_in_fan_out=shape.conv1d, **common
+            r=method.r,
+            lora_alpha=method.alpha,
+            target_modules=list(hosts),
+            fan_in_fan_out=shape.conv1d,
+            use_dora=method.use_dora,
+            **common,
         )
         model = peft.get_peft_model(shape.build(), config)
         with torch.no_grad():
@@ -103,7 +114,11 @@ def theirs(shape: Shape, method: Method, tuned: nn.Module) -> nn.Module | None:
                 layer = model.base_model.model.get_submodule(path)
                 layer.lora_A["default"].weight.copy_(graft.A)
                 layer.lora_B["default"].weight.copy_(graft.B)
+                if method.use_dora:
+                    layer.lora_magnitude_vector["default"].weight.copy_(graft.m)
         return model.train()
+    if isinstance(method, IA3):
+        return their_ia3(shape, tuned, common)
     if isinstance(method, PromptTuning):
         config = peft.PromptTuningConfig(num_virtual_tokens=PROMPT, **common)
         model = peft.get_peft_model(shape.build(), config)
@@ -111,6 +126,23 @@ def theirs(shape: Shape, method: Method, tuned: nn.Module) -> nn.Module | None:
             model.prompt_encoder["default"].embedding.weight[:PROMPT] = method.rows(tuned)
         return model.train()
     return None
+
+
+def their_ia3(shape: Shape, tuned: nn.Module, common: dict[str, Any]) -> nn.Module:
+    """Return the IA3 of peft. Of a fused projection it scales the queries too, here by 1 at the start."""
+    import peft
+
+    hosts = {place.path: place.graft for place in grafts(tuned)}
+    inputs = [path for path, graft in hosts.items() if isinstance(graft, ScaledInput)]
+    config = peft.IA3Config(
+        target_modules=list(hosts), feedforward_modules=inputs, fan_in_fan_out=shape.conv1d, **common
+    )
+    model = peft.get_peft_model(shape.build(), config)
+    with torch.no_grad():
+        for path, graft in hosts.items():
+            vector = model.base_model.model.get_submodule(path).ia3_l["default"].view(-1)
+            vector[len(vector) - len(graft.l) :] = graft.l
+    return model.train()
 
 
 def steps(shape: Shape, names: Iterable[str], fused: bool) -> dict[str, Step]:

@@ -1,6 +1,7 @@
 """LoRA: `h = W x + (alpha / r) B A x`, its counts, its patterns, and merging."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import LoRA, TuningError, collect, merge
+from lightning_peft import IA3, LoRA, PromptTuning, TuningError, collect, load_delta, merge, save_delta
 from lightning_peft.graft import grafts
 from tests.contract import MethodContract, assert_near, output, shake, snapshot
 from tests.models import KINDS, MINILM, ROBERTA_LARGE, batch, meta, tiny
@@ -111,12 +112,12 @@ def test_merged_is_unmerged(build) -> None:
     with torch.no_grad():
         unmerged = host(x)
         for _ in range(2):  # merging what is merged adds nothing
-            graft.merge(host)
+            assert graft.merge(host, keep=True) == 0.0, "nothing is rounded"
             assert_near({"": unmerged}, {"": host(x)}, 1e-5)
         assert not torch.allclose(host.weight, before, atol=0.1)
         for _ in range(2):
             graft.unmerge(host)
-            assert_near({"": before}, {"": host.weight}, 1e-6)
+            assert torch.equal(before, host.weight)
         assert_near({"": unmerged}, {"": host(x)}, 1e-5)
 
 
@@ -133,10 +134,15 @@ def test_merge_into_bf16_rounds_once(build) -> None:
         exact = host.weight.float() + graft.scale * (
             (graft.update() / graft.scale).t() if isinstance(host, Conv1D) else graft.update() / graft.scale
         )
-        graft.merge(host)
+        before, update = host.weight.clone(), (exact - host.weight.float()).norm()
+        error = graft.merge(host, keep=True)
         assert torch.equal(host.weight, exact.bfloat16())
+        assert error == pytest.approx(((exact - exact.bfloat16().float()).norm() / update).item(), rel=1e-4)
         assert_near({"": unmerged}, {"": host(x).float()}, 2e-2)
-        with pytest.raises(TuningError, match=r"unmerging from torch\.bfloat16"):
+        graft.unmerge(host)
+        assert torch.equal(host.weight, before)
+        graft.merge(host)
+        with pytest.raises(TuningError, match="without keeping the weights"):
             graft.unmerge(host)
 
 
@@ -325,6 +331,12 @@ def test_targets(arguments: dict, paths: list[str]) -> None:
         ({"backbone": "encodr"}, "backbone='encodr' is no submodule"),
         ({"also_train": "clasifier.*"}, "also_train='clasifier.*' matches no parameter .*classifier"),
         ({"dropout": 1.5}, "dropout=1.5"),
+        ({"alpha": 0.0}, "alpha=0.0 at .*query would scale the update away"),
+        ({"alpha_pattern": {"query": -1.0}}, "alpha=-1.0 at .*query"),
+        ({"rank_pattern": {"nothing.like.it": 2}}, "rank_pattern has 'nothing.like.it'"),
+        ({"lora_plus_ratio": 0.0}, "lora_plus_ratio=0.0"),
+        ({"svd_iterations": 4}, "svd_iterations=4 is for init='pissa'"),
+        ({"svd_iterations": 0, "init": "pissa"}, "svd_iterations=0"),
     ],
 )
 def test_bad_arguments_are_refused_and_change_nothing(arguments: dict, message: str) -> None:
@@ -380,7 +392,7 @@ def test_merged_for_a_while() -> None:
     for place in grafts(model):
         nn.init.normal_(place.graft.B)
     tuned = model(**inputs).logits
-    method.merge(model)
+    assert method.merge(model) == 0
     method.merge(model)
     assert not torch.equal(
         weights["bert.encoder.layer.0.output.dense.weight"], model.bert.encoder.layer[0].output.dense.weight
@@ -388,5 +400,73 @@ def test_merged_for_a_while() -> None:
     torch.testing.assert_close(model(**inputs).logits, tuned, atol=1e-4, rtol=0)
     method.unmerge(model)
     now = dict(model.named_parameters())
-    assert all((now[name] - p).abs().max() < 1e-6 for name, p in weights.items())
+    assert all(torch.equal(now[name], p) for name, p in weights.items())
     torch.testing.assert_close(model(**inputs).logits, tuned, atol=1e-4, rtol=0)
+
+
+def test_removed_while_merged_it_gives_the_backbone_back() -> None:
+    model, method = tiny("bert"), LoRA(r=2, target_modules="all-linear")
+    before = snapshot(model, "bert")
+    method.apply(model)
+    shake(model)
+    method.merge(model)
+    method.remove(model)
+    after = snapshot(model, "bert")
+    assert all(torch.equal(before["state"][n], t) for n, t in after["state"].items())
+    assert torch.equal(before["output"], after["output"])
+
+
+def test_what_is_merged_is_neither_saved_nor_loaded(tmp_path) -> None:
+    model, method = tiny("bert"), LoRA(r=2)
+    method.apply(model)
+    shake(model)
+    save_delta(model, tmp_path / "delta.safetensors")
+    method.merge(model)
+    for act in (save_delta, load_delta):
+        with pytest.raises(TuningError, match=r"is merged .*unmerge it first"):
+            act(model, tmp_path / "delta.safetensors")
+    method.unmerge(model)
+    load_delta(model, tmp_path / "delta.safetensors")
+
+
+def test_one_method_of_several_is_merged_unless_it_shares_its_layers() -> None:
+    model, method, other = tiny("bert"), LoRA(r=2), PromptTuning(num_virtual_tokens=2, init="random_uniform")
+    method.apply(model)
+    other.apply(model)
+    shake(model)
+    inputs = dict(other.prepare(batch("bert")))
+    before = model(**inputs).logits
+    method.merge(model)
+    assert_near({"": before}, {"": model(**inputs).logits}, 1e-5)
+    method.unmerge(model)
+    IA3(feedforward_modules=[]).apply(model)
+    with pytest.raises(TuningError, match=r"ia3 changes .*value as LoRA does"):
+        method.merge(model)
+
+
+def test_merging_into_half_precision_says_what_it_rounds(caplog) -> None:
+    model, method = tiny("bert").bfloat16(), LoRA(r=2)
+    method.apply(model)
+    shake(model)
+    error = method.merge(model)
+    assert 0 < error < 0.5
+    method.unmerge(model)
+    merge(model)
+    assert f"{100 * error:.1f} % of the update" in caplog.text
+
+
+def test_a_double_precision_backbone_is_merged_in_double_precision() -> None:
+    host, x = linear()
+    host, x = host.double(), x.double()
+    _, graft = grafted(host)
+    exact = host.weight + graft.scale * graft.B.double() @ graft.A.double()
+    graft.merge(host)
+    assert (host.weight - exact).abs().max() < 1e-13
+
+
+def test_the_grafts_of_a_model_of_7_billion_parameters_take_less_than_a_second() -> None:
+    model = meta(hf.LlamaConfig(), hf.AutoModelForCausalLM)
+    start = time.process_time()
+    LoRA(r=8, target_modules="all-linear", use_dora=True).apply(model)
+    assert time.process_time() - start < 1
+    assert len(list(grafts(model))) == 7 * 32

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor, distribute_module, distribute_tens
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import LoRA
+from lightning_peft import LoRA, in_place
 from lightning_peft.graft import attach
-from lightning_peft.methods import lora
-from lightning_peft.methods.lora import LowRank, _AddLowRank
+from lightning_peft.in_place import _AddLowRank
+from lightning_peft.low_rank import LowRank
 
 IN, OUT, R = 12, 10, 4
 HOSTS: dict[str, Callable[[], nn.Module]] = {
@@ -71,13 +71,13 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the outputs that were written to."""
     shapes: list[tuple[int, ...]] = []
-    add = lora._add_low_rank
+    add = in_place._add
 
     def spy(out: Tensor, *args: object) -> Tensor:
         shapes.append(tuple(out.shape))
         return add(out, *args)
 
-    monkeypatch.setattr(lora, "_add_low_rank", spy)
+    monkeypatch.setattr(in_place, "_add", spy)
     return shapes
 
 

@@ -1,0 +1,154 @@
+"""The parameters of one low-rank update, and what is computed from them alone."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.in_place import without_autocast
+from lightning_peft.low_rank_init import OF_THE_WEIGHT, Init, factors_of, zero_update
+
+_CHUNK = 2**24
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class Factors(nn.Module):
+    """The parameters of an update, in fp32: A [..., r, in], B [..., out, r] and, for DoRA, magnitudes m [..., out].
+
+    Args:
+        weight: gives, when called, the weight [..., out, in] (a convolution: [out, in, kh, kw]).
+        shape: of that weight.
+        device: of the new parameters.
+        r: rank of the update.
+        scale: s.
+        use_dora: train magnitudes too.
+        init: see `low_rank_init`.
+        iterations: of a randomised singular value decomposition; None: the exact one.
+    """
+
+    m: nn.Parameter | None
+    A0: Tensor | None
+    B0: Tensor | None
+
+    def __init__(
+        self,
+        weight: Callable[[], Tensor],
+        shape: tuple[int, ...],
+        device: torch.device,
+        r: int,
+        scale: float,
+        use_dora: bool = False,
+        init: Init = "kaiming",
+        iterations: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self._kept: dict[str, tuple[tuple[Any, ...], Any]] = {}
+        shape_a, shape_b = self.shapes(shape, r)
+        self.A = nn.Parameter(torch.empty(shape_a, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.empty(shape_b, dtype=torch.float32, device=device))
+        self.reset_parameters(init)
+        self.register_buffer("A0", None)
+        self.register_buffer("B0", None)
+        if init in OF_THE_WEIGHT:
+            matrix = weight() if len(shape) < 4 else weight().flatten(1)
+            a, b = factors_of(init, matrix, r, scale, iterations)  # type: ignore[arg-type]
+            self.A0, self.B0 = a.reshape(shape_a).contiguous(), b.reshape(shape_b).contiguous()
+            with torch.no_grad():
+                self.A.copy_(self.A0)
+                self.B.copy_(self.B0)
+        norms = self.as_magnitude(_norms(weight())) if use_dora else None
+        self.register_parameter("m", None if norms is None else nn.Parameter(norms))
+
+    def shapes(self, shape: tuple[int, ...], r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B for a weight of ``shape``."""
+        *stack, out_features, in_features = shape
+        return (*stack, r, in_features), (*stack, out_features, r)
+
+    def as_magnitude(self, norms: Tensor) -> Tensor:
+        """Return norms [..., out] in the shape of m, which is the one of HF PEFT."""
+        return norms
+
+    def reset_parameters(self, init: Init) -> None:
+        """Give A and B values whose product is zero."""
+        zero_update(init, self.A, self.B, self.A.shape[-1])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and B of the whole update ``scale B A``: those of training, or of rank 2r where it has A₀ and B₀."""
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        rank_a, rank_b = (-2, -1) if self.A.dim() < 4 else (0, 1)
+        return torch.cat([self.A, self.A - self.A0], rank_a), torch.cat([self.B - self.B0, self.B0], rank_b)
+
+    @torch.no_grad()
+    def norm(self, weight: Tensor, keep: bool = False) -> Tensor:
+        """Return ``‖W + s B A‖`` of each output, [out], in fp32, without building the sum.
+
+        It is ``‖W‖² + 2 s (A Wᵀ ∘ Bᵀ) + s² (A Aᵀ Bᵀ ∘ Bᵀ)``, all products of which lead with the rank.
+
+        Args:
+            weight: W, [out, in] or, of a convolution, [out, in, kh, kw].
+            keep: use the norms of W that were kept, or keep them; it is frozen.
+        """
+        with without_autocast(self.A):
+            a, b = (factor.detach().flatten(1) for factor in self.factors())
+            weight = weight.detach().flatten(1)
+            plain = self.kept("norms", (weight,), lambda: _norms(weight)) if keep else _norms(weight)
+            square = plain.square()
+            mixed = _product(a, weight).mul_(2 * self.scale)
+            mixed = mixed.add_(torch.mm(torch.mm(a, a.t()), b.t()), alpha=self.scale**2)
+            moved = square + (b.t() * mixed).sum(0)
+            # Rounding must not make a square negative; a row of zeros has no direction, and m is 0 there.
+            return torch.maximum(moved, 1e-7 * square).clamp_(min=_TINY).sqrt_()
+
+    def kept(self, name: str, inputs: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
+        """Return what ``compute`` gave the last time, unless an input is another tensor now or was written to.
+
+        Writing through ``.data`` goes unseen: nothing is kept beyond a change of mode, of device or of state.
+        """
+        if any(tensor.is_inference() for tensor in inputs):  # which does not count what is written to it
+            return compute()
+        key = (torch.is_inference_mode_enabled(), *((_address(t), t._version, t.dtype, t.shape) for t in inputs))
+        if name not in self._kept or self._kept[name][0] != key:
+            self._kept[name] = key, compute()
+        return self._kept[name][1]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode and keep nothing from before."""
+        self._kept.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._kept.clear()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._kept.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_kept": {}}
+
+
+def row_ratio(m: Tensor, weight: Tensor) -> Tensor:
+    """Return by what to multiply the rows of a weight [..., out, in] to give them the norms m [..., out]."""
+    return (m / _norms(weight).clamp_(min=_TINY)).unsqueeze(-1)
+
+
+def _norms(weight: Tensor) -> Tensor:
+    """Return the Euclidean norm of each row, in fp32, of a weight [..., out, in] or a kernel [out, in, kh, kw]."""
+    weight = weight.detach() if weight.dim() < 4 else weight.detach().flatten(1)
+    return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.promote_types(weight.dtype, torch.float32)).float()
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else id(tensor)
+
+
+def _product(a: Tensor, weight: Tensor) -> Tensor:
+    """Return ``a Wᵀ``, [r, out], in the dtype of a; a W of half precision is cast in parts."""
+    if weight.dtype == a.dtype:
+        return torch.mm(a, weight.t())
+    rows = max(1, _CHUNK // weight.shape[1])
+    return torch.cat([torch.mm(a, part.to(a.dtype).t()) for part in weight.split(rows)], dim=1)

@@ -1,0 +1,274 @@
+"""Low-rank updates of weight matrices, ``W + s B A``, and of their directions alone (DoRA), as grafts.
+
+``DoRA``: ``W' = m ∘ V / ‖V‖`` with ``V = W + s B A``, the norm taken over the inputs of each output and, as in section
+4.3 of the paper, as a constant of the gradient.
+
+An update that starts from factors of the weight (PiSSA, OLoRA) leaves that weight alone: it is ``s (B A - B₀ A₀)``,
+computed as ``s ((B - B₀) A + B₀ (A - A₀))``, so that it is zero at the start bit for bit.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_peft import in_place
+from lightning_peft.factors import Factors, row_ratio
+from lightning_peft.folding import Folding
+from lightning_peft.low_rank_init import Init, zero_update
+from lightning_peft.quantized import dense
+
+
+class LowRank(Factors, Folding):
+    """Adds ``scale * B A x`` to the output of a linear layer, or of GPT-2's Conv1D; rescales it, with DoRA.
+
+    Args:
+        host: the layer, of weight [out, in] (Conv1D: [in, out]), quantised or not.
+        r: rank of the update.
+        alpha: scale of the update before the division by r.
+        dropout: rate of the dropout on the input of A.
+        use_rslora: divide alpha by sqrt(r) instead of r.
+        use_dora: train a magnitude of each output too.
+        init: initial values of A and B.
+        iterations: of a randomised singular value decomposition; None: the exact one.
+        keeps_output: whether DoRA may keep the layer's output for the backward pass, which then nobody may overwrite.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        r: int,
+        alpha: float,
+        dropout: float,
+        use_rslora: bool,
+        use_dora: bool = False,
+        init: Init = "kaiming",
+        iterations: int | None = None,
+        keeps_output: bool = True,
+    ) -> None:
+        scale = alpha / (math.sqrt(r) if use_rslora else r)
+        weight: Tensor = host.weight  # type: ignore[assignment]
+        how = (r, scale, use_dora, init, iterations)
+        super().__init__(lambda: self.matrix(dense(host), host), shape_of(host), weight.device, *how)
+        self.dropout = dropout
+        self.keeps_output = keeps_output
+
+    def matrix(self, weight: Tensor, host: nn.Module) -> Tensor:
+        """Return the weight of the host as [out, in], a view of it."""
+        return weight.t() if isinstance(host, (Conv1D, nn.Embedding)) else weight
+
+    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        """Return the output with the update, of the shape and dtype of ``out``, [..., out].
+
+        * LoRA: ``out + s (x Aᵀ) Bᵀ``;
+        * DoRA: ``b + c (out - b + s (x Aᵀ) Bᵀ)``, ``c = m / ‖W + s B A‖``, b the bias;
+        * DoRA with dropout: ``out + (c - 1) x W + c s (x Aᵀ) Bᵀ`` for the dropped x, as in the authors' code.
+        """
+        if self.merged:
+            return out
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+            if self.m is not None:
+                return self._dropped(out, host, x)
+        free = self._adds_in_place(out, host, x)
+        if free:
+            a, b = self.factors()
+            out = in_place.add_low_rank(out, x, a.to(x.dtype), b.to(x.dtype), self.scale)
+        else:
+            out = torch.add(out, self.added(x, host).to(out.dtype), alpha=self.scale)
+        return out if self.m is None else self._rescaled(out, host, free)
+
+    def added(self, x: Tensor, host: nn.Module) -> Tensor:
+        """Return ``(x Aᵀ) Bᵀ``, before the scale, in the dtype of x."""
+        a, b = self.factors()
+        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor) -> bool:
+        return out.dtype == x.dtype and in_place.is_free(out, host, self, self.A)
+
+    def _rescaled(self, out: Tensor, host: nn.Module, free: bool) -> Tensor:
+        """Return ``b + c (out - b)``."""
+        assert self.m is not None
+        bias: Tensor | None = getattr(host, "bias", None)
+        if free and torch.is_grad_enabled() and self.keeps_output:
+            return in_place.rescale(out, bias, self.m, self.norm(self.matrix(dense(host), host), keep=True))
+        ratio = self._ratio(host)
+        if free and not torch.is_grad_enabled():
+            return in_place.scale_(out, bias, ratio)
+        scaled = out * ratio
+        return (scaled if bias is None else scaled + self._along(bias * (1 - ratio.flatten()))).to(out.dtype)
+
+    def _dropped(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        bias: Tensor | None = getattr(host, "bias", None)
+        ratio = self._ratio(host)
+        base = type(host).forward(host, x)
+        base = base if bias is None else base - self._along(bias)
+        change = (ratio - 1) * base + ratio * (self.scale * self.added(x, host))
+        return out + change.to(out.dtype)
+
+    def _ratio(self, host: nn.Module) -> Tensor:
+        """Return ``m / ‖W + s B A‖``, in the shape of m; at inference, what was computed before."""
+        eager = in_place.is_eager(self.A)
+
+        def compute() -> Tensor:
+            assert self.m is not None
+            return self.m / self.as_magnitude(self.norm(self.matrix(dense(host), host), keep=eager))
+
+        if self.training or torch.is_grad_enabled() or not eager:
+            return compute()
+        return self.kept("ratio", (self.A, self.B, self.m, host.weight), compute)  # type: ignore[arg-type]
+
+    def _along(self, bias: Tensor) -> Tensor:
+        """Return a bias [out] in a shape that the output broadcasts."""
+        return bias
+
+    def update(self) -> Tensor:
+        """Return ``scale * B A`` in fp32, in the layout [out, in]."""
+        a, b = self.factors()
+        return b @ a * self.scale
+
+    def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
+        """Return ``W + s B A``, with DoRA each output of it at its magnitude, in the layout of the weight."""
+        a, b = (factor.to(value.dtype) for factor in self.factors())
+        # In the layout of the weight, and with no B A beside it; Conv1D and Embedding have [in, out].
+        left, right = (a.t(), b.t()) if isinstance(host, (Conv1D, nn.Embedding)) else (b, a)
+        value = value.addmm_(left, right, alpha=self.scale)
+        if self.m is not None:
+            matrix = self.matrix(value, host)
+            matrix.mul_(row_ratio(self.m, matrix))
+        return value
+
+
+class LowRankEmbedding(LowRank):
+    """Adds ``scale * B A[:, id]`` to the output of an embedding: A [r, num_embeddings], B [dim, r].
+
+    An embedding that scales its rows (``embed_scale`` of Gemma or BART in transformers) scales the update alike.
+    """
+
+    def reset_parameters(self, init: Init) -> None:
+        """Set A to zero and draw B from N(0, 1), whatever the init, as the authors' code and PEFT do."""
+        nn.init.zeros_(self.A)
+        nn.init.normal_(self.B)
+
+    def added(self, x: Tensor, host: nn.Module) -> Tensor:
+        """Return ``A[:, x]ᵀ Bᵀ``, [..., dim]."""
+        a, b = self.factors()
+        return F.linear(F.embedding(x, a.t()), b) * getattr(host, "embed_scale", 1)
+
+    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor) -> bool:
+        return False
+
+    def update(self) -> Tensor:
+        """Return ``scale * (B A)ᵀ`` in fp32, [num_embeddings, dim]."""
+        return super().update().t()
+
+
+class LowRankConv2d(LowRank):
+    """Adds ``scale * B * A * x`` (two convolutions): A [r, in, kh, kw], B [out, r, 1, 1]."""
+
+    def shapes(self, shape: tuple[int, ...], r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A [r, in, kh, kw] and B [out, r, 1, 1]."""
+        out_channels, in_channels, *kernel = shape
+        return (r, in_channels, *kernel), (out_channels, r, 1, 1)
+
+    def as_magnitude(self, norms: Tensor) -> Tensor:
+        """Return norms [out] as [1, out, 1, 1]."""
+        return self._along(norms)[None]
+
+    def reset_parameters(self, init: Init) -> None:
+        """Give A and B values whose product is zero."""
+        zero_update(init, self.A, self.B, self.A[0].numel())
+
+    def added(self, x: Tensor, host: nn.Module) -> Tensor:
+        """Return the convolution with A, at the host's stride, padding and dilation, and then with B."""
+        assert isinstance(host, nn.Conv2d)
+        a, b = self.factors()
+        return F.conv2d(host._conv_forward(x, a.to(x.dtype), None), b.to(x.dtype))
+
+    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor) -> bool:
+        return False
+
+    def _along(self, bias: Tensor) -> Tensor:
+        return bias.view(-1, 1, 1)
+
+    def update(self) -> Tensor:
+        """Return the kernel of the update in fp32, [out, in, kh, kw]."""
+        a, b = self.factors()
+        return torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a) * self.scale
+
+    def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
+        """Return the kernel with the update."""
+        value = value.add_(self.update())
+        return value if self.m is None else value.mul_(row_ratio(self.m.flatten(), value).view(-1, 1, 1, 1))
+
+
+class LowRankWeights(Folding):
+    """Changes weights that their host reads without calling a layer: to ``W + s B A``, with DoRA at its magnitudes.
+
+    For ``nn.MultiheadAttention`` (the packed in-projection and the output projection) and for experts stacked in one
+    tensor, each of which gets matrices of its own. The gradient goes through the whole weight, so a step costs as many
+    FLOPs as if that weight were trained; dropout on the input has no place here.
+
+    Args:
+        host: the module.
+        updates: name of a parameter below the host -> the arguments of its `Factors` beside the weight.
+    """
+
+    def __init__(self, host: nn.Module, updates: dict[str, dict[str, Any]]) -> None:
+        super().__init__()
+        self.weights = self.folds = tuple(updates)
+        self.transposed = bool(getattr(host, "is_transposed", False))  # of the experts of transformers: [in, out]
+        for name, arguments in updates.items():
+            weight = host.get_parameter(name)
+            matrix = self.matrix(weight.detach())
+            part = Factors(partial(Tensor.detach, matrix), tuple(matrix.shape), weight.device, **arguments)
+            self.register_module(name.replace(".", "_"), part)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return a weight as [..., out, in], a view of it."""
+        return weight.mT if self.transposed else weight
+
+    def part(self, name: str) -> Factors:
+        """Return the update of a weight."""
+        part = self.get_submodule(name.replace(".", "_"))
+        assert isinstance(part, Factors)
+        return part
+
+    def weight(self, w: Tensor, name: str) -> Tensor:
+        """Return the changed weight, computed in fp32, in the dtype of ``w``."""
+        return w if self._merged else self._changed(w, name).to(w.dtype)
+
+    def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
+        """Return the changed weight."""
+        return self._changed(value, name)
+
+    def _changed(self, w: Tensor, name: str) -> Tensor:
+        part = self.part(name)
+        with in_place.without_autocast(w):
+            a, b = part.factors()
+            changed = torch.add(self.matrix(w), b @ a, alpha=part.scale)
+            if part.m is not None:
+                changed = changed * row_ratio(part.m, changed)
+        return self.matrix(changed)
+
+
+GRAFTS: dict[type[nn.Module], type[LowRank]] = {
+    nn.Linear: LowRank,
+    Conv1D: LowRank,
+    nn.Embedding: LowRankEmbedding,
+    nn.Conv2d: LowRankConv2d,
+}
+"""The layers that are called, and the graft for their output."""
+
+
+def shape_of(host: nn.Module) -> tuple[int, ...]:
+    """Return the shape of a layer's weight as [out, in, ...]; that of a quantised one may be packed."""
+    if isinstance(host, nn.Linear):
+        return host.out_features, host.in_features
+    weight: Tensor = host.weight  # type: ignore[assignment]
+    shape = tuple(weight.shape)
+    return tuple(reversed(shape)) if isinstance(host, (Conv1D, nn.Embedding)) else shape

@@ -1,0 +1,190 @@
+"""IA3: keys, values and the hidden layer of the feed-forward network are rescaled by learnt vectors.
+
+``softmax(q (l_k ∘ k)ᵀ / sqrt(d)) (l_v ∘ v)`` and ``(l_ff ∘ act(x W₁)) W₂``, all l being 1 at the start.
+
+Source: Liu et al. 2022, arXiv 2205.05638, section 3.3. With a gated feed-forward network the authors' code (T-Few,
+``configs/ia3.json``) scales the linear branch ``wi_1``; we scale the input of W₂, which is the product of the branches
+and so the same, and which networks without a gate have as well. Of a fused projection only the keys and values are
+scaled (HF PEFT scales the queries of GPT-2 too). Weight decay would pull l to 0, so it has none.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_peft import in_place, select
+from lightning_peft.errors import TuningError
+from lightning_peft.folding import Folding
+from lightning_peft.graft import attach
+from lightning_peft.merging import MergingMethod
+from lightning_peft.mixin import MethodMixin
+
+_LINEAR = (nn.Linear, Conv1D)
+_IN_ORDER = r"(?:.*\.)?(?:c_attn|qkv|Wqkv|qkv_proj|qkv_lin)"
+_QUERIES_APART = rf"q_attn|{select.ROLES['query']}"
+
+
+class Scaled(Folding):
+    """Multiplies features of a linear layer by a vector l, which is 1 at the start.
+
+    Args:
+        size: number of features.
+        device: of l.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        super().__init__()
+        self.l = nn.Parameter(torch.ones(size, dtype=torch.float32, device=device))
+
+
+class ScaledOutput(Scaled):
+    """Multiplies the last features of a layer's output by l: all of them, or the keys and values of a fused projection.
+
+    Args:
+        host: the layer.
+        keeps_output: whether the output may be kept for the backward pass, which then nobody may overwrite.
+        first: the first feature that is scaled.
+    """
+
+    folds = ("weight", "bias")
+
+    def __init__(self, host: nn.Module, keeps_output: bool = True, first: int = 0) -> None:
+        super().__init__(_features(host)[0] - first, host.weight.device)  # type: ignore[arg-type]
+        self.first, self.keeps_output = first, keeps_output
+
+    def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the scaled output, [..., out]."""
+        if self.merged:
+            return out
+        if self.keeps_output and in_place.is_free(out, host, self, self.l):
+            return in_place.rescale(out, None, self._whole(), None)
+        return (out * self._whole()).to(out.dtype)
+
+    def _whole(self) -> Tensor:
+        """Return the factor of each feature, [out]; of those that are not scaled, 1."""
+        return self.l if self.first == 0 else torch.cat([self.l.new_ones(self.first), self.l])
+
+    def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
+        """Return the rows of the weight, or the bias, times l."""
+        l = self._whole().to(value.dtype)  # noqa: E741
+        return value.mul_(l if name == "bias" or isinstance(host, Conv1D) else l[:, None])
+
+
+class ScaledInput(Scaled):
+    """Multiplies the input of a layer by l."""
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__(_features(host)[1], host.weight.device)  # type: ignore[arg-type]
+
+    def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the scaled input, [..., in], computed in fp32 and in the dtype of x."""
+        return x if self.merged else (x * self.l).to(x.dtype)
+
+    def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
+        """Return the columns of the weight times l."""
+        l = self.l.to(value.dtype)  # noqa: E741
+        return value.mul_(l[:, None] if isinstance(host, Conv1D) else l)
+
+
+@dataclass(eq=False, kw_only=True)
+class IA3(MergingMethod):
+    """Train vectors that rescale keys, values and the hidden layer of the feed-forward network.
+
+    Args:
+        target_modules: linear layers whose output is scaled: suffixes of module names, or one regex for the whole name;
+            None: the key and value projections, or the keys and values of the fused one.
+        feedforward_modules: linear layers whose input is scaled; None: the second of each feed-forward network.
+        layers: indices of the blocks to tune, negative ones from the end; None: all.
+        backbone_mode: whether dropout of the frozen backbone is active in training.
+    """
+
+    backbone_mode: Literal["train", "eval"] = "train"
+    target_modules: list[str] | str | None = None
+    feedforward_modules: list[str] | str | None = None
+    layers: list[int] | None = None
+
+    kind: ClassVar[str] = "activations"
+    trains: ClassVar[str] = "scales of keys, values and feed-forward activations"
+    paper: ClassVar[str] = "Liu et al. 2022, arXiv 2205.05638"
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach a vector to each chosen layer."""
+        outputs, inputs = self._keys_and_values(backbone), self._feed_forward(backbone)
+        if not outputs and not inputs:
+            raise TuningError(
+                "IA3 is left nothing to scale: name target_modules or feedforward_modules, or exclude less."
+            )
+        if both := sorted(outputs.keys() & inputs.keys()):
+            raise TuningError(
+                f"{both[0]} is one of target_modules and of feedforward_modules: scale its output or its input."
+            )
+        keeps_output = not any(getattr(module, "inplace", False) for module in backbone.modules())
+        for name, host in outputs.items():
+            first = _first_key(backbone, name, host) if self.target_modules is None else 0
+            attach(host, ScaledOutput(host, keeps_output, first), self.name)
+        for host in inputs.values():
+            attach(host, ScaledInput(host), self.name)
+        return ()
+
+    def optimizer_options(self, name: str) -> dict[str, Any]:
+        """Return that no vector decays to 0."""
+        return {"weight_decay": 0.0} if name.endswith(f"{self.name}.l") else {}
+
+    def _keys_and_values(self, backbone: nn.Module) -> dict[str, nn.Module]:
+        if self.target_modules == []:
+            return {}
+        patterns = self.target_modules or select.by_role(backbone, ["key", "value"], _LINEAR)
+        return self.without_excluded(select.hosts(backbone, _LINEAR, patterns, self.layers))
+
+    def _feed_forward(self, backbone: nn.Module) -> dict[str, nn.Module]:
+        if self.feedforward_modules == []:
+            return {}
+        if self.feedforward_modules is not None:
+            return self.without_excluded(select.hosts(backbone, _LINEAR, self.feedforward_modules, self.layers))
+        every = select.hosts(backbone, _LINEAR, "all-linear", self.layers)
+        found = {name: host for name, host in every.items() if select.has_role(name, "ffn_output")}
+        if not found:
+            raise TuningError(
+                f"{type(backbone).__name__} has no second layer of a feed-forward network under a known name: give "
+                "feedforward_modules, or [] for none."
+            )
+        return self.without_excluded(found)
+
+
+class IA3Mixin(MethodMixin):
+    """For a LightningModule that is tuned by IA3: set ``self.method = IA3(...)`` to change arguments."""
+
+    default_method = IA3
+
+
+def _features(host: nn.Module) -> tuple[int, int]:
+    """Return (out, in); the weight of a quantised layer may be packed."""
+    if isinstance(host, nn.Linear):
+        return host.out_features, host.in_features
+    inside, out = host.weight.shape  # type: ignore[misc]
+    return out, inside
+
+
+def _first_key(backbone: nn.Module, name: str, host: nn.Module) -> int:
+    """Return where the keys begin in the output of a projection: 0, or after the queries of a fused one.
+
+    Raises:
+        TuningError: the projection mixes queries, keys and values head by head.
+    """
+    out, inside = _features(host)
+    if not select.has_role(name, "fused_qkv"):
+        return 0
+    siblings = [child for child, _ in backbone.get_submodule(name.rpartition(".")[0]).named_children()]
+    if any(re.fullmatch(_QUERIES_APART, child) for child in siblings):  # GPT-2's cross-attention
+        return 0
+    if not re.fullmatch(_IN_ORDER, name) or not inside < out <= 3 * inside:
+        raise TuningError(
+            f"{name} mixes queries, keys and values in an order that its name does not tell, so IA3 cannot scale keys "
+            "and values alone: name other layers with target_modules."
+        )
+    return inside

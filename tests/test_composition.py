@@ -1,0 +1,196 @@
+"""Any two methods either live on one backbone, in each order, or the second one says that it cannot.
+
+The pairs are made from what the package exports, so a new method takes part as soon as it is there.
+"""
+
+import dataclasses
+import itertools
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_peft
+from lightning_peft import IA3, BitFit, LoRA, Method, PromptTuning, TuningError, load_delta, merge, save_delta
+from tests.contract import assert_near, assert_same, copy_of, output, shake
+from tests.models import KINDS, batch, tiny
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "LoRA": {"r": 2, "use_dora": True},
+    "PromptTuning": {"num_virtual_tokens": 2, "init": "random_uniform"},
+}
+"""Arguments where the defaults do not suit a tiny model."""
+
+
+def methods() -> dict[str, type[Method]]:
+    """Return the methods that the package exports."""
+    exported = {name: getattr(lightning_peft, name) for name in lightning_peft.__all__}
+    return {
+        name: kind
+        for name, kind in exported.items()
+        if isinstance(kind, type) and issubclass(kind, Method) and kind is not Method
+    }
+
+
+def new(name: str) -> Method:
+    return methods()[name](**ARGUMENTS.get(name, {}))
+
+
+@cache
+def fits(name: str) -> tuple[str, ...]:
+    """Return the kinds of models that a method can be applied to."""
+    found = []
+    for kind in KINDS:
+        try:
+            applied(kind, new(name))
+        except TuningError:
+            continue
+        found.append(kind)
+    return tuple(found)
+
+
+def pairs(ways: Any) -> list[Any]:
+    """Return all pairs of methods, ordered or not, with a kind of model that suits each of the two alone."""
+    found = []
+    for first, second in ways(methods(), 2):
+        common = [kind for kind in fits(first) if kind in fits(second)]
+        found.extend(pytest.param(kind, first, second, id=f"{first}+{second}-{kind}") for kind in common[:1])
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "first" in metafunc.fixturenames:
+        ordered = "order" not in metafunc.fixturenames
+        ways = itertools.permutations if ordered else itertools.combinations
+        metafunc.parametrize(("kind", "first", "second"), pairs(ways))
+
+
+def applied(kind: str, *chosen: Method) -> nn.Module:
+    """Return a tiny model with the methods applied, their random values being the same each time."""
+    model = tiny(kind)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for method in chosen:
+            method.apply(model)
+    return model
+
+
+def prepared(kind: str, *chosen: Method) -> dict[str, Tensor]:
+    inputs: Any = batch(kind)
+    for method in chosen:
+        inputs = method.prepare(inputs)
+    return dict(inputs)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train(model: nn.Module, kind: str, *chosen: Method) -> None:
+    """Take two SGD steps; everything trained must get a gradient."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.05)
+    model.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model, kind, *chosen).backward()
+        assert [name for name, p in parameters.items() if p.grad is None] == []
+        optimizer.step()
+    model.eval()
+
+
+def loss_of(model: nn.Module, kind: str, *chosen: Method) -> Tensor:
+    """Return the loss with all penalties."""
+    loss = model(**prepared(kind, *chosen)).loss
+    for method in chosen:
+        penalty = method.penalty(model)
+        loss = loss if penalty is None else loss + penalty
+    return loss
+
+
+def out(model: nn.Module, kind: str, *chosen: Method) -> Tensor:
+    with torch.no_grad():
+        return model(**prepared(kind, *chosen)).logits
+
+
+def test_two_methods_on_one_backbone(kind: str, first: str, second: str, tmp_path: Path) -> None:
+    one, other = new(first), new(second)
+    model = applied(kind, one)
+    alone, before = out(model, kind, one), trained(model)
+    try:
+        other.apply(model)
+    except TuningError:
+        assert torch.equal(out(model, kind, one), alone), "a refusal must change nothing"
+        assert trained(model).keys() == before.keys()
+        return
+    start = trained(model)
+    assert before.keys() <= start.keys()
+    train(model, kind, one, other)
+    end = trained(model)
+    for names in (before.keys(), start.keys() - before.keys()):
+        assert not names or any(not torch.equal(start[name], end[name]) for name in names)
+    save_delta(model, tmp_path / "delta.safetensors")
+    again = [dataclasses.replace(method) for method in (one, other)]
+    fresh = applied(kind, *again)
+    load_delta(fresh, tmp_path / "delta.safetensors")
+    assert torch.equal(out(model, kind, one, other), out(fresh, kind, *again))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first goes first", "second goes first"])
+def test_they_are_removed_in_any_order(kind: str, first: str, second: str, order: tuple[int, int]) -> None:
+    both = (new(first), new(second))
+    plain = tiny(kind)
+    try:
+        model = applied(kind, *both)
+    except TuningError:
+        return
+    if all(method.keeps_originals for method in both):
+        train(model, kind, *both)
+        model.zero_grad()
+    left = both[order[1]]
+    both[order[0]].remove(model)
+    assert left.is_applied(model)
+    assert not both[order[0]].is_applied(model)
+    loss_of(model, kind, left).backward()
+    own = [p for p in model.parameters() if p.requires_grad]
+    assert own
+    assert all(p.grad is not None for p in own)
+    model.zero_grad()
+    left.remove(model)
+    assert_same(copy_of(plain.state_dict()), copy_of(model.state_dict()))
+    assert torch.equal(output(plain, kind), output(model, kind))
+    flags = {name: p.requires_grad for name, p in plain.named_parameters()}
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_each_method_fits_some_model_here() -> None:
+    """Else a pair would be left out in silence; what needs another kind of model is named."""
+    elsewhere = {name for name in methods() if not fits(name)}
+    assert {"LoRA", "IA3", "BitFit", "PromptTuning", "LinearProbe"} & elsewhere == set()
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize(
+    "chosen",
+    [(LoRA(r=2, use_dora=True), IA3()), (IA3(), LoRA(r=2)), (IA3(), BitFit()), (LoRA(r=2, bias="all"), IA3())],
+    ids=["LoRA+IA3", "IA3+LoRA", "IA3+BitFit", "LoRA with biases+IA3"],
+)
+def test_together_they_fold_into_the_weights(kind: str, chosen: tuple[Method, ...]) -> None:
+    model = applied(kind, *chosen)
+    shake(model)
+    live = output(model, kind)
+    merge(model)
+    assert list(model.state_dict()) == list(tiny(kind).state_dict())
+    assert_near({"": live}, {"": output(model, kind)}, 1e-5)
+
+
+def test_a_prompt_and_low_rank_updates_are_the_prompt_on_the_merged_model() -> None:
+    lora, prompt = LoRA(r=2), PromptTuning(num_virtual_tokens=2, init="random_uniform")
+    model = applied("gpt2", lora, prompt)
+    shake(model)
+    both = out(model, "gpt2", prompt)
+    lora.merge(model)
+    assert_near({"": both}, {"": out(model, "gpt2", prompt)}, 1e-5)

@@ -38,7 +38,8 @@ class Shape:
             return {"pixel_values": pixels, "labels": draw(self.config.num_labels, SAMPLES)}
         ids = draw(self.config.vocab_size, SAMPLES, TOKENS)
         labels = {
-            "CAUSAL_LM": ids.clone(),
+            # The first token of a text is in no loss: HF PEFT would predict it from a soft prompt.
+            "CAUSAL_LM": ids.masked_fill(torch.arange(TOKENS) == 0, -100),
             "SEQ_2_SEQ_LM": draw(self.config.vocab_size, SAMPLES, TOKENS // 4),
             "SEQ_CLS": draw(2, SAMPLES),
         }

@@ -1,35 +1,58 @@
-"""Predictions as a file."""
+"""Predictions as a file that a killed run leaves whole rows in, and the next one goes on with."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from rich.console import Console
 from torch import Tensor
+
+_SKIPPED: dict[str, Any] = {}
+"""What stands for the predictions of a batch whose rows are all written already."""
 
 
 class PredictionWriter(BasePredictionWriter):
     """Writes what ``predict_step`` returns as JSON lines, one a row with its number, in the order of the rows.
 
     ``predict_step`` returns a mapping of things that have one entry a row, or one such thing. Each process writes as it
-    goes; the first one puts the rows together in the end.
+    goes; the first one puts the rows together in the end. A run that was killed leaves its rows beside the file; the
+    next one with the same arguments of module, data and checkpoint goes on after them, with any number of processes,
+    and another run begins anew.
 
     Args:
         file: where to write, below the trainer's ``default_root_dir`` if it is no absolute path.
+        resume: whether to go on with the rows of a run that was killed.
     """
 
-    def __init__(self, file: str = "predictions.jsonl") -> None:
+    def __init__(self, file: str = "predictions.jsonl", resume: bool = True) -> None:
         super().__init__(write_interval="batch")
         self.file = file
+        self.resume = resume
+        self._done: set[int] = set()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin an empty file."""
-        part = self._part(trainer, trainer.global_rank)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("")
+        """Find the rows of a run that was killed; batches that they fill are not predicted again."""
+        path = self._path(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        note, what = path.with_name(f".{path.name}.run"), _identity(trainer, pl_module)
+        if trainer.is_global_zero and not (self.resume and note.is_file() and note.read_text() == what):
+            for part in self._parts(trainer):
+                part.unlink()
+            note.write_text(what)
+        trainer.strategy.barrier()
+        self._done = {row for part in self._parts(trainer) for row in _rows(part)}
+        trainer.strategy.barrier()  # all have read before one writes
+        own = self._part(trainer)
+        _end_at_whole_line(own)
+        if self._done and trainer.is_global_zero:
+            _say(f"{len(self._done)} predictions of an earlier run are kept")
+        vars(pl_module)["predict_step"] = partial(self._predict, trainer, pl_module.predict_step)
 
     def write_on_batch_end(
         self,
@@ -41,26 +64,85 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Append the rows of a batch."""
+        """Append the rows of a batch that are not written yet."""
+        if prediction is _SKIPPED:
+            return
         columns = prediction if isinstance(prediction, Mapping) else {"prediction": prediction}
         plain = {name: v.float().tolist() if isinstance(v, Tensor) else list(v) for name, v in columns.items()}
-        with self._part(trainer, trainer.global_rank).open("a") as file:
-            for row, values in zip(batch_indices or (), zip(*plain.values(), strict=True), strict=True):
-                file.write(json.dumps({"row": row, **dict(zip(plain, values, strict=True))}) + "\n")
+        lines = [
+            json.dumps({"row": row, **dict(zip(plain, values, strict=True))}, ensure_ascii=False) + "\n"
+            for row, values in zip(batch_indices or (), zip(*plain.values(), strict=True), strict=True)
+            if row not in self._done
+        ]
+        with self._part(trainer).open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the rows of all processes together."""
+        vars(pl_module).pop("predict_step", None)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
-            lines = [line for part in parts for line in part.read_text().splitlines()]
-            rows = {json.loads(line)["row"]: line for line in lines}  # ranks may share a row, to be of equal length
-            path = self._part(trainer, 0).with_name(Path(self.file).name)
-            path.write_text("".join(f"{rows[row]}\n" for row in sorted(rows)))
-            for part in parts:
+            path, rows = self._path(trainer), {}
+            for part in self._parts(trainer):
+                rows.update(_rows(part))  # ranks may share a row, to be of equal length
+            whole = path.with_name(f".{path.name}.whole")
+            whole.write_text("".join(f"{rows[row]}\n" for row in sorted(rows)), encoding="utf-8")
+            whole.replace(path)  # the parts go when the file is there
+            for part in self._parts(trainer):
                 part.unlink()
-            Console(soft_wrap=True).print(f"{len(rows)} predictions in {path}", highlight=False)
+            path.with_name(f".{path.name}.run").unlink(missing_ok=True)
+            _say(f"{len(rows)} predictions in {path}")
 
-    def _part(self, trainer: L.Trainer, rank: int) -> Path:
-        path = Path(trainer.default_root_dir) / self.file
-        return path.with_name(f".{path.name}.{rank}")
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the module its own ``predict_step`` back."""
+        vars(pl_module).pop("predict_step", None)
+
+    def _predict(self, trainer: L.Trainer, step: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = trainer.predict_loop.current_batch_indices
+        alone = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))  # else a forward is of all processes
+        if alone and rows and self._done.issuperset(rows):
+            return _SKIPPED
+        return step(*args, **kwargs)
+
+    def _path(self, trainer: L.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / self.file
+
+    def _part(self, trainer: L.Trainer) -> Path:
+        path = self._path(trainer)
+        return path.with_name(f".{path.name}.{trainer.global_rank}")
+
+    def _parts(self, trainer: L.Trainer) -> list[Path]:
+        path = self._path(trainer)
+        return [part for part in path.parent.glob(f".{path.name}.*") if part.suffix.removeprefix(".").isdecimal()]
+
+
+def _rows(part: Path) -> dict[int, str]:
+    """Return row number -> line for the whole lines of a file; the last one may be cut off."""
+    text = part.read_text(encoding="utf-8", errors="replace")
+    lines = text.split("\n")[:-1]  # what follows the last line feed was not written to its end
+    return {json.loads(line)["row"]: line for line in lines}
+
+
+def _end_at_whole_line(part: Path) -> None:
+    content = part.read_bytes() if part.is_file() else b""
+    part.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def _identity(trainer: L.Trainer, module: L.LightningModule) -> str:
+    """Return a hash of what the predictions depend on: arguments of module and data, and the checkpoint."""
+    data = getattr(trainer, "datamodule", None)
+    checkpoint = trainer.ckpt_path
+    known = Path(str(checkpoint))
+    parts = [
+        type(module).__qualname__,
+        sorted((name, repr(value)) for name, value in module.hparams.items()),
+        type(data).__qualname__,
+        sorted((n, repr(v)) for n, v in getattr(data, "hparams", {}).items() if n not in ("batch_size", "num_workers")),
+        str(checkpoint),
+        known.stat().st_mtime_ns if checkpoint and known.is_file() else None,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _say(text: str) -> None:
+    Console(soft_wrap=True).print(text, highlight=False)

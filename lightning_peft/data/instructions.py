@@ -1,0 +1,199 @@
+"""Instruction tuning: rows of several tasks, each put into a wording of its task that is drawn for it, as FLAN does."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from datasets import Dataset
+
+from lightning_peft.data.classes import check_columns
+from lightning_peft.data.generation import CausalLMData, Seq2SeqData
+from lightning_peft.data.sources import SourcedData
+from lightning_peft.errors import TuningError
+from lightning_peft.instruction_files import read_instructions
+from lightning_peft.prompting.instructions import CAP, TEMPLATES, Instructions, mixed, mixing_rates
+from lightning_peft.prompting.template import Template, options_text, words_of
+
+
+@dataclass
+class InstructionTask:
+    """One task of a mixture.
+
+    Args:
+        instructions: path of the YAML file with its wordings.
+        answer: column of the answer.
+        options: whether the answers to choose from stand at the end of each wording that has no ``{options}``, as FLAN
+            does for classification; None: where ``words`` of the file names them.
+        source: arguments of `SourcedData`, such as train, validation, test, or dataset.
+    """
+
+    instructions: str
+    answer: str = "label"
+    options: bool | None = None
+    source: dict[str, Any] | None = None
+
+
+class _Mixed(SourcedData):
+    """Rows of ``prompt`` and ``target``, made of the rows of several tasks."""
+
+    def __init__(
+        self,
+        tokenizer: str,
+        tasks: dict[str, InstructionTask],
+        count: int | None = None,
+        cap: int = CAP,
+        templates: int | None = TEMPLATES,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, seed=seed, **kwargs)
+        if not tasks:
+            raise TuningError("there are no tasks to mix: give one or more.")
+        self.tasks = {name: InstructionTask(**t) if isinstance(t, Mapping) else t for name, t in tasks.items()}
+        self.count, self.cap = count, cap
+        self.instructions: dict[str, Instructions] = {
+            name: read_instructions(task.instructions, templates) for name, task in self.tasks.items()
+        }
+
+    @cached_property
+    def _sources(self) -> dict[str, SourcedData]:
+        return {
+            name: SourcedData(tokenizer=self.tokenizer_name, seed=self.seed, **task.source or {})
+            for name, task in self.tasks.items()
+        }
+
+    def rows(self, split: str) -> Dataset | None:
+        """Return prompts and targets: drawn by the mixture to train, each row once for the other splits.
+
+        Rows to train have all wordings, the inverse ones too; the others only wordings that ask for the answer.
+
+        Raises:
+            TuningError: a task lacks rows, a column or a label.
+        """
+        own = {name: source.rows(split) for name, source in self._sources.items()}
+        found = {name: rows for name, rows in own.items() if rows is not None}
+        if not found:
+            return None
+        if split == "train":
+            if len(found) < len(own):
+                lacking = next(name for name, rows in own.items() if rows is None)
+                raise TuningError(f"task {lacking!r} has no training rows: give it some.")
+            sizes = {name: len(rows) for name, rows in found.items()}
+            count = self.count or sum(min(size, self.cap) for size in sizes.values())
+            drawn = list(mixed(sizes, count, self.cap, self.seed))
+        else:
+            drawn = [(name, row) for name, rows in found.items() for row in range(len(rows))]
+        for name, rows in found.items():
+            check_columns(rows, split, [self.tasks[name].answer] if split != "predict" else [])
+            for template in self.instructions[name].templates if split == "train" else self.instructions[name].scored:
+                template.check([*rows.column_names, "answer"])
+        draw = random.Random(f"{split} {self.seed}")
+        return Dataset.from_list([self._written(name, found[name][row], split, draw) for name, row in drawn])
+
+    def rates(self) -> dict[str, float]:
+        """Return the share of each task among the training rows."""
+        rows = {name: source.rows("train") for name, source in self._sources.items()}
+        return mixing_rates({name: len(own) for name, own in rows.items() if own is not None}, self.cap)
+
+    def _written(self, name: str, row: Mapping[str, Any], split: str, draw: random.Random) -> dict[str, str]:
+        instructions, task = self.instructions[name], self.tasks[name]
+        template = draw.choice(instructions.templates if split == "train" else instructions.scored)
+        answer = self._answer(name, row) if split != "predict" or template.inverse else ""
+        options = list(instructions.words.values())
+        fields = {**row, "answer": answer}
+        if template.inverse:
+            text = template.prompt(fields, options)
+            return {"prompt": text, "target": self._turned(template, row), "task": name, "template": template.name}
+        text = template.prompt(fields, options)
+        suffixed = bool(options) if task.options is None else task.options
+        if suffixed and not template.has_options:
+            text = f"{text.rstrip()}\n\n{options_text(options)}"
+        return {"prompt": text, "target": answer, "task": name, "template": template.name}
+
+    def _answer(self, name: str, row: Mapping[str, Any]) -> str:
+        value = words_of(row[self.tasks[name].answer], self.tasks[name].answer)
+        words = self.instructions[name].words
+        if words and value not in words:
+            raise TuningError(
+                f"task {name!r} has the label {value!r}, which its file has no word for: add it to words."
+            )
+        return words.get(value, value)
+
+    def _turned(self, template: Template, row: Mapping[str, Any]) -> str:
+        """Return what an inverse wording asks for: the columns that it does not show, but for the answer."""
+        names = [name for name in row if name not in template.fields and isinstance(row[name], str)]
+        answers = {task.answer for task in self.tasks.values()}
+        names = [name for name in names if name not in answers]
+        if not names:
+            raise TuningError(
+                f"{template} shows all columns of a row, so nothing is left to write: take one out of it."
+            )
+        return " ".join(row[name] for name in names)
+
+
+class InstructionSeq2SeqData(_Mixed, Seq2SeqData):
+    """Instructions and answers of several tasks for an encoder-decoder.
+
+    Tasks are mixed in proportion to their rows, of which at most ``cap`` count; each row has a wording drawn by the
+    seed. It is data like any other: any method trains on it with the task `Seq2Seq`, and `PromptedClassification`
+    scores the result over all wordings of one task.
+
+    Args:
+        tokenizer: as in `TokenData`.
+        tasks: name -> task.
+        count: how many training rows are drawn; None: as many as the capped tasks have.
+        cap: as how many rows a task counts at most.
+        templates: how many wordings each task must have, the inverse ones included; None: any number.
+        seed: of the draws.
+        **kwargs: as in `Seq2SeqData` and `TokenData`.
+
+    Source: FLAN, Wei et al. 2021 (2109.01652), section 2.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        tasks: dict[str, InstructionTask],
+        count: int | None = None,
+        cap: int = CAP,
+        templates: int | None = TEMPLATES,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(tokenizer, tasks, count, cap, templates, seed, source="prompt", target="target", **kwargs)
+
+    def columns(self, split: str) -> Sequence[str]:
+        """Return the columns that the mixture makes."""
+        return ["prompt"] if split == "predict" else ["prompt", "target"]
+
+
+class InstructionCausalLMData(_Mixed, CausalLMData):
+    """Instructions and answers of several tasks for a causal language model; only the answers are learned.
+
+    Mixed as in `InstructionSeq2SeqData`; any method trains on it with the task `CausalLM`.
+
+    Args:
+        tokenizer: as in `TokenData`.
+        tasks: name -> task.
+        count: how many training rows are drawn; None: as many as the capped tasks have.
+        cap: as how many rows a task counts at most.
+        templates: how many wordings each task must have, the inverse ones included; None: any number.
+        seed: of the draws.
+        **kwargs: as in `CausalLMData` and `TokenData`.
+
+    Source: FLAN, Wei et al. 2021 (2109.01652), section 2.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        tasks: dict[str, InstructionTask],
+        count: int | None = None,
+        cap: int = CAP,
+        templates: int | None = TEMPLATES,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(tokenizer, tasks, count, cap, templates, seed, prompt="prompt", target="target", **kwargs)

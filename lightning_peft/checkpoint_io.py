@@ -1,14 +1,23 @@
 """How a Trainer writes and reads checkpoint files while a method is at work."""
 
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from lightning_peft.errors import TuningError
 from lightning_peft.files import atomic, read_torch
+from lightning_peft.sharded import is_folder, read_folder
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -16,20 +25,45 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning writes to the system's temporary folder and moves the file, which copies it where that is another disk.
     Remote paths (``s3://``) go the way of the parent class.
+
+    Args:
+        on_error: what a full disk does: end training with an error, or warn and go on with the file that is there.
     """
+
+    def __init__(self, on_error: Literal["raise", "warn"] = "raise") -> None:
+        self.on_error = on_error
+        self._failed = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint beside its place and then rename it."""
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
-            with atomic(path) as temporary:
-                torch.save(checkpoint, temporary)
+            try:
+                with atomic(path) as temporary:
+                    torch.save(checkpoint, temporary)
+            except (OSError, RuntimeError) as error:
+                if not _is_of_the_disk(error):
+                    raise
+                sentence = _sentence(error, Path(path))
+                if self.on_error == "raise":
+                    raise TuningError(sentence) from error
+                warnings.warn(sentence, stacklevel=2)
+                self._failed = True
+                return
+            self._failed = False
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint, but not to make room for one that could not be written."""
+        if not self._failed:
+            super().remove_checkpoint(path)
 
     def load_checkpoint(
         self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a checkpoint without executing anything in it, unless ``weights_only=False`` is asked for."""
+        if is_folder(path):
+            return read_folder(path)
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
         return read_torch(Path(path), weights_only is not False, map_location or "cpu")
@@ -42,3 +76,77 @@ def install(trainer: L.Trainer) -> None:
     """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+class Claim:
+    """Keeps other jobs out of the folders that a run writes checkpoints to, as long as the process lives."""
+
+    _held: ClassVar[dict[Path, IO[str]]] = {}
+
+    @classmethod
+    def folders(cls, trainer: L.Trainer) -> None:
+        """Claim the folders of all ModelCheckpoints for this process; every rank must call it.
+
+        Raises:
+            TuningError: one cannot be written to, or another process has claimed it.
+        """
+        problem = ""
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+            folders = {str(c.dirpath) for c in callbacks if c.dirpath is not None and "://" not in str(c.dirpath)}
+            problem = next((said for folder in sorted(folders) if (said := cls._claim(Path(folder)))), "")
+        problem = trainer.strategy.broadcast(problem)
+        if problem:
+            raise TuningError(problem)
+
+    @classmethod
+    def release(cls) -> None:
+        """Give the folders back."""
+        for path, file in cls._held.items():
+            path.unlink(missing_ok=True)
+            file.close()
+        cls._held.clear()
+
+    @classmethod
+    def _claim(cls, folder: Path) -> str:
+        path = folder / ".in-use"
+        if path in cls._held:
+            return ""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            return f"checkpoints cannot be written to {folder} ({error.strerror}): give another dirpath."
+        try:
+            # Locks of this kind end with the process, also by kill -9, and reach across nodes on NFS and Lustre.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                who = file.read().strip() or "another process"
+            return f"{who} writes checkpoints to {folder}: give this run its own."
+        except OSError:
+            pass  # this file system has no locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        cls._held[path] = file
+        return ""
+
+
+def _sentence(error: Exception, path: Path) -> str:
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+    return (
+        f"{path} could not be written ({_reason(error)}; {free / 2**20:.0f} MiB are free there), and what was there "
+        "before is whole: make room, or give another folder."
+    )
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return errno.errorcode.get(error.errno, "") + " " + (error.strerror or "")
+    return "no space left on the device, most likely"

@@ -1,8 +1,11 @@
 """The console script ``lightning-peft``: dispatch, help and errors. Heavy imports wait until a command needs them."""
 
 import os
+import re
+import signal
 import sys
 
+from lightning_peft import signals, slurm
 from lightning_peft.commands import fail
 
 _HELP = """\
@@ -15,11 +18,17 @@ train and use:
   validate    score a delta on the validation split
   test        score a delta on the test split: ... test --config CONFIG --ckpt_path DELTA
   predict     write what a tuned model says of new rows
+  check       look before GPU hours: one batch, a table of what passes and what does not: check --config CONFIG
+  submit      write a SLURM script for a fit and submit it: submit --config CONFIG --nodes 2 --gpus 8 [--dry-run]
 
 look and convert:
   methods     list the methods with what they train, their papers and arguments
+  templates   list the wordings of a task: lightning-peft templates FILE.yaml
   info        show what a delta file holds: lightning-peft info FILE
   merge       fold a delta into its backbone: lightning-peft merge FILE FOLDER
+  plot        draw pictures of results: lightning-peft plot results.csv FOLDER
+  export      write a delta as an adapter of Hugging Face PEFT: export FILE FOLDER --to peft, or --for vllm
+  import      write an adapter of Hugging Face PEFT as a delta: import FOLDER FILE
 
 any command:
   --help      show the arguments of a command
@@ -29,8 +38,9 @@ any command:
 Files of arguments add up, later ones win: --config configs/quickstart.yaml --config configs/methods/bitfit.yaml
 Methods and their arguments work from the shell too: --method LoRA --method.r 4
 """
-_TRAINER = ("fit", "validate", "test", "predict")
-_TOOLS = ("methods", "info", "merge")
+_TRAINER = ("fit", "validate", "test", "predict", "check")
+_SUBMIT = "submit"
+_TOOLS = ("methods", "info", "merge", "plot", "export", "import", "templates")
 _DEBUG = "LIGHTNING_PEFT_DEBUG"
 
 
@@ -46,7 +56,7 @@ def main() -> None:
         from lightning_peft import __version__
 
         print(f"lightning-peft {__version__}")
-    elif command in _TRAINER or command in _TOOLS:
+    elif command in (*_TRAINER, *_TOOLS, _SUBMIT):
         _run(command)
     else:
         fail(f"{command!r} is no command{_nearest(command)}: see lightning-peft --help.")
@@ -56,7 +66,14 @@ def _run(command: str) -> None:
     if os.getcwd() not in sys.path:  # a console script does not find the user's own modules
         sys.path.insert(0, os.getcwd())
     try:
-        if command in _TRAINER:
+        if command == _SUBMIT:
+            from lightning_peft.commands.submit import submit
+
+            submit(sys.argv[2:])
+        elif command in _TRAINER:
+            slurm.check()
+            if command == "fit" and slurm.is_job():
+                signals.install()  # a signal during the imports below would kill the process
             from lightning_peft.commands.trainer import run
 
             run()
@@ -67,7 +84,13 @@ def _run(command: str) -> None:
     except Exception as error:
         if os.environ.get(_DEBUG):
             raise
-        fail(_sentence(error), 2 if _is_mistake(error) else 1)
+        where = slurm.place()
+        fail(f"{where}: {_sentence(error)}" if where else _sentence(error), 2 if _is_mistake(error) else 1)
+    except SystemExit as ended:
+        # Lightning ends so on SIGTERM, and half-trained weights are no success.
+        if type(ended).__name__ == "SIGTERMException":
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
 
 
 def _is_mistake(error: Exception) -> bool:
@@ -85,11 +108,15 @@ def _sentence(error: Exception) -> str:
     if cause is not None:
         return str(cause)
     first = (str(error).strip().splitlines() or [""])[0]
+    if re.search(
+        r"Connection (closed|reset|refused)|Timed out waiting|collective operation timeout|timed out", str(error)
+    ):
+        return f"another rank has died or stands still, see what the others say ({first[:200]})"
     return f"{type(error).__name__}: {first} (--debug shows where)"
 
 
 def _nearest(command: str) -> str:
     import difflib
 
-    close = difflib.get_close_matches(command, (*_TRAINER, *_TOOLS), n=1)
+    close = difflib.get_close_matches(command, (*_TRAINER, *_TOOLS, _SUBMIT), n=1)
     return f", did you mean {close[0]!r}" if close else ""

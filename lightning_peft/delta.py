@@ -7,6 +7,7 @@ statistics of a trained BatchNorm). There is no other registry of names.
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lightning_peft.files import atomic, read_torch
 from lightning_peft.fingerprint import fingerprint_of
 from lightning_peft.graft import grafts
 from lightning_peft.select import near
+from lightning_peft.sharded import is_folder, like, read_folder, whole
 from lightning_peft.tuning import tunings
 
 META = "lightning_peft"
@@ -31,7 +33,7 @@ _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_
 def delta_names(module: nn.Module) -> list[str]:
     """Return the names of the delta in the state dict of ``module``, each tied tensor once.
 
-    A buffer belongs to the delta when it lies in a graft or its own module trains a parameter; outside of the
+    A buffer belongs to the delta when it lies in a graft or its own module trains its parameters; outside of the
     backbones, when the nearest module around it that has parameters trains one.
     """
     backbones = tuple(f"{name}." if name else "" for name, _, _ in tunings(module))
@@ -63,8 +65,13 @@ def canonical(name: str) -> str:
 
 def metadata(module: nn.Module) -> dict[str, Any]:
     """Return what a delta file says of itself, primitives only: methods, backbones with fingerprints, versions."""
-    packages = ("torch", "lightning", "transformers", "lightning-peft")
-    meta: dict[str, Any] = {"format": FORMAT, "versions": {p: version(p) for p in packages}}
+    for place in grafts(module):
+        if getattr(place.graft, "merged", False):
+            raise TuningError(
+                f"{place.name} is merged into the weights of {place.path}, which are not those of the backbone now: "
+                "unmerge it first."
+            )
+    meta: dict[str, Any] = {"format": FORMAT, "versions": dict(_versions())}
     meta["methods"], meta["backbones"] = [], {}
     for path, backbone, tuning in tunings(module):
         path = canonical(path)
@@ -85,7 +92,7 @@ def save_delta(module: nn.Module, path: str | Path) -> Path:
     Raises:
         TuningError: the module trains nothing.
     """
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in collect(module).items()}
+    tensors = {name: whole(tensor).contiguous().cpu() for name, tensor in collect(module).items()}
     if not tensors:
         raise TuningError(f"{type(module).__name__} trains nothing, so it has no delta: apply a method first.")
     header = {"format": "pt", META: json.dumps(metadata(module))}
@@ -108,7 +115,7 @@ def load_delta(module: nn.Module, path: str | Path, allow_other_backbone: bool =
     live = {canonical(name): state[name] for name in delta_names(module)}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            live[name].copy_(tensor)
+            live[name].copy_(like(live[name], tensor))
 
 
 def read_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -119,7 +126,7 @@ def read_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if Path(path).suffix == ".safetensors":
         return _read_safetensors(Path(path))
-    checkpoint = read_torch(path)
+    checkpoint = read_folder(path) if is_folder(path) else read_torch(path)
     return checkpoint.get("state_dict", {}), meta_of(checkpoint, str(path))
 
 
@@ -163,6 +170,11 @@ def check(
                 raise TuningError(
                     f"{source} was trained on {_call(theirs)}, not on {_call(mine)} as it is here: load that backbone."
                 )
+    for path, backbone, tuning in tunings(module):
+        start = f"{canonical(path)}." if path else ""
+        below = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+        for method in tuning.methods.values():
+            method.expect(backbone, below)
     live = collect(module)
     if missing := sorted(live.keys() - tensors.keys()):
         raise TuningError(
@@ -209,10 +221,20 @@ def convert(module: nn.Module, full: str | Path, delta: str | Path) -> Path:
     return save_delta(module, delta)
 
 
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    return tuple((package, version(package)) for package in ("torch", "lightning", "transformers", "lightning-peft"))
+
+
 def _goes_along(module: nn.Module, buffer: str, in_backbone: bool) -> bool:
     path = buffer.rpartition(".")[0]
+    try:
+        module.get_submodule(path)
+    except AttributeError:  # the scales of a quantised weight lie below a parameter
+        return False
     if in_backbone:
-        return any(p.requires_grad for p in module.get_submodule(path).parameters(recurse=False))
+        own = [p.requires_grad for p in module.get_submodule(path).parameters(recurse=False)]
+        return bool(own) and all(own)
     while path and next(module.get_submodule(path).parameters(), None) is None:
         path = path.rpartition(".")[0]
     return any(p.requires_grad for p in module.get_submodule(path).parameters())
@@ -221,8 +243,9 @@ def _goes_along(module: nn.Module, buffer: str, in_backbone: bool) -> bool:
 def _identity(backbone: nn.Module) -> dict[str, Any]:
     config = getattr(backbone, "config", None)
     settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    kinds = (kind.__name__ for kind in type(backbone).__mro__)
     return {
-        "class": type(backbone).__name__,
+        "class": next(name for name in kinds if not name.startswith("FSDP")),  # sharding puts a class before its own
         "name_or_path": getattr(config, "_name_or_path", ""),
         "parameters": sum(p.numel() for p in backbone.parameters()),
         "config": json.loads(json.dumps(settings, default=str)),

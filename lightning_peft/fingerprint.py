@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_peft.sharded import whole
 from lightning_peft.tuning import Tuning
+from lightning_peft.updates.quantized import unpacked
 
 _SAMPLE = 64
 _WITHOUT_EFFECT = {  # on what the weights compute at inference
@@ -24,13 +26,21 @@ def fingerprint(backbone: nn.Module, skip: Iterable[str] = ()) -> str:
     hash tells backbones apart, it does not sign them. ``skip`` names the tensors that are not frozen.
     """
     digest = hashlib.sha256(json.dumps(_function(backbone), sort_keys=True, default=str).encode())
+    # The scales of a quantised weight are no buffers, and change form when it is packed for a device.
+    tensors = {
+        n
+        for n, _ in (
+            *backbone.named_parameters(remove_duplicate=False),
+            *backbone.named_buffers(remove_duplicate=False),
+        )
+    }
     left_out = set(skip)
     for name, tensor in sorted(backbone.state_dict().items()):
-        if name in left_out:
+        if name in left_out or name not in tensors:
             continue
         digest.update(f"{name}{list(tensor.shape)}".encode())
         if tensor.numel() and not tensor.is_meta:
-            flat = tensor.detach().reshape(-1)
+            flat = unpacked(whole(tensor.detach())).reshape(-1)
             places = torch.arange(_SAMPLE, device=flat.device) * (flat.numel() - 1) // (_SAMPLE - 1)
             digest.update(flat[places].to(torch.bfloat16).float().cpu().numpy().tobytes())
     return digest.hexdigest()

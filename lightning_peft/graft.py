@@ -106,7 +106,7 @@ class Graft(nn.Module):
     def _first_by_position(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
+        if args or not self._first_argument:  # a host may take nothing, such as a table of positions
             return args, kwargs
         rest = {name: value for name, value in kwargs.items() if name != self._first_argument}
         return (kwargs[self._first_argument],), rest
@@ -140,7 +140,7 @@ def attach(host: nn.Module, graft: G, name: str) -> G:
         raise TuningError(f"{type(host).__name__} already has an attribute {name!r}: detach it or take another name.")
     if is_compiled(host):
         raise TuningError(f"{type(host).__name__} is compiled and would ignore a graft: attach first, compile after.")
-    graft._first_argument = next(iter(inspect.signature(host.forward).parameters))
+    graft._first_argument = next(iter(inspect.signature(host.forward).parameters), "")
     host.register_module(name, graft)
     graft.train(host.training)
     if overrides(graft, "before"):

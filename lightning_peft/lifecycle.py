@@ -6,25 +6,37 @@ four hooks of the module are extended on the instance, by `functools.partial` of
 still pickles and deep-copies, and Lightning sees that the hook is overridden (with `functools.wraps` it would not).
 """
 
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
-import numpy
-import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_peft import strategy
 from lightning_peft.delta import META, canonical, check, complete, delta_names, meta_of, metadata
 from lightning_peft.errors import TuningError
+from lightning_peft.loaders import gather, random_state, set_random_state
 from lightning_peft.param_groups import schedulers_in, split_groups
 from lightning_peft.tuning import tunings
+from lightning_peft.weights import on_meta
 
 _ATTRIBUTE = "_lightning_peft_life"
+
+
+class Pause(NamedTuple):
+    """A save between two batches.
+
+    Attributes:
+        random: the state of the random generators to go on with.
+        in_validation: whether a validation was running, which is then done again as a whole.
+    """
+
+    random: dict[str, Any]
+    in_validation: bool
 
 
 @dataclass
@@ -34,10 +46,14 @@ class Life:
     Attributes:
         methods: the methods, in the order in which they are applied.
         resumed: metadata and optimizer states of the checkpoint that fit resumes from, until they are restored.
+        pause: where a save stands that falls between two batches; None: at the hook that saves.
+        validation_random: the random state before the latest validation during fit.
     """
 
     methods: list[Any] = field(default_factory=list)
     resumed: dict[str, Any] | None = None
+    pause: Pause | None = None
+    validation_random: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, module: L.LightningModule) -> "Life":
@@ -61,7 +77,7 @@ class Life:
     def apply(self, module: L.LightningModule) -> None:
         """Apply each method whose backbone is there, and freeze again what something else may have thawed."""
         for method in self.methods:
-            if method.finds_backbone(module) and not method.is_applied(module):
+            if method.finds_backbone(module) and not method.is_applied(module) and not strategy.fills(module):
                 method.apply(module)
         for _, backbone, tuning in tunings(module):
             tuning.freeze(backbone)
@@ -153,30 +169,6 @@ def optimizer_names(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[
     return [[[names[id(p)] for p in group["params"]] for group in o.param_groups] for o in optimizers]
 
 
-def random_state() -> dict[str, Any]:
-    """Return the state of all random generators of this process as tensors and plain values."""
-    kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": [kind, torch.from_numpy(numpy.asarray(keys, "int64")), position, has_gauss, gauss],
-        "python": [random.getstate()[0], list(random.getstate()[1]), random.getstate()[2]],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put the random generators of this process where `random_state` found them."""
-    torch.set_rng_state(state["torch"])
-    kind, keys, *rest = state["numpy"]
-    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def restore_random_state(module: L.LightningModule, rank: int, mid_epoch: bool) -> None:
     """Put this rank's generators where they were when the checkpoint being resumed was written.
 
@@ -199,7 +191,11 @@ def _configure_model(module: L.LightningModule, instance_hook: Callable[..., Any
     else:
         vars(module)["configure_model"] = instance_hook
     module.configure_model()
+    trainer = _trainer(module)
+    if on_meta(module):
+        strategy.shard(module, trainer)  # its weights come shard by shard; methods may look at them
     Life.of(module).apply(module)
+    strategy.shard(module, trainer)
 
 
 def _configure_optimizers(module: L.LightningModule, instance_hook: Callable[..., Any] | None) -> Any:
@@ -258,7 +254,11 @@ def _on_save_checkpoint(
     trainer = _trainer(module)
     if trainer is not None and "optimizer_states" in checkpoint:
         meta["optimizers"] = optimizer_names(module, trainer.optimizers)
-        meta["resume"] = {"mid_epoch": not trainer.is_last_batch, "random": _gather(random_state())}
+        pause = Life.of(module).pause
+        mid_epoch = pause is not None or not trainer.is_last_batch
+        meta["resume"] = {"mid_epoch": mid_epoch, "random": gather(pause.random if pause else random_state())}
+        if pause is not None:
+            _rewind(checkpoint["loops"]["fit_loop"], pause)
     checkpoint[META] = meta
 
 
@@ -273,6 +273,27 @@ def _on_load_checkpoint(
     if trainer is not None and trainer.state.fn == "fit":
         Life.of(module).resumed = {META: meta, "optimizer_states": checkpoint.get("optimizer_states", [])}
     _previous(module, instance_hook, "on_load_checkpoint")(checkpoint)
+
+
+def _rewind(loops: dict[str, Any], pause: Pause) -> None:
+    """Say of the loops that they stand just after the latest training batch, or just before a validation.
+
+    Lightning resumes rightly from few places. The names are those of its loops' ``state_dict``, which have no public
+    form; ``tests/test_requeue.py`` compares interrupted runs with uninterrupted ones.
+    """
+    if pause.in_validation:
+        progress = loops["epoch_loop.val_loop.batch_progress"]
+        done = progress["total"]["completed"] - progress["current"]["completed"]
+        progress["total"].update(ready=done + 1, started=done + 1, processed=done, completed=done)
+        progress["current"].update(ready=0, started=0, processed=0, completed=0)
+        progress["is_last_batch"] = False
+        return
+    progress = loops["epoch_loop.batch_progress"]
+    for part in ("total", "current"):
+        batches = progress[part]["completed"]
+        progress[part].update(ready=batches, started=batches, processed=batches, completed=max(batches - 1, 0))
+    progress["is_last_batch"] = False
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
 def _trainer(module: L.LightningModule) -> L.Trainer | None:
@@ -290,12 +311,3 @@ def _states(checkpoint: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
         *((state, "average_model_state") for state in averages),
     ]
     return [(holder, key) for holder, key in candidates if holder.get(key)]
-
-
-def _gather(state: Any) -> list[Any]:
-    """Return the states of all ranks, in order; every rank must call it."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return [state]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, state)
-    return states

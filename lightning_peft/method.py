@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 
-from lightning_peft import lifecycle, precision, select, trainers
+from lightning_peft import lifecycle, precision, select, together, trainers
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import grafts, is_compiled
 from lightning_peft.lifecycle import Life
@@ -52,6 +52,12 @@ class Method(L.Callback):
     """Authors, year and arXiv number."""
     may_change: ClassVar[frozenset[str]] = frozenset({"backbone", "backbone_mode", "keep_fp32"})
     """Arguments that may differ between a delta file and the module that loads it."""
+    needs: ClassVar[frozenset[str]] = frozenset({together.GRADIENTS})
+    """What it counts on that another method on the same backbone may break; the words are those of `together`."""
+    breaks: ClassVar[frozenset[str]] = frozenset()
+    """What other methods on the same backbone cannot count on any more."""
+    shards: ClassVar[bool] = True
+    """Whether it works under strategies that shard parameters."""
     keeps_originals: ClassVar[bool] = True
     """Whether the values of base tensors trained in place are kept, so that `remove` can give them back."""
 
@@ -66,6 +72,14 @@ class Method(L.Callback):
     def penalty(self, module: nn.Module) -> Tensor | None:
         """Return what is added to the loss of each training batch, or None."""
         return None
+
+    def expect(self, backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Take the form of saved tensors before they are checked and loaded, where a method has several forms.
+
+        Args:
+            backbone: the tuned backbone.
+            tensors: what was saved of it, by names below the backbone.
+        """
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
         """Return what the optimizer shall do otherwise with the trained parameter ``name`` of the backbone.
@@ -104,6 +118,7 @@ class Method(L.Callback):
             self._check_exclude(backbone)
             trained = self._kept({*self.graft(backbone), *select.head_names(backbone), *self._also(backbone)})
             tuning.add(backbone, self.name, self, trained, self.keeps_originals)
+            together.check(backbone, tuning)
         except BaseException:
             tuning.undo(backbone, self.name)
             raise
@@ -166,6 +181,7 @@ class Method(L.Callback):
         """Refuse what would train nothing or resume wrongly, before the first batch."""
         self._assert_applied(pl_module)
         self._assert_checkpointing(trainer, pl_module)
+        trainers.begin(trainer)
         lifecycle.check_optimizers(pl_module, trainer.optimizers)
         lifecycle.remap_optimizers(pl_module, trainer.optimizers)
         lifecycle.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
@@ -311,8 +327,9 @@ class Method(L.Callback):
     def _also(self, backbone: nn.Module) -> list[str]:
         if self.also_train is None:
             return []
-        names = [name for name, _ in backbone.named_parameters()]
-        chosen = select.match(names, self.also_train)[self.also_train]
+        names = dict(backbone.named_parameters(remove_duplicate=False))  # a tied weight goes by each of its names
+        first = {id(parameter): name for name, parameter in backbone.named_parameters()}
+        chosen = [first[id(names[name])] for name in select.match(names, self.also_train)[self.also_train]]
         if not chosen:
             raise TuningError(
                 f"also_train={self.also_train!r} matches no parameter of {type(backbone).__name__}"

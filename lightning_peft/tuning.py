@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft import attention
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import detach, grafts
+from lightning_peft.prompts import attention
 
 _ATTRIBUTE = "_lightning_peft"
 

@@ -22,6 +22,8 @@ logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
 def pytest_configure(config: pytest.Config) -> None:
     # Data loaders of sixteen rows need no worker processes.
     config.addinivalue_line("filterwarnings", r"ignore:The '\w+_dataloader' does not have many workers")
+    # Where SLURM is installed, Lightning says so in every run outside of it.
+    config.addinivalue_line("filterwarnings", "ignore:The `srun` command is available on your system")
 
 
 @pytest.fixture(autouse=True)

@@ -1,45 +1,86 @@
-"""What `test_ddp` runs in each of two processes: fits under DDP, whose results each rank saves."""
+"""What `test_ddp` runs in each of two processes: fits of all methods, under DDP and FSDP2.
 
+python -m torch.distributed.run --standalone --nproc-per-node=2 -m tests.ddp FOLDER [NAMES]
+"""
+
+import copy
+import importlib
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_peft import BitFit, FullFineTuning, LinearProbe, LoRA, Method, PromptTuning, collect
+from lightning_peft import Method, collect
+from lightning_peft.sharded import whole
+from lightning_peft.strategy import FullyShard
+from tests.contract import ROOT, MethodContract
 from tests.modules import Tuned, loader, trainer
 
 ROWS, SIZE = 16, 4
 """Rows of an epoch, and rows of a step over all ranks."""
+STRATEGIES = ("ddp", "fsdp2")
+
+
+class Momentum(Tuned):
+    """Descends by momentum, whose state is checkpointed and which adds no noise of its own, as Adam does."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
 
 
 def cases(mode: str = "eval") -> dict[str, tuple[str, Method]]:
-    """Return name -> kind of model and method, T5 for the prompt since three tables share it."""
-    return {
-        "LoRA": ("bert", LoRA(r=2, dropout=0.1 if mode == "train" else 0.0, backbone_mode=mode)),
-        "BitFit": ("gpt2", BitFit(backbone_mode=mode)),
-        "LinearProbe": ("vit", LinearProbe(backbone_mode=mode)),
-        "PromptTuning": (
-            "t5",
-            PromptTuning(num_virtual_tokens=3, init="random_uniform", backbone_mode=mode),
-        ),
-        "FullFineTuning": ("bert", FullFineTuning(backbone_mode=mode)),
-    }
+    """Return name -> kind of model and method, for each class of the contract; its backbones take turns."""
+    found: dict[str, tuple[str, Method]] = {}
+    for file in sorted((ROOT / "tests/methods").glob("test_*.py")):
+        for name, kind in sorted(vars(importlib.import_module(f"tests.methods.{file.stem}")).items()):
+            if not (name.startswith("Test") and issubclass(kind, MethodContract) and hasattr(kind, "method")):
+                continue
+            if kind.__module__ != f"tests.methods.{file.stem}":
+                continue
+            method = copy.deepcopy(kind.method)
+            method.backbone_mode = mode
+            if hasattr(method, "dropout") and mode == "eval":
+                method.dropout = 0.0  # each rank would draw another mask
+            found[f"{file.stem}.{name}"] = (kind.backbones[len(found) % len(kind.backbones)], method)
+    return found
 
 
-def descend(folder: Path, kind: str, method: Method, ranks: int, seed: int) -> Tuned:
-    """Fit two epochs of SGD without anything random but the first values, in a total batch of ``SIZE`` rows."""
+def strategies_of(method: Method) -> tuple[str, ...]:
+    """Return the strategies that a method works under."""
+    return (*STRATEGIES, "fsdp2-folder") if method.shards else ("ddp",)
+
+
+def strategy_of(name: str, ranks: int) -> Any:
+    """Return a fresh strategy: ``ddp``, ``fsdp2``, ``fsdp2-folder`` or, for one process, Lightning's own."""
+    if name.startswith("fsdp2"):
+        timeout = timedelta(seconds=60)  # a rank that waits for the other for ever is an error
+        return FullyShard(
+            process_group_backend="gloo", timeout=timeout, save_distributed_checkpoint=name.endswith("folder")
+        )
+    return "ddp" if ranks > 1 else "auto"
+
+
+def descend(
+    folder: Path, kind: str, method: Method, strategy: str, ranks: int, seed: int, ckpt_path: Path | None = None
+) -> Tuned:
+    """Fit two epochs without anything random but the first values, in a total batch of ``SIZE`` rows."""
     torch.manual_seed(seed)
-    module = Tuned(kind, optimizer="SGD", lr=1e-3)
+    module = Momentum(kind)
     rows = loader(kind, ROWS, padded=False).dataset
     # Lightning's own sampler would shuffle.
     mine = DistributedSampler(rows, ranks, int(os.environ.get("RANK", "0")), shuffle=False)
     data = DataLoader(rows, SIZE // ranks, sampler=mine)
     saved = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    strategy = "ddp" if ranks > 1 else "auto"
-    trainer(folder, method, saved, devices=ranks, strategy=strategy, max_epochs=2).fit(module, data, data)
+    fit = trainer(
+        folder, copy.deepcopy(method), saved, devices=ranks, strategy=strategy_of(strategy, ranks), max_epochs=2,
+        gradient_clip_val=1e3, accumulate_grad_batches=2,
+    )  # fmt: skip
+    fit.fit(module, data, data, ckpt_path=ckpt_path)
     return module
 
 
@@ -48,24 +89,45 @@ def resume(folder: Path, kind: str, method: Method, seed: int, ckpt_path: Path |
     torch.manual_seed(seed)
     module = Tuned(kind, dropout=0.2)
     saved = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    fit = trainer(folder, method, saved, devices=2, strategy="ddp", max_epochs=2)
+    fit = trainer(folder, copy.deepcopy(method), saved, devices=2, strategy="ddp", max_epochs=2)
     fit.fit(module, loader(kind, ROWS, SIZE // 2, shuffle=True), loader(kind, ROWS, 2), ckpt_path=ckpt_path)
     return module
 
 
-def main(folder: Path, rank: int) -> None:
+def main(folder: Path, rank: int, names: list[str]) -> None:
+    """Run the cases of these names; a rank that fails ends both, and the launcher goes on with the next name."""
     torch.set_num_threads(1)
-    for name, (kind, method) in cases().items():
-        module = descend(folder / name, kind, method, ranks=2, seed=rank)
-        torch.save(dict(module.model.state_dict()), folder / f"{name}.state.{rank}.pt")
-    for name, (kind, method) in cases("train").items():
-        straight = resume(folder / f"{name}.straight", kind, method, seed=rank)
-        middle = folder / f"{name}.straight" / "epoch=0.ckpt"
-        resumed = resume(folder / f"{name}.resumed", kind, cases("train")[name][1], seed=7 + rank, ckpt_path=middle)
+    frozen, active = cases(), cases("train")
+    for name in names:
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "begun").touch()
+        kind, method = frozen[name]
+        both(folder / name, kind, method, rank)
+        kind, method = active[name]
+        straight = resume(folder / name / "straight", kind, method, seed=rank)
+        middle = folder / name / "straight" / "epoch=0.ckpt"
+        resumed = resume(folder / name / "resumed", kind, method, seed=7 + rank, ckpt_path=middle)
         results = [{n: t.clone() for n, t in collect(m).items()} for m in (straight, resumed)]
-        torch.save(results, folder / f"{name}.resumed.{rank}.pt")
+        torch.save(results, folder / name / f"resumed.{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
+def both(folder: Path, kind: str, method: Method, rank: int) -> None:
+    """Fit under each strategy, then go on from the middle of what another strategy has written."""
+    for strategy in strategies_of(method):
+        keep(descend(folder / strategy, kind, method, strategy, ranks=2, seed=rank), folder / f"{strategy}.{rank}.pt")
+    for strategy, other in (("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "fsdp2-folder"), ("ddp", "fsdp2-folder")):
+        if not method.shards:
+            continue
+        middle = folder / other / "epoch=0.ckpt"
+        module = descend(folder / f"{strategy}-of-{other}", kind, method, strategy, 2, seed=9, ckpt_path=middle)
+        keep(module, folder / f"{strategy}-of-{other}.{rank}.pt")
+
+
+def keep(module: Tuned, file: Path) -> None:
+    """Save what the module has become, as one process would hold it; all ranks gather."""
+    torch.save({name: whole(tensor).detach().clone() for name, tensor in module.model.state_dict().items()}, file)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(os.environ["RANK"]))
+    main(Path(sys.argv[1]), int(os.environ["RANK"]), sys.argv[2:])

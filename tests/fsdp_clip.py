@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from lightning_peft import DAPL, IVLP, CoCoOp, CoOp, MaPLe, Method, clip, collect
+from lightning_peft import DAPL, IVLP, CoCoOp, CoOp, MaPLe, Method, collect
 from lightning_peft.sharded import whole
+from lightning_peft.towers import clip
 from tests.models import batch, tiny
 
 

@@ -1,47 +1,79 @@
 """Imports run one way, so that each file can be read with only those before it in mind."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_peft"
 LAYERS = [
-    ["errors"],
-    ["graft", "files", "param_groups"],
+    ["errors", "signals", "features.activation_memory"],
+    ["prompting"],
+    ["encoding"],
+    ["graft", "files", "param_groups", "loaders", "slurm"],
+    ["towers.packing", "updates.quantized", "updates.low_rank_init", "updates.hard_concrete"],
+    ["sharded"],
     ["select"],
-    ["attention"],
-    ["tuning"],
-    ["fingerprint", "virtual_tokens", "precision"],
+    ["prompts.attention", "towers.vision", "features.heads", "features.side"],
+    ["towers.window_prompts"],
+    ["tuning", "updates.targets", "updates.in_place"],
+    ["updates.factors"],
+    ["fingerprint", "prompts.virtual_tokens", "precision"],
+    ["towers.text_towers", "prompts.shared_prompt", "prompts.infix"],
+    ["towers.contexts"],
+    ["towers.clip", "towers.deep_prompts"],
     ["delta", "folding"],
-    ["lifecycle", "checkpoint_io"],
+    ["checkpoint_io", "weights", "updates.low_rank"],
+    ["strategy"],
+    ["lifecycle"],
+    ["requeue"],
+    ["trainers", "together"],
     ["method"],
-    ["rebuild"],
+    ["rebuild", "prompts.prefixes", "prompts.base", "updates.merging", "features.feature_cache"],
     ["mixin"],
     ["methods"],
 ]
+FOLDERS = {name.split(".")[0] for names in LAYERS for name in names if "." in name}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def imported(file: Path) -> set[str]:
-    """Return the first parts below the package of all that a file imports from it, those for types alone left out."""
+    """Return the modules and folders of the package that a file imports from, those for types alone left out."""
     tree = ast.parse(file.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
             parts = (node.module or "").split(".")[1:]
-            found |= {parts[0]} if parts else {alias.name for alias in node.names}
+            below = [[alias.name] for alias in node.names]
+            found |= {_module([*parts, *more]) for more in below}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith(f"{PACKAGE.name}.")}
+            names = [alias.name for alias in node.names if alias.name.startswith(f"{PACKAGE.name}.")]
+            found |= {_module(name.split(".")[1:]) for name in names}
     return found
+
+
+def _module(parts: list[str]) -> str:
+    return ".".join(parts[: 2 if parts[0] in FOLDERS else 1])
 
 
 @pytest.mark.parametrize("name", [name for names in LAYERS[:-1] for name in names])
 def test_a_core_file_imports_what_comes_before_it(name: str) -> None:
-    assert {LEVEL.get(other, len(LAYERS)) < LEVEL[name] for other in imported(PACKAGE / f"{name}.py")} <= {True}
+    path = PACKAGE / name.replace(".", "/")
+    files = list(path.glob("*.py")) or [path.with_suffix(".py")]
+    others = set().union(*map(imported, files)) - ({name} if path.is_dir() else set())
+    assert {LEVEL.get(other, len(LAYERS)) < LEVEL[name] for other in others} <= {True}
+
+
+def test_prompting_is_text_alone() -> None:
+    for file in (PACKAGE / "prompting").glob("*.py"):
+        tree = ast.parse(file.read_text())
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, PACKAGE.name}
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.glob("methods/*.py")), ids=lambda file: file.stem)

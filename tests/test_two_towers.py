@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers as hf
 
-from lightning_peft import CoOp, MaPLe, TuningError, clip
-from lightning_peft.text_towers import ends_of, text_tower
+from lightning_peft import CoOp, MaPLe, TuningError
+from lightning_peft.towers import clip
+from lightning_peft.towers.text_towers import ends_of, text_tower
 from tests import fsdp_clip
 from tests.contract import ROOT, assert_near, assert_same
 from tests.models import tiny

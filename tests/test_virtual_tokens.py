@@ -6,7 +6,14 @@ import transformers as hf
 from torch import nn
 
 from lightning_peft import TuningError, attach
-from lightning_peft.virtual_tokens import VirtualTokens, frequent_ids, insert, is_widened, random_rows, word_rows
+from lightning_peft.prompts.virtual_tokens import (
+    VirtualTokens,
+    frequent_ids,
+    insert,
+    is_widened,
+    random_rows,
+    word_rows,
+)
 from tests.models import batch, tiny
 
 IDS = torch.tensor([[3, 11, 12, 13], [3, 14, 0, 0]])

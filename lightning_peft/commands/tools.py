@@ -1,4 +1,4 @@
-"""``methods``, ``info`` and ``merge``: commands that need files but no Trainer."""
+"""``methods``, ``templates``, ``info``, ``merge`` and ``plot``: commands that need files but no Trainer."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,12 +6,14 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 import lightning_peft
 from lightning_peft.delta import read_delta
 from lightning_peft.errors import TuningError
 from lightning_peft.folding import merge
+from lightning_peft.instruction_files import read_instructions
 from lightning_peft.method import Method
 from lightning_peft.rebuild import from_delta
 from lightning_peft.reports.parameters import count, dtypes, size
@@ -19,7 +21,14 @@ from lightning_peft.reports.parameters import count, dtypes, size
 
 def run_tool(command: str, arguments: Sequence[str]) -> None:
     """Run one of the commands with the arguments that follow it."""
-    functions: dict[str, Callable[..., None]] = {"methods": methods, "info": info, "merge": merge_files}
+    if command in ("export", "import"):
+        from lightning_peft.commands.interchange import run_interchange
+
+        run_interchange(command, arguments)
+        return
+    functions: dict[str, Callable[..., None]] = {
+        "methods": methods, "info": info, "merge": merge_files, "plot": plot_rows, "templates": templates
+    }  # fmt: skip
     function = functions[command]
     parser = ArgumentParser(prog=f"lightning-peft {command}", description=(function.__doc__ or "").splitlines()[0])
     parser.add_function_arguments(function, as_positional=True)
@@ -41,6 +50,23 @@ def methods() -> None:
     console = Console()
     console.print(table)
     console.print(f"Arguments of all: {', '.join(sorted(shared))}.", highlight=False)
+
+
+def templates(file: str) -> None:
+    """List the wordings of a task.
+
+    Args:
+        file: a YAML file of templates.
+    """
+    found = read_instructions(file, count=None)
+    table = Table(title=found.task, title_justify="left")
+    for column in ("template", "scored", "text"):
+        table.add_column(column, overflow="fold")
+    for template in found.templates:
+        table.add_row(template.name, "no, inverse" if template.inverse else "yes", escape(template.text))
+    Console().print(table)
+    if found.words:
+        Console().print(", ".join(f"{label}: {word}" for label, word in found.words.items()), highlight=False)
 
 
 def info(file: str, tensors: bool = True) -> None:
@@ -98,3 +124,16 @@ def merge_files(file: str, folder: str, backbone: str | None = None) -> None:
     except (OSError, ValueError):
         kept = f"without a tokenizer: {origin} has none"
     Console(soft_wrap=True).print(f"{type(model).__name__} written to {folder}, {kept}.", highlight=False)
+
+
+def plot_rows(file: str, folder: str) -> None:
+    """Draw pictures of results: every picture that the rows of a file have values for, and its rows beside it.
+
+    Args:
+        file: rows of results as the callback ResultRows writes them, .csv or .jsonl.
+        folder: where to write.
+    """
+    from lightning_peft.reports.plots import plot
+
+    for picture in plot(file, folder):
+        Console(soft_wrap=True).print(str(picture), highlight=False)

@@ -19,6 +19,7 @@ from lightning_peft.delta import read_delta
 from lightning_peft.method import Method
 from lightning_peft.rebuild import methods_of
 from lightning_peft.reports import PredictionWriter, TuningReport
+from lightning_peft.reports.preflight import Preflight
 
 for _name in lightning_peft.__all__:  # jsonargparse knows by their short names the classes that have been imported
     getattr(lightning_peft, _name)
@@ -42,7 +43,11 @@ class TuningCLI(LightningCLI):
         """Add the method, and the links between data and task."""
         parser.add_lightning_class_args(Method, "method", subclass_mode=True, required=False)
         parser.link_arguments("model.init_args.model", "data.init_args.tokenizer")
+        parser.link_arguments("model.init_args.model", "data.init_args.processor")
+        # What the data know and the task has to know; a link whose end a class lacks is left out.
         parser.link_arguments("data.label_names", "model.init_args.labels", apply_on="instantiate")
+        for known, told in (("verbalizer", "words"), ("candidates", "candidates"), ("style", "lm"), ("lead", "lead")):
+            parser.link_arguments(f"data.{known}", f"model.init_args.{told}", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the Trainer; where no method is given, a delta's own stand in (Lightning would add None)."""
@@ -67,11 +72,28 @@ class TuningCLI(LightningCLI):
             vars(self.model)["configure_optimizers"] = partial(_build_optimizer, self.model, build)
 
 
+class CheckingCLI(TuningCLI):
+    """`TuningCLI` for a Trainer that can be checked."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the one command, a method of `Preflight`, with the arguments that are given apart."""
+        return {"check": {"model", "datamodule"}}
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        given = config.get("callbacks") or []
+        own = given if isinstance(given, list) else [given]
+        return Preflight.of(**config | {"callbacks": [*own, *callbacks]})
+
+
 def run() -> None:
     """Run the command of ``sys.argv``."""
     # lightning 2.6 with torch 2.13: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    TuningCLI(
+    checks = "check" in sys.argv[1:2]
+    cli = CheckingCLI if checks else TuningCLI
+    cli(
+        trainer_class=Preflight if checks else L.Trainer,
         model_class=L.LightningModule,
         datamodule_class=L.LightningDataModule,
         subclass_mode_model=True,

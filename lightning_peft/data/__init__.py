@@ -1,7 +1,46 @@
 """LightningDataModules: what is trained on."""
 
+from lightning_peft.data.clip_data import CLIPData
+from lightning_peft.data.cloze import ClozeClassificationData, KnowledgeProbingData
+from lightning_peft.data.coloured_shapes import ColouredShapes
+from lightning_peft.data.continual import ContinualData
+from lightning_peft.data.digits import Digits
+from lightning_peft.data.domain_data import DomainData
+from lightning_peft.data.generation import CausalLMData, Seq2SeqData
+from lightning_peft.data.image_classification import ImageClassificationData
+from lightning_peft.data.image_data import ImageData
+from lightning_peft.data.instructions import InstructionCausalLMData, InstructionSeq2SeqData
+from lightning_peft.data.lm_adaptation import LMAdaptationData
+from lightning_peft.data.multi_task import MultiTaskData
+from lightning_peft.data.question_answering import QuestionAnsweringData
+from lightning_peft.data.sources import SourcedData
 from lightning_peft.data.stdlib_docstrings import StdlibDocstrings
 from lightning_peft.data.text_classification import TextClassificationData
 from lightning_peft.data.text_data import TextData
+from lightning_peft.data.token_classification import TokenClassificationData
+from lightning_peft.data.token_data import TokenData
 
-__all__ = ["StdlibDocstrings", "TextClassificationData", "TextData"]
+__all__ = [
+    "CLIPData",
+    "CausalLMData",
+    "ClozeClassificationData",
+    "ColouredShapes",
+    "ContinualData",
+    "Digits",
+    "DomainData",
+    "ImageClassificationData",
+    "ImageData",
+    "InstructionCausalLMData",
+    "InstructionSeq2SeqData",
+    "KnowledgeProbingData",
+    "LMAdaptationData",
+    "MultiTaskData",
+    "QuestionAnsweringData",
+    "Seq2SeqData",
+    "SourcedData",
+    "StdlibDocstrings",
+    "TextClassificationData",
+    "TextData",
+    "TokenClassificationData",
+    "TokenData",
+]

@@ -8,7 +8,7 @@ from datasets import Dataset
 from lightning_peft.data.padding import Padder
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.errors import TuningError
-from lightning_peft.virtual_tokens import IGNORED_LABEL
+from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL
 
 
 class Seq2SeqData(SourcedData):

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_peft.virtual_tokens import IGNORED_LABEL
+from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL
 
 
 class Padder:

@@ -10,8 +10,8 @@ from datasets import ClassLabel, Dataset
 from lightning_peft.data.classes import check_columns
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.errors import TuningError
+from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL
 from lightning_peft.select import near
-from lightning_peft.virtual_tokens import IGNORED_LABEL
 
 
 class TokenClassificationData(SourcedData):

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import Graft, attach
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
-from lightning_peft.text_towers import initial_rows, text_tower, two_towers, word_table
+from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
+from lightning_peft.towers.text_towers import initial_rows, text_tower, two_towers, word_table
 
 DEFAULT_LENGTH = 4
 
@@ -63,7 +63,7 @@ class ConditionalContext(TextContext):
         if self.call.images is None:
             raise TuningError(
                 "CoCoOp's prompts depend on the image: call the model with input_ids and pixel_values, or give "
-                "images= to lightning_peft.clip.text_features."
+                "images= to lightning_peft.towers.clip.text_features."
             )
         self.call.shift = getattr(word_table(host), self.tokens).shift(self.call.images)
         try:

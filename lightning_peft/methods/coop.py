@@ -19,12 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import select
-from lightning_peft.contexts import POSITIONS, Call, ContextTokens, Position, TextContext, graft_context, plain_layout
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import grafts
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
-from lightning_peft.text_towers import initial_rows, nearest_words, text_tower, tokenizer_of, word_table
+from lightning_peft.towers.contexts import (
+    POSITIONS,
+    Call,
+    ContextTokens,
+    Position,
+    TextContext,
+    graft_context,
+    plain_layout,
+)
+from lightning_peft.towers.text_towers import initial_rows, nearest_words, text_tower, tokenizer_of, word_table
 
 DEFAULT_LENGTH = 16
 

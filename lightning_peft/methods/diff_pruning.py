@@ -32,10 +32,10 @@ from lightning_peft import lifecycle, select
 from lightning_peft.errors import TuningError
 from lightning_peft.folding import Folding
 from lightning_peft.graft import attach, grafts
-from lightning_peft.hard_concrete import ExpectedCount, Masked, Scattered, gate, place, scatter, uniform_op
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
 from lightning_peft.param_groups import schedulers_in
+from lightning_peft.updates.hard_concrete import ExpectedCount, Masked, Scattered, gate, place, scatter, uniform_op
 
 _SEEDS = 2**31 - 1
 

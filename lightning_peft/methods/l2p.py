@@ -32,7 +32,7 @@ from lightning_peft.errors import TuningError
 from lightning_peft.graft import Graft, attach, grafts
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
-from lightning_peft.vision import tower
+from lightning_peft.towers.vision import tower
 
 
 class ChosenPrompts(Graft):
@@ -305,7 +305,7 @@ class L2P(Method):
         pool.begin_task()
         self._before = {**getattr(self, "_before", {}), task: pool.counts.tolist()}
 
-    def rows(self, module: nn.Module) -> list[dict[str, Any]]:
+    def result_rows(self, module: nn.Module) -> list[dict[str, Any]]:
         """Return how often each prompt was chosen as rows of results, by task as far as this process saw them begin."""
         now = self.pool(module).counts.tolist()
         before: dict[int, list[int]] = getattr(self, "_before", {})

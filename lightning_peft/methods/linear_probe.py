@@ -15,9 +15,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from lightning_peft import heads, select
+from lightning_peft import select
 from lightning_peft.errors import TuningError
-from lightning_peft.feature_cache import CachingMethod
+from lightning_peft.features import heads
+from lightning_peft.features.feature_cache import CachingMethod
 from lightning_peft.graft import attach
 from lightning_peft.mixin import MethodMixin
 

@@ -25,12 +25,12 @@ from torch import nn
 from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import attach
-from lightning_peft.low_rank import GRAFTS, LowRankWeights, shape_of
-from lightning_peft.low_rank_init import Init
-from lightning_peft.merging import MergingMethod
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
-from lightning_peft.targets import Target, targets
+from lightning_peft.updates.low_rank import GRAFTS, LowRankWeights, shape_of
+from lightning_peft.updates.low_rank_init import Init
+from lightning_peft.updates.merging import MergingMethod
+from lightning_peft.updates.targets import Target, targets
 
 
 @dataclass(eq=False, kw_only=True)

@@ -14,7 +14,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_peft.deep_prompts import (
+from lightning_peft.errors import TuningError
+from lightning_peft.method import Method
+from lightning_peft.mixin import MethodMixin
+from lightning_peft.towers.deep_prompts import (
     Prompts,
     check_depth,
     device_of,
@@ -23,10 +26,7 @@ from lightning_peft.deep_prompts import (
     vision_tower,
     width_of,
 )
-from lightning_peft.errors import TuningError
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
-from lightning_peft.text_towers import (
+from lightning_peft.towers.text_towers import (
     initial_rows,
     rows_of,
     text_tower,

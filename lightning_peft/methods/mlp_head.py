@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft import heads, select
+from lightning_peft import select
 from lightning_peft.errors import TuningError
-from lightning_peft.feature_cache import CachingMethod
+from lightning_peft.features import heads
+from lightning_peft.features.feature_cache import CachingMethod
 from lightning_peft.graft import Graft, attach
 from lightning_peft.mixin import MethodMixin
 

@@ -24,8 +24,8 @@ from lightning_peft.errors import TuningError
 from lightning_peft.graft import Graft, attach, detach
 from lightning_peft.mixin import MethodMixin
 from lightning_peft.prompting import Template
-from lightning_peft.prompts import PromptMethod, cut_to, placed
-from lightning_peft.virtual_tokens import is_widened, word_rows
+from lightning_peft.prompts.base import PromptMethod, cut_to, placed
+from lightning_peft.prompts.virtual_tokens import is_widened, word_rows
 
 ENCODERS = ("lstm_half", "lstm", "mlp", "none")
 

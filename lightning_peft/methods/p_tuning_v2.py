@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from lightning_peft.mixin import MethodMixin
-from lightning_peft.prefixes import PrefixMethod
+from lightning_peft.prompts.prefixes import PrefixMethod
 
 
 @dataclass(eq=False, kw_only=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_peft import select
 from lightning_peft.errors import TuningError
-from lightning_peft.feature_cache import CachingMethod
+from lightning_peft.features.feature_cache import CachingMethod
 from lightning_peft.mixin import MethodMixin
 
 

@@ -1,8 +1,8 @@
 """A vote of several prompts of one task on one frozen model: each row is run once with each prompt, in one batch.
 
 N prompts are trained apart (`PromptTuning` or `PTuning`, with other seeds); here they only answer. The majority
-decides, and of equal counts the mean log-probability: ``argmax_c (votes_c + softmax(mean_n log p_n(c)) / 2)``, of which the
-logarithm is returned as logits. The second form averages probabilities, ``log mean_n p_n(c)``.
+decides, and of equal counts the mean log-probability: ``argmax_c (votes_c + softmax(mean_n log p_n(c)) / 2)``, of
+which the logarithm is returned as logits. The second form averages probabilities, ``log mean_n p_n(c)``.
 
 Source: Lester et al. 2021, arXiv 2104.08691, section 6, which leaves ties open. Prompts of unequal length are padded
 and masked, and positions count what is not masked.
@@ -24,7 +24,7 @@ from lightning_peft.errors import TuningError
 from lightning_peft.graft import Graft, attach
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
-from lightning_peft.virtual_tokens import VirtualTokens, insert
+from lightning_peft.prompts.virtual_tokens import VirtualTokens, insert
 
 
 class Ballot(Graft):

@@ -22,8 +22,8 @@ from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.files import load_tokenizer
 from lightning_peft.mixin import MethodMixin
-from lightning_peft.prompts import PromptMethod, cut_to
-from lightning_peft.virtual_tokens import frequent_ids, insert, random_rows, word_rows
+from lightning_peft.prompts.base import PromptMethod, cut_to
+from lightning_peft.prompts.virtual_tokens import frequent_ids, insert, random_rows, word_rows
 
 INITS = ("random_uniform", "sampled_vocab", "text", "class_labels")
 

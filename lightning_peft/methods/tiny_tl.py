@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft import select, together
-from lightning_peft.activation_memory import Kept, tensors_in
 from lightning_peft.errors import TuningError
+from lightning_peft.features.activation_memory import Kept, tensors_in
 from lightning_peft.graft import Graft, attach, detach, is_compiled
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin

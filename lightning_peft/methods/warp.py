@@ -24,8 +24,8 @@ from lightning_peft.files import load_tokenizer
 from lightning_peft.graft import Graft, attach
 from lightning_peft.mixin import MethodMixin
 from lightning_peft.prompting import Template
-from lightning_peft.prompts import PromptMethod, cut_to
-from lightning_peft.virtual_tokens import word_rows
+from lightning_peft.prompts.base import PromptMethod, cut_to
+from lightning_peft.prompts.virtual_tokens import word_rows
 
 INITS = ("normal", "mask", "text")
 
@@ -90,9 +90,9 @@ class WARP(PromptMethod):
         table = next(iter(select.word_tables(backbone).values()))
         rows = self._initial_rows(backbone, table)
         self.place(backbone, nn.Parameter(rows.to(decoder.weight.device)), anywhere=True)
-        bias = decoder.bias[ids] if decoder.bias is not None else torch.zeros(len(ids))
-        weight = decoder.weight[ids]
-        attach(decoder, ClassRows(*(t.detach().float().clone() for t in (weight, bias)), ids), self.name)
+        weight = decoder.weight.detach()[ids].float()
+        bias = decoder.bias.detach()[ids].float() if decoder.bias is not None else weight.new_zeros(len(ids))
+        attach(decoder, ClassRows(weight, bias, ids), self.name)
         return ()
 
     def optimizer_options(self, name: str) -> dict[str, Any]:

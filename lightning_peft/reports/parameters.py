@@ -26,11 +26,11 @@ def parameter_table(module: nn.Module) -> Table:
         modes = sorted({method.backbone_mode for method in tuning.methods.values()})
         table.add_row("backbone", f"{type(backbone).__name__}{where}")
         table.add_row("method", methods)
-        table.add_row("frozen", f"{count(frozen):,} parameters, {dtypes(frozen)}, in {' and '.join(modes)} mode")
+        table.add_row("frozen", f"{count(frozen):,} parameters, {stored(frozen)}, in {' and '.join(modes)} mode")
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
     share = count(trained) / max(count(parameters), 1)
-    table.add_row("trained", f"{count(trained):,} of {count(parameters):,} parameters ({share:.3%}), {dtypes(trained)}")
+    table.add_row("trained", f"{count(trained):,} of {count(parameters):,} parameters ({share:.3%}), {stored(trained)}")
     table.add_row("delta", size(sum(tensor.nbytes for tensor in collect(module).values())))
     return table
 
@@ -62,6 +62,16 @@ def dtypes(tensors: Iterable[torch.Tensor]) -> str:
     for tensor in tensors:
         counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
     return " and ".join(dtype for dtype, _ in counts.most_common()) or "none"
+
+
+def stored(tensors: Iterable[torch.Tensor]) -> str:
+    """Return in which dtype tensors are stored, and their bytes.
+
+    >>> stored([torch.zeros(256)])
+    'float32, 1.0 KiB'
+    """
+    tensors = list(tensors)
+    return f"{dtypes(tensors)}, {size(sum(tensor.nbytes for tensor in tensors))}"
 
 
 def size(num_bytes: int) -> str:

@@ -22,9 +22,9 @@ Row = dict[str, Any]
 
 
 class ResultRows(L.Callback):
-    """Appends to a file what a test has come to, and what the module and its methods give by ``rows()``.
+    """Appends to a file what a test has come to, and what the module and its methods give by ``result_rows()``.
 
-    The module's ``rows()`` takes no argument, that of a callback takes the module.
+    The module's ``result_rows()`` takes no argument, that of a callback takes the module.
 
     Args:
         file: CSV (.csv) or JSON lines (.jsonl), below the trainer's ``default_root_dir`` if it is no absolute path.
@@ -67,10 +67,10 @@ class ResultRows(L.Callback):
         if missing:
             known = ", ".join(trainer.callback_metrics) or "nothing"
             raise TuningError(f"epoch_metrics has {missing[0]!r}, which was never logged (but {known}): leave it out.")
-        own = getattr(pl_module, "rows", None)
+        own = getattr(pl_module, "result_rows", None)
         rows = list(own()) if own is not None else []
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            theirs = getattr(callback, "rows", None)
+            theirs = getattr(callback, "result_rows", None)
             if theirs is not None and callback is not self and theirs is not own:
                 rows += theirs(pl_module)
         self._write(trainer, pl_module, rows)
@@ -83,7 +83,7 @@ class ResultRows(L.Callback):
     @rank_zero_only
     def _write(self, trainer: L.Trainer, module: L.LightningModule, rows: list[Row]) -> None:
         data: Any = getattr(trainer, "datamodule", None)
-        data = getattr(data, "data", data)  # that of tasks is made of another
+        data = getattr(data, "data", None) or getattr(data, "source", data)  # modules of tasks are made of others
         names = [type(method).__name__ for _, _, tuning in tunings(module) for method in tuning.methods.values()]
         common = {
             "method": self.method or " + ".join(names) or "none",

@@ -1,5 +1,37 @@
 """LightningModules: what is trained for."""
 
+from lightning_peft.tasks.base import Task
+from lightning_peft.tasks.causal_lm import CausalLM
+from lightning_peft.tasks.clip_classification import CLIPClassification
+from lightning_peft.tasks.cloze import ClozeClassification, KnowledgeProbing
+from lightning_peft.tasks.continual_classification import ContinualClassification
+from lightning_peft.tasks.domain_adaptation import DomainAdaptation
+from lightning_peft.tasks.image_classification import ImageClassification
+from lightning_peft.tasks.multi_task import MultiTask
+from lightning_peft.tasks.nearest_demonstrations import NearestDemonstrations
+from lightning_peft.tasks.prompted_classification import PromptedClassification
+from lightning_peft.tasks.prompted_generation import PromptedGeneration
+from lightning_peft.tasks.question_answering import QuestionAnswering
+from lightning_peft.tasks.seq2seq import LMAdaptation, Seq2Seq
 from lightning_peft.tasks.text_classification import TextClassification
+from lightning_peft.tasks.token_classification import TokenClassification
 
-__all__ = ["TextClassification"]
+__all__ = [
+    "CLIPClassification",
+    "CausalLM",
+    "ClozeClassification",
+    "ContinualClassification",
+    "DomainAdaptation",
+    "ImageClassification",
+    "KnowledgeProbing",
+    "LMAdaptation",
+    "MultiTask",
+    "NearestDemonstrations",
+    "PromptedClassification",
+    "PromptedGeneration",
+    "QuestionAnswering",
+    "Seq2Seq",
+    "Task",
+    "TextClassification",
+    "TokenClassification",
+]

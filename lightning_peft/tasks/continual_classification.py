@@ -136,7 +136,7 @@ class ContinualClassification(ImageClassification):
             self.log(f"test_accuracy_task_{i}", accuracy)
         self.log("test_accuracy", sum(column) / len(column), prog_bar=True)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def result_rows(self) -> list[dict[str, Any]]:
         """Return A and its scores as rows of ``metric`` and ``value``; those of A say ``task`` and ``after``."""
         done = range(self.task + 1) if self.matrix else range(0)
         rows: list[dict[str, Any]] = [

@@ -8,12 +8,12 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_peft import clip
-from lightning_peft.contexts import context_of, frozen
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import grafts
 from lightning_peft.tasks.clip_classification import Accuracy, TwoTowerTask
 from lightning_peft.tasks.scores import CrossEntropy
+from lightning_peft.towers import clip
+from lightning_peft.towers.contexts import context_of, frozen
 
 _NAIVE = ("naive",)
 

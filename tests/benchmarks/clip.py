@@ -19,7 +19,8 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_peft import CoCoOp, CoOp, Method, clip
+from lightning_peft import CoCoOp, CoOp, Method
+from lightning_peft.towers import clip
 from tests.benchmarks import measure
 
 SHAPES = {"tiny": (4, 256), "small": (6, 512)}

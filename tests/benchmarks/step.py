@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_peft import IA3, BitFit, LoRA, Method, PrefixTuning, PromptTuning, PTuning, TuningError
 from lightning_peft.graft import grafts
 from lightning_peft.methods.ia3 import ScaledInput
-from lightning_peft.prefixes import Prefix
+from lightning_peft.prompts.prefixes import Prefix
 from lightning_peft.select import word_tables
 from tests.benchmarks import measure
 from tests.benchmarks.backbones import SHAPES, WIDTH, Shape

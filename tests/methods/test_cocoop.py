@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_peft import CoCoOp, CoOp, TuningError
-from lightning_peft.clip import depends_on_images, image_features, similarity, text_features
+from lightning_peft.towers.clip import depends_on_images, image_features, similarity, text_features
 from tests.contract import MethodContract, assert_near, output, shake
 from tests.methods.test_coop import CLIP_B16
 from tests.models import HIDDEN, TWO_TOWERS, batch, meta, tiny

@@ -9,9 +9,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_peft import CoOp, TuningError, collect, load_delta, save_delta
-from lightning_peft.clip import similarity, text_features
-from lightning_peft.contexts import frozen
-from lightning_peft.packing import pack
+from lightning_peft.towers.clip import similarity, text_features
+from lightning_peft.towers.contexts import frozen
+from lightning_peft.towers.packing import pack
 from tests import two_towers
 from tests.contract import MethodContract, assert_near, output, shake
 from tests.models import CLIP_POSITIONS, TWO_TOWERS, batch, meta, tiny

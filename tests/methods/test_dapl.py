@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft import DAPL, TuningError
-from lightning_peft.clip import text_features
-from lightning_peft.contexts import frozen
+from lightning_peft.towers.clip import text_features
+from lightning_peft.towers.contexts import frozen
 from tests.contract import MethodContract, assert_near, output, shake
 from tests.methods.test_coop import CLIP_B16, features
 from tests.models import TWO_TOWERS, batch, meta, tiny

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft import L2P, TuningError, collect
 from lightning_peft.methods.l2p import PromptPool
-from lightning_peft.vision import tower
+from lightning_peft.towers.vision import tower
 from tests.contract import MethodContract, assert_near, gradients, output, shake
 from tests.models import HEADS, HIDDEN, batch, meta, tiny
 from tests.modules import Tuned, loader, trainer

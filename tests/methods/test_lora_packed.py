@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_peft import LoRA, TuningError, collect, load_delta, merge, save_delta
 from lightning_peft.graft import grafts
-from lightning_peft.low_rank import LowRankWeights
-from lightning_peft.targets import targets
+from lightning_peft.updates.low_rank import LowRankWeights
+from lightning_peft.updates.targets import targets
 from tests.contract import assert_near, half, shake
 
 KINDS = (nn.Linear, nn.Embedding, nn.Conv2d)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from lightning_peft import IA3, LoRA, TuningError, load_delta, merge, save_delta
-from lightning_peft.quantized import dense, is_quantized
+from lightning_peft.updates.quantized import dense, is_quantized
 from tests.contract import assert_near, shake
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")

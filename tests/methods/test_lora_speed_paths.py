@@ -12,10 +12,11 @@ from torch.distributed.tensor import DTensor, distribute_module, distribute_tens
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import LoRA, in_place
+from lightning_peft import LoRA
 from lightning_peft.graft import attach
-from lightning_peft.in_place import _AddLowRank
-from lightning_peft.low_rank import LowRank
+from lightning_peft.updates import in_place
+from lightning_peft.updates.in_place import _AddLowRank
+from lightning_peft.updates.low_rank import LowRank
 
 IN, OUT, R = 12, 10, 4
 HOSTS: dict[str, Callable[[], nn.Module]] = {

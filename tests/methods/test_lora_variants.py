@@ -248,7 +248,7 @@ def test_modules_that_write_into_their_input_may_follow() -> None:
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
 @pytest.mark.parametrize("biased", [True, False])
 def test_derivatives_of_the_rescaling(check, biased: bool) -> None:
-    from lightning_peft.in_place import _Rescale
+    from lightning_peft.updates.in_place import _Rescale
 
     def rescale(x: Tensor, w: Tensor, b: Tensor, m: Tensor) -> Tensor:
         out = F.linear(x, w, b if biased else None)

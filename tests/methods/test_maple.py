@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import MaPLe, TuningError
-from lightning_peft.contexts import context_of, frozen
+from lightning_peft.towers.contexts import context_of, frozen
 from tests import two_towers
 from tests.contract import MethodContract, assert_near, output, shake
 from tests.methods.test_coop import CLIP_B16, features

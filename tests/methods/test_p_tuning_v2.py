@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_peft import PTuningV2, TuningError, save_delta
 from lightning_peft.graft import grafts
-from lightning_peft.prefixes import Prefix
+from lightning_peft.prompts.prefixes import Prefix
 from tests.contract import MethodContract, assert_near, shake
 from tests.models import BERT_LARGE, HIDDEN, POSITIONS, ROBERTA_LARGE, batch, meta, tiny
 

@@ -11,7 +11,7 @@ from transformers.models.swin.modeling_swin import window_partition, window_reve
 
 from lightning_peft import VPT, TuningError, collect
 from lightning_peft.methods.vpt import initial_bound
-from lightning_peft.vision import tower
+from lightning_peft.towers.vision import tower
 from tests.contract import MethodContract, assert_near, copy_of, output, shake
 from tests.models import HEADS, HIDDEN, IMAGES, batch, meta, tiny
 

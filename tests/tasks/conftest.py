@@ -1,5 +1,5 @@
-"""A cache of their own for these tests, and a model to tokenise for."""
+"""A cache of their own for these tests, and models to tokenise for."""
 
-from tests.text import cache, model
+from tests.text import cache, model, valley
 
-__all__ = ["cache", "model"]
+__all__ = ["cache", "model", "valley"]

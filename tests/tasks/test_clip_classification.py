@@ -21,9 +21,9 @@ from lightning_peft import (
     MaPLe,
     Method,
     TuningError,
-    clip,
     collect,
 )
+from lightning_peft.towers import clip
 from tests import two_towers
 from tests.modules import trainer
 

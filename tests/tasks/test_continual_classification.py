@@ -116,7 +116,7 @@ def test_one_fit_fills_the_matrix(path: str, tmp_path: Path) -> None:
     (scores,) = run.test(module, found, verbose=False)[:1]
     assert scores["test_accuracy_task_0"] == pytest.approx(after)
     assert scores["test_accuracy"] == pytest.approx((after + second) / 2)
-    rows = module.rows()
+    rows = module.result_rows()
     assert {"metric": "task_accuracy", "task": 0, "after": 1, "value": after} in rows
     assert {"metric": "forgetting", "after": 1, "value": pytest.approx(first - after)} in rows
     assert module.confusion_matrix().sum() == 12

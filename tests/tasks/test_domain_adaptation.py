@@ -9,19 +9,9 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_peft import (
-    DAPL,
-    IVLP,
-    ColouredShapes,
-    CoOp,
-    DomainAdaptation,
-    DomainData,
-    LoRA,
-    TuningError,
-    clip,
-    collect,
-)
+from lightning_peft import DAPL, IVLP, ColouredShapes, CoOp, DomainAdaptation, DomainData, LoRA, TuningError, collect
 from lightning_peft.data.domain_data import PairsOfBatches
+from lightning_peft.towers import clip
 from tests import two_towers
 from tests.modules import trainer
 from tests.tasks.test_clip_classification import COLOURS, SHAPES

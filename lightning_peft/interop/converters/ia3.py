@@ -10,7 +10,7 @@ from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, tensors_of
 from lightning_peft.interop.names import Names, compact
-from lightning_peft.low_rank import shape_of
+from lightning_peft.updates.low_rank import shape_of
 
 PART = "ia3_l"
 _KINDS = (nn.Linear, Conv1D)

@@ -11,11 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import select
 from lightning_peft.errors import TuningError
-from lightning_peft.factors import Factors
 from lightning_peft.graft import Grafted
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, refuse
 from lightning_peft.interop.names import BASE_LAYER, Names, compact
-from lightning_peft.low_rank import LowRank, LowRankWeights, shape_of
+from lightning_peft.updates.factors import Factors
+from lightning_peft.updates.low_rank import LowRank, LowRankWeights, shape_of
 
 _KINDS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)
 _WITHOUT_TWIN = (

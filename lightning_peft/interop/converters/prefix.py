@@ -11,7 +11,7 @@ from lightning_peft.interop.adapter_config import task_of
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, tensors_of
 from lightning_peft.interop.converters.prompt import TENSOR
 from lightning_peft.interop.names import Names
-from lightning_peft.prefixes import Prefix
+from lightning_peft.prompts.prefixes import Prefix
 
 
 class PrefixConverter(Converter):

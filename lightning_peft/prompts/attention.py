@@ -128,7 +128,7 @@ def _attend(
 def _observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     """Stand in for an attention while the model is probed: the shape of its output, and nothing computed."""
     _seen(module, key, value)
-    batch, heads, length, _ = query.shape
+    batch, heads, length = query.shape[:3]
     return query.new_empty(batch, length, heads, value.shape[3]), None
 
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft import select
+from lightning_peft import select, together
 from lightning_peft.errors import TuningError
 from lightning_peft.files import load_tokenizer
 from lightning_peft.graft import attach, grafts
 from lightning_peft.method import Method
-from lightning_peft.shared_prompt import SharedPrompt, decoder_of
-from lightning_peft.virtual_tokens import PromptRows, VirtualTokens, insert, is_widened
+from lightning_peft.prompts.shared_prompt import SharedPrompt, decoder_of
+from lightning_peft.prompts.virtual_tokens import PromptRows, VirtualTokens, insert, is_widened
 
 
 @dataclass(eq=False, kw_only=True)
@@ -31,6 +31,8 @@ class PromptMethod(Method):
 
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "the embeddings of virtual tokens in the input"
+    needs: ClassVar[frozenset[str]] = Method.needs | {together.TOKENS}
+    breaks: ClassVar[frozenset[str]] = frozenset({together.TOKENS})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"tokenizer"}
 
     def place(self, backbone: nn.Module, weight: nn.Parameter | nn.Module, anywhere: bool = False) -> None:

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.contexts import Call, context_of
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import grafts
-from lightning_peft.text_towers import positions_of, reads_end
+from lightning_peft.towers.contexts import Call, context_of
+from lightning_peft.towers.text_towers import positions_of, reads_end
 
 
 def class_texts(names: Sequence[str], template: str) -> list[str]:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import Graft, attach
-from lightning_peft.text_towers import STANDARD_DEVIATION, reads_end, text_tower, two_towers
+from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
+from lightning_peft.towers.text_towers import STANDARD_DEVIATION, reads_end, text_tower, two_towers
 
 Tower = Literal["text", "images"]
 

@@ -6,8 +6,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.in_place import without_autocast
-from lightning_peft.low_rank_init import OF_THE_WEIGHT, Init, factors_of, zero_update
+from lightning_peft.updates.in_place import without_autocast
+from lightning_peft.updates.low_rank_init import OF_THE_WEIGHT, Init, factors_of, zero_update
 
 _CHUNK = 2**24
 _TINY = torch.finfo(torch.float32).tiny

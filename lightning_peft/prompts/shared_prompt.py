@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft import select
 from lightning_peft.errors import TuningError
-from lightning_peft.virtual_tokens import PromptRows
+from lightning_peft.prompts.virtual_tokens import PromptRows
 
 
 class SharedPrompt(PromptRows):

@@ -1,9 +1,9 @@
 """Soft contexts in the texts of a two-tower model (CLIP, SigLIP): what CoOp and its kin share.
 
-A context is virtual tokens (`lightning_peft.virtual_tokens`) that a graft around the text tower puts into every text
+A context is virtual tokens (`prompts.virtual_tokens`) that a graft around the text tower puts into every text
 which the tower reads, wherever the call comes from: ``model(input_ids=..., pixel_values=...)``,
 ``model.get_text_features(...)`` or a task. A causal tower that is read at the end of the text (CLIP) computes what the
-texts have in common once and nothing behind their ends (`lightning_peft.packing`); one that reads all tokens and is
+texts have in common once and nothing behind their ends (`towers.packing`); one that reads all tokens and is
 read at its last position (SigLIP) is left to compute the full length, since there the padding matters.
 """
 
@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import Graft, attach, grafts
-from lightning_peft.packing import pack
-from lightning_peft.text_towers import ends_of, positions_of, reads_end, two_towers, word_table
-from lightning_peft.virtual_tokens import VirtualTokens
+from lightning_peft.prompts.virtual_tokens import VirtualTokens
+from lightning_peft.towers.packing import pack
+from lightning_peft.towers.text_towers import ends_of, positions_of, reads_end, two_towers, word_table
 
 Position = Literal["end", "middle", "front"]
 POSITIONS = ("end", "middle", "front")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import Graft, attach
-from lightning_peft.vision import Tower
+from lightning_peft.towers.vision import Tower
 
 _PARTS = ("attention.relative_position_bias", "layernorm_before", "layernorm_after", "mlp")
 

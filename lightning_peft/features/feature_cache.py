@@ -24,8 +24,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import heads
 from lightning_peft.errors import TuningError
+from lightning_peft.features import heads
 from lightning_peft.graft import Graft, attach
 from lightning_peft.method import Method
 

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft import attention, select
-from lightning_peft.attention import Attention
+from lightning_peft import select
 from lightning_peft.delta import read_delta
 from lightning_peft.errors import TuningError
 from lightning_peft.files import load_tokenizer
 from lightning_peft.graft import Graft, attach, detach, grafts
 from lightning_peft.method import Method
+from lightning_peft.prompts import attention
+from lightning_peft.prompts.attention import Attention
 
 KINDS = ("encoder", "decoder", "cross")
 
@@ -38,10 +39,8 @@ class PrefixNetwork(Graft):
 
     def hidden(self, kind: str) -> Tensor:
         """Return what the prefixes of this kind of attention are projected from, [P, mid]."""
-        trunk = self.trunks[kind]
-        assert isinstance(trunk, nn.Sequential)
-        table = trunk[0]
-        return trunk(torch.arange(table.num_embeddings, device=table.weight.device))
+        table, *rest = self.trunks[kind].children()
+        return nn.Sequential(*rest)(table.weight)
 
 
 class Prefix(Graft):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import Graft
-from lightning_peft.virtual_tokens import IGNORED_LABEL, VirtualTokens, insert
+from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL, VirtualTokens, insert
 
 
 class Call:
@@ -87,14 +87,14 @@ def projections(backbone: nn.Module) -> dict[str, tuple[nn.Module, int, int]]:
 
     kinds = (nn.Linear, Conv1D)
     regex = select.by_role(backbone, ("key", "value"), kinds)
-    found = {}
+    found: dict[str, tuple[nn.Module, int, int]] = {}
     for name, module in select.hosts(backbone, kinds, regex).items():
-        out = module.out_features if isinstance(module, nn.Linear) else module.nf  # type: ignore[union-attr]
+        weight: Any = module.weight
+        width, out = weight.shape if isinstance(module, Conv1D) else reversed(weight.shape)
         fused = select.match([name], rf"(?:.*\.)?(?:{select.ROLES['fused_qkv']})")
         is_fused = bool(next(iter(fused.values())))
-        width = module.in_features if isinstance(module, nn.Linear) else module.nx  # type: ignore[union-attr]
         found[name] = (module, out - width if is_fused else out, width if is_fused else 0)
-    return found  # type: ignore[return-value]
+    return found
 
 
 def put_between(batch: Mapping[str, Any], count: int) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Soft prompts: rows for virtual tokens, and keys and values in every attention."""

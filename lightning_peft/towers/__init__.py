@@ -1,0 +1,1 @@
+"""Prompts in vision models and in models of two towers."""

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
         TokenClassificationData,
     )
     from lightning_peft.delta import collect, convert, load_delta, read_delta, save_delta
-    from lightning_peft.ema import DeltaEMA
     from lightning_peft.errors import TuningError
     from lightning_peft.folding import merge
     from lightning_peft.graft import Graft, attach, detach
@@ -63,8 +62,6 @@ if TYPE_CHECKING:
     from lightning_peft.mixin import MethodMixin
     from lightning_peft.rebuild import from_delta, load_from_checkpoint
     from lightning_peft.reports import BiasReport, NearestWords, PredictionWriter, ResultRows, TuningReport
-    from lightning_peft.requeue import SafeRequeue
-    from lightning_peft.strategy import FullyShard
     from lightning_peft.tasks import (
         CausalLM,
         CLIPClassification,
@@ -83,7 +80,10 @@ if TYPE_CHECKING:
         TextClassification,
         TokenClassification,
     )
-    from lightning_peft.throughput import Throughput
+    from lightning_peft.training.ema import DeltaEMA
+    from lightning_peft.training.requeue import SafeRequeue
+    from lightning_peft.training.strategy import FullyShard
+    from lightning_peft.training.throughput import Throughput
 
 _EXPORTS = {
     "data": [
@@ -107,7 +107,7 @@ _EXPORTS = {
         "TokenClassificationData",
     ],
     "delta": ["collect", "convert", "load_delta", "read_delta", "save_delta"],
-    "ema": ["DeltaEMA"],
+    "training.ema": ["DeltaEMA"],
     "errors": ["TuningError"],
     "folding": ["merge"],
     "graft": ["Graft", "attach", "detach"],
@@ -139,9 +139,9 @@ _EXPORTS = {
     "methods.vpt": ["VPT", "VPTMixin"],
     "mixin": ["MethodMixin"],
     "rebuild": ["from_delta", "load_from_checkpoint"],
-    "requeue": ["SafeRequeue"],
+    "training.requeue": ["SafeRequeue"],
     "reports": ["BiasReport", "NearestWords", "PredictionWriter", "ResultRows", "TuningReport"],
-    "strategy": ["FullyShard"],
+    "training.strategy": ["FullyShard"],
     "tasks": [
         "CLIPClassification",
         "CausalLM",
@@ -160,7 +160,7 @@ _EXPORTS = {
         "TextClassification",
         "TokenClassification",
     ],
-    "throughput": ["Throughput"],
+    "training.throughput": ["Throughput"],
 }
 _MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
 

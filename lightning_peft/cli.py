@@ -5,8 +5,8 @@ import re
 import signal
 import sys
 
-from lightning_peft import signals, slurm
 from lightning_peft.commands import fail
+from lightning_peft.training import signals, slurm
 
 _HELP = """\
 usage: lightning-peft COMMAND [ARGUMENTS]

@@ -22,7 +22,7 @@ from lightning_peft.files import atomic, read_torch
 from lightning_peft.fingerprint import fingerprint_of
 from lightning_peft.graft import grafts
 from lightning_peft.select import near
-from lightning_peft.sharded import is_folder, like, read_folder, whole
+from lightning_peft.training.sharded import is_folder, like, read_folder, whole
 from lightning_peft.tuning import tunings
 
 META = "lightning_peft"

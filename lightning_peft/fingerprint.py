@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft.sharded import whole
+from lightning_peft.training.sharded import whole
 from lightning_peft.tuning import Tuning
 from lightning_peft.updates.quantized import unpacked
 

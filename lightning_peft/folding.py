@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import Graft, Grafted, detach, grafts, overrides
-from lightning_peft.precision import MasterWeights
+from lightning_peft.training.precision import MasterWeights
 from lightning_peft.tuning import tunings
 from lightning_peft.updates.quantized import dense, is_quantized, with_float_weight
 

@@ -11,10 +11,11 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 
-from lightning_peft import lifecycle, precision, select, together, trainers
+from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import grafts, is_compiled
-from lightning_peft.lifecycle import Life
+from lightning_peft.training import lifecycle, precision, together, trainers
+from lightning_peft.training.lifecycle import Life
 from lightning_peft.tuning import Tuning
 
 M = TypeVar("M")

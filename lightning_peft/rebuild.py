@@ -12,8 +12,8 @@ from torch import nn
 from lightning_peft.delta import load_delta, meta_of, read_delta
 from lightning_peft.errors import TuningError
 from lightning_peft.files import quiet_loading, read_torch
-from lightning_peft.lifecycle import Life
 from lightning_peft.method import Method
+from lightning_peft.training.lifecycle import Life
 
 M = TypeVar("M", bound=L.LightningModule)
 

@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft import Method, collect
-from lightning_peft.sharded import whole
-from lightning_peft.strategy import FullyShard
+from lightning_peft.training.sharded import whole
+from lightning_peft.training.strategy import FullyShard
 from tests.contract import ROOT, MethodContract
 from tests.modules import Tuned, loader, trainer
 

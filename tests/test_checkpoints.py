@@ -271,7 +271,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 _WRITER = """
 import sys, torch
-from lightning_peft.checkpoint_io import AtomicCheckpointIO
+from lightning_peft.training.checkpoint_io import AtomicCheckpointIO
 io, i = AtomicCheckpointIO(), 0
 print("ready", flush=True)
 while True:

@@ -23,11 +23,11 @@ from lightning_peft import (
     Method,
     PromptTuning,
     TuningError,
-    lifecycle,
     load_from_checkpoint,
     merge,
 )
 from lightning_peft.graft import grafts
+from lightning_peft.training import lifecycle
 from tests.models import batch, tiny
 from tests.modules import Tuned, loader, trainer
 

@@ -9,7 +9,7 @@ from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_peft import TuningError
-from lightning_peft.param_groups import schedulers_in, split_groups
+from lightning_peft.training.param_groups import schedulers_in, split_groups
 
 SCHEDULERS = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),

@@ -14,7 +14,7 @@ from lightning_peft.interop.converters import CONVERTERS, Converter
 from lightning_peft.interop.folder import Adapter
 from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, compact
 from lightning_peft.method import Method
-from lightning_peft.precision import MasterWeights
+from lightning_peft.training.precision import MasterWeights
 from lightning_peft.tuning import tunings
 
 

@@ -28,13 +28,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_peft import lifecycle, select
+from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.folding import Folding
 from lightning_peft.graft import attach, grafts
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
-from lightning_peft.param_groups import schedulers_in
+from lightning_peft.training import lifecycle
+from lightning_peft.training.param_groups import schedulers_in
 from lightning_peft.updates.hard_concrete import ExpectedCount, Masked, Scattered, gate, place, scatter, uniform_op
 
 _SEEDS = 2**31 - 1

@@ -27,12 +27,13 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_peft import select, together
+from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import Graft, attach, grafts
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
 from lightning_peft.towers.vision import tower
+from lightning_peft.training import together
 
 
 class ChosenPrompts(Graft):

@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select, together
+from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
 from lightning_peft.graft import Graft, attach
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
+from lightning_peft.training import together
 
 
 class Rung(Graft):

@@ -1,7 +1,7 @@
 """P-Tuning: virtual tokens anywhere in a template, their embeddings computed by an LSTM while they train.
 
-``h_i = MLP([LSTM(h_0 .. h_i) : LSTM(h_m .. h_i)])``, where ``h`` [P, H] is a table of its own and H the width of the word
-embeddings. The LSTM sees the virtual tokens as one sequence in the order of the template, without the text between
+``h_i = MLP([LSTM(h_0 .. h_i) : LSTM(h_m .. h_i)])``, where ``h`` [P, H] is a table of its own and H the width of the
+word embeddings. The LSTM sees the virtual tokens as one sequence in the order of the template, without the text between
 them, and runs once a step. After training `fold` keeps the rows that it gives, [P, H], and drops it; a checkpoint of a
 run keeps it, so that training can go on.
 

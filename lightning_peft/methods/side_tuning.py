@@ -20,12 +20,13 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select, together
+from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
 from lightning_peft.graft import attach, grafts
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
+from lightning_peft.training import together
 
 BLENDS = ("auto", "pooler_output", "last_hidden_state", "first_token")
 _INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner")

@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft import select, together
+from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.features.activation_memory import Kept, tensors_in
 from lightning_peft.graft import Graft, attach, detach, is_compiled
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
+from lightning_peft.training import together
 
 _EPS = 1e-5
 

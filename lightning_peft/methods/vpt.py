@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select, together
+from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import Graft, attach, detach, grafts
 from lightning_peft.method import Method
@@ -27,6 +27,7 @@ from lightning_peft.mixin import MethodMixin
 from lightning_peft.prompts import attention
 from lightning_peft.towers.vision import Tower, tower
 from lightning_peft.towers.window_prompts import PromptRows, attach_windows
+from lightning_peft.training import together
 
 
 class TokenPrompt(PromptRows):

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft import select, together
+from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.files import load_tokenizer
 from lightning_peft.graft import attach, grafts
 from lightning_peft.method import Method
 from lightning_peft.prompts.shared_prompt import SharedPrompt, decoder_of
 from lightning_peft.prompts.virtual_tokens import PromptRows, VirtualTokens, insert, is_widened
+from lightning_peft.training import together
 
 
 @dataclass(eq=False, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_peft import select
 from lightning_peft.errors import TuningError
@@ -45,7 +46,7 @@ class SharedPrompt(PromptRows):
         self._widen_mask(inputs, text, cached or self.count)
         if cached:
             return forward(**inputs)
-        if torch.compiler.is_compiling() or _is_checkpointed(host):  # neither takes a cache
+        if torch.compiler.is_compiling() or _is_checkpointed(host) or _is_sharded(host):  # none of them takes a cache
             return self._in_front(forward, host, inputs)
         out = forward(**inputs | {"past_key_values": self._computed(forward, host, text.shape[0], cache)})
         if inputs.get("use_cache") is False:  # generate() would take it for its own and go on from it
@@ -128,3 +129,8 @@ def _is_checkpointed(host: nn.Module) -> bool:
         getattr(module, "gradient_checkpointing", False) or type(module).__name__ == "CheckpointWrapper"
         for module in host.modules()
     )
+
+
+def _is_sharded(host: nn.Module) -> bool:
+    """Tell whether FSDP2 has parted the weights, which it gathers for a layer once on the way back."""
+    return any(isinstance(parameter, DTensor) for parameter in host.parameters())

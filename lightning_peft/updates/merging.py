@@ -7,7 +7,7 @@ from lightning_peft.errors import TuningError
 from lightning_peft.folding import Folding, foldable
 from lightning_peft.graft import Grafted, grafts
 from lightning_peft.method import Method
-from lightning_peft.precision import MasterWeights
+from lightning_peft.training.precision import MasterWeights
 
 
 class MergingMethod(Method):

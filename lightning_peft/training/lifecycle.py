@@ -16,13 +16,13 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft import strategy
 from lightning_peft.delta import META, canonical, check, complete, delta_names, meta_of, metadata
 from lightning_peft.errors import TuningError
-from lightning_peft.loaders import gather, random_state, set_random_state
-from lightning_peft.param_groups import schedulers_in, split_groups
+from lightning_peft.training import strategy
+from lightning_peft.training.loaders import gather, random_state, set_random_state
+from lightning_peft.training.param_groups import schedulers_in, split_groups
+from lightning_peft.training.weights import on_meta
 from lightning_peft.tuning import tunings
-from lightning_peft.weights import on_meta
 
 _ATTRIBUTE = "_lightning_peft_life"
 

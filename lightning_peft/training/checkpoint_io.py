@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_peft.errors import TuningError
 from lightning_peft.files import atomic, read_torch
-from lightning_peft.sharded import is_folder, read_folder
+from lightning_peft.training.sharded import is_folder, read_folder
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

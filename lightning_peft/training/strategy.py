@@ -1,0 +1,347 @@
+"""Sharded training: graft first, shard after, and checkpoints that gather the delta and nothing else.
+
+Under `ModelParallelStrategy` (FSDP2) every block of a backbone becomes a unit, its grafts with it, and what remains of
+each child of the LightningModule another. A module that shards itself in ``configure_model`` is left as it is: what
+methods have added since is sharded beside it, since plain parameters would diverge between the ranks, silently.
+"""
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from lightning_peft import select
+from lightning_peft.delta import canonical, delta_names
+from lightning_peft.errors import TuningError
+from lightning_peft.fingerprint import fingerprint_of
+from lightning_peft.graft import grafts
+from lightning_peft.training import sharded
+from lightning_peft.training.weights import fill, on_meta
+from lightning_peft.tuning import tunings
+
+# Entries of a transformers model other than forward; torch must gather its parameters for them, too.
+_ENTRIES = ("generate", "get_text_features", "get_image_features")
+_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
+
+
+class FullyShard(ModelParallelStrategy):
+    """FSDP2 over all processes: each holds its part of the weights, and a unit is gathered when it computes.
+
+    Args:
+        param_dtype: what the gathered parameters are cast to; None: computed in what they are stored in.
+        cpu_offload: keep the parts in the memory of the host.
+        reshard_after_forward: free the gathered units between forward and backward.
+        save_distributed_checkpoint: write a folder with a file for each rank instead of one file.
+        process_group_backend: e.g. ``nccl`` or ``gloo``; None: that of the device.
+        timeout: how long a collective may take before the process ends with an error.
+    """
+
+    def __init__(
+        self,
+        param_dtype: Literal["bf16", "16", "32"] | None = None,
+        cpu_offload: bool = False,
+        reshard_after_forward: bool = True,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
+        if cpu_offload:
+            self.options["offload_policy"] = CPUOffloadPolicy()
+        if param_dtype is not None:
+            policy = MixedPrecisionPolicy(param_dtype=_DTYPES[param_dtype], reduce_dtype=torch.float32)
+            self.options["mp_policy"] = policy
+
+    def setup_environment(self) -> None:
+        """Let all processes be one data-parallel group."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
+    """Let the trainer's strategy save and load deltas.
+
+    Args:
+        trainer: its strategy is changed on the instance.
+        restored: is called when the model has been loaded and before its optimizers are.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy):
+        strategy.exclude_frozen_parameters = True  # its files are written by its engine, which asks for nothing else
+    elif isinstance(strategy, FSDPStrategy):
+        if strategy._state_dict_type == "sharded":
+            raise TuningError(
+                "FSDP writes deltas as one file: give state_dict_type='full', or take FullyShard (FSDP2)."
+            )
+        vars(strategy)["lightning_module_state_dict"] = partial(_fsdp_state_dict, strategy)
+        vars(strategy)["load_checkpoint"] = partial(_fsdp_load_checkpoint, strategy, trainer)
+        strategy.kwargs.setdefault("auto_wrap_policy", wrap_policy)
+        strategy.kwargs.setdefault("use_orig_params", True)
+    elif isinstance(strategy, ModelParallelStrategy):
+        vars(strategy)["lightning_module_state_dict"] = partial(_state_dict, strategy)
+        vars(strategy)["optimizer_state"] = partial(_optimizer_state, strategy)
+        vars(strategy)["load_checkpoint"] = partial(_load_checkpoint, strategy)
+        vars(strategy)["load_model_state_dict"] = partial(_load_model, strategy, trainer, restored)
+
+
+def uninstall(trainer: L.Trainer) -> None:
+    """Leave the module as it was; the strategy still saves deltas, since ``trainer.save_checkpoint`` may come later."""
+    hook = vars(trainer.lightning_module).get("configure_model")
+    if isinstance(hook, partial) and hook.func is _configured:
+        del vars(trainer.lightning_module)["configure_model"]
+
+
+def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
+    """Shard a grafted module under `ModelParallelStrategy`; every rank must call it.
+
+    Raises:
+        TuningError: the strategy splits tensors, and the module has no plan for that.
+    """
+    if trainer is None or not isinstance(trainer.strategy, ModelParallelStrategy):
+        return
+    # Lightning wants an overridden configure_model when it sets the strategy up.
+    vars(module).setdefault("configure_model", partial(_configured, module))
+    mesh = module.device_mesh["data_parallel"]  # type: ignore[index]
+    options: dict[str, Any] = getattr(trainer.strategy, "options", {})
+    if any(sharded.is_part(p) for p in module.parameters()):
+        _broadcast(p for p in module.parameters() if p.requires_grad and not sharded.is_part(p))
+        for place in grafts(module):
+            if any(not sharded.is_part(p) for p in place.graft.parameters()):
+                fully_shard(place.graft, mesh=mesh, **options)
+    else:
+        _check_mesh(module)
+        _shard_whole(module, trainer, mesh, options)
+    # Parts cannot be cast any more, and have been.
+    vars(trainer.precision_plugin)["convert_module"] = partial(_unchanged)
+    fill(module, torch.device("cpu") if "offload_policy" in options else trainer.strategy.root_device)
+    for parameter in module.parameters():
+        if parameter.requires_grad and not sharded.is_part(parameter):
+            parameter.register_post_accumulate_grad_hook(partial(_average, mesh.get_group()))
+
+
+def _check_mesh(module: L.LightningModule) -> None:
+    size = module.device_mesh["tensor_parallel"].size()  # type: ignore[index]
+    if size > 1:
+        raise TuningError(
+            f"tensor_parallel_size={size} needs a plan which tensors to split: parallelize in "
+            f"{type(module).__name__}.configure_model, or give tensor_parallel_size=1."
+        )
+
+
+def _shard_whole(module: L.LightningModule, trainer: L.Trainer, mesh: Any, options: dict[str, Any]) -> None:
+    for _, backbone, _ in tunings(module):
+        if not any(p.is_meta for p in backbone.parameters()):  # once sharded, it would have to be gathered
+            fingerprint_of(backbone, _not_frozen(backbone))
+    first = [*(p for p in module.parameters() if p.requires_grad), *module.buffers()]
+    _broadcast(tensor for tensor in first if not tensor.is_meta)
+    trainer.precision_plugin.convert_module(module)
+    for unit in units(module):
+        # FSDP2 refuses tensors without dimension (CLIP's temperature), and of one value most ranks would hold nothing.
+        scalars = {p for p in unit.parameters() if p.numel() == 1}
+        whole: dict[str, Any] = {"ignored_params": scalars} if scalars else {}
+        fully_shard(unit, mesh=mesh, **options, **whole)
+        for entry in _ENTRIES:
+            if hasattr(unit, entry):
+                register_fsdp_forward_method(unit, entry)
+
+
+def fills(module: L.LightningModule) -> bool:
+    """Tell whether the weights of the module are still to be read, by a strategy that does so."""
+    try:
+        strategy = module.trainer.strategy
+    except RuntimeError:  # it is attached to no Trainer
+        return False
+    return isinstance(strategy, ModelParallelStrategy) and on_meta(module)
+
+
+def units(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield what is gathered and freed together, inner ones first: each block, then each child that has parameters.
+
+    The module itself is none: Lightning calls its ``training_step``, and torch gathers a unit when it is called.
+    """
+    for child in module.children():
+        if next(child.parameters(), None) is None:
+            continue
+        for blocks in select.block_lists(child).values():
+            yield from blocks
+        yield child
+
+
+def wrap_policy(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """Tell FSDP which modules are units: those whose parameters are of one dtype and one ``requires_grad``.
+
+    FSDP keeps a unit in one flat tensor. A graft in its host's unit would make the frozen weights' gradients be kept,
+    too, and fp32 deltas do not go together with a bf16 backbone.
+    """
+    if recurse:
+        return True
+    kinds = {(p.dtype, p.requires_grad) for p in module.parameters()}
+    return nonwrapped_numel > 0 and len(kinds) == 1 and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
+
+def plan(module: nn.Module, ranks: int) -> list[tuple[str, int, int]]:
+    """Return, for each FSDP2 unit, its name, its bytes when it is gathered and the bytes that each of ``ranks`` keeps.
+
+    It works on the meta device, so a model that fits nowhere can be planned.
+    """
+    names = {id(child): name for name, child in module.named_modules()}
+    seen: set[int] = set()
+    rows = []
+    for unit in units(module):
+        own = {id(p): p for p in unit.parameters() if id(p) not in seen}
+        seen.update(own)
+        gathered = sum(p.nbytes for p in own.values())
+        # torch splits the first dimension, the last ranks may get less
+        kept = sum(-(-p.shape[0] // ranks) * (p.nbytes // p.shape[0]) for p in own.values() if p.ndim and p.numel())
+        rows.append((names[id(unit)], gathered, kept))
+    return rows
+
+
+def _configured(module: L.LightningModule) -> None:
+    """Stands in for ``configure_model`` of a module that has none."""
+
+
+def _unchanged(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _not_frozen(backbone: nn.Module) -> set[str]:
+    thawed = {n for n, p in backbone.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return thawed.union(delta_names(backbone))
+
+
+@torch.no_grad()
+def _broadcast(tensors: Any) -> None:
+    """Give all ranks the values of rank 0, which is what DDP does."""
+    if not torch.distributed.is_initialized():
+        return
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    for tensor in list(tensors):
+        held = tensor.detach().to(device).contiguous()
+        torch.distributed.broadcast(held, 0)
+        tensor.detach().copy_(held)
+
+
+def _average(group: Any, parameter: Tensor) -> None:
+    """Average the gradient of a parameter that is no part of a unit."""
+    assert parameter.grad is not None
+    torch.distributed.all_reduce(parameter.grad, group=group)
+    parameter.grad /= torch.distributed.get_world_size(group)
+
+
+@torch.no_grad()
+def _state_dict(strategy: ModelParallelStrategy) -> dict[str, Tensor]:
+    """Return the delta: in parts where each rank writes its own, else whole on rank 0, one tensor at a time."""
+    module = strategy.lightning_module
+    assert module is not None
+    state = module.state_dict()
+    delta = {canonical(name): state[name] for name in delta_names(module)}
+    if strategy._save_distributed_checkpoint:
+        return delta
+    gathered = ((name, sharded.whole(tensor)) for name, tensor in delta.items())
+    first = strategy.is_global_zero
+    return {name: tensor.cpu() for name, tensor in gathered if first}
+
+
+def _optimizer_state(strategy: ModelParallelStrategy, optimizer: Any) -> dict[str, Any]:
+    if strategy._save_distributed_checkpoint:
+        return type(strategy).optimizer_state(strategy, optimizer)
+    return sharded.optimizer_whole(getattr(optimizer, "_optimizer", optimizer).state_dict())
+
+
+def _load_checkpoint(
+    strategy: ModelParallelStrategy, checkpoint_path: Any, weights_only: bool | None = None
+) -> dict[str, Any]:
+    """Read a checkpoint of any strategy; each rank reads the delta and keeps its part of it."""
+    path = strategy.broadcast(str(checkpoint_path))
+    return strategy.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+
+
+@torch.no_grad()
+def _load_model(
+    strategy: ModelParallelStrategy,
+    trainer: L.Trainer,
+    restored: Callable[[], None],
+    checkpoint: dict[str, Any],
+    **_: Any,
+) -> None:
+    module = strategy.lightning_module
+    assert module is not None
+    state = module.state_dict()
+    for name in delta_names(module):
+        state[name].copy_(sharded.like(state[name], checkpoint["state_dict"][canonical(name)]))
+    if trainer.state.fn != "fit":
+        return
+    if "optimizer_states" not in checkpoint:
+        raise KeyError("Trying to restore training state but checkpoint contains only the model.")
+    restored()
+    for optimizer, saved in zip(strategy.optimizers, checkpoint["optimizer_states"], strict=True):
+        optimizer.load_state_dict(sharded.optimizer_part(optimizer, saved))
+
+
+def _fsdp_state_dict(strategy: FSDPStrategy) -> dict[str, Tensor]:
+    """Return the delta of a module in FSDP's flat units, gathering those that hold something trained, one at a time."""
+    assert strategy.model is not None
+    found = {
+        name: module for name, module in strategy.model.named_modules() if isinstance(module, FullyShardedDataParallel)
+    }
+    state: dict[str, Tensor] = {}
+    for path in sorted(found, key=lambda name: -name.count(".") - bool(name)):  # inner units first
+        unit = found[path]
+        inner = tuple(
+            f"{other}." for other in found if other != path and f"{other}.".startswith(f"{path}.".lstrip("."))
+        )
+        own = [
+            n for n, p in unit.named_parameters() if p.requires_grad and not f"{path}.{n}".lstrip(".").startswith(inner)
+        ]
+        if not own:
+            continue
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+            whole = {canonical(name): p for name, p in unit.named_parameters()}
+            if strategy.is_global_zero:
+                state.update(
+                    {canonical(f"{path}.{n}".lstrip(".")): whole[canonical(n)].detach().cpu().clone() for n in own}
+                )
+    for path, owner in strategy.model.named_modules():
+        if strategy.is_global_zero and any(p.requires_grad for p in owner.parameters(recurse=False)):
+            transient = owner._non_persistent_buffers_set
+            for name, buffer in owner.named_buffers(recurse=False):
+                if name not in transient:
+                    state[canonical(f"{path}.{name}".lstrip("."))] = buffer.detach().cpu().clone()
+    return state
+
+
+def _fsdp_load_checkpoint(
+    strategy: FSDPStrategy, trainer: L.Trainer, checkpoint_path: Any, weights_only: bool | None = None
+) -> dict[str, Any]:
+    """Load a delta into flat units, for looking at it: FSDP numbers the moments of optimizers in its own way."""
+    if trainer.state.fn == "fit":
+        raise TuningError(
+            "FSDP numbers the state of optimizers in its own way, in which that of a delta has no place: resume with "
+            "strategy FullyShard (FSDP2), ddp or on one device, all of which read this file."
+        )
+    module = strategy.lightning_module
+    assert module is not None
+    before, module.strict_loading = module.strict_loading, False
+    try:
+        return type(strategy).load_checkpoint(strategy, checkpoint_path, weights_only=weights_only)
+    finally:
+        module.strict_loading = before

@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+QUANTIZED := $(VENV)/.quantized
 # The demo model is real, and all of it is in its package: nothing is looked up on a hub.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install quickstart test test-slow test-slurm lint types benchmarks compare clean
+.PHONY: help install quickstart test test-slow test-slurm lint types benchmarks compare compare-text clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,8 +30,12 @@ quickstart: $(INSTALLED)  ## tune MiniLM by LoRA on docstrings of the standard l
 test: $(INSTALLED)  ## run the tests
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope -m 'not slow and not slurm'
 
-test-slow: $(INSTALLED)  ## run the tests that take minutes
+test-slow: $(QUANTIZED)  ## run the tests that take minutes
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+$(QUANTIZED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quantized]'
+	touch $@
 
 # The daemons are not enabled: the tests start their own, as this user, in a folder of their own.
 SLURM := slurmctld slurmd slurm-client munge
@@ -51,6 +56,10 @@ benchmarks: $(INSTALLED)  ## time a step of the methods against HF PEFT and the 
 
 compare: $(INSTALLED)  ## make the README's table of methods: five methods, three seeds
 	$(OFFLINE) $(BIN)/python examples/compare.py
+
+compare-text: $(INSTALLED)  ## make the README's tables of text methods on made-up rows, with tiny models that it trains first
+	test -f runs/tiny/t5_lm/config.json || $(OFFLINE) $(BIN)/python examples/pretrain_tiny.py
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python examples/compare_text.py
 
 clean:  ## remove what the targets have made
 	rm -rf $(VENV) runs lightning_logs .mypy_cache .ruff_cache

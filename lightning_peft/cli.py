@@ -22,7 +22,7 @@ train and use:
   submit      write a SLURM script for a fit and submit it: submit --config CONFIG --nodes 2 --gpus 8 [--dry-run]
 
 look and convert:
-  methods     list the methods with what they train, their papers and arguments
+  methods     list the methods with what they train; methods NAME: the arguments of one
   templates   list the wordings of a task: lightning-peft templates FILE.yaml
   info        show what a delta file holds: lightning-peft info FILE
   merge       fold a delta into its backbone: lightning-peft merge FILE FOLDER
@@ -72,7 +72,7 @@ def _run(command: str) -> None:
             submit(sys.argv[2:])
         elif command in _TRAINER:
             slurm.check()
-            if command == "fit" and slurm.is_job():
+            if command == "fit" and (slurm.is_job() or slurm.is_elastic()):
                 signals.install()  # a signal during the imports below would kill the process
             from lightning_peft.commands.trainer import run
 

@@ -164,7 +164,15 @@ def test_methods_table(tmp_path: Path) -> None:
     printed = run("methods", folder=tmp_path)
     for name in ("BitFit", "FullFineTuning", "LinearProbe", "LoRA", "PromptTuning"):
         assert name in printed
-    assert "arXiv 2106.09685" in printed
+    assert "Hu et al. 2021" in printed
+
+
+def test_the_arguments_of_a_method(tmp_path: Path) -> None:
+    printed = run("methods", "PrefixTuning", folder=tmp_path)
+    assert "Li & Liang 2021, arXiv 2101.00190" in printed
+    for part in ("mid_dim", "512", "backbone_mode", "'shifted'"):
+        assert part in printed
+    assert "'LoRa' is no method; it has e.g. LoRA" in run("methods", "LoRa", folder=tmp_path, code=2)
 
 
 def test_info_says_what_a_file_holds(folder: Path, fitted: str) -> None:

@@ -16,6 +16,7 @@ README = (ROOT / "README.md").read_text()
 _SRUN = """#!/usr/bin/env bash
 # Two "nodes" of one process each, as srun would start them.
 export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=1 SLURM_NNODES=2 SLURM_JOB_ID=31000 SLURM_JOB_NAME=tune SLURM_LOCALID=0
+export SLURM_STEP_ID=0
 export SLURM_NODELIST=localhost MASTER_ADDR=127.0.0.1
 SLURM_PROCID=1 SLURM_NODEID=1 "$@" &
 SLURM_PROCID=0 SLURM_NODEID=0 "$@"

@@ -21,7 +21,8 @@ from lightning_peft import LoRA, TuningError, collect
 from lightning_peft.training import requeue, signals, slurm
 from lightning_peft.training.loaders import ResumableLoader
 from lightning_peft.training.requeue import SafeRequeue
-from tests.contract import ROOT, assert_same, moments
+from tests.contract import assert_same, moments
+from tests.fresh import ROOT
 from tests.modules import Tuned, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -196,7 +197,8 @@ def test_worker_processes_survive_the_signals_of_their_step(job: pytest.MonkeyPa
             super()._count(hook)
             if hook == self.hook and self.left == 0:
                 children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-                workers = [int(c) for c in children if "pytest" in Path(f"/proc/{c}/cmdline").read_text()]
+                mine = Path("/proc/self/cmdline").read_text()
+                workers = [int(c) for c in children if Path(f"/proc/{c}/cmdline").read_text() == mine]
                 assert workers
                 for worker in workers:
                     os.kill(worker, signal.SIGTERM)
@@ -299,6 +301,22 @@ def test_outside_of_slurm_nothing_is_installed(tmp_path: Path) -> None:
     fit.fit(Tuned(), loader("bert"))
     assert not any(isinstance(callback, SafeRequeue) for callback in fit.callbacks)
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_torchrun_that_restarts_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    with pytest.warns(UserWarning, match="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
+        requeue.install(trainer(tmp_path))
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    for restarts, has in (("0", False), ("2", True)):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        fit = trainer(tmp_path, LoRA(r=2))
+        try:
+            fit.fit(Tuned(), loader("bert"))
+        finally:
+            signals.uninstall()
+        assert any(isinstance(callback, SafeRequeue) for callback in fit.callbacks) is has
 
 
 def test_lightning_has_the_parts_that_are_replaced(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import docstring_parser
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +18,7 @@ from lightning_peft.instruction_files import read_instructions
 from lightning_peft.method import Method
 from lightning_peft.rebuild import from_delta
 from lightning_peft.reports.parameters import count, dtypes, size
+from lightning_peft.select import near
 
 
 def run_tool(command: str, arguments: Sequence[str]) -> None:
@@ -30,26 +32,53 @@ def run_tool(command: str, arguments: Sequence[str]) -> None:
         "methods": methods, "info": info, "merge": merge_files, "plot": plot_rows, "templates": templates
     }  # fmt: skip
     function = functions[command]
+    if command == "methods" and arguments and not arguments[0].startswith("-"):
+        arguments = ["--name", *arguments]
     parser = ArgumentParser(prog=f"lightning-peft {command}", description=(function.__doc__ or "").splitlines()[0])
     parser.add_function_arguments(function, as_positional=True)
     chosen = parser.parse_args(list(arguments))
     function(**chosen.as_dict())
 
 
-def methods() -> None:
-    """List the methods: what they train, their papers, and the arguments beside those that all have."""
-    table = Table(title="Methods", title_justify="left", show_lines=True)
-    for column in ("method", "kind", "trains", "paper", "arguments of its own"):
+def methods(name: str | None = None) -> None:
+    """List the methods, what they train and their papers; or the arguments of one.
+
+    Args:
+        name: a method, to see its arguments.
+    """
+    exported = ((n, getattr(lightning_peft, n)) for n in lightning_peft.__all__)
+    every = {n: m for n, m in exported if isinstance(m, type) and issubclass(m, Method) and m is not Method}
+    if name is not None and name not in every:
+        raise TuningError(f"{name!r} is no method{near(name, every)}.")
+    if name is not None:
+        _describe(name, every[name])
+        return
+    table = Table(title="Methods", title_justify="left")
+    for column in ("method", "kind", "trains", "paper"):
         table.add_column(column, overflow="fold")
-    shared = {field.name for field in dataclasses.fields(Method)}
-    for name in lightning_peft.__all__:
-        kind = getattr(lightning_peft, name)
-        if isinstance(kind, type) and issubclass(kind, Method) and kind is not Method:
-            own = [field.name for field in dataclasses.fields(kind) if field.name not in shared]
-            table.add_row(name, kind.kind, kind.trains, kind.paper, ", ".join(own) or "none")
+    for each in sorted(every, key=str.lower):
+        table.add_row(each, every[each].kind, every[each].trains, every[each].paper.split(", arXiv")[0])
     console = Console()
     console.print(table)
-    console.print(f"Arguments of all: {', '.join(sorted(shared))}.", highlight=False)
+    console.print("lightning-peft methods NAME shows the arguments of one, with its paper.", highlight=False)
+
+
+def _describe(name: str, method: type[Method]) -> None:
+    """Print a method's first line, its paper, and its arguments with their defaults and meanings."""
+    console = Console()
+    console.print(f"[bold]{name}[/bold]: {(method.__doc__ or '').splitlines()[0]}", highlight=False)
+    console.print(method.paper, highlight=False)
+    meanings: dict[str, str] = {}
+    for kind in reversed(method.__mro__):
+        documented = docstring_parser.parse(kind.__doc__ or "")
+        meanings |= {p.arg_name: " ".join((p.description or "").split()) for p in documented.params}
+    table = Table(show_lines=False)
+    for column in ("argument", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    for field in dataclasses.fields(method):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        table.add_row(field.name, escape(repr(default)), escape(meanings.get(field.name, "")))
+    console.print(table)
 
 
 def templates(file: str) -> None:

@@ -19,6 +19,7 @@ from tests.models import KINDS, MINILM, ROBERTA_LARGE, batch, meta, tiny
 class TestLoRA(MethodContract):
     method = LoRA(r=2)
     backbones = KINDS
+    compiled = KINDS
 
     def count(self, kind: str) -> int:
         """r (in + out) for each query and value projection, or for the fused one."""

@@ -1,19 +1,24 @@
-"""LoRA on quantised layers: torchao's int8 weights, bitsandbytes' 4 and 8 bits, all of which run on a CPU."""
+"""LoRA on quantised layers: torchao's int8 weights, bitsandbytes' 4 and 8 bits, all of which run on a CPU.
+
+The two libraries are an extra of their own, which `make test-slow` installs: transformers imports them wherever they
+are, which takes seconds at each start.
+"""
 
 import copy
 from collections.abc import Callable
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from lightning_peft import IA3, LoRA, TuningError, load_delta, merge, save_delta
 from lightning_peft.updates.quantized import dense, is_quantized
 from tests.contract import assert_near, shake
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning"),
+]
 
 
 def plain() -> nn.Module:
@@ -22,6 +27,8 @@ def plain() -> nn.Module:
 
 
 def torchao() -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     model = plain()
     quantize_(model, Int8WeightOnlyConfig())
     return model
@@ -38,10 +45,14 @@ def bits(layer: Callable[..., nn.Module]) -> nn.Module:
 
 
 def bnb4() -> nn.Module:
+    import bitsandbytes as bnb
+
     return bits(lambda *a, **k: bnb.nn.Linear4bit(*a, compute_dtype=torch.float32, quant_type="nf4", **k))
 
 
 def bnb8() -> nn.Module:
+    import bitsandbytes as bnb
+
     return bits(lambda *a, **k: bnb.nn.Linear8bitLt(*a, has_fp16_weights=False, **k))
 
 

@@ -39,6 +39,12 @@ def _export_parser() -> ArgumentParser:
     parser.add_argument(
         "--backbone", type=str | None, default=None, help="folder or hub id of the backbone; what the delta names"
     )
+    parser.add_argument(
+        "--metrics",
+        type=dict[str, float] | None,
+        default=None,
+        help="scores for the model card, e.g. '{\"val_accuracy\": 0.91}'; the best one that the checkpoint has",
+    )
     for name, what in (("data", "what it was trained on"), ("command", "the command that trained it")):
         parser.add_argument(
             f"--{name}", type=str | None, default=None, help=f"{what}, for the model card; what the checkpoint says"
@@ -66,6 +72,7 @@ def _export(file: str, folder: str, backbone: str | None, names: Any, data: str 
     facts = Facts.of(file)
     facts.data = data or facts.data
     facts.command = chosen["command"] or facts.command
+    facts.metrics = chosen["metrics"] or facts.metrics
     model = from_delta(file, backbone)
     written = to_peft(model, folder, names, chosen["for"], facts)
     adapter = folders.read(written)

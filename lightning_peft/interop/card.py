@@ -2,8 +2,9 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,19 @@ _USE = (
 
 @dataclass
 class Facts:
-    """What a delta cannot know of its own making.
+    """What is said of an adapter beside its tensors; the first three a delta cannot know of its own making.
 
     Attributes:
         data: what it was trained on.
         metrics: name of a score -> its value.
         command: the command line that trained it.
+        words: of a soft prompt, for each virtual token, the nearest words with their cosines.
     """
 
     data: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     command: str | None = None
+    words: Sequence[Sequence[tuple[str, float]]] = ()
 
     @classmethod
     def of(cls, delta: str | Path) -> "Facts":
@@ -76,11 +79,27 @@ def text(adapter: Adapter, method: Method, facts: Facts, name: str, profile: str
     parts = [f"---\n{head}---\n# {name}", table]
     if facts.command:
         parts.append(f"## Command\n```\n{facts.command}\n```")
+    if facts.words:
+        parts.append(f"## Nearest words\n{_words(facts.words)}")
     parts.append(f"## Use\n```python\n{_USE}\n```")
     if profile == "vllm":
         served = f"vllm serve {base or 'BASE'} {serving.flags(adapter)} --lora-modules {name}=THIS_FOLDER"
         parts.append(f"## Serve\n```\n{served}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _words(words: Sequence[Sequence[tuple[str, float]]]) -> str:
+    """Return a table of the words nearest to each virtual token."""
+    lines = ["| token | nearest words (cosine) |", "|---:|---|"]
+    for i, near in enumerate(words):
+        shown = ", ".join(f"{_code(word)} ({cosine:.2f})" for word, cosine in near)
+        lines.append(f"| {i} | {shown} |")
+    return "\n".join(lines)
+
+
+def _code(word: str) -> str:
+    """Return a word of a vocabulary, which may be any text, so that Markdown shows it as it is."""
+    return f"<code>{escape(word).replace('|', '&#124;')}</code>"
 
 
 def _bytes(adapter: Adapter) -> str:

@@ -1,5 +1,6 @@
 """A tuned model as an adapter of PEFT."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +48,9 @@ def to_peft(
     backbone, method = _tuned(model)
     adapter = adapter_of(backbone, method, "disk" if profile else names)
     serving.check(profile, adapter)
-    folder.write(path, adapter, card.text(adapter, method, facts or card.Facts(), path.name, profile))
+    facts = facts or card.Facts()
+    facts = replace(facts, words=facts.words or _words(backbone, method))
+    folder.write(path, adapter, card.text(adapter, method, facts, path.name, profile))
     return path
 
 
@@ -130,10 +133,20 @@ def _tuned(model: nn.Module) -> tuple[nn.Module, Method]:
     if not methods:
         names = " + ".join(type(method).__name__ for method in tuning.methods.values())
         raise TuningError(
-            f"{names} trains tensors of the model in place, which alone is no adapter of PEFT: keep the delta, or tune "
-            "by LoRA, whose bias= trains biases beside it."
+            f"{names} trains tensors of the model in place, which alone is no adapter of PEFT: keep the delta, write "
+            "the tuned model whole by merge and save_pretrained, or train LoRA(bias='all'), which PEFT has."
         )
     return backbone, methods[0]
+
+
+def _words(backbone: nn.Module, method: Any) -> list[list[tuple[str, float]]]:
+    """Return the words nearest to each row of a soft prompt, where the model's tokenizer is at hand."""
+    if not hasattr(method, "nearest_words"):
+        return []
+    try:
+        return method.nearest_words(backbone, 3)
+    except TuningError:  # the card goes without
+        return []
 
 
 def _converter(method: Method) -> Converter:

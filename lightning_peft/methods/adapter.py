@@ -17,102 +17,21 @@ distribution of std 1e-2, cut at two std; its code says 1e-3. We draw D so and s
 the frozen model; ``zero_up=False`` is the paper. D must not be zero as well: then nothing but b2 would ever learn.
 """
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers.activations import ACT2FN
 
 from lightning_peft import select
 from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft, attach
+from lightning_peft.graft import attach
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
+from lightning_peft.updates.bottleneck import AroundNorm, Bottleneck, Parallel, ParallelResidual, Serial
 
 FORMS = ("houlsby", "pfeiffer", "parallel")
-
-
-class Bottleneck(Graft):
-    """Computes ``s (U act(D x + b1) + b2)``: ``down`` is D [m, d] with b1, ``up`` is U [d, m] with b2.
-
-    Args:
-        host: the module that it is to be attached to.
-        width: size d of what it reads and writes.
-        size: size m of the bottleneck.
-        activation: name of the activation.
-        std: standard deviation of D, and of U unless ``zero_up``.
-        zero_up: start U at zero.
-        scale: the factor s.
-    """
-
-    def __init__(
-        self, host: nn.Module, width: int, size: int, activation: str, std: float, zero_up: bool, scale: float
-    ) -> None:
-        super().__init__()
-        weight = next(host.parameters())
-        self.down = nn.Linear(width, size, device=weight.device)
-        self.up = nn.Linear(size, width, device=weight.device)
-        self.down.float()
-        self.up.float()
-        self.activation = ACT2FN[activation]
-        self.scale = scale
-        for layer, zero in ((self.down, False), (self.up, zero_up)):
-            nn.init.zeros_(layer.bias)
-            if zero:
-                nn.init.zeros_(layer.weight)
-            else:
-                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-
-    def update(self, x: Tensor) -> Tensor:
-        """Return ``s (U act(D x + b1) + b2)``, of the shape and dtype of ``x``, [..., d]."""
-        hidden = F.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
-        out = F.linear(self.activation(hidden), self.up.weight.to(x.dtype), self.up.bias.to(x.dtype)).to(x.dtype)
-        return out if self.scale == 1 else out * self.scale
-
-
-class Serial(Bottleneck):
-    """Adds the update of the host's output to it."""
-
-    def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Return ``A(out)``."""
-        return out + self.update(out)
-
-
-class AroundNorm(Bottleneck):
-    """Norms twice: ``LN(x + update(LN(x)))``; the host is the norm after a residual sum."""
-
-    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the norm of its input and of the update of the normed input."""
-        x = args[0] if args else kwargs["input"]
-        return forward(x + self.update(forward(x)))
-
-
-class Parallel(Bottleneck):
-    """Adds the update of the host's input to its output; the host is a whole feed-forward sublayer."""
-
-    def after(self, out: Tensor, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return ``out + update(x)``."""
-        return out + self.update(x).to(out.dtype)
-
-
-class ParallelResidual(Bottleneck):
-    """Adds the update of the residual to it; the host computes ``LN(dense(h) + residual)`` of what the sublayer read.
-
-    In blocks like BERT's the sublayer's input reaches its end as the residual, so that this is the parallel adapter.
-    """
-
-    def __init__(self, host: nn.Module, *args: Any) -> None:
-        super().__init__(host, *args)
-        self.names = list(inspect.signature(type(host).forward).parameters)[1:]
-
-    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Return what the host gives for the residual and its update."""
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        residual = given[self.names[1]]
-        return forward(**(given | {self.names[1]: residual + self.update(residual)}))
 
 
 @dataclass(eq=False, kw_only=True)

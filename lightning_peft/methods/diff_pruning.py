@@ -30,165 +30,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_peft import select
 from lightning_peft.errors import TuningError
-from lightning_peft.folding import Folding
 from lightning_peft.graft import attach, grafts
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
 from lightning_peft.training import lifecycle
 from lightning_peft.training.param_groups import schedulers_in
-from lightning_peft.updates.hard_concrete import ExpectedCount, Masked, Scattered, gate, place, scatter, uniform_op
-
-_SEEDS = 2**31 - 1
-
-
-class Noise(Folding):
-    """Draws, before each forward pass of the backbone in training, the seed of the noise of all gates."""
-
-    folds = ()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.value = 0
-        self.seed = torch.zeros(1, dtype=torch.int64)  # the same number, for compiled graphs; no buffer, to stay on CPU
-        self.is_given = False  # a Trainer gives it, the same to all processes
-
-    def around(self, forward: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Draw a seed and run the forward pass."""
-        if self.training and not self.is_given:
-            if torch.compiler.is_compiling():
-                self.seed = torch.randint(_SEEDS, (1,))
-            else:
-                self.give(int(torch.randint(_SEEDS, ()).item()))
-        return forward(*args, **kwargs)
-
-    def give(self, value: int) -> None:
-        """Set the seed."""
-        self.value = value
-        self.seed = torch.full((1,), value)
-
-
-class SparseDifference(Folding):
-    """Lets its host read ``theta_0 + delta`` in place of its own parameters.
-
-    For a parameter ``weight`` it has, dense, ``weight_w`` and ``weight_alpha`` in its shape and ``weight_group`` [1],
-    or, sparse, ``weight_values`` [n] and the flat ``weight_indices`` [n]; neither if nothing of it was kept.
-
-    Args:
-        host: the module.
-        names: of the host's parameters, with their numbers in the model, which their noise depends on.
-        noise: the seed.
-        settings: the method's arguments.
-    """
-
-    def __init__(self, host: nn.Module, names: Mapping[str, int], noise: Noise, settings: "DiffPruning") -> None:
-        super().__init__()
-        self.weights = self.folds = tuple(names)
-        self.numbers = dict(names)
-        self.low, self.high = settings.low, settings.high
-        vars(self)["_noise"] = noise  # no child, since it lies in the backbone already
-        for name in names:
-            self.make_dense(name, host.get_parameter(name), settings)
-
-    def make_dense(self, name: str, parameter: Tensor, settings: "DiffPruning") -> None:
-        """Give a parameter w, zero, and open gates."""
-        self._forget(name)
-        new = {"dtype": torch.float32, "device": parameter.device}
-        self._put(name, "w", torch.zeros(parameter.shape, **new))  # type: ignore[call-overload]
-        self._put(name, "alpha", torch.full(parameter.shape, settings.alpha, **new))  # type: ignore[call-overload]
-        if settings.structured:
-            self._put(name, "group", torch.full((1,), settings.alpha, **new))  # type: ignore[call-overload]
-
-    def make_sparse(self, name: str, indices: Tensor, values: Tensor) -> None:
-        """Keep of a parameter's difference these entries alone, and train their values."""
-        self._forget(name)
-        if len(indices):
-            self._put(name, "values", values.detach().clone())
-            # int32 in files; what has more entries needs more
-            self.register_buffer(_key(name, "indices"), indices)
-
-    def part(self, name: str, part: str) -> Any:
-        """Return a tensor that belongs to a parameter, or None."""
-        return getattr(self, _key(name, part), None)
-
-    def is_dense(self) -> bool:
-        """Tell whether gates are trained."""
-        return any(self.part(name, "w") is not None for name in self.weights)
-
-    def weight(self, w: Tensor, name: str) -> Tensor:
-        """Return ``theta_0 + delta`` in the shape and dtype of ``w``."""
-        dense, values = self.part(name, "w"), self.part(name, "values")
-        if self._merged or (dense is None and values is None):
-            return w
-        if values is not None:
-            indices = self.part(name, "indices")
-            if torch.compiler.is_compiling():
-                return scatter(w, values, indices)
-            return Scattered.apply(w, values, indices)
-        alpha, group = self.part(name, "alpha"), self.part(name, "group")
-        noise: Noise = vars(self)["_noise"]
-        number = 2 * self.numbers[name]
-        if torch.compiler.is_compiling():
-            return self._traced(w, dense, alpha, group, noise.seed if self.training else None, number)
-        seed = place(noise.value, number) if self.training else None  # place(seed, 1) is that of the group
-        return Masked.apply(w, dense, alpha, group, seed, self.low, self.high)
-
-    def delta(self, name: str) -> Tensor | None:
-        """Return the difference to a parameter as at inference, dense or as it is kept; None: there is none."""
-        if self.part(name, "values") is not None:
-            return self.part(name, "values")
-        w, group = self.part(name, "w"), self.part(name, "group")
-        if w is None:
-            return None
-        delta = gate(self.part(name, "alpha"), None, self.low, self.high).mul_(w)
-        return delta if group is None else delta.mul_(gate(group, None, self.low, self.high))
-
-    def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
-        """Add the difference to the parameter."""
-        delta = self.delta(name)
-        if delta is None:
-            return value
-        indices = self.part(name, "indices")
-        return value.add_(delta) if indices is None else scatter(value, delta, indices)
-
-    def _traced(
-        self, w: Tensor, dense: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, number: int
-    ) -> Tensor:
-        """Return the same in operations that a compiler sees through; it fuses them, and chooses what to keep."""
-        value = dense
-        for i, logits in enumerate((alpha, group)):
-            if logits is not None:
-                shift = logits
-                if seed is not None:
-                    shift = logits + uniform_op(logits.detach(), seed, number + i).logit()
-                value = value * (torch.sigmoid(shift) * (self.high - self.low) + self.low).clamp(0, 1)
-        return (w + value).to(w.dtype)
-
-    def _put(self, name: str, part: str, values: Tensor) -> None:
-        self.register_parameter(_key(name, part), nn.Parameter(values))
-
-    def _forget(self, name: str) -> None:
-        for part in ("w", "alpha", "group", "values", "indices"):
-            if hasattr(self, _key(name, part)):
-                delattr(self, _key(name, part))
-
-
-class Twin(Folding):
-    """Lets a host read a tied parameter as another host does.
-
-    Args:
-        names: name of the parameter here -> its name there.
-        first: the graft of the other host.
-    """
-
-    def __init__(self, names: Mapping[str, str], first: SparseDifference) -> None:
-        super().__init__()
-        self.weights = self.folds = tuple(names)
-        self.names = dict(names)
-        vars(self)["_first"] = first  # no child, so that its parameters have one name
-
-    def weight(self, w: Tensor, name: str) -> Tensor:
-        """Return what the other graft makes of the parameter."""
-        return vars(self)["_first"].weight(w, self.names[name])
+from lightning_peft.updates.sparse_difference import Gates, Noise, SparseDifference, Twin, draw, readers
 
 
 @dataclass(eq=False, kw_only=True)
@@ -244,14 +91,14 @@ class DiffPruning(Method):
                     "fit: apply DiffPruning first, or exclude that tensor."
                 )
         first: dict[int, tuple[SparseDifference, str]] = {}
-        noise = Noise()
+        noise, gates = Noise(), Gates(self.alpha, self.low, self.high, self.structured)
         number = 0
-        for path, host, own in _readers(backbone):
+        for path, host, own in readers(backbone):
             mine = {leaf: p for leaf, p in own.items() if f"{path}.{leaf}".lstrip(".") in kept}
             new = {leaf: number + i for i, leaf in enumerate(n for n, p in mine.items() if id(p) not in first)}
             number += len(new)
             if new:
-                added = attach(host, SparseDifference(host, new, noise, self), self.name)
+                added = attach(host, SparseDifference(host, new, noise, gates), self.name)
             twins = {leaf: first[id(p)] for leaf, p in mine.items() if leaf not in new}
             for leaf, (owner, other) in twins.items():
                 attach(host, Twin({leaf: other}, owner), f"{self.name}_{leaf.replace('.', '_')}")
@@ -267,7 +114,7 @@ class DiffPruning(Method):
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         """Return ``penalty_weight * sum_g sum_i P(z_i > 0) P(z_g > 0)``, [1], or None once entries are chosen."""
-        counts = [count for graft, name in self._differences(module) if (count := _expected(graft, name)) is not None]
+        counts = [count for graft, name in self._differences(module) if (count := graft.expected(name)) is not None]
         return self.penalty_weight * torch.stack(counts).sum() if counts else None
 
     def groups(self, model: nn.Module) -> int:
@@ -281,7 +128,7 @@ class DiffPruning(Method):
             if isinstance(place_.graft, SparseDifference) and place_.name == self.name:
                 for name in place_.graft.weights:
                     entries += place_.host.get_parameter(name).numel()
-                    expected = _expected(place_.graft, name)
+                    expected = place_.graft.expected(name)
                     values = place_.graft.part(name, "values")
                     changed += expected.item() if expected is not None else 0 if values is None else values.numel()
         return changed / entries
@@ -299,14 +146,13 @@ class DiffPruning(Method):
             raise TuningError("the entries to keep have been chosen already: project once.")
         sizes = [graft.part(name, "w").numel() for graft, name in pairs]
         budget = max(1, round(self.sparsity * sum(sizes)))
-        best = [_flat(graft, name).abs().topk(min(budget, n)) for (graft, name), n in zip(pairs, sizes, strict=True)]
+        best = [_magnitudes(graft, name).topk(min(budget, n)) for (graft, name), n in zip(pairs, sizes, strict=True)]
         owner = torch.cat([torch.full_like(top.indices, i) for i, top in enumerate(best)])
         chosen = torch.cat([top.values for top in best]).topk(budget).indices
         flat = torch.cat([top.indices for top in best])[chosen]
         owner = owner[chosen]
         for i, (graft, name) in enumerate(pairs):
-            indices = flat[owner == i].sort().values
-            graft.make_sparse(name, _narrow(indices, sizes[i]), _flat(graft, name)[indices])
+            graft.keep(name, flat[owner == i].sort().values)
         return budget
 
     def is_dense(self, model: nn.Module) -> bool:
@@ -335,7 +181,7 @@ class DiffPruning(Method):
                     graft.make_sparse(name, indices, torch.zeros(values.shape, device=parameter.device))
                 elif f"{start}w" in tensors:
                     if graft.part(name, "w") is None:
-                        graft.make_dense(name, parameter, self)
+                        graft.make_dense(name, parameter)
                 elif any(other.endswith("_values") for other in tensors):  # nothing of it was kept
                     graft.make_sparse(name, torch.zeros(0), torch.zeros(0))
 
@@ -379,7 +225,7 @@ class DiffPruning(Method):
             self._exchange(trainer, pl_module, backbone)
             return
         noise: Noise = getattr(backbone, f"{self.name}_noise")
-        value = int(torch.randint(_SEEDS, ()).item())
+        value = draw()
         noise.give(trainer.strategy.broadcast(value) if trainer.world_size > 1 else value)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -454,37 +300,10 @@ class DiffPruningMixin(MethodMixin):
         return self.method.achieved(self)  # type: ignore[arg-type]
 
 
-def _readers(backbone: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
-    """Yield each module that reads parameters in its own forward pass: path, module, name below it -> parameter."""
-    inner: set[int] = set()
-    for path, module in backbone.named_modules():
-        if id(module) in inner:
-            continue
-        own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, nn.MultiheadAttention):  # it reads the weights of its projection without a call
-            own |= {f"out_proj.{name}": p for name, p in module.out_proj.named_parameters()}
-            inner.add(id(module.out_proj))
-        if own:
-            yield path, module, own
-
-
-def _key(name: str, part: str) -> str:
-    return f"{name.replace('.', '_')}_{part}"
-
-
-def _expected(graft: SparseDifference, name: str) -> Tensor | None:
-    alpha = graft.part(name, "alpha")
-    return None if alpha is None else ExpectedCount.apply(alpha, graft.part(name, "group"), graft.low, graft.high)
-
-
-def _flat(graft: SparseDifference, name: str) -> Tensor:
+def _magnitudes(graft: SparseDifference, name: str) -> Tensor:
     delta = graft.delta(name)
     assert delta is not None
-    return delta.reshape(-1)
-
-
-def _narrow(indices: Tensor, size: int) -> Tensor:
-    return indices.to(torch.int32 if size <= torch.iinfo(torch.int32).max else torch.int64)
+    return delta.reshape(-1).abs()
 
 
 def _advance(before: Any, now: Any) -> None:

@@ -27,6 +27,7 @@ from tests.benchmarks.backbones import SHAPES
 
 METHODS: dict[str, Method] = {
     "Adapter houlsby 32": Adapter(bottleneck=32),
+    "Adapter houlsby 32, norms frozen": Adapter(bottleneck=32, train_norms=False),
     "Adapter pfeiffer 32": Adapter(form="pfeiffer", bottleneck=32),
     "Adapter parallel 32": Adapter(form="parallel", bottleneck=32),
     "BitFit": BitFit(),
@@ -43,14 +44,14 @@ METHODS: dict[str, Method] = {
 }
 
 
-def steps(shape: str, names: list[str]) -> dict[str, step.Step]:
+def steps(shape: str, names: list[str], fused: bool = False) -> dict[str, step.Step]:
     """Return the floor, the floor again and the steps of the methods that fit the shape.
 
     The frozen part is in eval mode where features are cached, as a Trainer has it.
     """
     backbone = SHAPES[shape]
     batch = backbone.batch()
-    found = {name: step.Step(step.floor(backbone), batch, False) for name in (step.FLOOR, step.CONTROL)}
+    found = {name: step.Step(step.floor(backbone), batch, fused) for name in (step.FLOOR, step.CONTROL)}
     for name in names:
         method = METHODS[name]
         model = backbone.build()
@@ -61,7 +62,7 @@ def steps(shape: str, names: list[str]) -> dict[str, step.Step]:
             continue
         if getattr(method, "cache_features", False):
             model.eval()
-        own = step.Step(model, batch, False, method.prepare)
+        own = step.Step(model, batch, fused, method.prepare)
         loss = own.loss()
         loss.backward()
         assert all(p.grad is not None for p in own.trained), name
@@ -69,9 +70,9 @@ def steps(shape: str, names: list[str]) -> dict[str, step.Step]:
     return found
 
 
-def run(shape: str, names: list[str], rounds: int) -> str:
+def run(shape: str, names: list[str], rounds: int, fused: bool = False) -> str:
     """Measure one shape and return its table."""
-    every = steps(shape, names)
+    every = steps(shape, names, fused)
     times = measure.interleave(every, rounds)
     rows = []
     for label, one in every.items():
@@ -89,12 +90,13 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["bert", "vit"])
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--fused", action="store_true", help="AdamW(fused=True) instead of the default of torch")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print(f"CPU, 1 thread, {args.rounds} rounds, {measure.versions()}")
     for shape in args.shape:
-        print(f"\n### {shape}\n\n{run(shape, args.method, args.rounds)}")
+        print(f"\n### {shape}\n\n{run(shape, args.method, args.rounds, args.fused)}")
 
 
 if __name__ == "__main__":

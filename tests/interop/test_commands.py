@@ -11,11 +11,12 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lightning_peft import LoRA, from_delta, save_delta
+from lightning_peft import LoRA, PromptTuning, from_delta, save_delta
 from lightning_peft.cli import main
 from lightning_peft.interop import Facts, to_peft
+from lightning_peft.interop.card import _words
 from tests.contract import assert_near, shake
 from tests.interop.adapters import logits, theirs_from, tuned
 from tests.models import save_tokenizer, tiny
@@ -69,6 +70,43 @@ def test_a_delta_goes_out_and_comes_back(
     assert not (folder / "served").exists()
     command(monkeypatch, "import", folder / "adapter", folder / "again.bin", code=2)
     assert "give it the suffix .safetensors" in capsys.readouterr().err
+
+
+def test_the_card_is_told_what_a_delta_does_not_know(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = backbone.parent
+    model = loaded(backbone)
+    LoRA(r=2).apply(model)
+    save_delta(model, folder / "delta.safetensors")
+    scores = ("--metrics", '{"val_accuracy": 0.91234, "val_f1": 1}')
+    command(monkeypatch, "export", folder / "delta.safetensors", folder / "adapter", *scores, "--data", "films")
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "| metrics | val_accuracy 0.9123, val_f1 1.0000 |" in card
+    assert "| data | films |" in card
+    wrong = ("--metrics", '{"val_accuracy": "high"}')
+    command(monkeypatch, "export", folder / "delta.safetensors", folder / "other", *wrong, code=2)
+    assert not (folder / "other").exists()
+
+
+def test_the_card_of_a_prompt_has_its_nearest_words(tmp_path: Path) -> None:
+    """Rows that are the embeddings of words have these words nearest; with no tokenizer at hand there is no table."""
+    method = PromptTuning(num_virtual_tokens=2, init="random_uniform")
+    model, _ = tuned("gpt2", (method,))
+    to_peft(model, tmp_path / "without")
+    assert "Nearest" not in (tmp_path / "without" / "README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "model"))
+    model.config._name_or_path = str(tmp_path / "model")
+    with torch.no_grad():
+        method.rows(model).copy_(model.get_input_embeddings().weight[:2])
+    to_peft(model, tmp_path / "with")
+    rows = [line for line in (tmp_path / "with" / "README.md").read_text().splitlines() if "(1.00)" in line]
+    for i, word in enumerate(tokenizer.convert_ids_to_tokens([0, 1])):
+        assert rows[i].startswith(f"| {i} | <code>{word}</code> (1.00), ")
+
+
+def test_words_of_a_vocabulary_break_no_table() -> None:
+    assert _words([[("a|b", 0.5), ("<s>", 0.25)]]).splitlines()[2] == (
+        "| 0 | <code>a&#124;b</code> (0.50), <code>&lt;s&gt;</code> (0.25) |"
+    )
 
 
 def test_a_checkpoint_of_a_wrapped_module_comes_in(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:

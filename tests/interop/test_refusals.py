@@ -215,7 +215,11 @@ def test_a_head_with_a_low_rank_update(tmp_path: Path) -> None:
     ("kind", "methods", "message"),
     [
         ("bert", (LinearProbe(),), "LinearProbe trains tensors of the model in place, which alone is no adapter"),
-        ("bert", (BitFit(),), "BitFit trains tensors of the model in place"),
+        (
+            "bert",
+            (BitFit(),),
+            r"BitFit trains tensors of the model in place.*save_pretrained, or train LoRA\(bias='all'\)",
+        ),
         ("bert", (DiffPruning(),), "DiffPruning has no twin in PEFT"),
         ("gpt2", (LoRA(r=2), PROMPT), r"LoRA \+ PromptTuning are in one model"),
         ("llama", (IA3(), LoRA(r=2)), r"IA3 \+ LoRA are in one model"),

@@ -77,7 +77,10 @@ def encode(
     head = _encode_parts(
         template, tokenizer, [Text(front), *before] if front else before, fields, options, -bool(front)
     )
-    tail = _encode_parts(template, tokenizer, after, fields, options, number, joins=bool(before or front))
+    # Behind the answer of a causal model an empty field ends the text, which ends with no blank.
+    tail = _encode_parts(
+        template, tokenizer, after, fields, options, number, joins=bool(before or front), ends=style == "causal"
+    )
     total = len(opening) + len(head) + len(gap) + len(tail) + len(closing)
     dropped = max(0, total - (max_length or total))
     if dropped:
@@ -189,6 +192,7 @@ def _encode_parts(
     options: Sequence[str] | None,
     number: int,
     joins: bool = False,
+    ends: bool = False,
 ) -> _Tokens:
     """Return the tokens of parts; the numbers of the parts begin at ``number``."""
     tokens: _Tokens = []
@@ -203,18 +207,21 @@ def _encode_parts(
             chunk.append((template.words(part, fields, options), i if shortens else None))
         else:
             assert isinstance(part, (Mask, Answer))
-    return tokens + _tokenise(tokenizer, chunk, joins)
+    return tokens + _tokenise(tokenizer, chunk, joins, ends)
 
 
 def _tokenise(tokenizer: Any, chunk: Sequence[tuple[str, int | None]], joins: bool, ends: bool = False) -> _Tokens:
     """Return the tokens of neighbouring parts, each with the part that may lose it.
 
-    ``joins``: something stands in front of them; ``ends``: a virtual token follows, which needs no blank before it.
+    ``joins``: something stands in front of them; ``ends``: no blank is needed at the end, as before a virtual token.
     """
     text = "".join(words for words, _ in chunk)
     if ends and text.endswith(" "):
-        chunk = [(words.rstrip(" ") if i == len(chunk) - 1 else words, part) for i, (words, part) in enumerate(chunk)]
-        text = "".join(words for words, _ in chunk)
+        text, end, cut = text.rstrip(" "), 0, []
+        for words, part in chunk:  # the last part may be empty
+            cut.append((text[end : end + len(words)], part))
+            end += len(words)
+        chunk = cut
     skipped = int(joins and text.startswith(" ") and _adds_blank(tokenizer))
     if not text[skipped:]:
         return []

@@ -70,7 +70,9 @@ class CausalLMData(SourcedData):
     Args:
         prompt: column of the prompt; None: all of the text is the target.
         target: column of the text to learn: a text, or a list of right ones, of which the first is trained on.
-        prefix: what to put before each row: an instruction, or a control code as CTRL has them, e.g. "Reviews ".
+        prefix: what to put before each row: an instruction, or a control code as CTRL has them, e.g. "Reviews ". It is
+            what every text begins with, after the beginning-of-sequence token if the tokenizer has one, in packed rows
+            too; nothing is trained to say it, and a prompt that is cut for prediction keeps it.
         separator: what to put between prompt and target.
         packing: put texts end to end in rows of ``max_length`` tokens, so that nothing is padding. ``position_ids``
             begin anew with each text, by which transformers keeps the texts of a row from seeing each other. Packed
@@ -183,7 +185,12 @@ def _continued(
     blanks = [text[len(short) :] for text, short in zip(before, stripped, strict=True)]
     prompts = tokenizer(stripped, add_special_tokens=False)["input_ids"]
     if predicts:
-        ids = [(begin + row)[-max_length:] for row in prompts]
+        kept = begin + (tokenizer(prefix.rstrip(" "), add_special_tokens=False)["input_ids"] if prefix.strip() else [])
+        if len(kept) >= max_length:
+            raise TuningError(f"a prefix of {len(kept)} tokens leaves no room for its prompt: raise max_length.")
+        rows_of_ids = [begin + row for row in prompts]
+        # What is next to the continuation stays, and the control code.
+        ids = [r if len(r) <= max_length else r[: len(kept)] + r[len(kept) - max_length :] for r in rows_of_ids]
         ids = [row or end or [tokenizer.pad_token_id] for row in ids]
         return {"input_ids": ids, "attention_mask": [[1] * len(r) for r in ids], "length": [len(r) for r in ids]}
     references = _references(rows[target or ""])

@@ -74,7 +74,8 @@ class PromptedClassification(PromptedTask, ClassScores):
         labels: the labels, in the order of their numbers; None: those of ``words``.
         combine: 'mean' of the scores of a label's words (PET), 'max', or 'sum' of their likelihoods.
         normalise: 'sum' of the log-likelihoods of a word's tokens; their 'mean'; or 'pmi': the sum less that of the
-            word after the template with empty fields and no demonstrations.
+            word after the template with empty fields and no demonstrations. With "{answer} {text}" that leaves the
+            likelihood of the text behind each label, so that a causal model says which control code a text came from.
         calibrate: divide the probabilities of the labels by those that the same prompt gives with inputs without
             content (contextual calibration).
         content_free: these inputs.

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from lightning_peft.data.padding import Padder
 from lightning_peft.encoding import encode, special_ids, text_ids
@@ -65,6 +66,9 @@ class PromptedGeneration(PromptedTask):
         temperature: of sampling; 0: the likeliest token each time.
         top_k: sample from so many of the likeliest tokens; 0: from all.
         top_p: sample from the likeliest tokens of this share together.
+        repetition_penalty: θ; the logit of a token that was written already is divided by it, or multiplied where it is
+            negative, so that it falls either way; 1: none. CTRL takes 1.2 (1909.05858, section 4.1; its code divides
+            negative logits too, which raises them). The words of the prompt are not punished.
         max_new_tokens: where a text is cut [tokens].
         max_answer_tokens: where the answer after a rationale is cut [tokens].
         stop: a text ends before these words; None: before the separator, where there are demonstrations.
@@ -90,6 +94,7 @@ class PromptedGeneration(PromptedTask):
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
         max_new_tokens: int = 128,
         max_answer_tokens: int = 32,
         stop: str | None = None,
@@ -105,6 +110,8 @@ class PromptedGeneration(PromptedTask):
                 raise TuningError(f"{name}={value} is out of range: take 1 or more.")
         if paths > 1 and temperature <= 0:
             raise TuningError(f"paths={paths} of temperature=0 are all the same: take a temperature such as 0.7.")
+        if repetition_penalty < 1:
+            raise TuningError(f"repetition_penalty={repetition_penalty} rewards repetition: take 1 (none) or more.")
         if self.lm == "masked":
             raise TuningError(f"{self.model_name} is a masked language model, which writes no texts: take another.")
         for template in self.templates:
@@ -117,6 +124,7 @@ class PromptedGeneration(PromptedTask):
         self.kind, self.choices = answer, choices
         self.ask = ask or answer_trigger(answer, choices)
         self.paths, self.temperature, self.top_k, self.top_p = paths, temperature, top_k, top_p
+        self.repetition_penalty = repetition_penalty
         self.max_new_tokens, self.max_answer_tokens = max_new_tokens, max_answer_tokens
         self.stop = stop if stop is not None else (self.separator if self.demonstrations else None)
         self.scores = torch.nn.ModuleList(MetricCollection({"exact_match": ExactMatch()}) for _ in self.templates)
@@ -278,6 +286,11 @@ class PromptedGeneration(PromptedTask):
         how: dict[str, Any] = {"do_sample": False}
         if samples:
             how = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        if self.repetition_penalty > 1:
+            # Of what is written alone: the padding of a prompt is the end of a text in many vocabularies.
+            prompt = ids.shape[1] if self.lm == "causal" else 1
+            punish = RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty), prompt_ignore_length=prompt)
+            how["logits_processor"] = LogitsProcessorList([punish])
         out = self.backbone.generate(
             input_ids=ids,
             attention_mask=mask,

@@ -31,18 +31,20 @@ test: $(INSTALLED)  ## run the tests
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope -m 'not slow and not slurm'
 
 test-slow: $(QUANTIZED)  ## run the tests that take minutes
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'slow and not slurm'
 
 $(QUANTIZED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quantized]'
 	touch $@
 
 # The daemons are not enabled: the tests start their own, as this user, in a folder of their own.
+# All of them: make test-slurm SLURM_TESTS=slurm
+SLURM_TESTS := slurm and not slow
 SLURM := slurmctld slurmd slurm-client munge
 test-slurm: $(INSTALLED)  ## run jobs of two pretended nodes in a real SLURM (Debian packages, installed if missing)
 	PATH=$$PATH:/usr/sbin; command -v slurmctld > /dev/null && command -v slurmd > /dev/null && \
 	    command -v srun > /dev/null && command -v munged > /dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM); }
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slurm tests/slurm
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m '$(SLURM_TESTS)' tests/slurm
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(BIN)/ruff check .

@@ -63,6 +63,12 @@ def canonical(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+def not_frozen(backbone: nn.Module) -> set[str]:
+    """Return the names of what a fingerprint leaves out: what is trained, under the names of tied weights, too."""
+    thawed = {n for n, p in backbone.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return thawed.union(delta_names(backbone))
+
+
 def metadata(module: nn.Module) -> dict[str, Any]:
     """Return what a delta file says of itself, primitives only: methods, backbones with fingerprints, versions."""
     for place in grafts(module):
@@ -79,10 +85,7 @@ def metadata(module: nn.Module) -> dict[str, Any]:
             kind = type(method)
             class_path = f"{kind.__module__}.{kind.__qualname__}"
             meta["methods"].append({"class_path": class_path, "init_args": method.init_args(), "backbone": path})
-        thawed = {n for n, p in backbone.named_parameters(remove_duplicate=False) if p.requires_grad}  # tied names, too
-        meta["backbones"][path] = _identity(backbone) | {
-            "fingerprint": fingerprint_of(backbone, thawed.union(delta_names(backbone)))
-        }
+        meta["backbones"][path] = _identity(backbone) | {"fingerprint": fingerprint_of(backbone, not_frozen(backbone))}
     return meta
 
 

@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_peft import select
 from lightning_peft.errors import TuningError
@@ -186,7 +187,7 @@ class Method(L.Callback):
         lifecycle.check_optimizers(pl_module, trainer.optimizers)
         lifecycle.remap_optimizers(pl_module, trainer.optimizers)
         lifecycle.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
-        self._seen_gradients = False
+        self._seen_gradients, self._first_epoch = False, trainer.current_epoch
         # Lightning warns of modules in eval mode before it calls on_train_start: the modes are set after that.
         select.backbone_of(pl_module, self.backbone).train()
 
@@ -222,6 +223,16 @@ class Method(L.Callback):
         if not self._seen_gradients and pl_module.automatic_optimization:
             lifecycle.check_gradients(pl_module)
         self._seen_gradients = True
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Note what gets gradients where the module optimizes by hand, in several backward passes, perhaps."""
+        if not pl_module.automatic_optimization and trainer.current_epoch == self._first_epoch:
+            lifecycle.note_gradients(pl_module, optimizer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse, after the first epoch of manual optimization, a trained parameter that never got a gradient."""
+        if not pl_module.automatic_optimization and trainer.current_epoch == self._first_epoch:
+            lifecycle.check_noted_gradients(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that the method is applied."""

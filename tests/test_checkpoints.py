@@ -1,5 +1,6 @@
 """Delta checkpoints under a Trainer: what the files hold, how they resume, and which files are refused."""
 
+import errno
 import os
 import pickle
 import signal
@@ -133,6 +134,31 @@ def test_asynchronous_saving(tmp_path: Path) -> None:
     run = trainer(tmp_path, LoRA(r=2), saving, plugins=[AsyncCheckpointIO()])
     run.fit(Tuned(), loader("bert"))
     assert len(torch.load(tmp_path / "delta.ckpt", weights_only=True)["state_dict"]) == 10
+
+
+def test_asynchronous_saving_removes_the_old_file_when_the_new_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk, then a full one: there is a whole file at any moment."""
+    there: list[list[str]] = []
+
+    def save(checkpoint: Any, path: Path) -> None:
+        there.append(sorted(file.name for file in tmp_path.glob("*.ckpt")))
+        time.sleep(0.1)
+        if len(there) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(checkpoint, path)
+
+    real = torch.save
+    monkeypatch.setattr(torch, "save", save)
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1)
+    run = trainer(tmp_path, LoRA(r=2), saving, plugins=[AsyncCheckpointIO()])
+    with pytest.raises(TuningError, match=r"step=3.ckpt could not be written \(ENOSPC"):
+        run.fit(Tuned(), loader("bert", rows=12))
+    assert there == [[], ["step=1.ckpt"], ["step=2.ckpt"]]
+    assert [file.name for file in tmp_path.glob("*.ckpt")] == ["step=2.ckpt"]
+    assert len(torch.load(tmp_path / "step=2.ckpt", weights_only=True)["state_dict"]) == 10
 
 
 def test_other_backbone(saved: Path) -> None:

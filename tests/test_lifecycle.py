@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -187,6 +188,31 @@ def test_parameter_without_a_gradient_is_named(tmp_path: Path) -> None:
         trainer(tmp_path, BitFit()).fit(Unpooled(), loader("bert"))
     quiet = BitFit(exclude=r".*pooler.*|classifier.*")
     trainer(tmp_path, quiet).fit(Unpooled(), loader("bert"))
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_parameter_without_a_gradient_where_the_module_optimizes_by_hand(tmp_path: Path, accumulated: bool) -> None:
+    """Two losses take turns, each of which uses a part; what neither uses is named after the epoch."""
+
+    class ByHand(Tuned):
+        def __init__(self, pooled: bool) -> None:
+            super().__init__()
+            self.automatic_optimization, self.pooled = False, pooled
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            out = self.model.bert(batch["input_ids"])
+            loss = out.last_hidden_state.sum()
+            if self.pooled and batch_idx % 2:
+                loss = self.model.classifier(out.pooler_output).sum()
+            self.manual_backward(loss)
+            if not accumulated or batch_idx % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    trainer(tmp_path, BitFit(), LoRA(r=2)).fit(ByHand(pooled=True), loader("bert"))
+    with pytest.raises(TuningError, match=r"3 trained parameters got no gradient, e\.g\. model\.bert\.pooler"):
+        trainer(tmp_path, BitFit(), max_epochs=3).fit(ByHand(pooled=False), loader("bert"))
 
 
 def test_module_without_a_backbone(tmp_path: Path) -> None:
@@ -405,7 +431,45 @@ def test_frozen_batch_norm_does_not_move(tmp_path: Path) -> None:
     assert torch.equal(module.model.dropout[0].running_mean, before)
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+class Scaled(MixedPrecision):
+    """fp16 autocast with a GradScaler on the CPU, where Lightning takes bf16 instead; it looks at each gradient."""
+
+    def __init__(self) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+        self.seen: set[torch.dtype] = set()
+
+    def optimizer_step(self, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:
+        def looked() -> Any:
+            result = closure()
+            self.seen |= {p.grad.dtype for group in optimizer.param_groups for p in group["params"]}
+            return result
+
+        return super().optimizer_step(optimizer, model, looked, **kwargs)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("method", [LoRA(r=2), BitFit(), LinearProbe()], ids=lambda m: m.name)
+def test_the_scaler_never_meets_an_fp16_gradient(method: Method, half: bool, tmp_path: Path) -> None:
+    """16-mixed, also over a backbone that was loaded in fp16; the scale is resumed."""
+    scales = []
+    for epochs in (2, 1, 2):
+        module, plugin = Tuned(), Scaled()
+        if half:
+            module.model.half()
+        saving = ModelCheckpoint(tmp_path / str(len(scales)), filename="delta")
+        options = {"plugins": [plugin], "gradient_clip_val": 0.01, "max_epochs": epochs}
+        before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        run = trainer(tmp_path, eval(repr(method)), saving, **options)
+        run.fit(module, loader("bert"), ckpt_path=tmp_path / "1" / "delta.ckpt" if len(scales) == 2 else None)
+        assert plugin.seen == {torch.float32}
+        assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+        assert any(not torch.equal(before.get(n, p * 0), p) for n, p in module.named_parameters() if p.requires_grad)
+        assert all(torch.equal(before[n], p) for n, p in module.named_parameters() if not p.requires_grad)
+        scales.append(plugin.scaler.state_dict())
+    assert scales[0] == scales[2]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
 @pytest.mark.parametrize("method", [LoRA(r=2), BitFit(), LinearProbe()], ids=lambda m: m.name)
 def test_what_trains_stays_in_fp32(precision: Any, method: Method, tmp_path: Path) -> None:
     module = Tuned()
@@ -418,7 +482,8 @@ def test_what_trains_stays_in_fp32(precision: Any, method: Method, tmp_path: Pat
             if name in expected:  # one step of Adam at 1e-2, not a rounding to bf16
                 assert (parameter - expected[name]).abs().max() <= 1.01e-2
         else:
-            assert parameter.dtype is (torch.bfloat16 if precision == "bf16-true" else torch.float32), name
+            frozen = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+            assert parameter.dtype is frozen, name
     saved = torch.load(tmp_path / "delta.ckpt", weights_only=True)["state_dict"]
     assert all(tensor.dtype is torch.float32 for tensor in saved.values())
     fresh = Tuned()

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_peft import BitFit, DeltaEMA, FullFineTuning, LoRA, Method, Throughput, TuningError, collect
 from lightning_peft.reports.preflight import Finding, Preflight, table
 from lightning_peft.training.checkpoint_io import AtomicCheckpointIO
-from tests.contract import ROOT, assert_near, assert_same
+from tests.contract import assert_near, assert_same
+from tests.fresh import ROOT
 from tests.modules import Tuned, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings(

@@ -11,11 +11,11 @@ import torch
 import transformers as hf
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from lightning_peft import BitFit, FullyShard, LoRA, PromptTuning, TuningError, collect
+from lightning_peft import BitFit, FullyShard, LoRA, PromptTuning, TuningError, collect, select
 from lightning_peft.graft import grafts
 from lightning_peft.training import sharded, strategy
 from lightning_peft.training.weights import files_of, on_meta
@@ -231,10 +231,50 @@ def test_the_module_is_left_as_it_was(tmp_path: Path) -> None:
     assert "process_dataloader" not in vars(run.strategy)
 
 
-def test_an_offload_to_the_host(tmp_path: Path) -> None:
-    one = fitted(Tuned("bert", optimizer="SGD"), LoRA(r=2), tmp_path, "bert")
-    other = fitted(Tuned("bert", optimizer="SGD"), LoRA(r=2), tmp_path, "bert", strategy=gloo(param_dtype="32"))
+@pytest.mark.parametrize("kind", ["bert", "llama", "vit"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cpu_offload": True},
+        {"activation_checkpointing": True},
+        {"cpu_offload": True, "activation_checkpointing": True, "reshard_after_forward": False, "param_dtype": "32"},
+    ],
+    ids=["offload", "checkpointing", "all"],
+)
+def test_options_that_save_memory_change_nothing(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    ran: list[int] = []
+    module = Tuned(kind, optimizer="SGD")
+    (blocks,) = select.block_lists(module.model).values()
+    inner = next(child for child in blocks[0].modules() if isinstance(child, nn.Linear))
+    inner.register_forward_hook(lambda *_: ran.append(torch.is_grad_enabled()))
+    one = fitted(Tuned(kind, optimizer="SGD"), LoRA(r=2), tmp_path, kind, gradient_clip_val=0.01)
+    other = fitted(module, LoRA(r=2), tmp_path, kind, gradient_clip_val=0.01, strategy=gloo(**options))
     assert_near(one, other, 1e-6)
+    steps = len(loader(kind))
+    assert len(ran) == steps * (2 if options.get("activation_checkpointing") else 1)
+    assert not any(getattr(child, "gradient_checkpointing", False) for child in module.modules())
+
+
+def test_a_backbone_that_cannot_compute_activations_anew(tmp_path: Path) -> None:
+    with pytest.raises(TuningError, match="cannot compute activations anew"):
+        fitted(Tuned("resnet"), BitFit(), tmp_path, "resnet", strategy=gloo(activation_checkpointing=True))
+
+
+def test_offloaded_parts_stay_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no part of a unit goes to the device of the computation."""
+    module, chosen = Tuned("bert", optimizer="SGD"), gloo(cpu_offload=True)
+    fitted(module, LoRA(r=2), tmp_path, "bert", strategy=chosen)
+    monkeypatch.setattr(FullyShard, "root_device", torch.device("meta"))
+    chosen.model = module
+    chosen.model_to_device()
+    assert {p.device.type for p in module.parameters()} == {"cpu"}
+    assert {b.device.type for b in module.buffers()} == {"meta"}
+
+
+def test_a_static_graph_takes_no_accumulation(tmp_path: Path) -> None:
+    chosen = DDPStrategy(static_graph=True, process_group_backend="gloo")
+    with pytest.raises(TuningError, match="static_graph=True learns from the first backward pass"):
+        fitted(Tuned("bert"), LoRA(r=2), tmp_path, "bert", strategy=chosen, accumulate_grad_batches=2)
 
 
 def test_deepspeed_that_is_not_installed(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from lightning_peft import CoOp, MaPLe, TuningError
 from lightning_peft.towers import clip
 from lightning_peft.towers.text_towers import ends_of, text_tower
 from tests import fsdp_clip
-from tests.contract import ROOT, assert_near, assert_same
+from tests.contract import assert_near, assert_same
+from tests.fresh import ROOT
 from tests.models import tiny
 
 

@@ -341,6 +341,7 @@ class CachingMethod(Method):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the epochs."""
+        super().on_train_epoch_end(trainer, pl_module)
         rows = self._cached(pl_module)
         if rows is not None:
             rows.epochs += 1

@@ -149,7 +149,7 @@ class PromptPool(Graft):
 
     def _count(self, chosen: Tensor) -> None:
         votes = F.one_hot(chosen, len(self.keys)).sum((0, 1))
-        if self.diversify and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(votes)
         self.counts.add_(votes)
 
@@ -320,6 +320,7 @@ class L2P(Method):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn where a cache of queries has been of no use."""
+        super().on_train_epoch_end(trainer, pl_module)
         cache = self.pool(pl_module).cache
         if cache is not None and cache.hits == 0 and trainer.current_epoch == 1 and len(cache.queries) > 0:
             rank_zero_warn(

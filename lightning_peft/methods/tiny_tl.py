@@ -30,7 +30,7 @@ from lightning_peft.features.activation_memory import Kept, tensors_in
 from lightning_peft.graft import Graft, attach, detach, is_compiled
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
-from lightning_peft.training import together
+from lightning_peft.training import sharded, together
 
 _EPS = 1e-5
 
@@ -185,10 +185,11 @@ class TinyTL(Method):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin to count what the first step keeps."""
+        """Begin to count what the first step keeps, but not of sharded weights, of which autograd keeps copies."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         first = trainer.global_step == 0 and batch_idx == 0
-        if first and not any(is_compiled(module) for module in pl_module.modules()):
+        plain = not any(sharded.is_part(parameter) for parameter in pl_module.parameters())
+        if first and plain and not any(is_compiled(module) for module in pl_module.modules()):
             self._counting: Kept | None = Kept(
                 [*pl_module.parameters(), *pl_module.buffers(), *tensors_in(batch)]
             ).__enter__()

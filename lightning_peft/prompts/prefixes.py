@@ -4,7 +4,8 @@
 ``P = W tanh(U E + b) + c`` with its own W for each attention, that is dropped after training.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,6 +22,7 @@ from lightning_peft.graft import Graft, attach, detach, grafts
 from lightning_peft.method import Method
 from lightning_peft.prompts import attention
 from lightning_peft.prompts.attention import Attention
+from lightning_peft.training.sharded import is_part, whole
 
 KINDS = ("encoder", "decoder", "cross")
 
@@ -94,8 +96,9 @@ class Prefix(Graft):
         if table is None:
             return bias.new_zeros(1, *bias.shape[1:3], added)
         queries, length = bias.shape[2], added + bias.shape[3]
-        whole = table.compute_bias(queries, length, device=bias.device, past_seen_tokens=length - queries)  # type: ignore[operator]
-        return whole[..., :added]
+        with _gathered(table.relative_attention_bias):  # type: ignore[arg-type]
+            left = table.compute_bias(queries, length, device=bias.device, past_seen_tokens=length - queries)  # type: ignore[operator]
+        return left[..., :added]
 
     def fold(self) -> None:
         """Keep the keys and values, and forget what they were computed from."""
@@ -103,6 +106,25 @@ class Prefix(Graft):
         self._network = (None,)
         del self.project
         self.keys, self.values = nn.Parameter(keys.contiguous()), nn.Parameter(values.contiguous())
+
+
+@contextmanager
+def _gathered(embedding: nn.Embedding) -> Iterator[None]:
+    """Let a frozen table be whole: under FSDP2 it belongs to the first block, and this may be a later one."""
+    weight = embedding._parameters["weight"]
+    if weight is None or not is_part(weight):
+        yield
+        return
+    if weight.requires_grad:
+        raise TuningError(
+            "T5's position bias is trained and sharded, and a prefix reads it outside of its block: leave "
+            "relative_attention_bias frozen, or train under DDP."
+        )
+    embedding._parameters["weight"] = whole(weight)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        embedding._parameters["weight"] = weight
 
 
 class ShiftedTable(Graft):

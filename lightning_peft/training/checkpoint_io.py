@@ -13,7 +13,7 @@ from typing import IO, Any, ClassVar, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_peft.errors import TuningError
 from lightning_peft.files import atomic, read_torch
@@ -45,11 +45,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             except (OSError, RuntimeError) as error:
                 if not _is_of_the_disk(error):
                     raise
-                sentence = _sentence(error, Path(path))
+                sentence, self._failed = _sentence(error, Path(path)), True
                 if self.on_error == "raise":
                     raise TuningError(sentence) from error
                 warnings.warn(sentence, stacklevel=2)
-                self._failed = True
                 return
             self._failed = False
 
@@ -69,13 +68,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_torch(Path(path), weights_only is not False, map_location or "cpu")
 
 
-def install(trainer: L.Trainer) -> None:
-    """Let the trainer use `AtomicCheckpointIO` where it would use Lightning's default; a user's own stays.
+class OrderedAsyncCheckpointIO(AsyncCheckpointIO):
+    """Writes and removes in one background thread, in the order in which it is asked to.
 
-    `AsyncCheckpointIO` stays as it is: the strategy puts Lightning's default into it each time it is asked for.
+    Lightning's removes at once, so that the old file is gone before the new one is whole.
     """
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+
+    def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Remove a checkpoint when what was to be written before has been."""
+        self._ensure_setup()
+        assert self._executor is not None
+        self._executor.submit(self._remove, *args, **kwargs)
+
+    def _remove(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().remove_checkpoint(*args, **kwargs)
+        except BaseException as error:  # it is raised in the training thread
+            self._error = self._error or error
+
+
+def install(trainer: L.Trainer) -> None:
+    """Let the trainer use `AtomicCheckpointIO` where it would use Lightning's default; a user's own stays."""
+    chosen = trainer.strategy.checkpoint_io
+    if type(chosen) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    elif type(chosen) is AsyncCheckpointIO and type(chosen.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = OrderedAsyncCheckpointIO(AtomicCheckpointIO())
 
 
 class Claim:

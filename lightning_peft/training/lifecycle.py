@@ -48,12 +48,15 @@ class Life:
         resumed: metadata and optimizer states of the checkpoint that fit resumes from, until they are restored.
         pause: where a save stands that falls between two batches; None: at the hook that saves.
         validation_random: the random state before the latest validation during fit.
+        gradients: whether each parameter that an optimizer has stepped has got a gradient yet, by name; it is kept in
+            the first epoch of manual optimization.
     """
 
     methods: list[Any] = field(default_factory=list)
     resumed: dict[str, Any] | None = None
     pause: Pause | None = None
     validation_random: dict[str, Any] | None = None
+    gradients: dict[str, bool] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: L.LightningModule) -> "Life":
@@ -128,7 +131,29 @@ def check_gradients(module: L.LightningModule) -> None:
     Raises:
         TuningError: one has none, since nothing in the forward pass that gave the loss uses it.
     """
-    without = [name for name, p in trained(module).items() if p.grad is None]
+    _refuse_without([name for name, p in trained(module).items() if p.grad is None])
+
+
+def note_gradients(module: L.LightningModule, optimizer: Optimizer) -> None:
+    """Note which parameters of an optimizer that is about to step have a gradient."""
+    names, seen = {id(p): name for name, p in module.named_parameters()}, Life.of(module).gradients
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            seen[name] = seen.get(name, False) or parameter.grad is not None
+
+
+def check_noted_gradients(module: L.LightningModule) -> None:
+    """See that every parameter noted by `note_gradients` has got a gradient in one of the steps.
+
+    Raises:
+        TuningError: one has not.
+    """
+    seen, Life.of(module).gradients = Life.of(module).gradients, {}
+    _refuse_without([name for name, has in seen.items() if not has])
+
+
+def _refuse_without(without: list[str]) -> None:
     if without:
         raise TuningError(
             f"{len(without)} trained parameters got no gradient, e.g. {without[0]}: no loss depends on them, "

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.delta import not_frozen
+from lightning_peft.fingerprint import fingerprint_of
 from lightning_peft.graft import Graft, attach, detach, grafts
 from lightning_peft.tuning import tunings
 
@@ -69,6 +71,9 @@ def release(backbone: nn.Module) -> None:
 def convert_module(module: nn.Module, convert: Callable[[nn.Module], nn.Module], keep_fp32: bool) -> nn.Module:
     """Run a precision plugin's ``convert_module``; what trains keeps its fp32 values, what was frozen stays so."""
     values = {name: p.data for name, p in module.named_parameters() if p.requires_grad} if keep_fp32 else None
+    for _, backbone, _ in tunings(module):
+        if not any(p.is_meta for p in backbone.parameters()):  # what is rounded to fp16 has another fingerprint
+            fingerprint_of(backbone, not_frozen(backbone))
     module = convert(module)
     if keep_fp32:
         hold_fp32(module, values)

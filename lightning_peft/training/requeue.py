@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_peft.errors import TuningError
 from lightning_peft.training import signals, slurm
@@ -31,8 +31,9 @@ _fits = {"begun": 0}
 class SafeRequeue(L.Callback):
     """Saves and requeues when SLURM asks the job to end, and resumes from that file when it is started again.
 
-    It is on by default in jobs that ``srun`` or ``torchrun`` started; give it to a Trainer to change its arguments. The
-    file is that of this job, array task, step and fit alone, lies in ``default_root_dir`` and is removed when fit ends.
+    It is on by default in jobs that ``srun`` or ``torchrun --max-restarts`` started; give it to a Trainer to change its
+    arguments. The file is that of this job, array task, step and fit alone, lies in ``default_root_dir`` and is removed
+    when fit ends.
 
     Args:
         every_minutes: how often to save besides, for crashes, which give no warning; None: never.
@@ -160,14 +161,20 @@ class SafeRequeue(L.Callback):
 
 
 def install(trainer: L.Trainer) -> None:
-    """Add `SafeRequeue` to the callbacks of a Trainer in a SLURM job, if it has none.
+    """Add `SafeRequeue` to the callbacks of a Trainer in a job that can be started anew, if it has none.
 
     Raises:
         TuningError: the job was started in a way in which its processes cannot work together, or Lightning would load
             a file of its own requeueing that another job has left.
     """
-    if not slurm.is_job():
+    if not slurm.is_job() and not slurm.is_elastic():
         return
+    if slurm.is_elastic() and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        # https://github.com/pytorch/pytorch/issues/167288
+        rank_zero_warn(
+            "torchrun's restarted processes would look for each other where those before them were: "
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun."
+        )
     environment = getattr(trainer.strategy, "cluster_environment", None)
     if isinstance(environment, SLURMEnvironment):
         slurm.check_sizes(trainer.num_nodes, trainer.num_devices)

@@ -20,6 +20,11 @@ def is_job() -> bool:
     return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ and not _interactive(os.environ)
 
 
+def is_elastic() -> bool:
+    """Tell whether ``torchrun`` started this process and starts it anew when one of them is lost."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0
+
+
 def job_id() -> str:
     """Return the id under which SLURM requeues this job: ``ARRAY_TASK`` in an array job; else torchrun's."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")

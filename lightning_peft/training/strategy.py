@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 )
 
 from lightning_peft import select
-from lightning_peft.delta import canonical, delta_names
+from lightning_peft.delta import canonical, delta_names, not_frozen
 from lightning_peft.errors import TuningError
 from lightning_peft.fingerprint import fingerprint_of
 from lightning_peft.graft import grafts
@@ -41,7 +41,9 @@ class FullyShard(ModelParallelStrategy):
 
     Args:
         param_dtype: what the gathered parameters are cast to; None: computed in what they are stored in.
-        cpu_offload: keep the parts in the memory of the host.
+        cpu_offload: keep the parts, their gradients and the optimizer in the memory of the host.
+        activation_checkpointing: compute a block's activations anew in the backward pass, by transformers' own switch,
+            which needs ``backbone_mode="train"``.
         reshard_after_forward: free the gathered units between forward and backward.
         save_distributed_checkpoint: write a folder with a file for each rank instead of one file.
         process_group_backend: e.g. ``nccl`` or ``gloo``; None: that of the device.
@@ -52,6 +54,7 @@ class FullyShard(ModelParallelStrategy):
         self,
         param_dtype: Literal["bf16", "16", "32"] | None = None,
         cpu_offload: bool = False,
+        activation_checkpointing: bool = False,
         reshard_after_forward: bool = True,
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
@@ -64,8 +67,9 @@ class FullyShard(ModelParallelStrategy):
             timeout=timeout,
         )
         self.options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
+        self.activation_checkpointing = activation_checkpointing
         if cpu_offload:
-            self.options["offload_policy"] = CPUOffloadPolicy()
+            self.options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         if param_dtype is not None:
             policy = MixedPrecisionPolicy(param_dtype=_DTYPES[param_dtype], reduce_dtype=torch.float32)
             self.options["mp_policy"] = policy
@@ -73,7 +77,20 @@ class FullyShard(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Let all processes be one data-parallel group."""
         self._data_parallel_size = self.num_nodes * self.num_processes
+        if "offload_policy" in self.options and self._process_group_backend is None and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms and checkpoints are gathered on the host
         super().setup_environment()
+
+    def model_to_device(self) -> None:
+        """Move what is no part of a unit; with ``cpu_offload`` the parts stay where they are."""
+        if "offload_policy" not in self.options:
+            super().model_to_device()
+            return
+        assert self.model is not None
+        for child in self.model.modules():
+            own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
+            if not any(sharded.is_part(tensor) for tensor in own):
+                child._apply(lambda tensor: tensor.to(self.root_device), recurse=False)
 
 
 def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
@@ -84,6 +101,12 @@ def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
         restored: is called when the model has been loaded and before its optimizers are.
     """
     strategy = trainer.strategy
+    static = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph")
+    if static and trainer.accumulate_grad_batches > 1:
+        raise TuningError(
+            "static_graph=True learns from the first backward pass, in which accumulate_grad_batches keeps DDP from "
+            "taking part, and torch fails: give one of the two up."
+        )
     if isinstance(strategy, DeepSpeedStrategy):
         strategy.exclude_frozen_parameters = True  # its files are written by its engine, which asks for nothing else
     elif isinstance(strategy, FSDPStrategy):
@@ -107,6 +130,8 @@ def uninstall(trainer: L.Trainer) -> None:
     hook = vars(trainer.lightning_module).get("configure_model")
     if isinstance(hook, partial) and hook.func is _configured:
         del vars(trainer.lightning_module)["configure_model"]
+    if getattr(trainer.strategy, "activation_checkpointing", False):
+        _checkpoint_activations(trainer.lightning_module, on=False)
 
 
 def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
@@ -119,6 +144,8 @@ def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
         return
     # Lightning wants an overridden configure_model when it sets the strategy up.
     vars(module).setdefault("configure_model", partial(_configured, module))
+    if getattr(trainer.strategy, "activation_checkpointing", False):
+        _checkpoint_activations(module, on=True)
     mesh = module.device_mesh["data_parallel"]  # type: ignore[index]
     options: dict[str, Any] = getattr(trainer.strategy, "options", {})
     if any(sharded.is_part(p) for p in module.parameters()):
@@ -137,6 +164,19 @@ def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
             parameter.register_post_accumulate_grad_hook(partial(_average, mesh.get_group()))
 
 
+def _checkpoint_activations(module: L.LightningModule, on: bool) -> None:
+    """Let transformers compute the activations of blocks anew, or no more."""
+    switch = "activation_checkpointing_enable" if on else "activation_checkpointing_disable"
+    for _, backbone, _ in tunings(module):
+        holders = [child for child in backbone.modules() if getattr(child, "supports_gradient_checkpointing", False)]
+        if not holders and on:
+            raise TuningError(
+                f"{type(backbone).__name__} cannot compute activations anew: give activation_checkpointing=False."
+            )
+        for holder in holders[:1] if hasattr(backbone, switch) else holders:
+            getattr(holder, switch)()
+
+
 def _check_mesh(module: L.LightningModule) -> None:
     size = module.device_mesh["tensor_parallel"].size()  # type: ignore[index]
     if size > 1:
@@ -149,7 +189,7 @@ def _check_mesh(module: L.LightningModule) -> None:
 def _shard_whole(module: L.LightningModule, trainer: L.Trainer, mesh: Any, options: dict[str, Any]) -> None:
     for _, backbone, _ in tunings(module):
         if not any(p.is_meta for p in backbone.parameters()):  # once sharded, it would have to be gathered
-            fingerprint_of(backbone, _not_frozen(backbone))
+            fingerprint_of(backbone, not_frozen(backbone))
     first = [*(p for p in module.parameters() if p.requires_grad), *module.buffers()]
     _broadcast(tensor for tensor in first if not tensor.is_meta)
     trainer.precision_plugin.convert_module(module)
@@ -221,11 +261,6 @@ def _configured(module: L.LightningModule) -> None:
 
 def _unchanged(module: nn.Module) -> nn.Module:
     return module
-
-
-def _not_frozen(backbone: nn.Module) -> set[str]:
-    thawed = {n for n, p in backbone.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return thawed.union(delta_names(backbone))
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.contract import ROOT, assert_same
+from tests.contract import assert_same
+from tests.fresh import ROOT
 
 pytestmark = pytest.mark.slurm
 CLUSTER = ROOT / "tests/slurm/cluster.py"
@@ -197,6 +198,7 @@ def ranks_of(number: str) -> dict[int, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_is_killed(cluster: Cluster, uninterrupted: dict[str, Path], tmp_path: Path, rank: int) -> None:
     folder = tmp_path / "killed"
@@ -214,6 +216,7 @@ def test_a_rank_is_killed(cluster: Cluster, uninterrupted: dict[str, Path], tmp_
     assert int(again[0]) > 2, "it started from the beginning"
 
 
+@pytest.mark.slow
 def test_a_node_is_lost(cluster: Cluster, uninterrupted: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "lost"
     number = submit(cluster, folder, "fsdp2", 0.3)
@@ -241,6 +244,7 @@ def test_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     assert "not requeued: it is" in output(job), output(job)
 
 
+@pytest.mark.slow
 def test_tasks_of_an_array_do_not_meet(cluster: Cluster, tmp_path: Path) -> None:
     """Both write into one folder of reports by turns; the first is pre-empted, the second is not disturbed."""
     folder = tmp_path / "array"

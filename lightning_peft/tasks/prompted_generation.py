@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from lightning_peft.data.padding import Padder
 from lightning_peft.encoding import encode, special_ids, text_ids
 from lightning_peft.errors import TuningError
+from lightning_peft.prompting.instructions import over_templates
 from lightning_peft.prompting.reasoning import (
     STEP_BY_STEP,
     Kind,
@@ -351,8 +352,11 @@ class PromptedGeneration(PromptedTask):
         for template, scores in zip(self.templates, self.scores, strict=True):
             each[template.name] = scores.compute()["exact_match"].item()  # type: ignore[operator]
             scores.reset()  # type: ignore[operator]
-        self.log(f"{prefix}exact_match", sum(each.values()) / len(each), prog_bar=True, sync_dist=True)
+        over = over_templates(list(each.values()))
+        self.log(f"{prefix}exact_match", over.mean, prog_bar=True, sync_dist=True)
         if len(each) > 1:
+            for spread in ("std", "min", "max"):
+                self.log(f"{prefix}exact_match_{spread}", getattr(over, spread), sync_dist=True)
             for name, value in each.items():
                 self.log(f"{prefix}exact_match/{name}", value, sync_dist=True)
         answered = self.answered.compute()

@@ -67,13 +67,15 @@ class Bottleneck(Graft):
     def is_lean(self, base: Tensor, x: Tensor) -> bool:
         """Tell whether autograd functions may compute the sum.
 
-        Not under compile and autocast, nor for subclasses of tensors and the transforms of ``torch.func``.
+        Not under compile and autocast, nor on the meta device, for subclasses of tensors and the transforms of
+        ``torch.func``.
         """
         return (
             is_eager(self.down.weight)
             and type(base) is type(x) is Tensor
             and base.dtype == x.dtype
             and base.shape == x.shape
+            and not x.is_meta
             and not torch.is_autocast_enabled(x.device.type)
         )
 

@@ -187,6 +187,8 @@ def test_several_templates_vote(lms: dict[str, str], tmp_path: Path) -> None:
     assert logged["test_exact_match/1"] == 1.0
     assert logged["test_exact_match/2"] == pytest.approx(0.2)
     assert logged["test_exact_match"] == pytest.approx(0.6)
+    spread = {name: logged[f"test_exact_match_{name}"] for name in ("std", "min", "max")}
+    assert spread == pytest.approx({"std": 0.4, "min": 0.2, "max": 1.0})
     says(module, ["0", "1", "2", "3", "4", "0", "9", "9", "9", "9"])
     (batch,) = trainer(tmp_path).predict(module, rows)
     assert batch["answer"] == ["0", "1", "2", "3", "4"]

@@ -1,8 +1,5 @@
 """Two processes on the CPU (gloo) with a sharded CLIP have the gradients of one; text towers are found."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +11,12 @@ from lightning_peft.towers import clip
 from lightning_peft.towers.text_towers import ends_of, text_tower
 from tests import fsdp_clip
 from tests.contract import assert_near, assert_same
-from tests.fresh import ROOT
 from tests.models import tiny
+from tests.processes import TORCHRUN, run_module
 
 
 def test_two_ranks_of_a_sharded_clip_are_one(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = [*launcher, "-m", "tests.fsdp_clip", str(tmp_path)]
-    subprocess.run(run, cwd=ROOT, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run_module("tests.fsdp_clip", tmp_path, folder=tmp_path, before=TORCHRUN)
     texts = tiny("clip").texts
     for name, method in fsdp_clip.cases().items():
         one = fsdp_clip.gradients(fsdp_clip.tuned(method), texts)

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from lightning_peft.encoding import text_ids
 from lightning_peft.tasks.prompted_classification import PromptedClassification
 from tests import models, text
 from tests.modules import trainer
+from tests.processes import run_module
 from tests.tasks import prompted_two_processes
 from tests.text import NAMES
 
@@ -339,10 +338,7 @@ def test_words_and_a_soft_prompt_of_these_words_are_on_one_footing(
 
 def test_two_processes_score_like_one(lms: dict[str, str], tmp_path: Path) -> None:
     short_data(lms["gpt2"], tmp_path)
-    root = Path(__file__).parents[2]
-    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "tests.tasks.prompted_two_processes", lms["gpt2"], str(tmp_path)]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | cache, check=True, capture_output=True, timeout=300)
+    run_module("tests.tasks.prompted_two_processes", lms["gpt2"], tmp_path, folder=tmp_path)
     two = json.loads((tmp_path / "two.json").read_text())
     rows = (tmp_path / "two.jsonl").read_text()
     one = prompted_two_processes.run(lms["gpt2"], tmp_path, 1)

@@ -1,9 +1,6 @@
 """Frozen models that write their answers: directly, after a rationale, by a vote."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from lightning_peft.encoding import text_ids
 from lightning_peft.tasks.prompted_generation import PromptedGeneration, Written
 from tests import models, text
 from tests.modules import trainer
+from tests.processes import run_module
 from tests.tasks import written_two_processes
 
 TEMPLATE = "Q: {source}\nA: {answer}"
@@ -242,10 +240,7 @@ def test_a_masked_model_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_two_processes_write_what_one_writes(kind: str, lms: dict[str, str], tmp_path: Path) -> None:
     data(lms[kind], tmp_path)
-    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    paths = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "tests.tasks.written_two_processes", lms[kind], str(tmp_path)]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | cache | paths, check=True, capture_output=True, timeout=300)
+    run_module("tests.tasks.written_two_processes", lms[kind], tmp_path, folder=tmp_path)
     two, rows = json.loads((tmp_path / "two.json").read_text()), (tmp_path / "two.jsonl").read_text().splitlines()
     one = written_two_processes.run(lms[kind], tmp_path, 1)
     assert two == pytest.approx(one, abs=1e-6)

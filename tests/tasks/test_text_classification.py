@@ -1,9 +1,6 @@
 """Scores, optimizer, schedule and checkpoints of text classification, in a Trainer with real data loaders."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -24,6 +21,7 @@ from lightning_peft import (
 from lightning_peft.tasks import TextClassification
 from tests import models, text
 from tests.modules import trainer
+from tests.processes import run_module
 from tests.tasks import two_processes
 from tests.text import NAMES, scored
 
@@ -81,10 +79,7 @@ def test_sums_are_in_fp32_under_bf16(model: str, tmp_path: Path) -> None:
 
 def test_two_processes_score_and_train_like_one(model: str, tmp_path: Path) -> None:
     text.data(model, tmp_path, train=64, other=37)
-    root = Path(__file__).parents[2]
-    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "tests.tasks.two_processes", model, str(tmp_path)]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | cache, check=True, capture_output=True, timeout=300)
+    run_module("tests.tasks.two_processes", model, tmp_path, folder=tmp_path)
     two, one = json.loads((tmp_path / "two.json").read_text()), two_processes.run(model, tmp_path, 1)
     assert one is not None
     assert two.pop("confusions") == one.pop("confusions")

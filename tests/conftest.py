@@ -5,6 +5,7 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning  # noqa: F401 (sets the levels that are changed below)
@@ -27,10 +28,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seed_everything of another test, which DDP would go by
-        os.environ.pop(name, None)
+def _alone() -> Iterator[None]:
+    """Leave to the next test, and to what it starts, no seed, no rank, no master's port and no process group."""
+    found = os.environ.copy()
     torch.manual_seed(0)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in os.environ.keys() - found.keys():
+        del os.environ[name]
+    os.environ.update(found)
 
 
 @pytest.fixture(scope="session")

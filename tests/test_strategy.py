@@ -1,7 +1,6 @@
 """Sharded strategies in one process: what is gathered, what is planned, what is read, and what is refused."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed from",
     "ignore:.*is an Enum subclass and is now natively supported",
 )
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Leave no process group to the next test."""
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def gloo(**options: Any) -> FullyShard:

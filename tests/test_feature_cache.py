@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_peft import LinearProbe, LoRA, MLPHead, PartialK, TuningError, collect
-from lightning_peft.features.feature_cache import FrozenPart, identify
+from lightning_peft.features.feature_cache import FrozenPart
+from lightning_peft.features.kept_rows import identify
 from lightning_peft.graft import grafts
 from tests.contract import assert_near, assert_same, moments
 from tests.models import batch, tiny

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_peft"
 LAYERS = [
     ["errors", "training.signals", "features.activation_memory"],
-    ["prompting"],
+    ["prompting", "features.kept_rows"],
     ["encoding"],
     ["graft", "files", "training.param_groups", "training.loaders", "training.slurm"],
     ["towers.packing", "updates.quantized", "updates.low_rank_init", "updates.hard_concrete"],
@@ -27,6 +27,7 @@ LAYERS = [
     ["training.precision"],
     ["folding"],
     ["training.checkpoint_io", "training.weights", "updates.low_rank", "updates.sparse_difference"],
+    ["training.tensor_parallel"],
     ["training.strategy"],
     ["training.lifecycle"],
     ["training.requeue"],

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.folding import Folding
+from lightning_peft.training.sharded import is_part, joined, whole
 from lightning_peft.updates import in_place
 from lightning_peft.updates.factors import Factors, row_ratio
 from lightning_peft.updates.low_rank_init import Init, zero_update
@@ -53,7 +54,7 @@ class LowRank(Factors, Folding):
         scale = alpha / (math.sqrt(r) if use_rslora else r)
         weight: Tensor = host.weight  # type: ignore[assignment]
         how = (r, scale, use_dora, init, iterations)
-        super().__init__(lambda: self.matrix(dense(host), host), shape_of(host), weight.device, *how)
+        super().__init__(lambda: self.matrix(whole(dense(host)), host), shape_of(host), weight.device, *how)
         self.dropout = dropout
         self.keeps_output = keeps_output
 
@@ -70,6 +71,13 @@ class LowRank(Factors, Folding):
         """
         if self.merged:
             return out
+        if is_part(self.A) and not is_part(out):  # the layer is split between ranks, whose parts torch keeps account of
+            parts: Any = joined(out, (*x.shape[:-1], shape_of(host)[0]), self.A.device_mesh)
+            changed: Any = self._changed(parts, host, x)
+            return changed.redistribute(placements=parts.placements).to_local()
+        return self._changed(out, host, x)
+
+    def _changed(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
             if self.m is not None:

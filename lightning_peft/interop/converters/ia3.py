@@ -10,6 +10,7 @@ from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, tensors_of
 from lightning_peft.interop.names import Names, compact
+from lightning_peft.interop.patterns import is_target
 from lightning_peft.updates.low_rank import shape_of
 
 PART = "ia3_l"
@@ -71,8 +72,6 @@ class IA3Converter(Converter):
         return {delta_name(place, "l"): parts.layers[place.path][PART].flatten() for place in places(model, method)}
 
     def _check_complete(self, parts: Parts, names: Names) -> None:
-        from lightning_peft.interop.converters.lora import is_target
-
         expected = [
             name
             for name, module in names.modules.items()

@@ -1,8 +1,6 @@
 """LoRA: ``lora_A`` and ``lora_B`` of each layer, with rsLoRA, DoRA, patterns of rank and alpha, and biases."""
 
 import math
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +12,7 @@ from lightning_peft.errors import TuningError
 from lightning_peft.graft import Grafted
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, refuse
 from lightning_peft.interop.names import BASE_LAYER, Names, compact
+from lightning_peft.interop.patterns import common, is_target, number, pattern_of, selects, spread, value_of
 from lightning_peft.updates.factors import Factors
 from lightning_peft.updates.low_rank import LowRank, LowRankWeights, shape_of
 
@@ -60,7 +59,7 @@ class LoRAConverter(Converter):
         updates = [update for place in places(model, method) for update in _updates(place)]
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
-        given = _spread(method.alpha_pattern, [update.target for update in updates], method.alpha)
+        given = spread(method.alpha_pattern, [update.target for update in updates], method.alpha)
         for update in updates:
             exported.layers.setdefault(update.key, {}).update(_tensors(update))
             exported.delta |= {f"{update.start}{name}" for name in update.factors.state_dict()}
@@ -69,14 +68,14 @@ class LoRAConverter(Converter):
             alphas[update.target] = given[update.target] * (
                 math.sqrt(rank / ours) if method.use_rslora else rank / ours
             )
-        r, alpha = _common(ranks, method.r), _common(alphas, method.alpha)
+        r, alpha = common(ranks, method.r), common(alphas, method.alpha)
         exported.config = {
             "fan_in_fan_out": any(isinstance(update.host, Conv1D) for update in updates),
-            "lora_alpha": _number(alpha),
+            "lora_alpha": number(alpha),
             "lora_dropout": method.dropout,
             "r": r,
-            "alpha_pattern": _pattern(alphas, alpha),
-            "rank_pattern": _pattern(ranks, r),
+            "alpha_pattern": pattern_of(alphas, alpha),
+            "rank_pattern": pattern_of(ranks, r),
             "target_modules": compact([u.target for u in updates if u.weight is None], names.modules),
             "target_parameters": compact([u.target for u in updates if u.weight is not None], names.tensors) or None,
             "use_rslora": method.use_rslora,
@@ -111,8 +110,8 @@ class LoRAConverter(Converter):
                 "merge that update with PEFT, or train with exclude_modules."
             )
         called = {target: _called(parts, target) for target in found}
-        ranks = {target: _pattern_value(config["rank_pattern"], called[target], config["r"]) for target in found}
-        alphas = {t: _pattern_value(config["alpha_pattern"], called[t], config["lora_alpha"]) for t in found}
+        ranks = {target: value_of(config["rank_pattern"], called[target], config["r"]) for target in found}
+        alphas = {t: value_of(config["alpha_pattern"], called[t], config["lora_alpha"]) for t in found}
         for target, (key, shape) in found.items():
             _check_parts(parts, key, _shapes(shape, ranks[target], config["use_dora"]), ranks[target])
         candidates = [n for n in {*names.modules, *names.tensors} if n not in head and f"{n}.weight" not in head]
@@ -121,8 +120,8 @@ class LoRAConverter(Converter):
             "alpha": float(config["lora_alpha"]),
             "dropout": config["lora_dropout"],
             "target_modules": compact(found, candidates),
-            "rank_pattern": _pattern(ranks, config["r"]),
-            "alpha_pattern": {key: float(v) for key, v in _pattern(alphas, config["lora_alpha"]).items()},
+            "rank_pattern": pattern_of(ranks, config["r"]),
+            "alpha_pattern": {key: float(v) for key, v in pattern_of(alphas, config["lora_alpha"]).items()},
             "use_rslora": config["use_rslora"],
         }
         if config["use_dora"]:
@@ -219,42 +218,6 @@ def _rank(factors: Factors) -> int:
     return factors.factors()[0].shape[_rank_axis(factors)]
 
 
-def _common(values: Mapping[str, Any], default: Any) -> Any:
-    """Return the default if something has it, else the most frequent value, the least of several."""
-    counts = Counter(values.values())
-    return default if default in counts else min(counts, key=lambda value: (-counts[value], value))
-
-
-def _number(value: float) -> float:
-    """Return a whole number as an integer, as PEFT's own files have it."""
-    return int(value) if float(value).is_integer() else value
-
-
-def _spread(pattern: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
-    """Return module -> its value, by our patterns: suffixes, later ones win."""
-    values = dict.fromkeys(names, default)
-    for suffix, chosen in select.match(values, list(pattern)).items():
-        values.update(dict.fromkeys(chosen, pattern[suffix]))
-    return values
-
-
-def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Return name -> value for what is not the default, by the last part of names where that says it all."""
-    found: dict[str, Any] = {}
-    for value in sorted({value for value in values.values() if value != default}):
-        chosen = [name for name in values if values[name] == value]
-        found.update(dict.fromkeys(compact(chosen, values), _number(value)))
-    return found
-
-
-def _pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Return the value of a module as PEFT finds it: the first key that, as a regex, matches the end of its name."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
-
-
 def _found(parts: Parts, names: Names) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return, for each update in the file, our name of it -> PEFT's key, and the shape [..., out, in] of the matrix."""
     found = {}
@@ -279,7 +242,7 @@ def _targeted(parts: Parts, path: str, module: nn.Module) -> list[str]:
     """Return the parameters of a module that ``target_parameters`` names."""
     wanted = parts.config["target_parameters"] or []
     own = [name for name, _ in module.named_parameters(recurse=False)]
-    return [name for name in own if _selects(wanted, f"{parts.called.get(path, path)}.{name}")]
+    return [name for name in own if selects(wanted, f"{parts.called.get(path, path)}.{name}")]
 
 
 def _called(parts: Parts, target: str) -> str:
@@ -318,30 +281,6 @@ def _check_targets(parts: Parts, names: Names, found: Mapping[str, Any]) -> None
             f"{parts.source} targets {missing[0]} of this model but has no tensors for it ({len(missing)} such "
             "layers): it is not whole, or was made for another base."
         )
-
-
-def is_target(config: Mapping[str, Any], name: str) -> bool:
-    """Tell whether PEFT would wrap the module of this name (``check_target_module_exists`` there)."""
-    saved = config["modules_to_save"] or []
-    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved) or _selects(
-        config["exclude_modules"] or [], name
-    ):
-        return False
-    if not _selects(config["target_modules"] or [], name):
-        return False
-    layers = config.get("layers_to_transform")
-    if layers is None or isinstance(config["target_modules"], str):
-        return True
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = next((m for p in patterns if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
-    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
-
-
-def _selects(patterns: Any, name: str) -> bool:
-    if isinstance(patterns, str):
-        return bool(re.fullmatch(patterns, name))
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
 def _check_parts(parts: Parts, key: str, shapes: Mapping[str, tuple[int, ...]], r: int) -> None:

@@ -15,6 +15,7 @@ from lightning_peft.fingerprint import fingerprint
 from lightning_peft.interop import adapter_config, folder
 from lightning_peft.interop.converters import CONVERTERS, Converter
 from lightning_peft.interop.converters.base import Parts
+from lightning_peft.interop.experts import stack
 from lightning_peft.interop.export import skipped
 from lightning_peft.interop.folder import Adapter
 from lightning_peft.interop.names import PREFIX, PROMPT_PREFIX, Names, strip
@@ -49,6 +50,8 @@ def load(model: nn.Module, adapter: Adapter, allow_other_base: bool = False) -> 
     if Tuning.of(backbone) is not None:
         raise TuningError(f"{type(backbone).__name__} is tuned already: import an adapter into a plain model.")
     names = Names(backbone)
+    if adapter.config["peft_type"] == "LORA":
+        adapter = stack(adapter, names)
     parts = _parts(adapter, names)
     if not allow_other_base:
         _check_base(adapter, parts, names)

@@ -12,18 +12,22 @@ are read.
 (('model.norm.weight', False), ('prompt_embeddings', False))
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.graft import grafts
 
 PREFIX = "base_model.model."
 PROMPT_PREFIX = "base_model."
 BASE_LAYER = "base_layer"
+LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)
+"""What PEFT's LoRA wraps; other modules' matrices it knows as ``target_parameters``."""
 
 
 @dataclass
@@ -120,6 +124,27 @@ def renamed(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         _, fused = apply_converters(name, converters)
         if fused is None:
             found[name] = apply_renamings(name, renamings)
+    return found
+
+
+def pieces(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Return name of a stack [experts, rows, columns] -> name in the checkpoints of each layer in it -> its first row.
+
+    Rows are numbered through all experts; transformers is asked to save these numbers in place of the stack. That its
+    function for this goes on doing so is what ``tests/interop/test_names.py`` sees to.
+    """
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    found = {}
+    for name in tensors.keys() - renamed(model, tensors).keys():
+        if tensors[name].ndim == 3:
+            experts, rows, _ = tensors[name].shape
+            numbers = torch.arange(experts * rows, dtype=torch.float64).view(experts, rows, 1)
+            saved = revert_weight_conversion(model, {name: numbers})
+            found[name] = {disk: part[0, 0].item() for disk, part in saved.items() if part.ndim == 2}
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.folding import Folding
-from lightning_peft.training.sharded import is_part, joined, whole
+from lightning_peft.training.sharded import is_part, joined, summed, whole
 from lightning_peft.updates import in_place
 from lightning_peft.updates.factors import Factors, row_ratio
 from lightning_peft.updates.low_rank_init import Init, zero_update
@@ -72,7 +72,7 @@ class LowRank(Factors, Folding):
         if self.merged:
             return out
         if is_part(self.A) and not is_part(out):  # the layer is split between ranks, whose parts torch keeps account of
-            parts: Any = joined(out, (*x.shape[:-1], shape_of(host)[0]), self.A.device_mesh)
+            parts: Any = joined(out, (*x.shape[:-1], shape_of(host)[0]), self.A.device_mesh)  # type: ignore[attr-defined]
             changed: Any = self._changed(parts, host, x)
             return changed.redistribute(placements=parts.placements).to_local()
         return self._changed(out, host, x)
@@ -93,7 +93,7 @@ class LowRank(Factors, Folding):
     def added(self, x: Tensor, host: nn.Module) -> Tensor:
         """Return ``(x Aᵀ) Bᵀ``, before the scale, in the dtype of x."""
         a, b = self.factors()
-        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        return F.linear(summed(F.linear(x, a.to(x.dtype))), b.to(x.dtype))
 
     def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor) -> bool:
         return out.dtype == x.dtype and in_place.is_free(out, host, self, self.A)
@@ -234,15 +234,21 @@ class LowRankWeights(Folding):
             weight = host.get_parameter(name)
             matrix = self.matrix(weight.detach())
             part = Factors(partial(Tensor.detach, matrix), tuple(matrix.shape), weight.device, **arguments)
-            self.register_module(name.replace(".", "_"), part)
+            self.register_module(self.part_name(name), part)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return a weight as [..., out, in], a view of it."""
         return weight.mT if self.transposed else weight
 
+    @classmethod
+    def part_name(cls, name: str) -> str:
+        """Return the name below the graft of the update of a weight."""
+        own = name.replace(".", "_")
+        return f"{own}_" if hasattr(cls, own) else own  # a router's matrix is called as the joint is
+
     def part(self, name: str) -> Factors:
         """Return the update of a weight."""
-        part = self.get_submodule(name.replace(".", "_"))
+        part = self.get_submodule(self.part_name(name))
         assert isinstance(part, Factors)
         return part
 

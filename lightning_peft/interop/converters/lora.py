@@ -11,12 +11,11 @@ from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import Grafted
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, refuse
-from lightning_peft.interop.names import BASE_LAYER, Names, compact
+from lightning_peft.interop.names import BASE_LAYER, LAYERS, Names, compact
 from lightning_peft.interop.patterns import common, is_target, number, pattern_of, selects, spread, value_of
 from lightning_peft.updates.factors import Factors
 from lightning_peft.updates.low_rank import LowRank, LowRankWeights, shape_of
 
-_KINDS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)
 _WITHOUT_TWIN = (
     *("trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_bdlora"),
     *("use_qalora", "lora_bias", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
@@ -160,7 +159,7 @@ def _updates(place: Grafted) -> list[Update]:
         Update(
             keys[name],
             f"{place.path}.{name}".lstrip("."),
-            delta_name(place, f"{name.replace('.', '_')}."),
+            delta_name(place, f"{graft.part_name(name)}."),
             graft.part(name),
             place.host,
             name,
@@ -222,7 +221,7 @@ def _found(parts: Parts, names: Names) -> dict[str, tuple[str, tuple[int, ...]]]
     """Return, for each update in the file, our name of it -> PEFT's key, and the shape [..., out, in] of the matrix."""
     found = {}
     for path, module in names.modules.items():
-        if isinstance(module, _KINDS):
+        if isinstance(module, LAYERS):
             if path in parts.layers:
                 found[path] = (path, _shape(module))
             continue
@@ -260,12 +259,12 @@ def _check_targets(parts: Parts, names: Names, found: Mapping[str, Any]) -> None
     expected = [
         name
         for name, module in names.modules.items()
-        if isinstance(module, _KINDS) and is_target(parts.config, parts.called.get(name, name))
+        if isinstance(module, LAYERS) and is_target(parts.config, parts.called.get(name, name))
     ]
     expected += [
         f"{path}.{name}"
         for path, module in names.modules.items()
-        if not isinstance(module, _KINDS)
+        if not isinstance(module, LAYERS)
         for name in _targeted(parts, path, module)
     ]
     if parts.config["target_modules"] == "all-linear":  # older versions did not write out what that is

@@ -190,5 +190,5 @@ def foldable(module: nn.Module, dequantize: bool = False, name: str | None = Non
                 f"the weight of {place.path} is quantised ({type(weight).__name__}), so it cannot take in an update: "
                 "merge(model, dequantize=True) makes these layers floats, or keep the delta beside the backbone."
             )
-    # What scales the input of a layer scales the weight with all that others have added to it.
-    return sorted(places, key=lambda place: overrides(place.graft, "before"))
+    # A layer runs with its changed weights; what scales its input scales these with all that others have added to them.
+    return sorted(places, key=lambda place: (overrides(place.graft, "before"), not overrides(place.graft, "weight")))

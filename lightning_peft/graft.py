@@ -35,9 +35,9 @@ class Graft(nn.Module):
     """A module that joins the computation of its one host. Override the joints that it needs.
 
     One more joint than the methods below is ``weight(w: Tensor, name: str) -> Tensor``: what the host reads, while it
-    runs, in place of its parameter ``name``, one of `weights`. It serves weights that are read without a call
-    (``nn.MultiheadAttention``, experts stacked in one tensor) and methods that change a weight itself. It is not
-    declared here, since a graft may have a parameter of that name.
+    runs, in place of its parameter ``name``, one of `weights`; so do the joints ``after`` of all its grafts. It serves
+    weights that are read without a call (``nn.MultiheadAttention``, experts stacked in one tensor) and methods that
+    change a weight itself. It is not declared here, since a graft may have a parameter of that name.
 
     Hooks are bound methods of the graft, so a deep copy of the host calls the copy of the graft. They compute through
     the graft's own ``__call__``, so a sharding wrapper may treat the graft as a unit of its own. A graft keeps no
@@ -50,6 +50,7 @@ class Graft(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._handles: list[RemovableHandle] = []
+        self._leaves: RemovableHandle | None = None
         self._first_argument = ""
 
     def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -103,6 +104,12 @@ class Graft(nn.Module):
             owner, leaf = _owner(host, name)
             vars(owner).pop(leaf, None)
 
+    def _leave_last(self, host: nn.Module) -> None:
+        if self._leaves is not None:
+            self._leaves.remove()
+        # Always, since a checkpointed forward pass ends by an exception when it is computed anew.
+        self._leaves = host.register_forward_hook(self._on_leave, always_call=True)
+
     def _first_by_position(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -147,12 +154,13 @@ def attach(host: nn.Module, graft: G, name: str) -> G:
         graft._handles.append(host.register_forward_pre_hook(graft._on_input, with_kwargs=True))
     if overrides(graft, "weight"):
         graft._handles.append(host.register_forward_pre_hook(graft._on_enter))
-        # Always, since a checkpointed forward pass ends by an exception when it is computed anew.
-        graft._handles.append(host.register_forward_hook(graft._on_leave, always_call=True))
     if overrides(graft, "around"):
         _surround(host)
     if overrides(graft, "after"):
         graft._handles.append(host.register_forward_hook(graft._on_output, with_kwargs=True))
+    for child in host.children():  # every `after` sees the weights that the host has run with
+        if isinstance(child, Graft) and overrides(child, "weight"):
+            child._leave_last(host)
     return graft
 
 
@@ -167,9 +175,10 @@ def detach(host: nn.Module, name: str) -> None:
         raise TuningError(
             f"{name!r} of {type(host).__name__} is no graft but {type(graft).__name__}: nothing to detach."
         )
-    for handle in graft._handles:
+    for handle in (*graft._handles, *filter(None, [graft._leaves])):
         handle.remove()
     graft._handles.clear()
+    graft._leaves = None
     delattr(host, name)
     if overrides(graft, "around"):
         _surround(host)

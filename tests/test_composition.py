@@ -14,7 +14,18 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft
-from lightning_peft import IA3, BitFit, LoRA, Method, PromptTuning, TuningError, load_delta, merge, save_delta
+from lightning_peft import (
+    IA3,
+    BitFit,
+    DiffPruning,
+    LoRA,
+    Method,
+    PromptTuning,
+    TuningError,
+    load_delta,
+    merge,
+    save_delta,
+)
 from tests.contract import assert_near, assert_same, copy_of, output, shake
 from tests.models import KINDS, batch, tiny
 
@@ -139,6 +150,19 @@ def test_two_methods_on_one_backbone(kind: str, first: str, second: str, tmp_pat
     assert torch.equal(out(model, kind, one, other), out(fresh, kind, *again))
 
 
+def test_merged_they_compute_what_they_did(kind: str, first: str, second: str) -> None:
+    one, other = new(first), new(second)
+    model = tiny(kind)
+    try:
+        model = applied(kind, one, other)
+        shake(model)
+        live = out(model, kind, one, other)
+        merge(model)
+    except TuningError:
+        return
+    assert_near({"": live}, {"": out(model, kind)}, 1e-5)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first goes first", "second goes first"])
 def test_they_are_removed_in_any_order(kind: str, first: str, second: str, order: tuple[int, int]) -> None:
     both = (new(first), new(second))
@@ -185,6 +209,16 @@ def test_together_they_fold_into_the_weights(kind: str, chosen: tuple[Method, ..
     merge(model)
     assert list(model.state_dict()) == list(tiny(kind).state_dict())
     assert_near({"": live}, {"": output(model, kind)}, 1e-5)
+
+
+@pytest.mark.parametrize("other", [LoRA(r=2, use_dora=True), LoRA(r=2), IA3()], ids=["DoRA", "LoRA", "IA3"])
+@pytest.mark.parametrize("step", [1, -1], ids=["pruned first", "pruned last"])
+def test_a_sparse_difference_folds_below_the_others_in_any_order(step: int, other: Method) -> None:
+    model = applied("bert", *[DiffPruning(), dataclasses.replace(other)][::step])
+    shake(model)
+    live = output(model, "bert")
+    merge(model)
+    assert_near({"": live}, {"": output(model, "bert")}, 1e-5)
 
 
 def test_a_prompt_and_low_rank_updates_are_the_prompt_on_the_merged_model() -> None:

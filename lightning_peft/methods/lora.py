@@ -24,7 +24,7 @@ from torch import nn
 
 from lightning_peft import select
 from lightning_peft.errors import TuningError
-from lightning_peft.graft import attach
+from lightning_peft.graft import Graft, attach, overrides
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
 from lightning_peft.updates.low_rank import GRAFTS, LowRankWeights, shape_of
@@ -136,6 +136,12 @@ class LoRA(MergingMethod):
         if isinstance(host, nn.Conv2d) and host.groups != 1:
             raise TuningError(
                 f"{name} is a convolution of {host.groups} groups, whose update is no low rank: leave it out."
+            )
+        earlier = next((g for g in host.children() if isinstance(g, Graft) and overrides(g, "after")), None)
+        if self.use_dora and earlier is not None:
+            raise TuningError(
+                f"{type(earlier).__name__} already changes the output of {name}, and use_dora=True sets the magnitude "
+                "of what the layer alone computes: apply LoRA first."
             )
         if target.weight is not None and self.dropout:
             raise TuningError(

@@ -10,7 +10,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import BitFit, LoRA, TuningError, collect, load_delta, merge, save_delta
+from lightning_peft import IA3, BitFit, LoRA, TuningError, collect, load_delta, merge, save_delta
 from lightning_peft.graft import grafts
 from tests.contract import MethodContract, assert_near, output, shake
 from tests.models import TEXT, batch, meta, tiny
@@ -496,3 +496,10 @@ def test_merged_dora_is_the_live_one(kind: str) -> None:
     assert not list(grafts(model))
     assert_near({"": live}, {"": output(model, kind)}, 1e-5)
     assert not torch.allclose(live, output(tiny(kind), kind), atol=0.05)
+
+
+def test_dora_sets_the_magnitude_of_the_layer_alone() -> None:
+    model = tiny("bert")
+    IA3().apply(model)
+    with pytest.raises(TuningError, match=r"already changes the output of .*: apply LoRA first\.$"):
+        LoRA(use_dora=True).apply(model)

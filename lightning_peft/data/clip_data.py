@@ -1,21 +1,20 @@
 """Images for a classifier that knows its classes by their names: other classes in the test, features kept."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from lightning_peft.data.batches import ResumableLoader
 from lightning_peft.data.image_data import ImageData
+from lightning_peft.data.resuming import ResumingData
 from lightning_peft.errors import TuningError
 
 
-class CLIPData(L.LightningDataModule):
+class CLIPData(ResumingData):
     """The images of ``data`` for `CLIPClassification`: all classes, or the base classes to train and the new ones, too.
 
     With ``base_to_new`` the first half of the classes (the larger one of an odd number) is trained, and the test scores
@@ -40,8 +39,6 @@ class CLIPData(L.LightningDataModule):
         self.data = data.part("base") if base_to_new else data
         self.tested = {"base": self.data, "new": data.part("new")} if base_to_new else {"all": data}
         self._features: dict[str, Features] = {}
-        self._train_loader: ResumableLoader | None = None
-        self._resume: Mapping[str, int] | None = None
 
     @property
     def label_names(self) -> list[str]:
@@ -96,12 +93,7 @@ class CLIPData(L.LightningDataModule):
             loader = self.data.train_dataloader()
         else:
             loader = self.data.loader(self._features["train"], shuffle=True)  # type: ignore[arg-type]
-        if isinstance(loader, ResumableLoader):
-            self._train_loader = loader
-            if self._resume is not None:
-                loader.load_state_dict(self._resume)
-                self._resume = None
-        return loader
+        return self.resuming(loader)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the validation batches, or none where there is no such split."""
@@ -116,14 +108,6 @@ class CLIPData(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the images to predict in their own order."""
         return self.data.predict_dataloader()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how far the training batches have been given out."""
-        return self._train_loader.state_dict() if self._train_loader is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training batches go on from there."""
-        self._resume = state_dict
 
 
 class Features(TorchDataset[dict[str, Tensor]]):

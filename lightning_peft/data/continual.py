@@ -1,20 +1,18 @@
 """Classes that come one task after another."""
 
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader
 
-from lightning_peft.data.batches import ResumableLoader
 from lightning_peft.data.image_data import ImageData, Images
+from lightning_peft.data.resuming import ResumingData
 from lightning_peft.errors import TuningError
 from lightning_peft.select import near
 
 
-class ContinualData(L.LightningDataModule):
+class ContinualData(ResumingData):
     """The classes of ``data`` in a sequence of tasks: each is trained for some epochs and then seen no more.
 
     The Trainer needs ``reload_dataloaders_every_n_epochs=1`` and as many epochs as all tasks have together. Validation
@@ -55,8 +53,6 @@ class ContinualData(L.LightningDataModule):
         self.epochs_per_task = epochs_per_task
         self.class_seed = class_seed
         self.score = score
-        self._train_loader: ResumableLoader | None = None
-        self._resume: Mapping[str, int] | None = None
 
     @property
     def label_names(self) -> list[str]:
@@ -116,11 +112,7 @@ class ContinualData(L.LightningDataModule):
         """Return the training batches of the task that the current epoch belongs to."""
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         loader = self.data.loader(self.images("train", self.task_at(epoch)), shuffle=True)
-        self._train_loader = loader
-        if self._resume is not None:
-            loader.load_state_dict(self._resume)
-            self._resume = None
-        return loader
+        return self.resuming(loader)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return the images to score by of each task up to the current one."""
@@ -149,11 +141,3 @@ class ContinualData(L.LightningDataModule):
         if not len(rows):
             raise TuningError(f"the {split} split has no images of task {task}: give it some.")
         return images.select(rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how far the training batches have been given out."""
-        return self._train_loader.state_dict() if self._train_loader is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training batches go on from there."""
-        self._resume = state_dict

@@ -1,9 +1,8 @@
 """Labelled images of one domain and images without labels of another."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,10 +11,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 from lightning_peft.data.batches import Batches, ResumableLoader
 from lightning_peft.data.image_data import ImageData, Images
+from lightning_peft.data.resuming import ResumingData
 from lightning_peft.errors import TuningError
 
 
-class DomainData(L.LightningDataModule):
+class DomainData(ResumingData):
     """Train on a labelled source and an unlabelled target, choose by the source, test on the target.
 
     A training batch is ``{"source": {pixel_values, labels}, "target": {pixel_values}}``. Labels of the target's
@@ -48,8 +48,6 @@ class DomainData(L.LightningDataModule):
             if processor is not None and data.processor is None:
                 data.processor = processor
         self.mode = mode
-        self._train_loader: ResumableLoader | None = None
-        self._resume: Mapping[str, int] | None = None
 
     @property
     def label_names(self) -> list[str]:
@@ -93,11 +91,7 @@ class DomainData(L.LightningDataModule):
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # without one, making an iterator draws from the global generator
         )
-        if self._resume is not None:
-            loader.load_state_dict(self._resume)
-            self._resume = None
-        self._train_loader = loader
-        return loader
+        return self.resuming(loader)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the validation batches of the source, or none where it has no such split."""
@@ -110,14 +104,6 @@ class DomainData(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the images of the target to predict in their own order."""
         return self.target.predict_dataloader()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how far the training batches have been given out."""
-        return self._train_loader.state_dict() if self._train_loader is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training batches go on from there."""
-        self._resume = state_dict
 
 
 class BothDomains(TorchDataset[dict[str, dict[str, Tensor]]]):

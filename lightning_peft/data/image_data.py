@@ -2,11 +2,10 @@
 
 import copy
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import lightning as L
 import numpy as np
 import torch
 from datasets import Dataset
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from lightning_peft.data.batches import Batches, ResumableLoader
 from lightning_peft.data.classes import check_columns, class_names
+from lightning_peft.data.resuming import ResumingData
 from lightning_peft.errors import TuningError
 from lightning_peft.select import near
 
@@ -30,7 +30,7 @@ MOST_VALIDATION_SHOTS = 4
 """Validation images of each class in few-shot training, as in Zhou et al. 2021, arXiv 2109.01134, section 4.1."""
 
 
-class ImageData(L.LightningDataModule):
+class ImageData(ResumingData):
     """Labelled images; a subclass says in `rows` where they come from and names the columns, ``image`` and ``label``.
 
     A batch is a dict of ``pixel_values`` [B, 3, H, W] and ``labels`` [B], except for prediction. The rows of a training
@@ -110,8 +110,6 @@ class ImageData(L.LightningDataModule):
         self.skip_corrupt = skip_corrupt
         self.seed = seed
         self._images: dict[str, Images] = {}
-        self._train_loader: ResumableLoader | None = None
-        self._resume: Mapping[str, int] | None = None
 
     def rows(self, split: str) -> Dataset | None:
         """Return the rows of 'train', 'validation', 'test' or 'predict', or None where there is no such split."""
@@ -151,7 +149,8 @@ class ImageData(L.LightningDataModule):
         ['five', 'six', 'seven', 'eight', 'nine']
         """
         other = copy.copy(self)
-        other.classes, other._images, other._train_loader, other._resume = classes, {}, None, None
+        other.classes, other._images = classes, {}
+        other._forget()
         return other
 
     @property
@@ -199,13 +198,7 @@ class ImageData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches, in another order each epoch."""
-        loader = self._loader("train", shuffle=True)
-        if isinstance(loader, ResumableLoader):
-            self._train_loader = loader
-            if self._resume is not None:
-                loader.load_state_dict(self._resume)
-                self._resume = None
-        return loader
+        return self.resuming(self._loader("train", shuffle=True))
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the validation batches, or none where there is no such split."""
@@ -218,14 +211,6 @@ class ImageData(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the images to predict in their own order."""
         return self.plain_loader(self.images("predict"))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how far the training batches have been given out."""
-        return self._train_loader.state_dict() if self._train_loader is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training batches go on from there."""
-        self._resume = state_dict
 
     def loader(self, images: "Images", shuffle: bool = False) -> ResumableLoader:
         """Return batches of these images, shared out to the processes of the Trainer."""

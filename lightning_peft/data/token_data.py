@@ -1,10 +1,9 @@
 """Rows of any kind as padded batches of token ids: all that does not depend on where they come from or what for."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import lightning as L
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -13,6 +12,7 @@ from transformers import AutoTokenizer
 from lightning_peft.data.batches import Batches, ResumableLoader
 from lightning_peft.data.classes import check_columns
 from lightning_peft.data.padding import Padder
+from lightning_peft.data.resuming import ResumingData
 from lightning_peft.errors import TuningError
 from lightning_peft.files import resolve
 
@@ -21,7 +21,7 @@ Encoding: TypeAlias = Callable[[Dataset, str], tuple[Callable[..., dict[str, lis
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
 
-class TokenData(L.LightningDataModule):
+class TokenData(ResumingData):
     """Tokenised rows; a subclass says in `rows` where they come from, and in `encoding` what they become.
 
     A batch is a dict. The rows of a training batch are a function of the seed and the epoch, and a training loader goes
@@ -65,8 +65,6 @@ class TokenData(L.LightningDataModule):
         self.seed = seed
         self._encoded: dict[str, Dataset] = {}
         self._encoding: Encoding | None = None
-        self._train_loader: ResumableLoader | None = None
-        self._resume: Mapping[str, int] | None = None
 
     def rows(self, split: str) -> Dataset | None:
         """Return the rows of 'train', 'validation', 'test' or 'predict', or None where there is no such split."""
@@ -137,13 +135,7 @@ class TokenData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches, in another order each epoch."""
-        loader = self._loader("train", shuffle=True)
-        if isinstance(loader, ResumableLoader):
-            self._train_loader = loader
-            if self._resume is not None:
-                loader.load_state_dict(self._resume)
-                self._resume = None
-        return loader
+        return self.resuming(self._loader("train", shuffle=True))
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the validation batches, or none where there is no such split."""
@@ -156,17 +148,6 @@ class TokenData(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the rows to predict in their own order."""
         return self._plain_loader("predict")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how far the training batches have been given out."""
-        return self._train_loader.state_dict() if self._train_loader is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training batches go on from there.
-
-        Lightning restores loaders too, but not one that was asked for the number of steps before: a schedule does that.
-        """
-        self._resume = state_dict
 
     def batches(self, split: str, shuffle: bool, **share: Any) -> Batches:
         """Return which rows make which batch; ``share`` says how many processes there are, and which this one is."""

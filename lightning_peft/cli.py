@@ -1,11 +1,10 @@
 """The console script ``lightning-peft``: dispatch, help and errors. Heavy imports wait until a command needs them."""
 
 import os
-import re
 import signal
 import sys
 
-from lightning_peft.commands import fail
+from lightning_peft.commands import fail, sentence
 from lightning_peft.training import signals, slurm
 
 _HELP = """\
@@ -18,7 +17,8 @@ train and use:
   validate    score a delta on the validation split
   test        score a delta on the test split: ... test --config CONFIG --ckpt_path DELTA
   predict     write what a tuned model says of new rows
-  check       look before GPU hours: one batch, a table of what passes and what does not: check --config CONFIG
+  check       look before GPU hours: a few steps, a table of what passes and what does not: check --config CONFIG,
+              or without weights and data, for a model that does not fit here: check --config CONFIG --meta true
   submit      write a SLURM script for a fit and submit it: submit --config CONFIG --nodes 2 --gpus 8 [--dry-run]
 
 look and convert:
@@ -84,8 +84,8 @@ def _run(command: str) -> None:
     except Exception as error:
         if os.environ.get(_DEBUG):
             raise
-        where = slurm.place()
-        fail(f"{where}: {_sentence(error)}" if where else _sentence(error), 2 if _is_mistake(error) else 1)
+        where, said = slurm.place(), sentence(error)
+        fail(f"{where}: {said}" if where and not said.startswith("rank ") else said, 2 if _is_mistake(error) else 1)
     except SystemExit as ended:
         # Lightning ends so on SIGTERM, and half-trained weights are no success.
         if type(ended).__name__ == "SIGTERMException":
@@ -97,22 +97,6 @@ def _is_mistake(error: Exception) -> bool:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     return isinstance(error, (ValueError, OSError, MisconfigurationException))
-
-
-def _sentence(error: Exception) -> str:
-    from lightning_peft.errors import TuningError
-
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, TuningError):
-        cause = cause.__cause__ or cause.__context__
-    if cause is not None:
-        return str(cause)
-    first = (str(error).strip().splitlines() or [""])[0]
-    if re.search(
-        r"Connection (closed|reset|refused)|Timed out waiting|collective operation timeout|timed out", str(error)
-    ):
-        return f"another rank has died or stands still, see what the others say ({first[:200]})"
-    return f"{type(error).__name__}: {first} (--debug shows where)"
 
 
 def _nearest(command: str) -> str:

@@ -22,11 +22,13 @@ from lightning_peft.files import atomic, read_torch
 from lightning_peft.fingerprint import fingerprint_of
 from lightning_peft.graft import grafts
 from lightning_peft.select import near
-from lightning_peft.training.sharded import is_folder, like, read_folder, whole
+from lightning_peft.training.sharded import gathered, is_folder, like, read_folder, whole
 from lightning_peft.tuning import tunings
 
 META = "lightning_peft"
 FORMAT = 1
+IN_FOLDER = "delta.safetensors"
+"""The delta among the files of a checkpoint that DeepSpeed has written."""
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
 
@@ -95,12 +97,13 @@ def save_delta(module: nn.Module, path: str | Path) -> Path:
     Raises:
         TuningError: the module trains nothing.
     """
-    tensors = {name: whole(tensor).contiguous().cpu() for name, tensor in collect(module).items()}
-    if not tensors:
-        raise TuningError(f"{type(module).__name__} trains nothing, so it has no delta: apply a method first.")
-    header = {"format": "pt", META: json.dumps(metadata(module))}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+    with gathered(p for p in module.parameters() if p.requires_grad):
+        tensors = {name: whole(tensor).contiguous().cpu() for name, tensor in collect(module).items()}
+        if not tensors:
+            raise TuningError(f"{type(module).__name__} trains nothing, so it has no delta: apply a method first.")
+        header = {"format": "pt", META: json.dumps(metadata(module))}
+        with atomic(path) as temporary:
+            save_file(tensors, temporary, metadata=header)
     return Path(path)
 
 
@@ -127,6 +130,7 @@ def read_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         TuningError: there is no such file, it is damaged, or it is no delta.
     """
+    path = next((inside for inside in (Path(path) / IN_FOLDER,) if inside.is_file()), path)
     if Path(path).suffix == ".safetensors":
         return _read_safetensors(Path(path))
     checkpoint = read_folder(path) if is_folder(path) else read_torch(path)

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_peft.training.sharded import whole
+from lightning_peft.training.sharded import gathered, whole
 from lightning_peft.tuning import Tuning
 from lightning_peft.updates.quantized import unpacked
 
@@ -35,15 +35,22 @@ def fingerprint(backbone: nn.Module, skip: Iterable[str] = ()) -> str:
         )
     }
     left_out = set(skip)
+    parameters = dict(backbone.named_parameters(remove_duplicate=False))
     for name, tensor in sorted(backbone.state_dict().items()):
         if name in left_out or name not in tensors:
             continue
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        if tensor.numel() and not tensor.is_meta:
-            flat = unpacked(whole(tensor.detach())).reshape(-1)
-            places = torch.arange(_SAMPLE, device=flat.device) * (flat.numel() - 1) // (_SAMPLE - 1)
-            digest.update(flat[places].to(torch.bfloat16).float().cpu().numpy().tobytes())
+        live = parameters.get(name, tensor)
+        with gathered([live]):
+            _add(digest, name, live.detach())
     return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name}{list(tensor.shape)}".encode())
+    if tensor.numel() and not tensor.is_meta:
+        flat = unpacked(whole(tensor)).reshape(-1)
+        places = torch.arange(_SAMPLE, device=flat.device) * (flat.numel() - 1) // (_SAMPLE - 1)
+        digest.update(flat[places].to(torch.bfloat16).float().cpu().numpy().tobytes())
 
 
 def fingerprint_of(backbone: nn.Module, skip: Iterable[str]) -> str:

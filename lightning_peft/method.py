@@ -3,11 +3,9 @@
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
 import lightning as L
-from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -174,10 +172,7 @@ class Method(L.Callback):
         life.await_backbone(pl_module)
         life.apply(pl_module)
         self._assert_same(pl_module)
-        plugin = trainer.precision_plugin
-        if isinstance(plugin, HalfPrecision) and not isinstance(vars(plugin).get("convert_module"), partial):
-            convert = partial(precision.convert_module, convert=plugin.convert_module, keep_fp32=self.keep_fp32)
-            vars(plugin)["convert_module"] = convert
+        precision.install(trainer.precision_plugin, self.keep_fp32)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what would train nothing or resume wrongly, before the first batch."""
@@ -275,7 +270,7 @@ class Method(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the trainer's plugins as they were."""
-        vars(trainer.precision_plugin).pop("convert_module", None)
+        precision.uninstall(trainer.precision_plugin)
         trainers.release(trainer)
 
     def _assert_applied(self, module: L.LightningModule) -> None:

@@ -243,3 +243,12 @@ def test_models_in_packages() -> None:
 
     with pytest.raises(TuningError, match="pip install no-such-package"):
         resolve("package://no_such_package/model")
+
+
+def test_optimizers_are_those_of_torch() -> None:
+    from lightning_peft.commands.trainer import _torch_first
+
+    assert _torch_first(["fit", "--optimizer", "SGD", "--optimizer.lr", "0.1"])[2] == "torch.optim.SGD"
+    assert _torch_first(["fit", "--optimizer=AdamW"]) == ["fit", "--optimizer=torch.optim.AdamW"]
+    others = ["fit", "--optimizer", "bitsandbytes.optim.SGD", "--model", "SGD", "--optimizer"]
+    assert _torch_first(others) == others

@@ -1,5 +1,6 @@
 """`lightning-peft check`, the folders of checkpoints, a full disk, the moving average and the throughput."""
 
+import contextlib
 import errno
 import math
 import subprocess
@@ -14,10 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_peft import BitFit, DeltaEMA, FullFineTuning, LoRA, Method, Throughput, TuningError, collect
+from lightning_peft.cli import main
 from lightning_peft.reports.preflight import Finding, Preflight, table
 from lightning_peft.training.checkpoint_io import AtomicCheckpointIO
 from tests.contract import assert_near, assert_same
-from tests.fresh import ROOT
 from tests.modules import Tuned, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -73,7 +74,7 @@ def test_what_gets_no_gradient() -> None:
             super().__init__("bert")
             self.extra = torch.nn.Linear(2, 2)
 
-    finding = found(Unused(), LoRA(r=2))["three steps of training"]
+    finding = found(Unused(), LoRA(r=2))["four steps of training"]
     assert not finding.passes
     assert "got no gradient" in finding.seen
 
@@ -98,14 +99,20 @@ def test_units_and_devices() -> None:
     assert "every process holds the whole model" in found(Tuned("bert"), LoRA(r=2), devices=2)["strategy"].seen
 
 
-def test_the_command_and_its_exit_code(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.parametrize(("more", "code"), [([], 0), (["--model.lr", "0"], 1)])
+def test_the_command_and_its_exit_code(
+    more: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--model", "tests.modules.Tuned", "--data", "tests.slurm.job.Rows", "--method", "LoRA"]
-    command = [Path(sys.executable).parent / "lightning-peft", "check", *words, "--trainer.accelerator", "cpu"]
-    for more, code in (([], 0), (["--model.lr", "0"], 1)):
-        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == code, done.stdout + done.stderr
-        assert ("FAIL" in done.stdout) is bool(code)
-        assert "pass" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["lightning-peft", "check", *words, "--trainer.accelerator", "cpu", *more])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) if code else contextlib.nullcontext() as ended:
+        main()
+    printed = capsys.readouterr().out
+    assert ("FAIL" in printed) is bool(code), printed
+    assert "pass" in printed
+    assert not code or ended.value.code == code
 
 
 # Folders and disks.

@@ -1,7 +1,12 @@
 """Sharded strategies in one process: what is gathered, what is planned, what is read, and what is refused."""
 
+import enum
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -10,13 +15,14 @@ import torch
 import transformers as hf
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from lightning_peft import BitFit, FullyShard, LoRA, PromptTuning, TuningError, collect, select
+from lightning_peft import BitFit, FullyShard, LoRA, PromptTuning, TuningError, collect, load_delta, select
+from lightning_peft.delta import metadata, read_delta
 from lightning_peft.graft import grafts
-from lightning_peft.training import sharded, strategy
+from lightning_peft.training import lifecycle, sharded, strategy
 from lightning_peft.training.weights import files_of, on_meta
 from tests.contract import assert_near, assert_same
 from tests.models import meta, tiny
@@ -63,10 +69,13 @@ class Late(Tuned):
             fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
 
-def fitted(module: L.LightningModule, method: Any, folder: Path, kind: str = "llama", **options: Any) -> dict[str, Any]:
+def fitted(
+    module: L.LightningModule, method: Any, folder: Path, kind: str = "llama", callbacks: Any = None, **options: Any
+) -> dict[str, Any]:
     torch.manual_seed(1)
+    callbacks = [method] if callbacks is None else [method, callbacks]
     # Lightning's own sampler would shuffle under strategies of several processes.
-    trainer(folder, method, use_distributed_sampler=False, **options).fit(module, loader(kind))
+    trainer(folder, *callbacks, use_distributed_sampler=False, **options).fit(module, loader(kind))
     return {name: sharded.whole(tensor).detach().clone() for name, tensor in collect(module).items()}
 
 
@@ -159,19 +168,10 @@ def test_units_hold_every_parameter_once() -> None:
         assert all(row[2] <= row[1] for row in rows)
 
 
-def test_tensor_parallel_without_a_plan(tmp_path: Path) -> None:
+def test_groups_of_one_need_no_plan(tmp_path: Path) -> None:
     parallel = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1, process_group_backend="gloo")
     one = fitted(Tuned("bert", optimizer="SGD"), LoRA(r=2), tmp_path, "bert")
     assert_near(one, fitted(Tuned("bert", optimizer="SGD"), LoRA(r=2), tmp_path, "bert", strategy=parallel), 1e-6)
-
-    class Two:
-        def size(self) -> int:
-            return 2
-
-    module = Tuned("bert")
-    module._device_mesh = {"tensor_parallel": Two()}
-    with pytest.raises(TuningError, match="tensor_parallel_size=2 needs a plan"):
-        strategy._check_mesh(module)
 
 
 def test_validating_and_predicting_from_any_form(tmp_path: Path) -> None:
@@ -268,9 +268,130 @@ def test_a_static_graph_takes_no_accumulation(tmp_path: Path) -> None:
         fitted(Tuned("bert"), LoRA(r=2), tmp_path, "bert", strategy=chosen, accumulate_grad_batches=2)
 
 
+class Buckets(L.Callback):
+    """Keeps the sizes of what each backward pass sends, in bytes; the first backward pass tells DDP the order."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[int]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.strategy.model.register_comm_hook(None, self.sent)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.steps.append([])
+
+    def sent(self, _: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        self.steps[-1].append(bucket.buffer().nbytes)
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+
+@pytest.mark.parametrize(("r", "count"), [(2, 1), (30, 1), (400, 2)])
+def test_a_tiny_delta_travels_in_one_piece(tmp_path: Path, r: int, count: int) -> None:
+    """Under DDP as it comes: one all-reduce below 1 MiB, in which latency is all that counts, and two to 26 MiB."""
+
+    class Wide(Tuned):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = hf.LlamaForCausalLM(
+                hf.LlamaConfig(
+                    hidden_size=400, intermediate_size=400, num_hidden_layers=2, num_attention_heads=4,
+                    vocab_size=100, bos_token_id=1, eos_token_id=2,
+                )
+            )  # fmt: skip
+
+    module, buckets = Wide(), Buckets()
+    fitted(module, LoRA(r=r), tmp_path, strategy=DDPStrategy(process_group_backend="gloo"), callbacks=buckets)
+    delta = sum(tensor.nbytes for tensor in collect(module).values())
+    assert (delta < 2**20) is (count == 1)
+    assert all(sum(step) == delta for step in buckets.steps)
+    assert [len(step) for step in buckets.steps[1:]] == [count] * 2
+
+
 def test_deepspeed_that_is_not_installed(tmp_path: Path) -> None:
     with pytest.raises((MisconfigurationException, ImportError), match=r"[Dd]eep[Ss]peed"):
         trainer(tmp_path, strategy="deepspeed_stage_2")
+
+
+class Status(enum.Enum):
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+
+
+class Engine(DeepSpeedStrategy):
+    """Stands for DeepSpeed with ZeRO-3, which empties parameters and writes a folder; here in one process."""
+
+    def __init__(self, module: L.LightningModule) -> None:
+        self.connect(module)
+        self.values: dict[nn.Parameter, torch.Tensor] = {}
+
+    def empty(self) -> None:
+        for parameter in self.lightning_module.parameters():
+            self.values[parameter], parameter.data = parameter.data, torch.empty(0)
+            parameter.ds_status = Status.NOT_AVAILABLE
+
+    @contextmanager
+    def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        assert all(p.ds_status is Status.NOT_AVAILABLE for p in parameters)
+        for p in parameters:
+            p.data, p.ds_status = self.values[p], Status.AVAILABLE
+        yield
+        for p in parameters:
+            p.data, p.ds_status = torch.empty(0), Status.NOT_AVAILABLE
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        Path(filepath).mkdir()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return {"strict": self.lightning_module.strict_loading}
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+    def barrier(self, *_: Any, **__: Any) -> None:
+        pass
+
+    is_global_zero = True
+
+
+def test_what_deepspeed_has_emptied_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder holds the whole delta as a file, which other strategies read; the backbone is known by all of it."""
+    module = Tuned("bert")
+    LoRA(r=2).apply(module)
+    live = {name: tensor.clone() for name, tensor in collect(module).items()}
+    engine = Engine(module)
+    library = SimpleNamespace(zero=SimpleNamespace(GatheredParameters=engine.gathered))
+    monkeypatch.setitem(sys.modules, "deepspeed", library)
+    expected = metadata(module)
+    engine.empty()
+    select.backbone_of(module)._lightning_peft.fingerprint = None
+    assert {tensor.numel() for tensor in collect(module).values()} == {0}
+    strategy._deepspeed_save_checkpoint(engine, {}, tmp_path / "saved")
+    tensors, meta = read_delta(tmp_path / "saved")
+    assert_same(tensors, live)
+    assert meta["backbones"]["model"]["fingerprint"] == expected["backbones"]["model"]["fingerprint"]
+    assert {tensor.numel() for tensor in collect(module).values()} == {0}
+    assert strategy._deepspeed_load_checkpoint(engine, tmp_path / "saved") == {"strict": False}
+    assert module.strict_loading
+    other = Tuned("bert")
+    LoRA(r=2).apply(other)
+    load_delta(other, tmp_path / "saved")
+    assert_same(collect(other), live)
+    with pytest.raises(TuningError, match="is of DeepSpeed, which alone can go on from it"):
+        trainer(tmp_path, LoRA(r=2)).fit(Tuned("bert"), loader("bert"), ckpt_path=tmp_path / "saved")
+
+
+def test_the_optimizer_of_deepspeed_is_left_to_it() -> None:
+    """Its tensors are no parameters, and gradients are not where autograd has put them."""
+    module = Tuned("bert")
+    LoRA(r=2).apply(module)
+    module._trainer = SimpleNamespace(strategy=Engine(module))
+    lifecycle.check_optimizers(module, [])
+    lifecycle.check_gradients(module)
+    module._trainer = None
+    with pytest.raises(TuningError, match="stands in 0 optimizer groups"):
+        lifecycle.check_optimizers(module, [])
 
 
 class OnCPU(FSDPStrategy):

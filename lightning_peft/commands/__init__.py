@@ -1,5 +1,6 @@
 """What the console script can do, and how it fails."""
 
+import re
 from typing import NoReturn
 
 
@@ -10,3 +11,20 @@ def fail(sentence: str, code: int = 2) -> NoReturn:
 
     Console(stderr=True, soft_wrap=True).print(Text(sentence, style="bold red"))
     raise SystemExit(code)
+
+
+def sentence(error: Exception) -> str:
+    """Return what an error says to a user, in one sentence."""
+    from lightning_peft.errors import TuningError
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, TuningError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return str(cause)
+    first = (str(error).strip().splitlines() or [""])[0]
+    if re.search(
+        r"Connection (closed|reset|refused)|Timed out waiting|collective operation timeout|timed out", str(error)
+    ):
+        return f"another rank has died or stands still, see what the others say ({first[:200]})"
+    return f"{type(error).__name__}: {first} (--debug shows where)"

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.optim import Optimizer
 
 import lightning_peft
-from lightning_peft.commands import fail
+from lightning_peft.commands import agreement, fail, sentence
 from lightning_peft.delta import read_delta
+from lightning_peft.errors import TuningError
 from lightning_peft.method import Method
 from lightning_peft.rebuild import methods_of
 from lightning_peft.reports import PredictionWriter, TuningReport
@@ -39,6 +41,9 @@ class Parser(LightningArgumentParser):
 class TuningCLI(LightningCLI):
     """LightningCLI with ``--method``; labels go from the data to the task, the model's name from it to the data."""
 
+    tells = True
+    """Whether there may be other ranks, which have to know when this one cannot begin."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the method, and the links between data and task."""
         parser.add_lightning_class_args(Method, "method", subclass_mode=True, required=False)
@@ -48,6 +53,24 @@ class TuningCLI(LightningCLI):
         parser.link_arguments("data.label_names", "model.init_args.labels", apply_on="instantiate")
         for known, told in (("verbalizer", "words"), ("candidates", "candidates"), ("style", "lm"), ("lead", "lead")):
             parser.link_arguments(f"data.{known}", f"model.init_args.{told}", apply_on="instantiate")
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and Trainer; a rank that cannot tells the others, which would wait for it."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if self.tells:
+                agreement.tell(self.trainer_class, self._places(), sentence(error))
+            raise
+
+    def _places(self) -> dict[str, Any]:
+        """Return the Trainer's arguments with its strategy and plugins built, whatever has become of the rest."""
+        parser = LightningArgumentParser()
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        given = self._get(self.config, "trainer", default={})
+        names = ("accelerator", "strategy", "devices", "num_nodes", "plugins")
+        text = parser.parse_object({"trainer": {name: given[name] for name in names if name in given}})
+        return dict(parser.instantiate_classes(text)["trainer"])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the Trainer; where no method is given, a delta's own stand in (Lightning would add None)."""
@@ -59,7 +82,10 @@ class TuningCLI(LightningCLI):
         delta = Path(str(self._get(self.config_init, "ckpt_path")))
         if delta.is_file() and not any(isinstance(callback, Method) for callback in [*methods, *callbacks]):
             methods = methods_of(read_delta(delta)[1])
-        return self._instantiate_trainer(config, methods)
+        trainer = self._instantiate_trainer(config, methods)
+        if self.tells:
+            agreement.install(trainer)
+        return trainer
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         """Build the optimizer of ``--optimizer`` when it is asked for: methods have added their parameters by then.
@@ -75,10 +101,17 @@ class TuningCLI(LightningCLI):
 class CheckingCLI(TuningCLI):
     """`TuningCLI` for a Trainer that can be checked."""
 
+    tells = False
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the one command, a method of `Preflight`, with the arguments that are given apart."""
         return {"check": {"model", "datamodule"}}
+
+    def before_instantiate_classes(self) -> None:
+        """Make the model on the meta device, if that is asked for."""
+        if self._get(self.config, "meta"):
+            self.parser.add_instantiator(_on_meta, L.LightningModule, subclasses=True, prepend=True)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         given = config.get("callbacks") or []
@@ -90,6 +123,7 @@ def run() -> None:
     """Run the command of ``sys.argv``."""
     # lightning 2.6 with torch 2.13: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    sys.argv[1:] = _torch_first(sys.argv[1:])
     checks = "check" in sys.argv[1:2]
     cli = CheckingCLI if checks else TuningCLI
     cli(
@@ -106,6 +140,29 @@ def run() -> None:
             "callbacks": [TuningReport(command=sys.argv[0]), PredictionWriter()],
         },
     )
+
+
+def _on_meta(kind: type[Any], *args: Any, **kwargs: Any) -> Any:
+    with torch.device("meta"):
+        try:
+            return kind(*args, **kwargs)
+        except RuntimeError as error:
+            raise TuningError(
+                f"{kind.__name__} cannot be made on the meta device ({str(error).splitlines()[0]}): let it build its "
+                "model by from_config where torch.get_default_device() is that, or check without --meta."
+            ) from None
+
+
+def _torch_first(words: list[str]) -> list[str]:
+    """Let ``--optimizer SGD`` be torch's; other libraries (bitsandbytes) have optimizers of the same names."""
+    words = list(words)
+    for i, word in enumerate(words):
+        option, equals, name = word.partition("=")
+        if option == "--optimizer" and not equals and i + 1 < len(words) and hasattr(torch.optim, words[i + 1]):
+            words[i + 1] = f"torch.optim.{words[i + 1]}"
+        elif option == "--optimizer" and equals and hasattr(torch.optim, name):
+            words[i] = f"--optimizer=torch.optim.{name}"
+    return words
 
 
 def _build_optimizer(model: L.LightningModule, build: Any) -> Optimizer:

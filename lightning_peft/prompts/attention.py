@@ -185,7 +185,7 @@ def _probe(backbone: nn.Module) -> list[Attention]:
     """Run the model on the meta device, which computes no numbers, and return the attentions that came by."""
     found: dict[nn.Module, Attention] = {}
     paths = {module: path for path, module in backbone.named_modules()}
-    inputs = _inputs(backbone)
+    inputs = inputs_on_meta(backbone)
     encoder_decoder = "decoder_input_ids" in inputs
 
     def watch(module: nn.Module, key: Tensor, value: Tensor) -> None:
@@ -206,8 +206,17 @@ def _probe(backbone: nn.Module) -> list[Attention]:
     return list(found.values())
 
 
-def _inputs(backbone: nn.Module) -> dict[str, Tensor]:
-    """Return the smallest inputs that the model takes, without values."""
+def inputs_on_meta(
+    backbone: nn.Module, rows: int = 1, source: int = _SOURCE, target: int = _TARGET
+) -> dict[str, Tensor]:
+    """Return inputs that the model takes, without values: by default, the smallest.
+
+    Args:
+        backbone: a transformers model.
+        rows: how many rows they have.
+        source: how many tokens a text has.
+        target: how many tokens an encoder-decoder's target has.
+    """
     config: Any = backbone.config
     inputs: dict[str, Tensor] = {}
     vision = getattr(config, "vision_config", config)
@@ -215,10 +224,10 @@ def _inputs(backbone: nn.Module) -> dict[str, Tensor]:
     if "pixel_values" in takes and hasattr(vision, "image_size"):
         size = vision.image_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        inputs["pixel_values"] = torch.empty(1, vision.num_channels, height, width, device="meta")
+        inputs["pixel_values"] = torch.empty(rows, vision.num_channels, height, width, device="meta")
     if "input_ids" in takes:
-        inputs["input_ids"] = torch.empty(1, _SOURCE, dtype=torch.long, device="meta")
-        inputs["attention_mask"] = torch.empty(1, _SOURCE, dtype=torch.long, device="meta")
+        inputs["input_ids"] = torch.empty(rows, source, dtype=torch.long, device="meta")
+        inputs["attention_mask"] = torch.empty(rows, source, dtype=torch.long, device="meta")
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
-        inputs["decoder_input_ids"] = torch.empty(1, _TARGET, dtype=torch.long, device="meta")
+        inputs["decoder_input_ids"] = torch.empty(rows, target, dtype=torch.long, device="meta")
     return inputs

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import MetricCollection
-from transformers import AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import AutoConfig, AutoTokenizer, get_linear_schedule_with_warmup
 
 from lightning_peft import select
 from lightning_peft.delta import canonical
@@ -18,6 +20,7 @@ from lightning_peft.errors import TuningError
 from lightning_peft.files import quiet_loading, resolve
 from lightning_peft.mixin import MethodMixin
 
+_ABSENT = " that this machine has; what a login node downloads into an HF_HOME on the shared disk, all nodes have"
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
@@ -73,18 +76,28 @@ class Task(MethodMixin, L.LightningModule):
         """
         name = self.model_name
         try:
+            if torch.get_default_device().type == "meta":  # `check --meta true`: the configuration alone is read
+                return self._without_weights(AutoConfig.from_pretrained(name, **config))
             with quiet_loading():
                 model, info = self.auto.from_pretrained(
                     name, dtype=self.dtype_name, ignore_mismatched_sizes=True, output_loading_info=True, **config
                 )
         except (OSError, ValueError, KeyError) as error:
             why = str(error).splitlines()[0].rstrip(".")
-            raise TuningError(f"no {self.what} can be made of {name!r} ({why}): give a folder or hub id.") from None
+            more = "" if Path(name).is_dir() else _ABSENT
+            raise TuningError(
+                f"no {self.what} can be made of {name!r} ({why}): give a folder or hub id{more}."
+            ) from None
         self.check_loaded(model, info)
         if getattr(model.config, "pad_token_id", 0) is None:  # a vision model has no such entry
             model.config.pad_token_id = _padding(name, model.config)
         trained: nn.Module = model.train()
         return trained
+
+    def _without_weights(self, config: Any) -> nn.Module:
+        dtype = (config.dtype or "float32") if self.dtype_name == "auto" else self.dtype_name
+        model: nn.Module = self.auto.from_config(config, dtype=dtype)
+        return model.train()
 
     def check_loaded(self, model: nn.Module, info: Mapping[str, Any]) -> None:
         """Warn of tensors outside of the head that the saved model has no weights for."""

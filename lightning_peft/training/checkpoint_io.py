@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
+from lightning_peft.delta import IN_FOLDER
 from lightning_peft.errors import TuningError
 from lightning_peft.files import atomic, read_torch
 from lightning_peft.training.sharded import is_folder, read_folder
@@ -63,6 +64,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint without executing anything in it, unless ``weights_only=False`` is asked for."""
         if is_folder(path):
             return read_folder(path)
+        if (Path(path) / IN_FOLDER).is_file():
+            raise TuningError(
+                f"{path} is of DeepSpeed, which alone can go on from it: take that strategy again, or read what was "
+                f"learnt with load_delta(module, {str(path)!r})."
+            )
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
         return read_torch(Path(path), weights_only is not False, map_location or "cpu")

@@ -16,9 +16,10 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_peft import select
 from lightning_peft.delta import META, canonical, check, complete, delta_names, meta_of, metadata
 from lightning_peft.errors import TuningError
-from lightning_peft.training import strategy
+from lightning_peft.training import precision, strategy
 from lightning_peft.training.loaders import gather, random_state, set_random_state
 from lightning_peft.training.param_groups import schedulers_in, split_groups
 from lightning_peft.training.weights import on_meta
@@ -79,11 +80,30 @@ class Life:
 
     def apply(self, module: L.LightningModule) -> None:
         """Apply each method whose backbone is there, and freeze again what something else may have thawed."""
+        plugin = self._replace_layers(module)
         for method in self.methods:
-            if method.finds_backbone(module) and not method.is_applied(module) and not strategy.fills(module):
-                method.apply(module)
+            if method.finds_backbone(module) and not method.is_applied(module) and not strategy.goes_first(module):
+                try:
+                    method.apply(module)
+                except TuningError as error:
+                    if hint := precision.hint(plugin):
+                        raise TuningError(f"{error}{hint}") from None
+                    raise
         for _, backbone, tuning in tunings(module):
             tuning.freeze(backbone)
+        if precision.replaces_layers(plugin):
+            precision.check_trainable(module)
+
+    def _replace_layers(self, module: L.LightningModule) -> Any:
+        """Let the Trainer's precision plugin replace layers while there are no grafts, which would go with them."""
+        trainer = _trainer(module)
+        plugin = None if trainer is None else trainer.precision_plugin
+        if not precision.replaces_layers(plugin) or any(tunings(module)) or strategy.goes_first(module):
+            return plugin
+        found = [select.backbone_of(module, m.backbone) for m in self.methods if m.finds_backbone(module)]
+        if found:
+            precision.replace_layers(module, found, plugin)
+        return plugin
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -112,6 +132,8 @@ def check_optimizers(module: L.LightningModule, optimizers: Iterable[Optimizer])
     Raises:
         TuningError: it is in none or in several.
     """
+    if strategy.keeps_own_optimizer(module):
+        return
     counts: dict[int, int] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -131,7 +153,8 @@ def check_gradients(module: L.LightningModule) -> None:
     Raises:
         TuningError: one has none, since nothing in the forward pass that gave the loss uses it.
     """
-    _refuse_without([name for name, p in trained(module).items() if p.grad is None])
+    if not strategy.keeps_own_optimizer(module):  # whose gradients are no more where autograd has put them
+        _refuse_without([name for name, p in trained(module).items() if p.grad is None])
 
 
 def note_gradients(module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -172,7 +195,9 @@ def remap_optimizers(module: L.LightningModule, optimizers: list[Optimizer]) -> 
     checkpoint = Life.of(module).resumed
     if checkpoint is None or "optimizers" not in checkpoint[META]:
         return
-    saved = checkpoint[META].pop("optimizers")
+    saved = checkpoint[META].pop("optimizers", [])
+    if strategy.keeps_own_optimizer(module):
+        return
     for i, (names, now) in enumerate(zip(saved, optimizer_names(module, optimizers), strict=True)):
         then, here = [n for group in names for n in group], [n for group in now for n in group]
         if then == here:
@@ -217,6 +242,7 @@ def _configure_model(module: L.LightningModule, instance_hook: Callable[..., Any
         vars(module)["configure_model"] = instance_hook
     module.configure_model()
     trainer = _trainer(module)
+    strategy.split(module, trainer)
     if on_meta(module):
         strategy.shard(module, trainer)  # its weights come shard by shard; methods may look at them
     Life.of(module).apply(module)
@@ -225,7 +251,7 @@ def _configure_model(module: L.LightningModule, instance_hook: Callable[..., Any
 
 def _configure_optimizers(module: L.LightningModule, instance_hook: Callable[..., Any] | None) -> Any:
     configured = _previous(module, instance_hook, "configure_optimizers")()
-    optimizers = _optimizers(configured)
+    optimizers = optimizers_in(configured)
     wanted = trained(module)
     if not wanted:
         raise TuningError(
@@ -257,14 +283,14 @@ def _options(module: L.LightningModule) -> dict[int, dict[str, Any]]:
     }
 
 
-def _optimizers(configured: Any) -> list[Optimizer]:
+def optimizers_in(configured: Any) -> list[Optimizer]:
     """Return the optimizers in whatever form ``configure_optimizers`` may return them."""
     if isinstance(configured, Optimizer):
         return [configured]
     if isinstance(configured, dict):
-        return _optimizers(configured.get("optimizer"))
+        return optimizers_in(configured.get("optimizer"))
     if isinstance(configured, (list, tuple)):
-        return [optimizer for entry in configured for optimizer in _optimizers(entry)]
+        return [optimizer for entry in configured for optimizer in optimizers_in(entry)]
     return []
 
 
@@ -278,7 +304,8 @@ def _on_save_checkpoint(
     meta = metadata(module)
     trainer = _trainer(module)
     if trainer is not None and "optimizer_states" in checkpoint:
-        meta["optimizers"] = optimizer_names(module, trainer.optimizers)
+        flat = strategy.keeps_own_optimizer(module)
+        meta["optimizers"] = [] if flat else optimizer_names(module, trainer.optimizers)
         pause = Life.of(module).pause
         mid_epoch = pause is not None or not trainer.is_last_batch
         meta["resume"] = {"mid_epoch": mid_epoch, "random": gather(pause.random if pause else random_state())}

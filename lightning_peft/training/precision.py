@@ -3,15 +3,23 @@
 Grafts look after themselves (`Graft._apply`). A trained head or bias is a parameter of the backbone, which bf16-true
 casts like the rest; here it keeps fp32 values, cast to the dtype of its input each time it is used, and so do its
 gradients and optimizer moments. In bf16 a step of 1e-4 of a weight is lost by rounding.
+
+Plugins that put layers of a library in the place of a backbone's (bitsandbytes, TransformerEngine) do so before grafts
+join it: what is grafted on a layer goes with it.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, HalfPrecision, TransformerEnginePrecision
 from torch import Tensor, nn
 
+from lightning_peft import select
 from lightning_peft.delta import not_frozen
+from lightning_peft.errors import TuningError
 from lightning_peft.fingerprint import fingerprint_of
 from lightning_peft.graft import Graft, attach, detach, grafts
 from lightning_peft.tuning import tunings
@@ -66,6 +74,87 @@ def release(backbone: nn.Module) -> None:
         host = place.host
         if place.name == _NAME and not any(p.dtype is torch.float32 for p in host.parameters(recurse=False)):
             detach(host, _NAME)
+
+
+def replaces_layers(plugin: Any) -> bool:
+    """Tell whether a precision plugin puts other layers in the place of a module's."""
+    return isinstance(plugin, (BitsandbytesPrecision, TransformerEnginePrecision))
+
+
+def install(plugin: Any, keep_fp32: bool) -> None:
+    """Let a precision plugin convert modules as `convert_module` does, from now on.
+
+    Around ``configure_model``, which methods extend, `BitsandbytesPrecision` would put its own class in the place of
+    ``torch.nn.Linear``: heads would be of it, too, and it refuses to with ``ignore_modules``. `replace_layers` does it
+    afterwards.
+    """
+    own = vars(plugin)
+    if (isinstance(plugin, HalfPrecision) or replaces_layers(plugin)) and "convert_module" not in own:
+        own["convert_module"] = partial(convert_module, convert=plugin.convert_module, keep_fp32=keep_fp32)
+        if isinstance(plugin, BitsandbytesPrecision):
+            own["module_init_context"] = plugin.tensor_init_context
+
+
+def uninstall(plugin: Any) -> None:
+    """Leave a precision plugin as it was."""
+    for name in ("convert_module", "module_init_context"):
+        vars(plugin).pop(name, None)
+
+
+def hint(plugin: Any) -> str:
+    """Return what may be why a method does not fit a backbone; '' for nothing."""
+    if isinstance(plugin, TransformerEnginePrecision) and plugin.replace_layers is not False:
+        return (
+            " TransformerEnginePrecision has put layers of its own in the place of the backbone's, which few methods "
+            "can join: give it replace_layers=False."
+        )
+    return ""
+
+
+def replace_layers(module: nn.Module, backbones: Iterable[nn.Module], plugin: Any) -> None:
+    """Let a precision plugin replace the layers of backbones that no graft has joined yet.
+
+    bitsandbytes would store heads in few bits, too, which then cannot be trained: they keep their layers, and so does
+    what is no part of a backbone, and the output embeddings of a language model.
+    """
+    if isinstance(plugin, BitsandbytesPrecision):
+        stay = {id(child) for child in module.modules() if isinstance(child, nn.Linear)}
+        for backbone in backbones:
+            head = {name.rpartition(".")[0] for name in select.head_names(backbone)}
+            output = getattr(backbone, "get_output_embeddings", lambda: None)()
+            inside = {id(child) for name, child in backbone.named_modules() if name not in head and child is not output}
+            stay -= inside
+        names = {name for name, child in module.named_modules() if id(child) in stay}
+        given, plugin.ignore_modules = plugin.ignore_modules, plugin.ignore_modules | names
+        try:
+            type(plugin).convert_module(plugin, module)
+        finally:
+            plugin.ignore_modules = given
+    else:
+        type(plugin).convert_module(plugin, module)
+
+
+def check_trainable(module: nn.Module) -> None:
+    """See that nothing is trained that will be stored in few bits.
+
+    Raises:
+        TuningError: a weight is.
+    """
+    library = sys.modules.get("bitsandbytes")  # a plugin that replaces layers has imported it
+    if library is None:
+        return
+    wanted = []
+    for name, parameter in module.named_parameters():
+        few = isinstance(parameter, library.nn.Params4bit)
+        few |= isinstance(parameter, library.nn.Int8Params) and not parameter.has_fp16_weights
+        if few and parameter.requires_grad:
+            wanted.append(name)
+            parameter.requires_grad_(False)  # else it cannot be moved, and Lightning does when it tears down
+    if wanted:
+        raise TuningError(
+            f"{wanted[0]} would be trained, but BitsandbytesPrecision stores it in few bits: name "
+            f"{wanted[0].removesuffix('.weight')} in its ignore_modules, or take a method that leaves weights alone."
+        )
 
 
 def convert_module(module: nn.Module, convert: Callable[[nn.Module], nn.Module], keep_fp32: bool) -> nn.Module:

@@ -1,11 +1,14 @@
 """Tensors of which each rank holds a part, and checkpoints that are folders with a file for each rank."""
 
 import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from lightning_peft.errors import TuningError
 from lightning_peft.files import read_torch
@@ -20,18 +23,68 @@ def whole(tensor: Tensor) -> Tensor:
 
 def is_part(tensor: Any) -> bool:
     """Tell whether a tensor is a DTensor, of which each rank holds a part."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "full_tensor")
+    return isinstance(tensor, DTensor)
 
 
 def like(live: Tensor, tensor: Tensor) -> Tensor:
     """Return this rank's part of ``tensor`` if ``live`` is sharded, with the placement of ``live``."""
     if not is_part(live) or is_part(tensor):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
-
     placed = tensor.to(live.device, live.dtype if tensor.is_floating_point() else tensor.dtype)
     # Each rank has read the file: nothing needs to be sent.
     return distribute_tensor(placed, live.device_mesh, live.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def joined(tensor: Tensor, shape: tuple[int, ...], mesh: Any) -> Tensor:
+    """Return what each rank of a group has of a tensor of ``shape``, all of it or a part, as a DTensor.
+
+    Raises:
+        TuningError: it is neither.
+    """
+    placement: Placement = Replicate()
+    for dimension, (here, there) in enumerate(zip(tensor.shape, shape, strict=True)):
+        if here != there:
+            if placement.is_shard() or here * mesh.size() != there:
+                raise TuningError(
+                    f"a split layer gives {list(tensor.shape)} of {list(shape)} on one of {mesh.size()} ranks, which "
+                    "is neither all nor an even part: give the plan other output_layouts."
+                )
+            placement = Shard(dimension)
+    return DTensor.from_local(tensor, mesh, [placement], run_check=False)
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Return a tensor of which the ranks hold summands as their sum, on each of them; others as they are."""
+    if not is_part(tensor):
+        return tensor
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
+    sums = [Replicate() if placement.is_partial() else placement for placement in placements]
+    return tensor.redistribute(placements=sums)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give all ranks the values of rank 0, which is what DDP does."""
+    if not torch.distributed.is_initialized():
+        return
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    for tensor in list(tensors):
+        held = tensor.detach().to(device).contiguous()
+        torch.distributed.broadcast(held, 0)
+        tensor.detach().copy_(held)
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Give parameters that DeepSpeed's ZeRO-3 has emptied their whole values for a while; every rank must call it."""
+    emptied = [p for p in parameters if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"]
+    if not emptied:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(emptied):
+        yield
 
 
 def is_folder(path: str | Path) -> bool:

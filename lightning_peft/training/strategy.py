@@ -8,6 +8,7 @@ methods have added since is sharded beside it, since plain parameters would dive
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -16,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     FullyShardedDataParallel,
     MixedPrecisionPolicy,
     fully_shard,
@@ -23,11 +25,11 @@ from torch.distributed.fsdp import (
 )
 
 from lightning_peft import select
-from lightning_peft.delta import canonical, delta_names, not_frozen
+from lightning_peft.delta import IN_FOLDER, canonical, delta_names, not_frozen, save_delta
 from lightning_peft.errors import TuningError
 from lightning_peft.fingerprint import fingerprint_of
 from lightning_peft.graft import grafts
-from lightning_peft.training import sharded
+from lightning_peft.training import sharded, tensor_parallel
 from lightning_peft.training.weights import fill, on_meta
 from lightning_peft.tuning import tunings
 
@@ -39,7 +41,13 @@ _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}
 class FullyShard(ModelParallelStrategy):
     """FSDP2 over all processes: each holds its part of the weights, and a unit is gathered when it computes.
 
+    With ``tensor_parallel_size`` groups of so many processes split single layers and see the same rows; the units are
+    sharded between the groups.
+
     Args:
+        tensor_parallel_size: how many processes, mostly those of one node, compute each layer together.
+        tensor_parallel_plan: names of layers (``*``: one part of a name) -> ``colwise`` or ``rowwise``; ``auto``: the
+            plan of transformers for the backbone.
         param_dtype: what the gathered parameters are cast to; None: computed in what they are stored in.
         cpu_offload: keep the parts, their gradients and the optimizer in the memory of the host.
         activation_checkpointing: compute a block's activations anew in the backward pass, by transformers' own switch,
@@ -59,15 +67,18 @@ class FullyShard(ModelParallelStrategy):
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        tensor_parallel_size: int = 1,
+        tensor_parallel_plan: dict[str, str] | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(
-            tensor_parallel_size=1,
+            tensor_parallel_size=tensor_parallel_size,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
         self.options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
         self.activation_checkpointing = activation_checkpointing
+        self.tensor_parallel_plan = tensor_parallel_plan
         if cpu_offload:
             self.options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         if param_dtype is not None:
@@ -75,8 +86,18 @@ class FullyShard(ModelParallelStrategy):
             self.options["mp_policy"] = policy
 
     def setup_environment(self) -> None:
-        """Let all processes be one data-parallel group."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        """Let all processes be one data-parallel group, or several that each have a part of every split layer.
+
+        Raises:
+            TuningError: the processes do not make up whole groups.
+        """
+        size = int(self._tensor_parallel_size)
+        self._data_parallel_size, rest = divmod(self.num_nodes * self.num_processes, size) if size > 0 else (0, 1)
+        if rest or not self._data_parallel_size:
+            raise TuningError(
+                f"tensor_parallel_size={size} does not divide {self.num_nodes} nodes of {self.num_processes} "
+                "processes: take a divisor."
+            )
         if "offload_policy" in self.options and self._process_group_backend is None and self.root_device.type == "cuda":
             self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms and checkpoints are gathered on the host
         super().setup_environment()
@@ -109,6 +130,8 @@ def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
         )
     if isinstance(strategy, DeepSpeedStrategy):
         strategy.exclude_frozen_parameters = True  # its files are written by its engine, which asks for nothing else
+        vars(strategy)["save_checkpoint"] = partial(_deepspeed_save_checkpoint, strategy)
+        vars(strategy)["load_checkpoint"] = partial(_deepspeed_load_checkpoint, strategy)
     elif isinstance(strategy, FSDPStrategy):
         if strategy._state_dict_type == "sharded":
             raise TuningError(
@@ -126,12 +149,16 @@ def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
 
 
 def uninstall(trainer: L.Trainer) -> None:
-    """Leave the module as it was; the strategy still saves deltas, since ``trainer.save_checkpoint`` may come later."""
+    """Leave the module and the plugins as they were.
+
+    The strategy still saves deltas, since ``trainer.save_checkpoint`` may come later.
+    """
     hook = vars(trainer.lightning_module).get("configure_model")
     if isinstance(hook, partial) and hook.func is _configured:
         del vars(trainer.lightning_module)["configure_model"]
+    vars(trainer.precision_plugin).pop("clip_grad_by_norm", None)
     if getattr(trainer.strategy, "activation_checkpointing", False):
-        _checkpoint_activations(trainer.lightning_module, on=False)
+        checkpoint_activations(trainer.lightning_module, on=False)
 
 
 def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
@@ -140,22 +167,30 @@ def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
     Raises:
         TuningError: the strategy splits tensors, and the module has no plan for that.
     """
+    if trainer is not None and isinstance(trainer.strategy, DeepSpeedStrategy):
+        _fingerprint(module)
     if trainer is None or not isinstance(trainer.strategy, ModelParallelStrategy):
         return
     # Lightning wants an overridden configure_model when it sets the strategy up.
     vars(module).setdefault("configure_model", partial(_configured, module))
     if getattr(trainer.strategy, "activation_checkpointing", False):
-        _checkpoint_activations(module, on=True)
-    mesh = module.device_mesh["data_parallel"]  # type: ignore[index]
+        checkpoint_activations(module, on=True)
+    mesh, tensors = (module.device_mesh[name] for name in ("data_parallel", tensor_parallel.MESH))  # type: ignore[index]
     options: dict[str, Any] = getattr(trainer.strategy, "options", {})
-    if any(sharded.is_part(p) for p in module.parameters()):
-        _broadcast(p for p in module.parameters() if p.requires_grad and not sharded.is_part(p))
+    split = tensor_parallel.split_grafts(module, tensors) if tensors.size() > 1 else set()
+    if tensors.size() > 1:
+        vars(trainer.precision_plugin)["clip_grad_by_norm"] = partial(
+            tensor_parallel.clip_by_norm, trainer.precision_plugin
+        )
+        tensor_parallel.share_random_state(tensors)
+    if any(isinstance(child, FSDPModule) for child in module.modules()):
+        sharded.broadcast(p for p in module.parameters() if p.requires_grad and not sharded.is_part(p))
         for place in grafts(module):
-            if any(not sharded.is_part(p) for p in place.graft.parameters()):
+            if place.graft in split or any(not sharded.is_part(p) for p in place.graft.parameters()):
                 fully_shard(place.graft, mesh=mesh, **options)
     else:
-        _check_mesh(module)
-        _shard_whole(module, trainer, mesh, options)
+        alone = mesh.size() == 1 < tensors.size() and not options.keys() & {"offload_policy", "mp_policy"}
+        _shard_whole(module, trainer, mesh, None if alone else options)
     # Parts cannot be cast any more, and have been.
     vars(trainer.precision_plugin)["convert_module"] = partial(_unchanged)
     fill(module, torch.device("cpu") if "offload_policy" in options else trainer.strategy.root_device)
@@ -164,7 +199,7 @@ def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
             parameter.register_post_accumulate_grad_hook(partial(_average, mesh.get_group()))
 
 
-def _checkpoint_activations(module: L.LightningModule, on: bool) -> None:
+def checkpoint_activations(module: L.LightningModule, on: bool) -> None:
     """Let transformers compute the activations of blocks anew, or no more."""
     switch = "activation_checkpointing_enable" if on else "activation_checkpointing_disable"
     for _, backbone, _ in tunings(module):
@@ -177,39 +212,72 @@ def _checkpoint_activations(module: L.LightningModule, on: bool) -> None:
             getattr(holder, switch)()
 
 
-def _check_mesh(module: L.LightningModule) -> None:
-    size = module.device_mesh["tensor_parallel"].size()  # type: ignore[index]
-    if size > 1:
-        raise TuningError(
-            f"tensor_parallel_size={size} needs a plan which tensors to split: parallelize in "
-            f"{type(module).__name__}.configure_model, or give tensor_parallel_size=1."
-        )
-
-
-def _shard_whole(module: L.LightningModule, trainer: L.Trainer, mesh: Any, options: dict[str, Any]) -> None:
-    for _, backbone, _ in tunings(module):
-        if not any(p.is_meta for p in backbone.parameters()):  # once sharded, it would have to be gathered
-            fingerprint_of(backbone, not_frozen(backbone))
+def _shard_whole(module: L.LightningModule, trainer: L.Trainer, mesh: Any, options: dict[str, Any] | None) -> None:
+    """Make units of a module that has none; without options it stays as it is, but for what all ranks must agree on."""
+    _fingerprint(module)
     first = [*(p for p in module.parameters() if p.requires_grad), *module.buffers()]
-    _broadcast(tensor for tensor in first if not tensor.is_meta)
+    sharded.broadcast(tensor for tensor in first if not tensor.is_meta and not sharded.is_part(tensor))
     trainer.precision_plugin.convert_module(module)
-    for unit in units(module):
+    for unit in units(module) if options is not None else ():
         # FSDP2 refuses tensors without dimension (CLIP's temperature), and of one value most ranks would hold nothing.
         scalars = {p for p in unit.parameters() if p.numel() == 1}
         whole: dict[str, Any] = {"ignored_params": scalars} if scalars else {}
-        fully_shard(unit, mesh=mesh, **options, **whole)
+        fully_shard(unit, mesh=mesh, **(options or {}), **whole)
         for entry in _ENTRIES:
             if hasattr(unit, entry):
                 register_fsdp_forward_method(unit, entry)
 
 
-def fills(module: L.LightningModule) -> bool:
-    """Tell whether the weights of the module are still to be read, by a strategy that does so."""
+def _fingerprint(module: nn.Module) -> None:
+    """Let the fingerprints of backbones be computed before they are sharded, when they would have to be gathered."""
+    for _, backbone, _ in tunings(module):
+        if not any(p.is_meta for p in backbone.parameters()):
+            fingerprint_of(backbone, not_frozen(backbone))
+
+
+def split(module: L.LightningModule, trainer: L.Trainer | None) -> None:
+    """Split the layers of a module that has no grafts yet, where the strategy asks for it.
+
+    Raises:
+        TuningError: the strategy has no plan, and the module has not parallelized itself.
+    """
+    size = _tensor_parallel_size(module)
+    if size < 2 or tensor_parallel.is_split(module):
+        return
+    assert trainer is not None
+    plan = getattr(trainer.strategy, "tensor_parallel_plan", None)
+    if plan is None:
+        raise TuningError(
+            f"tensor_parallel_size={size} needs a plan which tensors to split: take strategy FullyShard, which has "
+            f"one, parallelize in {type(module).__name__}.configure_model, or give tensor_parallel_size=1."
+        )
+    tensor_parallel.parallelize(module, module.device_mesh[tensor_parallel.MESH], plan)  # type: ignore[index]
+
+
+def goes_first(module: L.LightningModule) -> bool:
+    """Tell whether methods must wait for the strategy, which still has to fill the module or to split its layers."""
+    size = _tensor_parallel_size(module)
+    return (size > 0 and on_meta(module)) or (size > 1 and not tensor_parallel.is_split(module))
+
+
+def keeps_own_optimizer(module: L.LightningModule) -> bool:
+    """Tell whether the optimizers hold other tensors than the parameters: DeepSpeed's flat partitions of them."""
+    try:
+        return isinstance(module.trainer.strategy, DeepSpeedStrategy)
+    except RuntimeError:  # it is attached to no Trainer
+        return False
+
+
+def _tensor_parallel_size(module: L.LightningModule) -> int:
+    """Return how many ranks share a tensor; 0 where the strategy is not of that kind."""
     try:
         strategy = module.trainer.strategy
     except RuntimeError:  # it is attached to no Trainer
-        return False
-    return isinstance(strategy, ModelParallelStrategy) and on_meta(module)
+        return 0
+    if not isinstance(strategy, ModelParallelStrategy):
+        return 0
+    mesh = module.device_mesh
+    return 1 if mesh is None else mesh[tensor_parallel.MESH].size()
 
 
 def units(module: nn.Module) -> Iterator[nn.Module]:
@@ -261,18 +329,6 @@ def _configured(module: L.LightningModule) -> None:
 
 def _unchanged(module: nn.Module) -> nn.Module:
     return module
-
-
-@torch.no_grad()
-def _broadcast(tensors: Any) -> None:
-    """Give all ranks the values of rank 0, which is what DDP does."""
-    if not torch.distributed.is_initialized():
-        return
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    for tensor in list(tensors):
-        held = tensor.detach().to(device).contiguous()
-        torch.distributed.broadcast(held, 0)
-        tensor.detach().copy_(held)
 
 
 def _average(group: Any, parameter: Tensor) -> None:
@@ -330,6 +386,33 @@ def _load_model(
     restored()
     for optimizer, saved in zip(strategy.optimizers, checkpoint["optimizer_states"], strict=True):
         optimizer.load_state_dict(sharded.optimizer_part(optimizer, saved))
+
+
+def _deepspeed_save_checkpoint(
+    strategy: DeepSpeedStrategy, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+) -> None:
+    """Let the engine write its folder, from which it resumes, and put the whole delta in it, as one file."""
+    folder = Path(strategy.broadcast(str(filepath)))
+    type(strategy).save_checkpoint(strategy, checkpoint, folder, storage_options)
+    module = strategy.lightning_module
+    assert module is not None
+    with sharded.gathered(p for p in module.parameters() if p.requires_grad):
+        if strategy.is_global_zero:
+            save_delta(module, folder / IN_FOLDER)
+    strategy.barrier()
+
+
+def _deepspeed_load_checkpoint(
+    strategy: DeepSpeedStrategy, checkpoint_path: Any, weights_only: bool | None = None
+) -> dict[str, Any]:
+    """Let the engine read its folder, in which frozen weights are missing."""
+    module = strategy.lightning_module
+    assert module is not None
+    before, module.strict_loading = module.strict_loading, False
+    try:
+        return type(strategy).load_checkpoint(strategy, checkpoint_path, weights_only=weights_only)
+    finally:
+        module.strict_loading = before
 
 
 def _fsdp_state_dict(strategy: FSDPStrategy) -> dict[str, Tensor]:

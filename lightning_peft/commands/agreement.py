@@ -1,0 +1,75 @@
+"""The ranks of a job begin together or not at all: what one of them lacks is said on all of them, at once.
+
+A rank that cannot build its model would end before the others have met it, and they would wait for it until a time-out.
+So it meets them, says why, and all end.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_peft.errors import TuningError
+
+_PLACE = ("accelerator", "strategy", "devices", "num_nodes", "plugins")
+
+
+def install(trainer: L.Trainer, problem: str = "") -> None:
+    """Let the ranks of this trainer hear, as soon as they have met, whether one of them has a problem.
+
+    Args:
+        trainer: its strategy is changed on the instance; one of a single process is left alone.
+        problem: of this rank; '' for none.
+    """
+    if trainer.world_size > 1:
+        vars(trainer.strategy)["setup_environment"] = partial(_meet, trainer, problem)
+
+
+def tell(trainer_class: Callable[..., L.Trainer], settings: Mapping[str, Any], problem: str) -> None:
+    """Meet the other ranks, if there are any that wait, and end with them.
+
+    Args:
+        trainer_class: what the others have, or a function that makes one.
+        settings: its arguments.
+        problem: why this rank has no model.
+
+    Raises:
+        TuningError: what all ranks say.
+    """
+    given = {name: settings[name] for name in _PLACE if settings.get(name) is not None}
+    trainer = trainer_class(**given, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    started = environment is not None and environment.creates_processes_externally
+    if trainer.world_size > 1 and (started or trainer.num_nodes > 1 or "LOCAL_RANK" in os.environ):
+        install(trainer, problem)
+        trainer.fit(_Absent(), train_dataloaders=[torch.zeros(1)])
+
+
+class _Absent(L.LightningModule):
+    """Stands in for the model that could not be built."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Train nothing."""
+
+    def configure_optimizers(self) -> None:
+        """Optimize nothing."""
+
+
+def _meet(trainer: L.Trainer, problem: str) -> None:
+    strategy = trainer.strategy
+    del vars(strategy)["setup_environment"]
+    strategy.setup_environment()
+    if not torch.distributed.is_initialized():
+        return
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    said = [""] * trainer.world_size
+    torch.distributed.all_gather_object(said, f"rank {trainer.global_rank} on {node}: {problem}" if problem else "")
+    said = [sentence for sentence in said if sentence]
+    if said:
+        more = f" ({len(said)} of {trainer.world_size} ranks say so)" if len(said) > 1 else ""
+        raise TuningError(f"{said[0]}{more}")

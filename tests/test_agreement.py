@@ -1,0 +1,56 @@
+"""A node that lacks the model ends the job on all nodes, and says what it lacks."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fresh import ROOT
+from tests.models import tiny
+
+pytestmark = pytest.mark.slow
+TRAINER = {"accelerator": "cpu", "num_nodes": 2, "devices": 1, "strategy": "ddp", "max_steps": 2, "logger": "false"}
+
+
+def start(rank: int, port: int, cache: Path, folder: Path) -> "subprocess.Popen[str]":
+    """Start one of two processes that no agent watches, with a hub cache of its own."""
+    world = {"RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": 1}
+    own = {name: str(value) for name, value in (world | meet | {"HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": 1}).items()}
+    words = ["--model", "TextClassification", "--model.model", "made/bert", "--data", "tests.slurm.job.Rows"]
+    words += ["--method", "LoRA", "--trainer.enable_checkpointing", "false", "--trainer.default_root_dir", str(folder)]
+    words += [word for name, value in TRAINER.items() for word in (f"--trainer.{name}", str(value))]
+    command = [Path(sys.executable).parent / "lightning-peft", "fit", *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | own, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_all_ranks_end_and_name_the_one_that_lacks_the_model(lacking: int, tmp_path: Path) -> None:
+    snapshot = tmp_path / "full/models--made--bert/snapshots/abc"
+    tiny("bert").save_pretrained(snapshot)
+    (tmp_path / "full/models--made--bert/refs").mkdir()
+    (tmp_path / "full/models--made--bert/refs/main").write_text("abc")
+    (tmp_path / "empty").mkdir()
+    caches = [tmp_path / ("empty" if rank == lacking else "full") for rank in range(2)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [start(rank, port, caches[rank], tmp_path) for rank in range(2)]
+    try:
+        for rank in ranks:
+            _, said = rank.communicate(timeout=200)  # DDP would wait for half an hour
+            assert rank.returncode == 2
+            last = said.strip().splitlines()[-1]
+            assert last.startswith(f"rank {lacking} on ")
+            assert "no text classifier can be made of 'made/bert'" in last
+            assert last.endswith("what a login node downloads into an HF_HOME on the shared disk, all nodes have.")
+            assert "Traceback" not in said
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()

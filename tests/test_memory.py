@@ -122,7 +122,7 @@ def test_a_rank_of_four_holds_what_torch_shards() -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from lightning_peft.training.strategy import units
+    from lightning_peft.training.units import units
 
     module = Module("bert")
     LoRA(r=3, target_modules="all-linear", exclude=".*pooler.*").apply(module)

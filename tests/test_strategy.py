@@ -22,7 +22,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from lightning_peft import BitFit, FullyShard, LoRA, PromptTuning, TuningError, collect, load_delta, select
 from lightning_peft.delta import metadata, read_delta
 from lightning_peft.graft import grafts
-from lightning_peft.training import lifecycle, sharded, strategy
+from lightning_peft.training import lifecycle, sharded, strategy_files
+from lightning_peft.training.units import plan, wrap_policy
 from lightning_peft.training.weights import files_of, on_meta
 from tests.contract import assert_near, assert_same
 from tests.models import meta, tiny
@@ -150,7 +151,7 @@ def test_the_plan_of_a_model_that_fits_nowhere() -> None:
     model = meta(config, hf.AutoModelForCausalLM).bfloat16()
     LoRA(r=16).apply(model)
     module = nn.ModuleDict({"model": model})
-    rows = strategy.plan(module, ranks=16)
+    rows = plan(module, ranks=16)
     assert len(rows) == 81
     total = sum(p.nbytes for p in model.parameters())
     assert total > 140e9
@@ -163,7 +164,7 @@ def test_the_plan_of_a_model_that_fits_nowhere() -> None:
 def test_units_hold_every_parameter_once() -> None:
     for kind in ("bert", "gpt2", "t5", "vit"):
         module = nn.ModuleDict({"model": tiny(kind)})
-        rows = strategy.plan(module, ranks=2)
+        rows = plan(module, ranks=2)
         assert sum(row[1] for row in rows) == sum(p.nbytes for p in module.parameters())
         assert all(row[2] <= row[1] for row in rows)
 
@@ -367,12 +368,12 @@ def test_what_deepspeed_has_emptied_is_gathered(tmp_path: Path, monkeypatch: pyt
     engine.empty()
     select.backbone_of(module)._lightning_peft.fingerprint = None
     assert {tensor.numel() for tensor in collect(module).values()} == {0}
-    strategy._deepspeed_save_checkpoint(engine, {}, tmp_path / "saved")
+    strategy_files._deepspeed_save_checkpoint(engine, {}, tmp_path / "saved")
     tensors, meta = read_delta(tmp_path / "saved")
     assert_same(tensors, live)
     assert meta["backbones"]["model"]["fingerprint"] == expected["backbones"]["model"]["fingerprint"]
     assert {tensor.numel() for tensor in collect(module).values()} == {0}
-    assert strategy._deepspeed_load_checkpoint(engine, tmp_path / "saved") == {"strict": False}
+    assert strategy_files._deepspeed_load_checkpoint(engine, tmp_path / "saved") == {"strict": False}
     assert module.strict_loading
     other = Tuned("bert")
     LoRA(r=2).apply(other)
@@ -412,9 +413,7 @@ def test_units_of_fsdp_are_uniform(method: Any) -> None:
     for kind in ("bert", "gpt2"):
         model = tiny(kind).bfloat16()
         method.apply(model)
-        units = [
-            m for m in model.modules() if strategy.wrap_policy(m, False, 1) and next(m.parameters(), None) is not None
-        ]
+        units = [m for m in model.modules() if wrap_policy(m, False, 1) and next(m.parameters(), None) is not None]
         assert any(place.graft in units for place in grafts(model)) or type(method) is BitFit
         for unit in units:
             assert len({(p.dtype, p.requires_grad) for p in unit.parameters()}) == 1

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.delta import collect
 from lightning_peft.reports.parameters import size
-from lightning_peft.training import strategy
+from lightning_peft.training.units import plan
 from lightning_peft.tuning import tunings
 
 _RECORD = 320
@@ -88,7 +88,7 @@ def of_rank(module: nn.Module, one: Memory, chosen: Any, ranks: int) -> Memory:
     name = chosen if isinstance(chosen, str) else type(chosen).__name__
     if isinstance(chosen, ModelParallelStrategy | FSDPStrategy) or name.startswith("fsdp"):
         parameters = list(module.parameters())
-        units = strategy.plan(module, ranks)
+        units = plan(module, ranks)
         inside = sum(row[1] for row in units)
         rest = max(one.weights - inside, 0)  # buffers, and what stands outside of all units
         gathered = sorted((row[1] for row in units), reverse=True)

@@ -23,6 +23,7 @@ from lightning_peft.reports.memory import Memory, file_bytes, of_rank
 from lightning_peft.reports.parameters import count, dtypes, size
 from lightning_peft.reports.probe import STEPS, TOLERANCE, Finding, Probe
 from lightning_peft.training import strategy
+from lightning_peft.training.units import plan, wrap_policy
 from lightning_peft.tuning import tunings
 
 
@@ -186,10 +187,10 @@ class Preflight(L.Trainer):
         name = type(chosen).__name__ if isinstance(chosen, Strategy) else str(chosen)
         world = self._world()
         if isinstance(chosen, FSDPStrategy) or name.startswith("fsdp"):
-            mixed = [n for n, m in model.named_modules() if strategy.wrap_policy(m, False, 1) and _mixed(m)]
+            mixed = [n for n, m in model.named_modules() if wrap_policy(m, False, 1) and _mixed(m)]
             return [Finding("FSDP units are uniform", not mixed, f"{name} over {world}", f"put {mixed[:1]} apart")]
         if isinstance(chosen, ModelParallelStrategy):
-            rows = strategy.plan(model, world)
+            rows = plan(model, world)
             kept, most = sum(row[2] for row in rows), max((row[1] for row in rows), default=0)
             kinds = {p.dtype for p in model.parameters() if p.requires_grad}
             seen = f"{len(rows)} units over {world} processes: {size(kept)} a process, {size(most)} gathered at most"

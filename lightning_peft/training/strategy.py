@@ -5,31 +5,28 @@ each child of the LightningModule another. A module that shards itself in ``conf
 methods have added since is sharded beside it, since plain parameters would diverge between the ranks, silently.
 """
 
-from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
-    FullyShardedDataParallel,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
 
-from lightning_peft import select
-from lightning_peft.delta import IN_FOLDER, canonical, delta_names, not_frozen, save_delta
+from lightning_peft.delta import not_frozen
 from lightning_peft.errors import TuningError
 from lightning_peft.fingerprint import fingerprint_of
 from lightning_peft.graft import grafts
 from lightning_peft.training import sharded, tensor_parallel
+from lightning_peft.training.units import units
 from lightning_peft.training.weights import fill, on_meta
 from lightning_peft.tuning import tunings
 
@@ -112,40 +109,6 @@ class FullyShard(ModelParallelStrategy):
             own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
             if not any(sharded.is_part(tensor) for tensor in own):
                 child._apply(lambda tensor: tensor.to(self.root_device), recurse=False)
-
-
-def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
-    """Let the trainer's strategy save and load deltas.
-
-    Args:
-        trainer: its strategy is changed on the instance.
-        restored: is called when the model has been loaded and before its optimizers are.
-    """
-    strategy = trainer.strategy
-    static = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph")
-    if static and trainer.accumulate_grad_batches > 1:
-        raise TuningError(
-            "static_graph=True learns from the first backward pass, in which accumulate_grad_batches keeps DDP from "
-            "taking part, and torch fails: give one of the two up."
-        )
-    if isinstance(strategy, DeepSpeedStrategy):
-        strategy.exclude_frozen_parameters = True  # its files are written by its engine, which asks for nothing else
-        vars(strategy)["save_checkpoint"] = partial(_deepspeed_save_checkpoint, strategy)
-        vars(strategy)["load_checkpoint"] = partial(_deepspeed_load_checkpoint, strategy)
-    elif isinstance(strategy, FSDPStrategy):
-        if strategy._state_dict_type == "sharded":
-            raise TuningError(
-                "FSDP writes deltas as one file: give state_dict_type='full', or take FullyShard (FSDP2)."
-            )
-        vars(strategy)["lightning_module_state_dict"] = partial(_fsdp_state_dict, strategy)
-        vars(strategy)["load_checkpoint"] = partial(_fsdp_load_checkpoint, strategy, trainer)
-        strategy.kwargs.setdefault("auto_wrap_policy", wrap_policy)
-        strategy.kwargs.setdefault("use_orig_params", True)
-    elif isinstance(strategy, ModelParallelStrategy):
-        vars(strategy)["lightning_module_state_dict"] = partial(_state_dict, strategy)
-        vars(strategy)["optimizer_state"] = partial(_optimizer_state, strategy)
-        vars(strategy)["load_checkpoint"] = partial(_load_checkpoint, strategy)
-        vars(strategy)["load_model_state_dict"] = partial(_load_model, strategy, trainer, restored)
 
 
 def uninstall(trainer: L.Trainer) -> None:
@@ -280,49 +243,6 @@ def _tensor_parallel_size(module: L.LightningModule) -> int:
     return 1 if mesh is None else mesh[tensor_parallel.MESH].size()
 
 
-def units(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield what is gathered and freed together, inner ones first: each block, then each child that has parameters.
-
-    The module itself is none: Lightning calls its ``training_step``, and torch gathers a unit when it is called.
-    """
-    for child in module.children():
-        if next(child.parameters(), None) is None:
-            continue
-        for blocks in select.block_lists(child).values():
-            yield from blocks
-        yield child
-
-
-def wrap_policy(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """Tell FSDP which modules are units: those whose parameters are of one dtype and one ``requires_grad``.
-
-    FSDP keeps a unit in one flat tensor. A graft in its host's unit would make the frozen weights' gradients be kept,
-    too, and fp32 deltas do not go together with a bf16 backbone.
-    """
-    if recurse:
-        return True
-    kinds = {(p.dtype, p.requires_grad) for p in module.parameters()}
-    return nonwrapped_numel > 0 and len(kinds) == 1 and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
-
-
-def plan(module: nn.Module, ranks: int) -> list[tuple[str, int, int]]:
-    """Return, for each FSDP2 unit, its name, its bytes when it is gathered and the bytes that each of ``ranks`` keeps.
-
-    It works on the meta device, so a model that fits nowhere can be planned.
-    """
-    names = {id(child): name for name, child in module.named_modules()}
-    seen: set[int] = set()
-    rows = []
-    for unit in units(module):
-        own = {id(p): p for p in unit.parameters() if id(p) not in seen}
-        seen.update(own)
-        gathered = sum(p.nbytes for p in own.values())
-        # torch splits the first dimension, the last ranks may get less
-        kept = sum(-(-p.shape[0] // ranks) * (p.nbytes // p.shape[0]) for p in own.values() if p.ndim and p.numel())
-        rows.append((names[id(unit)], gathered, kept))
-    return rows
-
-
 def _configured(module: L.LightningModule) -> None:
     """Stands in for ``configure_model`` of a module that has none."""
 
@@ -336,130 +256,3 @@ def _average(group: Any, parameter: Tensor) -> None:
     assert parameter.grad is not None
     torch.distributed.all_reduce(parameter.grad, group=group)
     parameter.grad /= torch.distributed.get_world_size(group)
-
-
-@torch.no_grad()
-def _state_dict(strategy: ModelParallelStrategy) -> dict[str, Tensor]:
-    """Return the delta: in parts where each rank writes its own, else whole on rank 0, one tensor at a time."""
-    module = strategy.lightning_module
-    assert module is not None
-    state = module.state_dict()
-    delta = {canonical(name): state[name] for name in delta_names(module)}
-    if strategy._save_distributed_checkpoint:
-        return delta
-    gathered = ((name, sharded.whole(tensor)) for name, tensor in delta.items())
-    first = strategy.is_global_zero
-    return {name: tensor.cpu() for name, tensor in gathered if first}
-
-
-def _optimizer_state(strategy: ModelParallelStrategy, optimizer: Any) -> dict[str, Any]:
-    if strategy._save_distributed_checkpoint:
-        return type(strategy).optimizer_state(strategy, optimizer)
-    return sharded.optimizer_whole(getattr(optimizer, "_optimizer", optimizer).state_dict())
-
-
-def _load_checkpoint(
-    strategy: ModelParallelStrategy, checkpoint_path: Any, weights_only: bool | None = None
-) -> dict[str, Any]:
-    """Read a checkpoint of any strategy; each rank reads the delta and keeps its part of it."""
-    path = strategy.broadcast(str(checkpoint_path))
-    return strategy.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-
-
-@torch.no_grad()
-def _load_model(
-    strategy: ModelParallelStrategy,
-    trainer: L.Trainer,
-    restored: Callable[[], None],
-    checkpoint: dict[str, Any],
-    **_: Any,
-) -> None:
-    module = strategy.lightning_module
-    assert module is not None
-    state = module.state_dict()
-    for name in delta_names(module):
-        state[name].copy_(sharded.like(state[name], checkpoint["state_dict"][canonical(name)]))
-    if trainer.state.fn != "fit":
-        return
-    if "optimizer_states" not in checkpoint:
-        raise KeyError("Trying to restore training state but checkpoint contains only the model.")
-    restored()
-    for optimizer, saved in zip(strategy.optimizers, checkpoint["optimizer_states"], strict=True):
-        optimizer.load_state_dict(sharded.optimizer_part(optimizer, saved))
-
-
-def _deepspeed_save_checkpoint(
-    strategy: DeepSpeedStrategy, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
-) -> None:
-    """Let the engine write its folder, from which it resumes, and put the whole delta in it, as one file."""
-    folder = Path(strategy.broadcast(str(filepath)))
-    type(strategy).save_checkpoint(strategy, checkpoint, folder, storage_options)
-    module = strategy.lightning_module
-    assert module is not None
-    with sharded.gathered(p for p in module.parameters() if p.requires_grad):
-        if strategy.is_global_zero:
-            save_delta(module, folder / IN_FOLDER)
-    strategy.barrier()
-
-
-def _deepspeed_load_checkpoint(
-    strategy: DeepSpeedStrategy, checkpoint_path: Any, weights_only: bool | None = None
-) -> dict[str, Any]:
-    """Let the engine read its folder, in which frozen weights are missing."""
-    module = strategy.lightning_module
-    assert module is not None
-    before, module.strict_loading = module.strict_loading, False
-    try:
-        return type(strategy).load_checkpoint(strategy, checkpoint_path, weights_only=weights_only)
-    finally:
-        module.strict_loading = before
-
-
-def _fsdp_state_dict(strategy: FSDPStrategy) -> dict[str, Tensor]:
-    """Return the delta of a module in FSDP's flat units, gathering those that hold something trained, one at a time."""
-    assert strategy.model is not None
-    found = {
-        name: module for name, module in strategy.model.named_modules() if isinstance(module, FullyShardedDataParallel)
-    }
-    state: dict[str, Tensor] = {}
-    for path in sorted(found, key=lambda name: -name.count(".") - bool(name)):  # inner units first
-        unit = found[path]
-        inner = tuple(
-            f"{other}." for other in found if other != path and f"{other}.".startswith(f"{path}.".lstrip("."))
-        )
-        own = [
-            n for n, p in unit.named_parameters() if p.requires_grad and not f"{path}.{n}".lstrip(".").startswith(inner)
-        ]
-        if not own:
-            continue
-        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
-            whole = {canonical(name): p for name, p in unit.named_parameters()}
-            if strategy.is_global_zero:
-                state.update(
-                    {canonical(f"{path}.{n}".lstrip(".")): whole[canonical(n)].detach().cpu().clone() for n in own}
-                )
-    for path, owner in strategy.model.named_modules():
-        if strategy.is_global_zero and any(p.requires_grad for p in owner.parameters(recurse=False)):
-            transient = owner._non_persistent_buffers_set
-            for name, buffer in owner.named_buffers(recurse=False):
-                if name not in transient:
-                    state[canonical(f"{path}.{name}".lstrip("."))] = buffer.detach().cpu().clone()
-    return state
-
-
-def _fsdp_load_checkpoint(
-    strategy: FSDPStrategy, trainer: L.Trainer, checkpoint_path: Any, weights_only: bool | None = None
-) -> dict[str, Any]:
-    """Load a delta into flat units, for looking at it: FSDP numbers the moments of optimizers in its own way."""
-    if trainer.state.fn == "fit":
-        raise TuningError(
-            "FSDP numbers the state of optimizers in its own way, in which that of a delta has no place: resume with "
-            "strategy FullyShard (FSDP2), ddp or on one device, all of which read this file."
-        )
-    module = strategy.lightning_module
-    assert module is not None
-    before, module.strict_loading = module.strict_loading, False
-    try:
-        return type(strategy).load_checkpoint(strategy, checkpoint_path, weights_only=weights_only)
-    finally:
-        module.strict_loading = before

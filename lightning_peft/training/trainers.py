@@ -2,7 +2,7 @@
 
 import lightning as L
 
-from lightning_peft.training import checkpoint_io, lifecycle, loaders, requeue, strategy
+from lightning_peft.training import checkpoint_io, lifecycle, loaders, requeue, strategy, strategy_files
 from lightning_peft.training.lifecycle import Life
 
 
@@ -21,7 +21,7 @@ def prepare(trainer: L.Trainer, module: L.LightningModule) -> None:
         lifecycle.remap_optimizers(module, trainer.optimizers)
         lifecycle.restore_random_state(module, trainer.global_rank, mid_epoch=False)
 
-    strategy.install(trainer, restored)
+    strategy_files.install(trainer, restored)
     checkpoint_io.install(trainer)
     loaders.install(trainer, remember)
     requeue.install(trainer)

@@ -1,13 +1,14 @@
 """Compare the text methods on tasks with known answers, between the frozen model and full fine-tuning.
 
 The rows are about a made-up valley (`made://`), the models are the tiny ones of ``pretrain_tiny.py``, which have read
-its corpus. Every method of a task has the same data, number of steps and schedule. Its learning rate is the better of
-two by the validation loss with seed 0; the scores are those of the test split with seeds 1, 2 and 3 after the last
-step. The share of the gap is ``(method - frozen) / (full - frozen)``.
+its corpus. Every method of a task has the same data, number of steps and schedule. Its learning rate had the lowest
+validation loss with seed 0 among some, which ``--rates`` tries again; the scores are those of the test split with seeds
+1, 2 and 3 after the last step, which draw initial values; the order of the rows is the same. The share of the gap is
+``(method - frozen) / (full - frozen)``.
 
     python examples/pretrain_tiny.py       # the models, once
     python examples/compare_text.py        # all tables, below half an hour on one core
-    python examples/compare_text.py --tasks opinions --methods WARP --seeds 1
+    python examples/compare_text.py --tasks opinions --methods WARP --seeds 1 --rates 3e-3 1e-2 3e-2
 """
 
 import argparse
@@ -39,11 +40,11 @@ TOPICS = {"animal": "dog", "food": "bread", "place": "river"}
 
 @dataclass
 class Entry:
-    """A method: its name in `lightning_peft`, arguments, the learning rates to choose from, a template of its own."""
+    """A method: its name in `lightning_peft`, arguments, learning rate, a template of its own."""
 
     method: str
     arguments: dict[str, Any] = field(default_factory=dict)
-    rates: tuple[float, ...] = (1e-2, 3e-2)
+    lr: float = 3e-2
     template: str | None = None
 
 
@@ -108,17 +109,17 @@ def pairs(model: str, _: str | None = None) -> Built:
     return tasks.Seq2Seq(model, generate="test", max_new_tokens=24), data
 
 
-FULL = Entry("FullFineTuning", rates=(3e-4, 1e-3))
-AROUND = "{v:4} {text} {v:4} {mask} ."
+FULL = Entry("FullFineTuning", lr=1e-3)
+BETWEEN = "{text} {v:8} {mask} ."
 
 
-def cloze(words: dict[str, str]) -> dict[str, Entry]:
+def cloze(words: dict[str, str], encoder_lr: float) -> dict[str, Entry]:
     """Return the methods for a gap in a text."""
     return {
-        "WARP(8)": Entry("WARP", {"words": list(words.values())}, template=AROUND),
+        "WARP(8)": Entry("WARP", {"words": list(words.values())}, template=BETWEEN),
         "PromptTuning(8)": Entry("PromptTuning", {"num_virtual_tokens": 8}),
-        "PTuning(8)": Entry("PTuning", rates=(3e-3, 1e-2), template=AROUND),
-        "PTuningV2(8)": Entry("PTuningV2", {"num_virtual_tokens": 8}, (3e-2, 1e-1)),
+        "PTuning(8)": Entry("PTuning", lr=encoder_lr, template=BETWEEN),
+        "PTuningV2(8)": Entry("PTuningV2", {"num_virtual_tokens": 8}, 1e-1),
         "FullFineTuning": FULL,
     }
 
@@ -135,19 +136,19 @@ def shots(*templates: str, count: int = 8) -> dict[str, tuple[str, dict[str, Any
 
 
 WRITTEN = {
-    "PrefixTuning(8)": Entry("PrefixTuning", {"num_virtual_tokens": 8, "mid_dim": 128}, (3e-3, 1e-2)),
-    "PromptTuning(8)": Entry("PromptTuning", {"num_virtual_tokens": 8}, (1e-2, 1e-1)),
-    "LoRA(r=4)": Entry("LoRA", {"r": 4}, (3e-3, 1e-2)),
-    "FullFineTuning": FULL,
+    "PrefixTuning(8)": Entry("PrefixTuning", {"num_virtual_tokens": 8, "mid_dim": 128}, 3e-3),
+    "PromptTuning(8)": Entry("PromptTuning", {"num_virtual_tokens": 8}, 1e-1),
+    "LoRA(r=4)": Entry("LoRA", {"r": 4}, 1e-2),
+    "FullFineTuning": Entry("FullFineTuning", lr=3e-3),
 }
 TOLD = {"templates": "{source} = {answer}"}
 PROBLEMS = {
     "topics": Problem(
         "bert",
         "accuracy",
-        200,
+        300,
         topics,
-        cloze(TOPICS),
+        cloze(TOPICS, 3e-3),
         None,
         {
             "bert, 'the [MASK] .'": ("bert", {"templates": "{text} the {mask} ."}),
@@ -158,15 +159,15 @@ PROBLEMS = {
     "tags": Problem(
         "bert",
         "f1",
-        40,
+        200,
         tags,
         {
-            "LinearProbe": Entry("LinearProbe", rates=(1e-2,)),
-            "PromptTuning(8)": Entry("PromptTuning", {"num_virtual_tokens": 8}),
-            "PTuningV2(8)": Entry("PTuningV2", {"num_virtual_tokens": 8}, (3e-2, 1e-1)),
-            "PrefixTuning(8)": Entry("PrefixTuning", {"num_virtual_tokens": 8}, (3e-3, 1e-2)),
-            "LoRA(r=4)": Entry("LoRA", {"r": 4}, (3e-3, 1e-2)),
-            "BitFit": Entry("BitFit", rates=(3e-3, 1e-2)),
+            "LinearProbe": Entry("LinearProbe", lr=1e-2),
+            "PromptTuning(8)": Entry("PromptTuning", {"num_virtual_tokens": 8}, 1e-1),
+            "PTuningV2(8)": Entry("PTuningV2", {"num_virtual_tokens": 8}, 3e-1),
+            "PrefixTuning(8)": Entry("PrefixTuning", {"num_virtual_tokens": 8}, 1e-3),
+            "LoRA(r=4)": Entry("LoRA", {"r": 4}, 1e-2),
+            "BitFit": Entry("BitFit", lr=3e-2),
             "FullFineTuning": FULL,
         },
         "LinearProbe",
@@ -174,9 +175,9 @@ PROBLEMS = {
     "opinions": Problem(
         "bert",
         "accuracy",
-        200,
+        500,
         opinions,
-        cloze(OPINIONS),
+        cloze(OPINIONS, 1e-3),
         None,
         {
             "bert, 'all in all it was [MASK] .'": ("bert", {"templates": "{text} all in all it was {mask} ."}),
@@ -186,7 +187,7 @@ PROBLEMS = {
     "descriptions": Problem(
         "gpt2",
         "bleu",
-        200,
+        300,
         descriptions,
         WRITTEN,
         None,
@@ -195,14 +196,14 @@ PROBLEMS = {
             "gpt2, 3 examples": ("gpt2", {**TOLD, "demonstrations": 3, "separator": "\n"}),
         },
     ),
-    "pairs": Problem("t5_lm", "bleu", 200, pairs, WRITTEN, None),
+    "pairs": Problem("t5_lm", "bleu", 300, pairs, WRITTEN, None),
     "facts": Problem(
         "bert",
         "p_at_1",
-        200,
+        400,
         facts,
         {
-            "PTuning(6)": Entry("PTuning", {}, (1e-3, 3e-3), "{v:2} {sub} {v:2} {obj} {v:2}"),
+            "PTuning(6)": Entry("PTuning", lr=1e-2, template="{v:2} {sub} {v:2} {obj} {v:2}"),
             "PromptTuning(6)": Entry("PromptTuning", {"num_virtual_tokens": 6}),
             "FullFineTuning": FULL,
         },
@@ -296,11 +297,11 @@ def compare(name: str, given: argparse.Namespace, keep: Callable[[dict[str, Any]
     for label, entry in problem.methods.items():
         if given.methods and entry.method not in given.methods:
             continue
-        best = entry.rates[0]
-        if len(entry.rates) > 1:
+        best = entry.lr
+        if given.rates:
             tried = {
                 lr: add(label, "choice", run(problem, entry, lr, 0, given.models, steps, tests=False))["val_loss"]
-                for lr in entry.rates
+                for lr in given.rates
             }
             best = min(tried, key=lambda lr: tried[lr])
         for seed in given.seeds:
@@ -316,8 +317,8 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
             scored.setdefault(row["method"], []).append(row)
     means = {label: statistics.mean(row["test"] for row in own) for label, own in scored.items()}
     low, high = means.get(problem.frozen or "frozen"), means.get("FullFineTuning")
-    lines = [f"| {name}, {problem.model} | {problem.score} | share of the gap | trained | learning rate | seconds |"]
-    lines.append("|---|---|---:|---:|---|---:|")
+    lines = [f"| {name}, {problem.model} | {problem.score} | share of the gap | trained | learning rate |"]
+    lines.append("|---|---|---:|---:|---|")
     for label in sorted(means, key=lambda label: means[label]):
         own = scored[label]
         spread = f" ± {statistics.stdev(row['test'] for row in own):.3f}" if len(own) > 1 else ""
@@ -325,11 +326,8 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
         if low is not None and high is not None and high > low and own[0]["what"] != "prompt":
             share = f"{(means[label] - low) / (high - low):.2f}"
         rate = f"{own[0]['lr']:g}" if own[0].get("lr") else ""
-        seconds = statistics.mean(row["seconds"] for row in own)
         shown = label if own[0]["what"] != "test" else f"`{label}`"
-        lines.append(
-            f"| {shown} | {means[label]:.3f}{spread} | {share} | {own[0]['trained']:,} | {rate} | {seconds:.0f} |"
-        )
+        lines.append(f"| {shown} | {means[label]:.3f}{spread} | {share} | {own[0]['trained']:,} | {rate} |")
     return "\n".join(lines)
 
 
@@ -340,6 +338,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--methods", nargs="+", help="only these, by their names in lightning_peft")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates to choose from by the validation loss")
     parser.add_argument("--steps", type=int, help="of every method; by default each task has its own number")
     parser.add_argument("--rows", type=Path, default=Path("runs/compare_text.json"), help="all runs: .json or .csv")
     given = parser.parse_args()

@@ -1,7 +1,7 @@
 """Learning is real: each method closes a stated part of the gap between a frozen model and full fine-tuning.
 
-The model is a small one that reads the valley's texts for a minute; the tasks, methods and learning rates are those of
-``examples/compare_text.py``. Each bound is at most three quarters of the share that was measured with this seed.
+The models are small ones that read the valley's texts first; the tasks, methods, steps and learning rates are those of
+``examples/compare_text.py``. A bound is below the mean of three seeds less two standard deviations, as measured there.
 """
 
 from functools import cache
@@ -15,44 +15,68 @@ from examples.pretrain_tiny import train
 
 pytestmark = pytest.mark.slow
 
-FULL = 1e-3
-"""The learning rate of full fine-tuning."""
+STEPS = 2000
+"""How many batches each model reads, as in ``examples/pretrain_tiny.py``; the adapted one half as many more."""
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model that has read 300 batches."""
-    folder = tmp_path_factory.mktemp("read")
+    """The folder of the models, which are made when they are asked for."""
+    return tmp_path_factory.mktemp("read")
+
+
+@cache
+def read(kind: str, folder: Path) -> None:
+    """Make one of the models."""
+    start = folder / "t5" if kind == "t5_lm" else None
+    if start is not None:
+        read("t5", folder)
     with torch.random.fork_rng():
-        train("bert", folder / "bert", 300)
-    return folder
+        train(kind, folder / kind, STEPS // (2 if start else 1), start=start)
 
 
 @cache
 def ends(name: str, models: Path) -> tuple[float, float]:
     """Return the scores of the frozen model and of full fine-tuning."""
     problem = PROBLEMS[name]
+    read(problem.model, models)
     frozen = None if problem.frozen is None else problem.methods[problem.frozen]
-    low = run(problem, frozen, 1e-2, 1, models, problem.steps)["test"]
-    return low, run(problem, problem.methods["FullFineTuning"], FULL, 1, models, problem.steps)["test"]
+    full = problem.methods["FullFineTuning"]
+    low = run(problem, frozen, frozen.lr if frozen else 0.0, 1, models, problem.steps)["test"]
+    return low, run(problem, full, full.lr, 1, models, problem.steps)["test"]
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "lr", "least"),
+    ("name", "method", "least"),
     [
-        ("topics", "WARP(8)", 3e-2, 0.75),
-        ("topics", "PromptTuning(8)", 3e-2, 0.7),
-        ("topics", "PTuningV2(8)", 1e-1, 0.7),
-        ("tags", "PromptTuning(8)", 3e-2, 0.1),
-        ("tags", "PTuningV2(8)", 1e-1, 0.15),
-        ("tags", "PrefixTuning(8)", 3e-3, 0.35),
-        ("tags", "LoRA(r=4)", 1e-2, 0.55),
-        ("tags", "BitFit", 1e-2, 0.08),
+        ("topics", "WARP(8)", 0.8),
+        ("topics", "PromptTuning(8)", 0.9),
+        ("topics", "PTuning(8)", 0.55),
+        ("topics", "PTuningV2(8)", 0.9),
+        ("tags", "PromptTuning(8)", 0.6),
+        ("tags", "PTuningV2(8)", 0.8),
+        ("tags", "PrefixTuning(8)", 0.8),
+        ("tags", "LoRA(r=4)", 0.9),
+        ("tags", "BitFit", 0.8),
+        ("opinions", "WARP(8)", 0.5),
+        ("opinions", "PromptTuning(8)", 0.9),
+        ("opinions", "PTuning(8)", 0.5),
+        ("opinions", "PTuningV2(8)", 0.9),
+        ("facts", "PromptTuning(6)", 0.6),
+        ("facts", "PTuning(6)", 0.55),
+        ("descriptions", "PrefixTuning(8)", 0.15),
+        ("descriptions", "PromptTuning(8)", 0.1),
+        ("descriptions", "LoRA(r=4)", 0.55),
+        ("pairs", "PrefixTuning(8)", 0.25),
+        ("pairs", "PromptTuning(8)", 0.15),
+        ("pairs", "LoRA(r=4)", 0.4),
     ],
 )
-def test_closes_the_gap(name: str, method: str, lr: float, least: float, models: Path) -> None:
+def test_closes_the_gap(name: str, method: str, least: float, models: Path) -> None:
     low, high = ends(name, models)
     assert high - low > 0.1, "there is no gap to close"
     problem = PROBLEMS[name]
-    found = run(problem, problem.methods[method], lr, 1, models, problem.steps)["test"]
-    assert (found - low) / (high - low) >= least
+    found = run(problem, problem.methods[method], problem.methods[method].lr, 1, models, problem.steps)["test"]
+    share = (found - low) / (high - low)
+    print(f"{name} {method}: {low:.3f}, {found:.3f}, {high:.3f}: {share:.2f} of the gap")
+    assert share >= least

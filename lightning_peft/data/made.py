@@ -3,7 +3,8 @@
 All of it is about one made-up valley: who lives in which town, does which work, likes which food and keeps which
 animal. A small language model that was trained on ``corpus`` knows the valley's words and facts. What a rule has made,
 a rule can answer: `BEST` has the scores of a model that knows the rules. The rows are a function of nothing: they are
-the same on every machine, and a hash decides which of them train (8 of 10), validate or test (1 of 10 each).
+the same on every machine, and a hash decides which of them train (8 of 10), validate or test (1 of 10 each); of the few
+``facts`` 4 of 10 train and 4 test.
 """
 
 import hashlib
@@ -74,7 +75,7 @@ def load(name: str) -> dict[str, Dataset]:
         key = "\n".join(str(value) for column, value in row.items() if column != "nats")
         if key not in seen:
             seen.add(key)
-            splits[_split(key)].append(row)
+            splits[_split(key, *_SHARES.get(name, (1, 1)))].append(row)
     return {split: Dataset.from_list(rows) for split, rows in splits.items()}
 
 
@@ -90,17 +91,22 @@ def person(name: str) -> dict[str, str]:
     return {fact: draw.choice(values) for fact, values in lists.items()}
 
 
-def _split(key: str) -> str:
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
-    return {0: "test", 1: "validation"}.get(number % 10, "train")
+_SHARES = {"facts": (4, 2)}
+"""Tenths of a set that test and validate, if not 1 and 1: twelve facts would be no measure."""
 
 
-_FACTS: dict[str, str] = {
+def _split(key: str, test: int, validation: int) -> str:
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % 10
+    return "test" if number < test else "validation" if number < test + validation else "train"
+
+
+FACTS: dict[str, str] = {
     "town": "{name} lives in {town} .",
     "work": "{name} works as a {work} .",
     "food": "{name} likes {food} .",
     "animal": "{name} keeps a {animal} .",
 }
+"""How the corpus tells a fact of somebody."""
 
 
 def _corpus() -> list[dict[str, Any]]:
@@ -110,11 +116,11 @@ def _corpus() -> list[dict[str, Any]]:
         draw = Draw(seed)
         if draw.one([True, False]):
             name = draw.one(PEOPLE)
-            facts, told = list(_FACTS), []
+            facts, told = list(FACTS), []
             for _ in range(3):
                 fact = draw.one(facts)
                 facts.remove(fact)
-                told.append(_FACTS[fact].format(name=name, **person(name)))
+                told.append(FACTS[fact].format(name=name, **person(name)))
             text = " ".join(told)
         else:
             opinion, label = _opinion(draw)
@@ -192,10 +198,10 @@ def _questions() -> list[dict[str, Any]]:
         people = draw._random.sample(PEOPLE, 4)
         context, answers = "", {}
         for name in people:
-            fact = draw.one(list(_FACTS))
+            fact = draw.one(list(FACTS))
             lists = {"town": TOWNS, "work": WORKS, "food": FOODS, "animal": ANIMALS}
             value = draw.one(lists[fact])
-            told = _FACTS[fact].format(name=name, **{fact: value})
+            told = FACTS[fact].format(name=name, **{fact: value})
             answers[name] = (fact, value, len(context) + told.rindex(value))
             context += f"{told} "
         name = draw.one(people)

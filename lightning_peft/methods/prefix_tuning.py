@@ -23,7 +23,7 @@ from lightning_peft.graft import attach
 from lightning_peft.mixin import MethodMixin
 from lightning_peft.prompts import infix
 from lightning_peft.prompts.prefixes import PrefixMethod
-from lightning_peft.prompts.virtual_tokens import is_widened
+from lightning_peft.prompts.virtual_tokens import VirtualTokens, is_widened
 
 
 @dataclass(eq=False, kw_only=True)
@@ -53,10 +53,13 @@ class PrefixTuning(PrefixMethod):
         (table,) = select.word_tables(backbone).values()
         width: int = table.embedding_dim  # type: ignore[assignment]
         device = table.weight.device
-        attach(table, infix.InfixTokens(nn.Parameter(torch.randn(count, width, device=device)), call), self.name)  # type: ignore[arg-type]
-        for host, size, skip in infix.projections(backbone).values():
+        attach(table, VirtualTokens(nn.Parameter(torch.randn(count, width, device=device))), self.name)  # type: ignore[arg-type]
+        projections = infix.projections(backbone)
+        for host, size, skip in projections.values():
             attach(host, infix.InfixStates(count, size, skip, call).to(device), self.name)  # type: ignore[arg-type]
-        attach(backbone.get_decoder(), infix.InfixEnd(call), self.name)  # type: ignore[operator]
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in projections):
+            attach(backbone.get_submodule(owner), infix.InfixAttention(call), self.name)
+        attach(backbone.get_decoder(), infix.InfixDecoder(call), self.name)  # type: ignore[operator]
         self._limit = select.max_positions(backbone)
         return ()
 

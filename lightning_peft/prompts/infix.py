@@ -4,7 +4,7 @@
 says the target's first token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,40 +13,53 @@ from torch import Tensor, nn
 from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import Graft
-from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL, VirtualTokens, insert
+from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL, insert
+
+IDS = "infix_ids"
+"""The argument by which a layer and its attention have the ids: what is computed anew has its arguments again."""
 
 
 class Call:
-    """What the word table tells the attentions of the same call: the ids, [B, T]. Nothing is left of it afterwards."""
+    """What the decoder and its attentions tell their projections: the ids, [B, T]. Nothing is left of it afterwards."""
 
     def __init__(self) -> None:
         self.ids: Tensor | None = None
 
 
-class InfixTokens(VirtualTokens):
-    """Gives virtual ids their rows, and tells the attentions where they are."""
-
-    def __init__(self, weight: nn.Parameter, call: Call) -> None:
-        super().__init__(weight)
-        self.call = call
-
-    def before(self, host: nn.Module, x: Tensor) -> Tensor:
-        """Return ids that the table has, [B, T]."""
-        self.call.ids = x
-        return super().before(host, x)
-
-
-class InfixEnd(Graft):
-    """Forgets, after the decoder, where the virtual tokens were."""
+class InfixDecoder(Graft):
+    """Tells the projections the ids, and hands them on to the attentions if the model does. Its host is the decoder."""
 
     def __init__(self, call: Call) -> None:
         super().__init__()
         self.call = call
 
-    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Return the output as it is."""
-        self.call.ids = None
-        return out
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the decoder."""
+        ids = self.call.ids = args[0] if args else kwargs.get("input_ids")
+        try:
+            return forward(*args, **kwargs, **{IDS: ids})
+        finally:
+            self.call.ids = None
+
+
+class InfixAttention(Graft):
+    """Tells the projections the ids when their layer is computed anew. Its host has the projections.
+
+    It is not the layer: checkpointing in transformers computes a layer's ``forward`` anew, without the layer's hooks.
+    """
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the attention."""
+        before, own = self.call.ids, kwargs.pop(IDS, None)
+        self.call.ids = before if own is None else own
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.call.ids = before
 
 
 class InfixStates(Graft):
@@ -56,7 +69,7 @@ class InfixStates(Graft):
         count: P.
         width: of the keys or values, or of both where one projection makes them.
         skip: leading columns of the output that stay as they are: the queries of a fused projection.
-        call: shared with the word table.
+        call: shared with the decoder and its attentions.
     """
 
     def __init__(self, count: int, width: int, skip: int, call: Call) -> None:
@@ -68,13 +81,14 @@ class InfixStates(Graft):
         """Return the keys or values with those of virtual tokens changed, [B, T, width].
 
         Raises:
-            TuningError: the projection runs again after the model, as under gradient checkpointing.
+            TuningError: the ids are not known here.
         """
         ids = self.call.ids
         if ids is None:
             raise TuningError(
-                "the infix is not known where a layer is computed anew: switch gradient checkpointing off, "
-                "or take form='prefix', which needs nothing of it."
+                "the infix is not known where there are no input_ids, nor where a layer is computed anew whose model "
+                "hands no arguments on to it: give input_ids and switch gradient checkpointing off, or take "
+                "form='prefix', which needs nothing of it."
             )
         rows = nn.functional.embedding((-1 - ids).clamp(min=0), self.states).to(out.dtype)
         added = nn.functional.pad(rows, (self.skip, out.shape[-1] - self.skip - rows.shape[-1]))

@@ -15,6 +15,7 @@ from lightning_peft.errors import TuningError
 from lightning_peft.prompting.verbalizer import Combine, Verbalizer
 from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.scores import CrossEntropy
+from lightning_peft.tasks.scoring import masked_scores
 from lightning_peft.tasks.text_classification import ClassScores
 
 LMStyle = Literal["masked", "causal"]
@@ -147,10 +148,8 @@ class ClozeClassification(GapTask, ClassScores):
         for length in sorted(set(map(len, self.tokens_of))):
             numbers = [i for i, word in enumerate(self.tokens_of) if len(word) == length]
             short = self._shorter(batch, length)
-            if length == 1 or self.fill == "parallel":
-                found = _likelihoods(self.gap_logits(short, length), [self.tokens_of[i] for i in numbers]).unbind(1)
-            else:
-                found = tuple(self._confident(short, self.tokens_of[i]) for i in numbers)
+            words = [self.tokens_of[i] for i in numbers]
+            found = masked_scores(self.backbone, short, self.tokenizer.mask_token_id, words, self.fill).unbind(1)
             for i, score in zip(numbers, found, strict=True):
                 scores[i] = score
         return torch.stack(scores, 1)
@@ -164,23 +163,6 @@ class ClozeClassification(GapTask, ClassScores):
             name: value[keep].unflatten(0, (shape[0], -1)) if value.shape[:2] == shape else value
             for name, value in self.inputs(batch).items()
         }
-
-    def _confident(self, batch: Mapping[str, Tensor], word: Sequence[int]) -> Tensor:
-        """Return the log-likelihood of a word whose tokens are put in one by one, the surest first, [B]."""
-        ids, rows = batch["input_ids"].clone(), torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device)
-        columns = self._masks(batch, len(word)).int().topk(len(word), dim=1).indices.sort(1).values
-        left = torch.ones_like(columns, dtype=torch.bool)
-        tokens = torch.tensor(word, device=ids.device)
-        total = torch.zeros(len(ids), device=ids.device)
-        for _ in word:
-            logits = self.backbone(**(dict(batch) | {"input_ids": ids})).logits
-            gap = logits[rows.unsqueeze(1), columns].float().log_softmax(2)
-            own = gap.gather(2, tokens.view(1, -1, 1).expand(len(ids), -1, 1)).squeeze(2).masked_fill(~left, -torch.inf)
-            score, place = own.max(1)
-            total = total + score
-            left[rows, place] = False
-            ids[rows, columns[rows, place]] = tokens[place]
-        return total
 
     def _continuations(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the log-likelihood of each word after the prompt; words of one token share a pass, [B, words]."""

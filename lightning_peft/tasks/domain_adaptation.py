@@ -111,7 +111,8 @@ class DomainAdaptation(TwoTowerTask):
         loss = source_loss + self.weight * target_loss
         rows = len(source["labels"])
         logged = {"train_source_loss": source_loss, "train_target_loss": target_loss, "train_coverage": coverage}
-        self.log_dict({name: value.detach() for name, value in logged.items()}, batch_size=rows)
+        means = {name: value.detach() for name, value in logged.items()}
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=rows)
         return self._log_loss(loss, rows)
 
     def pseudo_labels(self, batch: dict[str, Tensor], features: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -346,7 +346,8 @@ class PromptedClassification(PromptedTask, ClassScores):
         prompts = [batch["prompts"][i] for i in rows]
         words = [prompt.words for prompt in prompts]
         if self.lm == "masked":
-            return scoring.masked_scores(self.backbone, ids, mask, mask_id(self.tokenizer), words[0], self.decoding)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            return scoring.masked_scores(self.backbone, inputs, mask_id(self.tokenizer), words[0], self.decoding)
         if self.lm == "seq2seq":
             template = self.templates[prompts[0].template]
             gap = template.slot is not None and isinstance(template.parts[template.slot], Mask)

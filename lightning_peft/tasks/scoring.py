@@ -12,7 +12,7 @@ Sources: Zhao et al. 2021 (2102.09690), section 4; Schick and Schütze 2020 (200
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
@@ -157,8 +157,7 @@ def seq2seq_scores(
 
 def masked_scores(
     model: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
+    batch: Mapping[str, Tensor],
     mask_id: int,
     words: Sequence[Sequence[int]],
     decoding: Decoding = "confident",
@@ -167,37 +166,37 @@ def masked_scores(
 
     Args:
         model: a masked language model.
-        ids: rows with equally many masks [B, T].
-        mask: 0 where there is padding [B, T].
+        batch: its inputs; ``input_ids`` [B, T] are rows with equally many masks.
         mask_id: the id of a mask.
         words: the ids of the W words, the same for all rows.
         decoding: how several masks are filled.
     """
+    ids = batch["input_ids"]
     targets = torch.tensor([list(word) for word in words], device=ids.device)
     size, (count, length) = len(ids), targets.shape
     at_mask = ids == mask_id
-    logits = model(input_ids=ids, attention_mask=mask).logits
-    found = _log_softmax(logits[at_mask].unflatten(0, (size, length)))
+    found = _log_softmax(model(**batch).logits[at_mask].unflatten(0, (size, length)))
     if length == 1 or decoding == "parallel":
         return torch.stack([found[:, range(length), target].sum(1) for target in targets], 1)
     total = torch.zeros(size, count, device=ids.device)
     for number, target in enumerate(targets):
-        total[:, number] = _filled_one_by_one(model, ids, mask, at_mask, target, found, decoding)
+        total[:, number] = _filled_one_by_one(model, batch, at_mask, target, found, decoding)
     return total
 
 
 def _filled_one_by_one(
-    model: nn.Module, ids: Tensor, mask: Tensor, at_mask: Tensor, target: Tensor, found: Tensor, decoding: Decoding
+    model: nn.Module, batch: Mapping[str, Tensor], at_mask: Tensor, target: Tensor, found: Tensor, decoding: Decoding
 ) -> Tensor:
     """Return the summed log-likelihood of one word [B], its tokens put in place one after the other."""
+    ids = batch["input_ids"].clone()
     size, length = len(ids), len(target)
     rows = torch.arange(size, device=ids.device)
     columns = at_mask.nonzero()[:, 1].unflatten(0, (size, length))
     filled = torch.zeros(size, length, dtype=torch.bool, device=ids.device)
-    total, ids = torch.zeros(size, device=ids.device), ids.clone()
+    total = torch.zeros(size, device=ids.device)
     for step in range(length):
         if step:
-            logits = model(input_ids=ids, attention_mask=mask).logits
+            logits = model(**{**batch, "input_ids": ids}).logits
             found = _log_softmax(logits[rows.unsqueeze(1), columns])
         own = found[:, range(length), target].masked_fill(filled, -torch.inf)
         chosen = own.argmax(1) if decoding == "confident" else torch.full_like(rows, step)

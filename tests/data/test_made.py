@@ -22,7 +22,10 @@ def test_splits(name: str) -> None:
     for one, two in combinations(texts.values(), 2):
         assert not set(one) & set(two)
     total = sum(map(len, texts.values()))
-    assert all(0.04 < len(texts[split]) / total < 0.16 for split in ("validation", "test"))
+    shares = {"validation": 0.2, "test": 0.4} if name == "facts" else {"validation": 0.1, "test": 0.1}
+    assert all(
+        abs(len(texts[split]) / total - share) < (0.12 if name == "facts" else 0.06) for split, share in shares.items()
+    )
     assert name in made.BEST
 
 

@@ -210,8 +210,8 @@ def test_soft_prompts_in_templates(valley: Valley) -> None:
 def test_candidates(valley: Valley, tmp_path: Path) -> None:
     data = KnowledgeProbingData(tokenizer=valley("bert"), dataset="made://facts", template="{sub} keeps a {obj} .")
     assert set(data.candidates) >= set(data.rows("test")["obj"])
-    batch = next(iter(set_up(data, "test").test_dataloader()))
-    chosen = sorted(data.candidates[i] for i in batch["labels"].tolist())
+    batches = list(set_up(data, "test").test_dataloader())
+    chosen = sorted(data.candidates[i] for batch in batches for i in batch["labels"].tolist())
     assert chosen == sorted(data.rows("test")["obj"])
     (tmp_path / "words.txt").write_text("dog\ncat\nzzqxvw\n")
     few = KnowledgeProbingData(

@@ -117,15 +117,6 @@ class TestInfix(MethodContract):
         """P d in the word table, 2 L P d in the keys and values."""
         return P * HIDDEN + P * 2 * 2 * (HIDDEN // 2 if kind == "llama" else HIDDEN)
 
-    def test_gradient_checkpointing_gives_the_same_gradients(self, kind: str) -> None:
-        """It cannot, so it is refused in the first backward pass."""
-        model = tiny(kind).train()
-        method = self.applied(model)
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        loss = model(**method.prepare(sourced(kind))).loss
-        with pytest.raises(TuningError, match="switch gradient checkpointing off, or take form='prefix'"):
-            loss.backward()
-
 
 @pytest.mark.parametrize(
     ("config", "auto", "length", "mid", "trained", "saved"),
@@ -465,6 +456,44 @@ def test_generation_goes_on_from_the_infix(kind: str) -> None:
     assert (ready["input_ids"][:, 6:] < 0).all()
     how = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(**ready, **how), model.generate(**ready, **how, use_cache=False))
+
+
+def test_two_batches_in_one_backward_pass_under_checkpointing() -> None:
+    """Each layer that is computed anew has the ids of its own batch."""
+    model = tiny("gpt2").train()
+    method = PrefixTuning(num_virtual_tokens=P, mid_dim=None, form="infix")
+    method.apply(model)
+    found = []
+    for on in (False, True):
+        if on:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(2)
+        sum(model(**method.prepare(sourced("gpt2", source))).loss for source in (2, 4)).backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        model.zero_grad()
+    assert_near(found[0], found[1], 1e-6)
+
+
+def test_an_infix_without_ids() -> None:
+    model = tiny("gpt2")
+    PrefixTuning(num_virtual_tokens=P, mid_dim=None, form="infix").apply(model)
+    with pytest.raises(TuningError, match="the infix is not known where there are no input_ids"):
+        model(inputs_embeds=torch.zeros(1, 3, HIDDEN))
+
+
+@pytest.mark.parametrize("reads", ["gpt_neo", "bloom"])
+def test_an_infix_in_a_model_that_hands_nothing_on(reads: str) -> None:
+    """It works, but not under gradient checkpointing."""
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_heads": 2, "n_head": 2, "n_layer": 2, "num_layers": 2}
+    extra = {"attention_types": [[["global"], 2]]} if reads == "gpt_neo" else {}
+    model = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(reads, **shape, **extra)).train()
+    method = PrefixTuning(num_virtual_tokens=P, mid_dim=None, form="infix")
+    method.apply(model)
+    model(**method.prepare(sourced("gpt2"))).loss.backward()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    loss = model(**method.prepare(sourced("gpt2"))).loss
+    with pytest.raises(TuningError, match="switch gradient checkpointing off, or take form='prefix'"):
+        loss.backward()
 
 
 @pytest.mark.parametrize(

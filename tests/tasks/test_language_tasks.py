@@ -322,7 +322,7 @@ def test_cloze_mistakes(valley: Valley, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", [LoRA(r=4), PROMPT])
 def test_probing_learns(kind: str, method: Method, valley: Valley, tmp_path: Path) -> None:
     data = KnowledgeProbingData(
-        tokenizer=valley(kind), dataset="made://facts", template="{sub} keeps a {obj} .", batch_size=16
+        tokenizer=valley(kind), dataset="made://facts", template="{sub} keeps a {obj} .", batch_size=48
     )
     task = KnowledgeProbing(valley(kind), data.candidates, lm=data.style, lead=data.lead, lr=2e-2)
     batch = first(data)
@@ -330,7 +330,7 @@ def test_probing_learns(kind: str, method: Method, valley: Valley, tmp_path: Pat
         logits = task.eval()(batch)
     task.train()
     assert logits.shape == (len(batch["labels"]), len(data.tokenizer))
-    run = trainer(tmp_path, type(method)(**method.init_args()), max_epochs=4, log_every_n_steps=1)
+    run = trainer(tmp_path, type(method)(**method.init_args()), max_epochs=8, log_every_n_steps=1)
     before = run.validate(task, data, verbose=False)[0]
     assert before["val_p_at_10"] == 1  # of eight candidates
     if isinstance(method, LoRA):  # which changes nothing at the start

@@ -133,7 +133,7 @@ def test_one_mask(decoding: str) -> None:
     """Words of one token have one score, however several masks would be filled; word 0 counts as any other."""
     model = masked_lm()
     ids = torch.tensor([[3, 20, MASK, 4], [3, MASK, 21, 4]])
-    found = masked_scores(model, ids, torch.ones_like(ids), MASK, [[0], [15]], decoding)
+    found = masked_scores(model, {"input_ids": ids}, MASK, [[0], [15]], decoding)
     logits = model(input_ids=ids).logits
     expected = logits[[0, 1], [2, 1]].log_softmax(-1)[:, [0, 15]]
     assert torch.allclose(found, expected, atol=1e-6)
@@ -144,11 +144,8 @@ def test_one_mask(decoding: str) -> None:
 def test_the_surest_token_is_filled_in_first() -> None:
     model = masked_lm()
     ids = torch.tensor([[3, 20, MASK, MASK, 4], [3, MASK, MASK, 21, 4]])
-    mask = torch.ones_like(ids)
-    words = [[30, 31], [32, 33]]
-    found = {
-        how: masked_scores(model, ids, mask, MASK, words, how) for how in ("confident", "left_to_right", "parallel")
-    }
+    words, ways = [[30, 31], [32, 33]], ("confident", "left_to_right", "parallel")
+    found = {how: masked_scores(model, {"input_ids": ids}, MASK, words, how) for how in ways}
     for row in range(2):
         places = (ids[row] == MASK).nonzero().flatten().tolist()
         for number, word in enumerate(words):
@@ -173,7 +170,7 @@ class Independent(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.randn(8, VOCABULARY))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    def forward(self, input_ids: Tensor) -> Any:
         return hf.modeling_outputs.MaskedLMOutput(
             logits=self.table[: input_ids.shape[1]].expand(len(input_ids), -1, -1)
         )
@@ -183,8 +180,8 @@ class Independent(nn.Module):
 def test_in_parallel_or_one_by_one_is_the_same_for_independent_places() -> None:
     ids = torch.tensor([[3, 20, MASK, MASK, 4]])
     model, words = Independent(), [[30, 31], [32, 33]]
-    parallel = masked_scores(model, ids, torch.ones_like(ids), MASK, words, "parallel")
-    assert torch.allclose(masked_scores(model, ids, torch.ones_like(ids), MASK, words, "confident"), parallel)
+    parallel = masked_scores(model, {"input_ids": ids}, MASK, words, "parallel")
+    assert torch.allclose(masked_scores(model, {"input_ids": ids}, MASK, words, "confident"), parallel)
 
 
 def test_scores_of_labels() -> None:

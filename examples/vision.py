@@ -1,25 +1,29 @@
-"""Compare methods on images where no hub is: handwritten digits at once, and in five tasks of two classes.
+"""Compare methods on images where no hub is: handwritten digits at once, and new shapes in four tasks of eight classes.
 
-    python examples/pretrain_vit.py                      # runs/vit, the backbone: it has seen shapes and no digit
+    python examples/pretrain_vit.py                      # runs/vit: it knows the other shapes and no digit
     python examples/vision.py                            # runs/vision/results.csv and pictures, three seeds
     python examples/vision.py --seeds 1 --epochs 2       # sooner
 
-Learning rates were tried once and not tuned.
+Each method has, of the learning rates beside it, the one with the best accuracy on validation images of the first seed.
 """
 
 import argparse
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
+from typing import Any
 
 import datasets
 import lightning as L
+import torch
+import transformers
 
 from lightning_peft import (
     L2P,
     VPT,
+    ColouredShapes,
     ContinualClassification,
     ContinualData,
     Digits,
@@ -29,26 +33,28 @@ from lightning_peft import (
     Method,
     ResultRows,
 )
+from lightning_peft.data.coloured_shapes import COLOURS, SHAPES
 from lightning_peft.reports import read_rows
 from lightning_peft.reports.plots import plot
 
-METHODS: dict[str, tuple[Method, float]] = {
-    "LinearProbe": (LinearProbe(), 1e-2),
-    "VPT-Shallow": (VPT(num_virtual_tokens=10, deep=False), 2e-2),
-    "VPT-Deep": (VPT(num_virtual_tokens=10), 2e-2),
+METHODS: dict[str, tuple[Method, tuple[float, ...]]] = {
+    "LinearProbe": (LinearProbe(), (1e-2, 3e-2)),
+    "VPT-Deep": (VPT(num_virtual_tokens=10), (1e-2, 3e-2)),
 }
-CONTINUAL: dict[str, tuple[Method, float]] = {
-    "LinearProbe": (LinearProbe(), 1e-2),
-    "FullFineTuning": (FullFineTuning(), 1e-3),
-    "L2P": (L2P(cache_queries=True), 1e-2),
+CONTINUAL: dict[str, tuple[Method, tuple[float, ...]]] = {
+    "LinearProbe": (LinearProbe(), (1e-2,)),
+    "FullFineTuning": (FullFineTuning(), (1e-4, 1e-3)),
+    "L2P": (L2P(cache_queries=True), (3e-3, 1e-2, 3e-2)),
 }
+TASKS = 4
 
 
-def trainer(folder: Path, method: Method, name: str, epochs: int, **kwargs: object) -> L.Trainer:
+def trainer(folder: Path, method: Method, name: str, epochs: int, write: bool, **kwargs: object) -> L.Trainer:
     return L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[method, ResultRows("results.csv", method=name)],
+        callbacks=[method, *([ResultRows("results.csv", method=name)] if write else [])],
+        num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -58,34 +64,66 @@ def trainer(folder: Path, method: Method, name: str, epochs: int, **kwargs: obje
     )
 
 
-def at_once(model: str, folder: Path, seed: int, epochs: int) -> None:
-    for name, (method, lr) in METHODS.items():
-        L.seed_everything(seed, verbose=False)
-        data = Digits(processor=model, seed=seed, keep_in_memory=True)
-        module = ImageClassification(model, labels=data.label_names, lr=lr, head_lr=1e-2)
-        fit = trainer(folder, method, name, epochs)
-        fit.fit(module, data)
+def at_once(model: str, folder: Path, seed: int, epochs: int, name: str, lr: float, test: bool) -> float:
+    """Return the accuracy on validation images; write that of the test."""
+    L.seed_everything(seed, verbose=False)
+    method = METHODS[name][0]
+    data = Digits(processor=model, seed=seed, keep_in_memory=True)
+    module = ImageClassification(model, labels=data.label_names, lr=lr, head_lr=lr if name == "LinearProbe" else 1e-2)
+    fit = trainer(folder, method, name, epochs, test, check_val_every_n_epoch=epochs)
+    fit.fit(module, data)
+    found = float(fit.callback_metrics["val_accuracy"])
+    if test:
         fit.test(module, data, verbose=False)
+    return found
 
 
-def in_tasks(model: str, folder: Path, seed: int, epochs: int) -> None:
-    for name, (method, lr) in CONTINUAL.items():
-        L.seed_everything(seed, verbose=False)
-        digits = Digits(processor=model, seed=seed, keep_in_memory=True, batch_size=16)
-        data = ContinualData(digits, tasks=5, epochs_per_task=epochs, class_seed=seed)
-        module = ContinualClassification(model, labels=data.label_names, lr=lr, head_lr=lr)
-        settings = {"reload_dataloaders_every_n_epochs": 1, "check_val_every_n_epoch": epochs, "gradient_clip_val": 1.0}
-        trainer(folder, method, name, 5 * epochs, **settings).fit(module, data)
+def in_tasks(model: str, folder: Path, seed: int, epochs: int, name: str, lr: float, test: bool) -> float:
+    """Return the average accuracy after the last task, on validation images or those of the test."""
+    L.seed_everything(seed, verbose=False)
+    shapes = ColouredShapes(
+        colours=list(COLOURS),
+        shapes=list(SHAPES),
+        classes="new",
+        per_class=16,
+        validation_per_class=6,
+        test_per_class=10,
+        drawing=10 + seed,
+        processor=model,
+        seed=seed,
+        keep_in_memory=True,
+        batch_size=16,
+    )
+    score = "test" if test else "validation"
+    data = ContinualData(shapes, tasks=TASKS, epochs_per_task=epochs, class_seed=seed, score=score)
+    module = ContinualClassification(model, labels=data.label_names, lr=lr, head_lr=lr)
+    settings = {"reload_dataloaders_every_n_epochs": 1, "check_val_every_n_epoch": epochs, "gradient_clip_val": 1.0}
+    fit = trainer(folder, CONTINUAL[name][0], name, TASKS * epochs, test, **settings)
+    fit.fit(module, data)
+    return float(fit.callback_metrics["val_accuracy"])
 
 
-def show(file: Path, metrics: Iterable[str], last: int = 4) -> None:
+def compare(run: Callable[..., float], methods: dict[str, tuple[Method, tuple[float, ...]]], *args: Any) -> None:
+    """Choose each method's learning rate on validation images with the first seed, then test it with all seeds."""
+    model, folder, seeds, epochs = args
+    for name, (_, rates) in methods.items():
+        found = {lr: run(model, folder, 0, epochs, name, lr, False) for lr in rates}
+        best = max(rates, key=found.__getitem__)
+        shown = ", ".join(f"{lr}: {value:.3f}" for lr, value in found.items())
+        print(f"{run.__name__}, {name}: validation accuracy by learning rate {shown}; {best} is taken", flush=True)
+        for seed in range(seeds):
+            run(model, folder, seed, epochs, name, best, True)
+
+
+def show(file: Path, metrics: Iterable[str], last: int = TASKS - 1) -> None:
     rows = read_rows(file)
     for metric in metrics:
         chosen = [row for row in rows if row["metric"] == metric and row.get("after", last) == last]
         for method in dict.fromkeys(row["method"] for row in chosen):
             values = [row["value"] for row in chosen if row["method"] == method]
             each = ", ".join(f"{value:.3f}" for value in values)
-            print(f"{metric:18} {method:15} {fmean(values):.3f}  ({each})")
+            spread = stdev(values) if len(values) > 1 else 0.0
+            print(f"{metric:18} {method:15} {fmean(values):.3f} ± {spread:.3f}  ({each})")
 
 
 def main() -> None:
@@ -93,15 +131,16 @@ def main() -> None:
     parser.add_argument("--model", default="runs/vit")
     parser.add_argument("--folder", type=Path, default=Path("runs/vision"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=10, help="for digits at once; a task has half as many")
+    parser.add_argument("--epochs", type=int, default=8, help="for digits at once; a task has half as many")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     (args.folder / "results.csv").unlink(missing_ok=True)
-    for seed in range(args.seeds):
-        at_once(args.model, args.folder, seed, args.epochs)
-        in_tasks(args.model, args.folder, seed, max(1, args.epochs // 2))
+    compare(at_once, METHODS, args.model, args.folder, args.seeds, args.epochs)
+    compare(in_tasks, CONTINUAL, args.model, args.folder, args.seeds, max(1, args.epochs // 2))
     show(args.folder / "results.csv", ("accuracy", "average_accuracy", "forgetting"))
     for picture in plot(str(args.folder / "results.csv"), str(args.folder)):
         print(picture)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from lightning_peft import DAPL, IVLP, ColouredShapes, CoOp, DomainAdaptation, DomainData, LoRA, TuningError, collect
@@ -116,6 +117,29 @@ def test_it_trains_and_scores(model: str, contrast: str, tmp_path: Path) -> None
     }  # fmt: skip
     assert tested["test_accuracy"] == pytest.approx(tested["test_class_accuracy"])  # classes are of one size
     assert len(run.predict(task, images)[0]["labels"]) == 8
+
+
+def test_the_coverage_of_an_epoch_is_that_of_all_its_batches(model: str, tmp_path: Path) -> None:
+    """The pseudo labels are the frozen model's, so a pass over all images gives the same share in every epoch."""
+    found: list[float] = []
+
+    class Keep(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            found.append(float(trainer.callback_metrics["train_coverage"]))
+
+    task, images = DomainAdaptation(model), data(model)
+    task.check(images, "validate")
+    images.setup("fit")
+
+    def share(threshold: float) -> float:
+        task.threshold = threshold
+        sure = [task.pseudo_labels(batch["target"])[1] for batch in images.train_dataloader()]
+        return torch.cat(sure).float().mean().item()
+
+    some = next(share(t) for t in torch.linspace(1 / 6, 1, 2000).tolist() if share(t) < 1)
+    trainer(tmp_path, DAPL(**DAPL_SMALL), Keep(), max_epochs=3).fit(task, images)
+    assert 0 < some < 1
+    assert found == pytest.approx([some] * 3)
 
 
 def test_other_prompts_adapt_too(model: str, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_the_python_snippet(tmp_path: Path) -> None:
     assert Path(delta[0]).stat().st_size < 2**21
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path: Path) -> None:
     (commands,) = [snippet for snippet in snippets("sh") if snippet.startswith("lightning-peft")]
     limited = commands.replace("--trainer.max_epochs 1", "--trainer.max_epochs 1 --trainer.limit_train_batches 2")

@@ -15,6 +15,7 @@ from tests.models import tiny
 from tests.processes import TORCHRUN, run_module
 
 
+@pytest.mark.slow
 def test_two_ranks_of_a_sharded_clip_are_one(tmp_path: Path) -> None:
     run_module("tests.fsdp_clip", tmp_path, folder=tmp_path, before=TORCHRUN)
     texts = tiny("clip").texts

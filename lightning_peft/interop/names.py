@@ -138,10 +138,10 @@ def pieces(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[st
 
     if not isinstance(model, PreTrainedModel):
         return {}
-    found = {}
-    for name in tensors.keys() - renamed(model, tensors).keys():
-        if tensors[name].ndim == 3:
-            experts, rows, _ = tensors[name].shape
+    plain, found = renamed(model, tensors), {}
+    for name, tensor in tensors.items():
+        if name not in plain and tensor.ndim == 3:
+            experts, rows, _ = tensor.shape
             numbers = torch.arange(experts * rows, dtype=torch.float64).view(experts, rows, 1)
             saved = revert_weight_conversion(model, {name: numbers})
             found[name] = {disk: part[0, 0].item() for disk, part in saved.items() if part.ndim == 2}

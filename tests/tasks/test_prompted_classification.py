@@ -336,6 +336,7 @@ def test_words_and_a_soft_prompt_of_these_words_are_on_one_footing(
     assert with_prompt["test_loss"] != pytest.approx(plain["test_loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_score_like_one(lms: dict[str, str], tmp_path: Path) -> None:
     short_data(lms["gpt2"], tmp_path)
     run_module("tests.tasks.prompted_two_processes", lms["gpt2"], tmp_path, folder=tmp_path)

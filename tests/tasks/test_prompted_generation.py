@@ -237,6 +237,7 @@ def test_a_masked_model_writes_nothing(tmp_path: Path) -> None:
         task(str(tmp_path), "{source} {mask}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_two_processes_write_what_one_writes(kind: str, lms: dict[str, str], tmp_path: Path) -> None:
     data(lms[kind], tmp_path)

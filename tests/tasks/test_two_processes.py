@@ -10,6 +10,7 @@ from tests.processes import run_module
 from tests.tasks import two_processes_of_tasks
 
 
+@pytest.mark.slow
 def test_two_processes_score_like_one(valley: Callable[[str], str], tmp_path: Path) -> None:
     folder = Path(valley("bert")).parent
     valley("t5")

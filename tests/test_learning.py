@@ -1,8 +1,9 @@
 """Learning is real: each method closes a stated part of the gap between a frozen model and full fine-tuning.
 
 The models are small ones that read the valley's texts first; the tasks, methods, steps and learning rates are those of
-``examples/compare_text.py``. A bound is below the mean of three seeds less two standard deviations, as measured there, and
-below what one seed gave with a model that was trained anew: its last digits depend on the machine, and so do the shares.
+``examples/compare_text.py``. A bound is below the mean of three seeds less two standard deviations, as measured there,
+and below what one seed gave with models that were trained anew: their last digits depend on the machine, and so do the
+shares.
 """
 
 from functools import cache

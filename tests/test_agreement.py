@@ -54,3 +54,39 @@ def test_all_ranks_end_and_name_the_one_that_lacks_the_model(lacking: int, tmp_p
         for rank in ranks:
             rank.kill()
             rank.communicate()
+
+
+_WAITING = """
+import datetime, os, sys, time
+import torch
+from lightning_peft.commands import sentence
+torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+if os.environ["RANK"] == "1":
+    time.sleep(float(sys.argv[1]))
+    os._exit(0)
+try:
+    torch.distributed.all_reduce(torch.ones(1))
+except Exception as error:
+    print(sentence(error))
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 5], ids=["died", "stands still"])
+def test_a_rank_that_is_left_alone_says_who_it_is(seconds: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _WAITING, str(seconds)],
+            cwd=ROOT,
+            env=common | {"RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    printed = [rank.communicate(timeout=100) for rank in ranks]
+    assert printed[0][0].startswith("rank 0 waits for a rank that has died or stands still"), printed

@@ -10,12 +10,13 @@ import pytest
 
 from tests.fresh import ROOT
 from tests.models import tiny
+from tests.processes import free_port
 
 pytestmark = pytest.mark.slow
 TRAINER = {"accelerator": "cpu", "num_nodes": 2, "devices": 1, "strategy": "ddp", "max_steps": 2, "logger": "false"}
 
 
-def start(rank: int, port: int, cache: Path, folder: Path) -> "subprocess.Popen[str]":
+def start(rank: int, port: str, cache: Path, folder: Path) -> "subprocess.Popen[str]":
     """Start one of two processes that no agent watches, with a hub cache of its own."""
     world = {"RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": 1}
@@ -37,9 +38,7 @@ def test_all_ranks_end_and_name_the_one_that_lacks_the_model(lacking: int, tmp_p
     (tmp_path / "full/models--made--bert/refs/main").write_text("abc")
     (tmp_path / "empty").mkdir()
     caches = [tmp_path / ("empty" if rank == lacking else "full") for rank in range(2)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = [start(rank, port, caches[rank], tmp_path) for rank in range(2)]
     try:
         for rank in ranks:
@@ -60,6 +59,7 @@ _WAITING = """
 import datetime, os, sys, time
 import torch
 from lightning_peft.commands import sentence
+from lightning_peft.training import slurm
 torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
 if os.environ["RANK"] == "1":
     time.sleep(float(sys.argv[1]))
@@ -67,16 +67,18 @@ if os.environ["RANK"] == "1":
 try:
     torch.distributed.all_reduce(torch.ones(1))
 except Exception as error:
-    print(sentence(error))
+    print(f"{slurm.place()}: {sentence(error)}")
 """
 
 
 @pytest.mark.parametrize("seconds", [0, 5], ids=["died", "stands still"])
 def test_a_rank_that_is_left_alone_says_who_it_is(seconds: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    common = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", _WAITING, str(seconds)],
@@ -89,4 +91,7 @@ def test_a_rank_that_is_left_alone_says_who_it_is(seconds: int) -> None:
         for rank in ("0", "1")
     ]
     printed = [rank.communicate(timeout=100) for rank in ranks]
-    assert printed[0][0].startswith("rank 0 waits for a rank that has died or stands still"), printed
+    said = (
+        f"rank 0 on {socket.gethostname()}: waits for a rank that has died or stands still, the one that does not say"
+    )
+    assert printed[0][0].startswith(said), printed

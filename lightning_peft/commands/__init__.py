@@ -1,6 +1,5 @@
 """What the console script can do, and how it fails."""
 
-import os
 import re
 from typing import NoReturn
 
@@ -27,10 +26,8 @@ def sentence(error: Exception) -> str:
     if re.search(
         r"Connection (closed|reset|refused)|Timed out waiting|collective operation timeout|timed out", str(error)
     ):
-        found = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-        rank = next((number for number in found if number is not None), "0")  # the first of Lightning's own launcher
         return (
-            f"rank {rank} waits for a rank that has died or stands still, the one that does not say this: see its log, "
-            f"and give the strategy a longer timeout= if it is only slow ({first[:200]})"
+            "waits for a rank that has died or stands still, the one that does not say this: see its log, and give the "
+            f"strategy a longer timeout= if it is only slow ({first[:200]})"
         )
     return f"{type(error).__name__}: {first} (--debug shows where)"

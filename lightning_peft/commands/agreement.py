@@ -5,7 +5,6 @@ So it meets them, says why, and all end.
 """
 
 import os
-import socket
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -15,8 +14,10 @@ import torch
 from torch import Tensor
 
 from lightning_peft.errors import TuningError
+from lightning_peft.training import slurm
 
-_PLACE = ("accelerator", "strategy", "devices", "num_nodes", "plugins")
+PLACES = ("accelerator", "strategy", "devices", "num_nodes", "plugins")
+"""The arguments of a Trainer that say which ranks there are."""
 
 
 def install(trainer: L.Trainer, problem: str = "") -> None:
@@ -35,13 +36,13 @@ def tell(trainer_class: Callable[..., L.Trainer], settings: Mapping[str, Any], p
 
     Args:
         trainer_class: what the others have, or a function that makes one.
-        settings: its arguments.
+        settings: its arguments, those of `PLACES`.
         problem: why this rank has no model.
 
     Raises:
         TuningError: what all ranks say.
     """
-    given = {name: settings[name] for name in _PLACE if settings.get(name) is not None}
+    given = {name: value for name, value in settings.items() if value is not None}
     trainer = trainer_class(**given, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     environment = getattr(trainer.strategy, "cluster_environment", None)
     started = environment is not None and environment.creates_processes_externally
@@ -66,9 +67,8 @@ def _meet(trainer: L.Trainer, problem: str) -> None:
     strategy.setup_environment()
     if not torch.distributed.is_initialized():
         return
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    said = [""] * trainer.world_size
-    torch.distributed.all_gather_object(said, f"rank {trainer.global_rank} on {node}: {problem}" if problem else "")
+    said, where = [""] * trainer.world_size, f"rank {trainer.global_rank} on {slurm.node()}"
+    torch.distributed.all_gather_object(said, f"{where}: {problem}" if problem else "")
     said = [sentence for sentence in said if sentence]
     if said:
         more = f" ({len(said)} of {trainer.world_size} ranks say so)" if len(said) > 1 else ""

@@ -68,8 +68,7 @@ class TuningCLI(LightningCLI):
         parser = LightningArgumentParser()
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         given = self._get(self.config, "trainer", default={})
-        names = ("accelerator", "strategy", "devices", "num_nodes", "plugins")
-        text = parser.parse_object({"trainer": {name: given[name] for name in names if name in given}})
+        text = parser.parse_object({"trainer": {name: given[name] for name in agreement.PLACES if name in given}})
         return dict(parser.instantiate_classes(text)["trainer"])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

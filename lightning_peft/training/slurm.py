@@ -64,12 +64,15 @@ def requeue() -> str:
 def place() -> str:
     """Return which rank on which node this is, for messages; '' where there is but one process."""
     if int(os.environ.get("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_ID" in os.environ:
-        return (
-            f"rank {os.environ.get('SLURM_PROCID', '?')} on {os.environ.get('SLURMD_NODENAME', socket.gethostname())}"
-        )
+        return f"rank {os.environ.get('SLURM_PROCID', '?')} on {node()}"
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        return f"rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', '?'))} on {socket.gethostname()}"
+        return f"rank {os.environ.get('RANK', os.environ.get('LOCAL_RANK', '?'))} on {node()}"
     return ""
+
+
+def node() -> str:
+    """Return the name of this node."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def check(environment: Mapping[str, str] = os.environ) -> None:

@@ -71,6 +71,13 @@ def not_frozen(backbone: nn.Module) -> set[str]:
     return thawed.union(delta_names(backbone))
 
 
+def keep_fingerprints(module: nn.Module) -> None:
+    """Let the fingerprints of backbones be computed now, before their weights are rounded, replaced or sharded."""
+    for _, backbone, _ in tunings(module):
+        if not any(p.is_meta for p in backbone.parameters()):
+            fingerprint_of(backbone, not_frozen(backbone))
+
+
 def metadata(module: nn.Module) -> dict[str, Any]:
     """Return what a delta file says of itself, primitives only: methods, backbones with fingerprints, versions."""
     for place in grafts(module):
@@ -130,7 +137,8 @@ def read_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         TuningError: there is no such file, it is damaged, or it is no delta.
     """
-    path = next((inside for inside in (Path(path) / IN_FOLDER,) if inside.is_file()), path)
+    inside = Path(path) / IN_FOLDER
+    path = inside if inside.is_file() else path
     if Path(path).suffix == ".safetensors":
         return _read_safetensors(Path(path))
     checkpoint = read_folder(path) if is_folder(path) else read_torch(path)

@@ -10,7 +10,8 @@ import torch
 
 from tests import compiled
 from tests.contract import assert_near, assert_same
-from tests.processes import ROOT, TORCHRUN
+from tests.fresh import ROOT
+from tests.processes import TORCHRUN
 
 pytestmark = [
     pytest.mark.slow,

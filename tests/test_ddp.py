@@ -19,10 +19,11 @@ from tests import ddp
 from tests.contract import assert_near, assert_same, frozen_names
 from tests.fresh import ROOT
 from tests.models import tiny
+from tests.processes import TORCHRUN
 
 pytestmark = pytest.mark.slow
 CASES = ddp.cases()
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+LAUNCHER = [sys.executable, *TORCHRUN]
 
 
 @pytest.fixture(scope="module")

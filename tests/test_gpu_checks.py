@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.processes import ROOT
+from tests.fresh import ROOT
 
 SMALL = ["--sizes", "tiny", "--steps", "4", "--batch", "2", "--tokens", "32"]
 

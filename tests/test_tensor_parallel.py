@@ -15,9 +15,10 @@ from lightning_peft.delta import read_delta
 from lightning_peft.training import tensor_parallel as plans
 from tests import tensor_parallel
 from tests.contract import assert_near, assert_same
+from tests.fresh import ROOT
 from tests.models import batch, tiny
 from tests.modules import Tuned, loader, trainer
-from tests.processes import ROOT, TORCHRUN
+from tests.processes import TORCHRUN
 from tests.tensor_parallel import CASES, REFUSED, descend
 
 pytestmark = pytest.mark.filterwarnings(

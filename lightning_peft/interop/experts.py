@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lightning_peft.errors import TuningError
 from lightning_peft.interop.folder import Adapter
-from lightning_peft.interop.names import BASE_LAYER, LAYERS, PREFIX, Names, pieces
+from lightning_peft.interop.names import BASE_LAYER, LAYERS, PREFIX, Names
 from lightning_peft.interop.patterns import value_of
 
 _PARTS = ("lora_A.weight", "lora_B.weight")
@@ -79,7 +80,7 @@ def _routers(tensors: Iterable[str], names: Names) -> list[str]:
 def _layers(names: Names) -> dict[str, list[Layer]]:
     """Return the name of each stack [experts, rows, columns] -> the layers that it is made of, in the order of rows."""
     found = {}
-    for name, indices in pieces(names.model, names.tensors).items():
+    for name, indices in names.stacks.items():
         rows = names.tensors[name].shape[1]
         layers = [Layer(disk.removesuffix(".weight"), *divmod(int(first), rows)) for disk, first in indices.items()]
         found[name] = sorted(layers, key=lambda layer: (layer.row, layer.expert))
@@ -116,7 +117,7 @@ def _stacked(
             )
     total = sum(ranks.values())
     a, b = torch.zeros(experts, total, inside), torch.zeros(experts, out, total)
-    starts = dict(zip(ranks, (sum(list(ranks.values())[:i]) for i in range(len(ranks))), strict=True))
+    starts = dict(zip(ranks, accumulate(ranks.values(), initial=0), strict=False))
     scale = _scale(config, first.name, ranks[first.row])
     for layer, (down, up) in updates.items():
         columns = slice(starts[layer.row], starts[layer.row] + len(down))

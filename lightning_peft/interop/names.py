@@ -63,10 +63,19 @@ class Names:
         return first
 
     @cached_property
+    def _renamed(self) -> dict[str, str]:
+        return renamed(self.model, self.tensors)
+
+    @cached_property
+    def stacks(self) -> dict[str, dict[str, float]]:
+        """Name of each stack of experts -> name in the model's checkpoints of each layer in it -> its first row."""
+        return pieces(self.model, {name: t for name, t in self.tensors.items() if name not in self._renamed})
+
+    @cached_property
     def on_disk(self) -> dict[str, str]:
         """Module -> its name in the model's checkpoints, where that is another."""
         pairs = {}
-        for name, disk in renamed(self.model, self.tensors).items():
+        for name, disk in self._renamed.items():
             module, _, leaf = name.rpartition(".")
             disk_module, _, disk_leaf = disk.rpartition(".")
             if leaf == disk_leaf and module != disk_module:
@@ -127,7 +136,7 @@ def renamed(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def pieces(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+def pieces(model: nn.Module, fused: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """Return name of a stack [experts, rows, columns] -> name in the checkpoints of each layer in it -> its first row.
 
     Rows are numbered through all experts; transformers is asked to save these numbers in place of the stack. That its
@@ -138,9 +147,9 @@ def pieces(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[st
 
     if not isinstance(model, PreTrainedModel):
         return {}
-    plain, found = renamed(model, tensors), {}
-    for name, tensor in tensors.items():
-        if name not in plain and tensor.ndim == 3:
+    found = {}
+    for name, tensor in fused.items():
+        if tensor.ndim == 3:
             experts, rows, _ = tensor.shape
             numbers = torch.arange(experts * rows, dtype=torch.float64).view(experts, rows, 1)
             saved = revert_weight_conversion(model, {name: numbers})

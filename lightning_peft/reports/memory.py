@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.delta import collect
+from lightning_peft.features.activation_memory import tensors_in
 from lightning_peft.reports.parameters import size
-from lightning_peft.training.units import plan
+from lightning_peft.training.units import kept_bytes, plan
 from lightning_peft.tuning import tunings
 
 _RECORD = 320
@@ -41,6 +42,10 @@ class Memory(NamedTuple):
         """The sum."""
         return sum(self)
 
+    def at_peak(self, peak: int) -> "Memory":
+        """Return the same with what a step whose most bytes are ``peak`` takes besides."""
+        return self._replace(activations=max(peak - self.weights - self.gradients - self.optimizer, 0))
+
     def __str__(self) -> str:
         parts = [f"{name} {size(value)}" for name, value in self._asdict().items() if value or name != "communication"]
         return ", ".join(parts)
@@ -50,6 +55,12 @@ def held(module: nn.Module) -> list[Tensor]:
     """Return the tensors that a module holds for good."""
     originals = [t for _, _, tuning in tunings(module) for t in tuning.originals.values() if isinstance(t, Tensor)]
     return [*module.parameters(), *module.buffers(), *originals]
+
+
+def before_step(module: nn.Module, optimizers: Iterable[Optimizer], batch: Any) -> list[Tensor]:
+    """Return the tensors that are there when a step begins."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return [*held(module), *gradients, *states(optimizers), *tensors_in(batch)]
 
 
 def states(optimizers: Iterable[Optimizer]) -> list[Tensor]:
@@ -116,11 +127,8 @@ def of_rank(module: nn.Module, one: Memory, chosen: Any, ranks: int) -> Memory:
 
 
 def _share(trained: list[nn.Parameter], ranks: int) -> float:
-    """Return which part of what is trained a rank holds: torch splits the first dimension, the last may get less."""
-    kept = [
-        -(-p.shape[0] // ranks) * (p.nbytes // p.shape[0]) if p.ndim and p.numel() > 1 else p.nbytes for p in trained
-    ]
-    return sum(kept) / max(sum(p.nbytes for p in trained), 1)
+    """Return which part of what is trained a rank holds."""
+    return sum(kept_bytes(p, ranks) for p in trained) / max(sum(p.nbytes for p in trained), 1)
 
 
 def _stage(chosen: Any, name: str) -> int:

@@ -21,7 +21,7 @@ from lightning_peft.features.activation_memory import tensors_in
 from lightning_peft.method import Method
 from lightning_peft.prompts.attention import inputs_on_meta
 from lightning_peft.reports.live_memory import LiveBytes
-from lightning_peft.reports.memory import Memory, held, states, whole
+from lightning_peft.reports.memory import Memory, before_step, whole
 from lightning_peft.training import lifecycle, precision
 from lightning_peft.training.lifecycle import Life
 from lightning_peft.tuning import tunings
@@ -41,7 +41,7 @@ class Dry(NamedTuple):
     """
 
     memory: Memory
-    without: set[str]
+    without: list[str]
     fed: str
     left_out: str = ""
 
@@ -155,16 +155,12 @@ def run(module: L.LightningModule, optimizers: list[Optimizer], rows: int, colum
         peak, fed = 0, ""
         for _ in range(2):
             batch = _batch(module, backbone, rows, columns)
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            there = [*held(module), *gradients, *states(optimizers), *tensors_in(batch)]
-            with MetaBytes(there) as live, fused_attention():
+            with MetaBytes(before_step(module, optimizers, batch)) as live, fused_attention():
                 fed = _step(backbone, batch, optimizers)
             peak = live.peak
-        without = {name for name, p in module.named_parameters() if p.requires_grad and p.grad is None}
-        memory = whole(module, optimizers)
         shape = f"{rows} rows" + (f" of {columns} tokens" if "input_ids" in batch else "")
-        fixed = memory.weights + memory.gradients + memory.optimizer
-        return Dry(memory._replace(activations=max(peak - fixed, 0)), without, f"{fed}, {shape}")
+        memory = whole(module, optimizers).at_peak(peak)
+        return Dry(memory, lifecycle.without_gradient(module), f"{fed}, {shape}")
     except TuningError:
         raise
     except Exception as error:  # much of what looks at values, and need not be wrong elsewhere
@@ -173,7 +169,7 @@ def run(module: L.LightningModule, optimizers: list[Optimizer], rows: int, colum
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         for optimizer in optimizers:
             optimizer.step()
-        return Dry(whole(module, optimizers), set(), path, f"{type(error).__name__}: {why[:160]}")
+        return Dry(whole(module, optimizers), [], path, f"{type(error).__name__}: {why[:160]}")
 
 
 def _batch(module: nn.Module, backbone: nn.Module, rows: int, columns: int) -> dict[str, Tensor]:

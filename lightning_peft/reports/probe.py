@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from lightning_peft import select
 from lightning_peft.delta import canonical
-from lightning_peft.features.activation_memory import tensors_in
 from lightning_peft.reports.live_memory import LiveBytes, extrapolate
-from lightning_peft.reports.memory import Memory, held, states, whole
+from lightning_peft.reports.memory import Memory, before_step, whole
 from lightning_peft.reports.parameters import count, size
-from lightning_peft.training import strategy
+from lightning_peft.training import lifecycle, strategy
 from lightning_peft.tuning import tunings
 
 TOLERANCE = 0.15
@@ -48,7 +47,7 @@ class Probe(L.Callback):
         self.memory = Memory(0, 0, 0)
         self._start: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
-        self._without: set[str] = set()
+        self._without: list[str] = []
         self._batch: dict[str, Any] = {}
         self._step = 0
         self._live: LiveBytes | None = None
@@ -81,13 +80,11 @@ class Probe(L.Callback):
         self._cut(batch)
         self._live = None
         if self._step and _steps(trainer, batch_idx):
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            there = [*held(pl_module), *gradients, *states(trainer.optimizers), *tensors_in(batch)]
-            self._live = LiveBytes(there).__enter__()
+            self._live = LiveBytes(before_step(pl_module, trainer.optimizers, batch)).__enter__()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Note who got no gradient."""
-        self._without = {name for name, p in pl_module.named_parameters() if p.requires_grad and p.grad is None}
+        self._without = lifecycle.without_gradient(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -141,8 +138,7 @@ class Probe(L.Callback):
         peak = max(series) if series else predicted
         if peak is None:
             return []
-        fixed = self.memory.weights + self.memory.gradients + self.memory.optimizer
-        self.memory = self.memory._replace(activations=max(peak - fixed, 0))
+        self.memory = self.memory.at_peak(peak)
         parts = f"{self.rows or 'all'} rows: {size(peak)}" + ("" if series else " predicted")
         if torch.cuda.is_available() and next(module.parameters()).is_cuda:
             parts += f" (allocator of the GPU: {size(torch.cuda.max_memory_allocated())})"

@@ -111,6 +111,11 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def without_gradient(module: nn.Module) -> list[str]:
+    """Return the names of trained parameters that have no gradient."""
+    return [name for name, p in trained(module).items() if p.grad is None]
+
+
 def check_averaging(trainer: L.Trainer, method: L.Callback) -> None:
     """See that no callback has copied the module before this method changes it.
 
@@ -154,7 +159,7 @@ def check_gradients(module: L.LightningModule) -> None:
         TuningError: one has none, since nothing in the forward pass that gave the loss uses it.
     """
     if not strategy.keeps_own_optimizer(module):  # whose gradients are no more where autograd has put them
-        _refuse_without([name for name, p in trained(module).items() if p.grad is None])
+        _refuse_without(without_gradient(module))
 
 
 def note_gradients(module: L.LightningModule, optimizer: Optimizer) -> None:

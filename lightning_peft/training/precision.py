@@ -18,9 +18,8 @@ from lightning.pytorch.plugins.precision import BitsandbytesPrecision, HalfPreci
 from torch import Tensor, nn
 
 from lightning_peft import select
-from lightning_peft.delta import not_frozen
+from lightning_peft.delta import keep_fingerprints
 from lightning_peft.errors import TuningError
-from lightning_peft.fingerprint import fingerprint_of
 from lightning_peft.graft import Graft, attach, detach, grafts
 from lightning_peft.tuning import tunings
 
@@ -160,9 +159,7 @@ def check_trainable(module: nn.Module) -> None:
 def convert_module(module: nn.Module, convert: Callable[[nn.Module], nn.Module], keep_fp32: bool) -> nn.Module:
     """Run a precision plugin's ``convert_module``; what trains keeps its fp32 values, what was frozen stays so."""
     values = {name: p.data for name, p in module.named_parameters() if p.requires_grad} if keep_fp32 else None
-    for _, backbone, _ in tunings(module):
-        if not any(p.is_meta for p in backbone.parameters()):  # what is rounded to fp16 has another fingerprint
-            fingerprint_of(backbone, not_frozen(backbone))
+    keep_fingerprints(module)
     module = convert(module)
     if keep_fp32:
         hold_fp32(module, values)

@@ -21,9 +21,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from lightning_peft.delta import not_frozen
+from lightning_peft.delta import keep_fingerprints
 from lightning_peft.errors import TuningError
-from lightning_peft.fingerprint import fingerprint_of
 from lightning_peft.graft import grafts
 from lightning_peft.training import sharded, tensor_parallel
 from lightning_peft.training.units import units
@@ -131,7 +130,7 @@ def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
         TuningError: the strategy splits tensors, and the module has no plan for that.
     """
     if trainer is not None and isinstance(trainer.strategy, DeepSpeedStrategy):
-        _fingerprint(module)
+        keep_fingerprints(module)
     if trainer is None or not isinstance(trainer.strategy, ModelParallelStrategy):
         return
     # Lightning wants an overridden configure_model when it sets the strategy up.
@@ -177,7 +176,7 @@ def checkpoint_activations(module: L.LightningModule, on: bool) -> None:
 
 def _shard_whole(module: L.LightningModule, trainer: L.Trainer, mesh: Any, options: dict[str, Any] | None) -> None:
     """Make units of a module that has none; without options it stays as it is, but for what all ranks must agree on."""
-    _fingerprint(module)
+    keep_fingerprints(module)
     first = [*(p for p in module.parameters() if p.requires_grad), *module.buffers()]
     sharded.broadcast(tensor for tensor in first if not tensor.is_meta and not sharded.is_part(tensor))
     trainer.precision_plugin.convert_module(module)
@@ -189,13 +188,6 @@ def _shard_whole(module: L.LightningModule, trainer: L.Trainer, mesh: Any, optio
         for entry in _ENTRIES:
             if hasattr(unit, entry):
                 register_fsdp_forward_method(unit, entry)
-
-
-def _fingerprint(module: nn.Module) -> None:
-    """Let the fingerprints of backbones be computed before they are sharded, when they would have to be gathered."""
-    for _, backbone, _ in tunings(module):
-        if not any(p.is_meta for p in backbone.parameters()):
-            fingerprint_of(backbone, not_frozen(backbone))
 
 
 def split(module: L.LightningModule, trainer: L.Trainer | None) -> None:

@@ -34,7 +34,7 @@ def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
     if isinstance(strategy, DeepSpeedStrategy):
         strategy.exclude_frozen_parameters = True  # its files are written by its engine, which asks for nothing else
         vars(strategy)["save_checkpoint"] = partial(_deepspeed_save_checkpoint, strategy)
-        vars(strategy)["load_checkpoint"] = partial(_deepspeed_load_checkpoint, strategy)
+        vars(strategy)["load_checkpoint"] = partial(_load_without_frozen, strategy)
     elif isinstance(strategy, FSDPStrategy):
         if strategy._state_dict_type == "sharded":
             raise TuningError(
@@ -115,15 +115,14 @@ def _deepspeed_save_checkpoint(
     strategy.barrier()
 
 
-def _deepspeed_load_checkpoint(
-    strategy: DeepSpeedStrategy, checkpoint_path: Any, weights_only: bool | None = None
-) -> dict[str, Any]:
-    """Let the engine read its folder, in which frozen weights are missing."""
+def _load_without_frozen(strategy: Any, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    """Let the strategy read what it has written, in which frozen weights are missing."""
     module = strategy.lightning_module
     assert module is not None
     before, module.strict_loading = module.strict_loading, False
     try:
-        return type(strategy).load_checkpoint(strategy, checkpoint_path, weights_only=weights_only)
+        loaded: dict[str, Any] = type(strategy).load_checkpoint(strategy, checkpoint_path, weights_only=weights_only)
+        return loaded
     finally:
         module.strict_loading = before
 
@@ -169,10 +168,4 @@ def _fsdp_load_checkpoint(
             "FSDP numbers the state of optimizers in its own way, in which that of a delta has no place: resume with "
             "strategy FullyShard (FSDP2), ddp or on one device, all of which read this file."
         )
-    module = strategy.lightning_module
-    assert module is not None
-    before, module.strict_loading = module.strict_loading, False
-    try:
-        return type(strategy).load_checkpoint(strategy, checkpoint_path, weights_only=weights_only)
-    finally:
-        module.strict_loading = before
+    return _load_without_frozen(strategy, checkpoint_path, weights_only)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft import select
 
@@ -44,7 +44,13 @@ def plan(module: nn.Module, ranks: int) -> list[tuple[str, int, int]]:
         own = {id(p): p for p in unit.parameters() if id(p) not in seen}
         seen.update(own)
         gathered = sum(p.nbytes for p in own.values())
-        # torch splits the first dimension, the last ranks may get less
-        kept = sum(-(-p.shape[0] // ranks) * (p.nbytes // p.shape[0]) for p in own.values() if p.ndim and p.numel())
+        kept = sum(kept_bytes(p, ranks) for p in own.values() if p.ndim)
         rows.append((names[id(unit)], gathered, kept))
     return rows
+
+
+def kept_bytes(tensor: Tensor, ranks: int) -> int:
+    """Return the bytes that each of ``ranks`` keeps of a tensor: torch splits dimension 0, the last may get less."""
+    if tensor.numel() < 2:
+        return tensor.nbytes
+    return -(-tensor.shape[0] // ranks) * (tensor.nbytes // tensor.shape[0])

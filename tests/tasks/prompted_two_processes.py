@@ -1,6 +1,5 @@
 """Tests and predicts with a frozen model in two processes; Lightning starts the second one the same way."""
 
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ import lightning as L
 from lightning_peft import PredictionWriter
 from lightning_peft.tasks.prompted_classification import PromptedClassification
 from tests import text
+from tests.processes import leave, quiet_trainer
 
 TEMPLATES = ["{text} of {answer}", "the {text} in {answer}"]
 
@@ -24,17 +24,7 @@ def run(model: str, folder: Path, devices: int) -> dict[str, Any] | None:
     task = PromptedClassification(
         model, TEMPLATES, words=words, labels=text.NAMES, demonstrations=3, select="nearest", calibrate=True
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        callbacks=[PredictionWriter("two.jsonl" if devices > 1 else "one.jsonl")],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(folder, devices, PredictionWriter("two.jsonl" if devices > 1 else "one.jsonl"))
     (scores,) = trainer.test(task, data, verbose=False)
     scores["confusions"] = task.confusion_matrix().flatten().tolist()
     trainer.predict(task, data, return_predictions=False)
@@ -43,6 +33,4 @@ def run(model: str, folder: Path, devices: int) -> dict[str, Any] | None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # the tests in one process look at warnings
-    found = run(sys.argv[1], Path(sys.argv[2]), 2)
-    if found is not None:
-        Path(sys.argv[2], "two.json").write_text(json.dumps(found))
+    leave(run(sys.argv[1], Path(sys.argv[2]), 2), sys.argv[2])

@@ -1,6 +1,5 @@
 """Fits and tests a task in two processes, to be started as a script: Lightning starts the second one the same way."""
 
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ import lightning as L
 from lightning_peft import LoRA
 from lightning_peft.tasks import TextClassification
 from tests import text
+from tests.processes import leave, quiet_trainer
 
 
 def run(model: str, folder: Path, devices: int) -> dict[str, Any] | None:
@@ -19,18 +19,7 @@ def run(model: str, folder: Path, devices: int) -> dict[str, Any] | None:
     files = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
     data = text.TextClassificationData(tokenizer=model, batch_size=8 // devices, max_length=32, **files)
     task = TextClassification(model, labels=text.NAMES, lr=1e-2)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        max_epochs=2,
-        callbacks=[LoRA(r=2)],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(folder, devices, LoRA(r=2), max_epochs=2)
     trainer.fit(task, data)
     scores: dict[str, Any] = {
         name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val")
@@ -44,6 +33,4 @@ def run(model: str, folder: Path, devices: int) -> dict[str, Any] | None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # the tests in one process look at warnings
-    found = run(sys.argv[1], Path(sys.argv[2]), 2)
-    if found is not None:
-        Path(sys.argv[2], "two.json").write_text(json.dumps(found))
+    leave(run(sys.argv[1], Path(sys.argv[2]), 2), sys.argv[2])

@@ -1,6 +1,5 @@
 """Tests tasks in two processes, to be started as a script: Lightning starts the second one the same way."""
 
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ from lightning_peft import (
     TokenClassification,
     TokenClassificationData,
 )
+from tests.processes import leave, quiet_trainer
 
 
 def pairs(folder: Path, size: int) -> dict[str, tuple[L.LightningModule, L.LightningDataModule]]:
@@ -46,17 +46,7 @@ def run(folder: Path, devices: int) -> dict[str, Any] | None:
     L.seed_everything(0, verbose=False)
     scores: dict[str, Any] = {}
     for name, (task, data) in pairs(folder, 32 // devices).items():
-        trainer = L.Trainer(
-            accelerator="cpu",
-            devices=devices,
-            strategy="ddp" if devices > 1 else "auto",
-            callbacks=[LoRA(r=2)],
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = quiet_trainer(folder, devices, LoRA(r=2))
         scores |= {f"{name} {key}": value for key, value in trainer.test(task, data, verbose=False)[0].items()}
     return scores if trainer.is_global_zero else None
 
@@ -64,6 +54,4 @@ def run(folder: Path, devices: int) -> dict[str, Any] | None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # the tests in one process look at warnings
     datasets.disable_progress_bars()
-    found = run(Path(sys.argv[1]), 2)
-    if found is not None:
-        Path(sys.argv[2], "two.json").write_text(json.dumps(found))
+    leave(run(Path(sys.argv[1]), 2), sys.argv[2])

@@ -1,6 +1,5 @@
 """Writes answers with a frozen model in two processes; Lightning starts the second one the same way."""
 
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ import lightning as L
 from lightning_peft import PredictionWriter
 from lightning_peft.data import Seq2SeqData
 from lightning_peft.tasks.prompted_generation import PromptedGeneration
+from tests.processes import leave, quiet_trainer
 
 
 def run(model: str, folder: Path, devices: int) -> dict[str, Any] | None:
@@ -21,17 +21,7 @@ def run(model: str, folder: Path, devices: int) -> dict[str, Any] | None:
     task = PromptedGeneration(
         model, "Q: {source}\nA: {answer}", target="target", demonstrations=1, max_new_tokens=5, answer="text"
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        callbacks=[PredictionWriter("two.jsonl" if devices > 1 else "one.jsonl")],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(folder, devices, PredictionWriter("two.jsonl" if devices > 1 else "one.jsonl"))
     (scores,) = trainer.test(task, data, verbose=False)
     trainer.predict(task, data, return_predictions=False)
     return scores if trainer.is_global_zero else None
@@ -39,6 +29,4 @@ def run(model: str, folder: Path, devices: int) -> dict[str, Any] | None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # the tests in one process look at warnings
-    found = run(sys.argv[1], Path(sys.argv[2]), 2)
-    if found is not None:
-        Path(sys.argv[2], "two.json").write_text(json.dumps(found))
+    leave(run(sys.argv[1], Path(sys.argv[2]), 2), sys.argv[2])

@@ -4,18 +4,19 @@ r"""Compare contexts for CLIP offline: zero-shot and few-shot, base and new clas
     python examples/compare_clip.py                        # runs/compare_clip/results.csv and pictures, three seeds
     python examples/compare_clip.py --seeds 0 --epochs 5   # sooner
 
-What to look for: CoOp against zero-shot with 16 outlines of each class, CoCoOp against CoOp on classes that neither
-saw, and DAPL against a context of the source alone on the target. A seed draws pictures of its own, those of the test
-too. Each method has the learning rate of ``--rates`` with the best accuracy on validation images of the first seed:
-those of the base classes, or of the source domain.
+What to look for: CoOp against zero-shot with 16 drawings of each class; CoCoOp against CoOp on classes that neither
+saw, whose shapes are new; and DAPL against a context of the source alone, from drawings to photos in the dark. CoOp has
+16 tokens and 200 epochs, CoCoOp "a photo of a" and 10 with one image at a time, as in their papers; CoOp from the same
+words, trained as CoCoOp is, shows what is due to these and what to the network. A seed draws pictures of its own, those
+of the test too. Each method has, of its learning rates, the one with the best accuracy on validation images of the
+first seed: those of the base classes, or of the source domain.
 """
 
 import argparse
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -44,106 +45,120 @@ FEW = (1, 2, 4, 8, 16)
 
 
 @cache
-def shapes(model: str, style: str, seed: int, shots: int | None = None) -> ColouredShapes:
+def shapes(model: str, style: str, seed: int, shots: int | None = None, batch: int = 32) -> ColouredShapes:
     return ColouredShapes(
-        style, shots=shots, seed=seed, drawing=10 + seed, processor=model, keep_in_memory=True, per_class=FEW[-1]
+        style,
+        shots=shots,
+        seed=seed,
+        drawing=10 + seed,
+        novel="shape",
+        processor=model,
+        keep_in_memory=True,
+        per_class=FEW[-1],
+        test_per_class=50,
+        batch_size=batch,
     )
 
 
-@dataclass
-class Run:
-    """What to train and to test it on."""
+Made = tuple[L.LightningModule, L.LightningDataModule]
+
+
+def classification(model: str, seed: int, lr: float, shots: int, batch: int = 32, base_to_new: bool = False) -> Made:
+    data = CLIPData(shapes(model, "outline", seed, shots, batch), base_to_new=base_to_new)
+    return CLIPClassification(model, cache_image_features=True, lr=lr), data
+
+
+def adaptation(model: str, seed: int, lr: float, shots: int, weight: float = 1.0) -> Made:
+    data = DomainData(shapes(model, "outline", seed, shots), shapes(model, "dark", seed))
+    return DomainAdaptation(model, lr=lr, weight=weight), data
+
+
+class Entry(NamedTuple):
+    """A method of a protocol, what makes the task and the data, how long it is trained, and rates to choose from."""
 
     method: Method | None
-    task: L.LightningModule
-    data: L.LightningDataModule
-    shots: int | str = ""
-
-    @property
-    def name(self) -> str:
-        return "zero-shot" if self.method is None else type(self.method).__name__
-
-
-def few_shot(model: str, seed: int, lr: float, name: str, shots: int) -> Run:
-    if name == "zero-shot":
-        return Run(None, CLIPClassification(model), CLIPData(shapes(model, "outline", seed)), 0)
-    task = CLIPClassification(model, cache_image_features=True, lr=lr)
-    return Run(CoOp(init="a photo of a"), task, CLIPData(shapes(model, "outline", seed, shots)), shots)
-
-
-def base_to_new(model: str, seed: int, lr: float, name: str, shots: int) -> Run:
-    data = CLIPData(shapes(model, "outline", seed, shots), base_to_new=True)
-    if name == "zero-shot":
-        return Run(None, CLIPClassification(model), data, 0)
-    method = CoOp(init="a photo of a") if name == "CoOp" else CoCoOp(init="a photo of a")
-    return Run(method, CLIPClassification(model, cache_image_features=True, lr=lr), data, shots)
-
-
-def adaptation(model: str, seed: int, lr: float, name: str, shots: int) -> Run:
-    data = DomainData(shapes(model, "filled", seed, shots), shapes(model, "dark", seed))
-    if name == "zero-shot":
-        return Run(None, DomainAdaptation(model), data)
-    if name == "CoOp":  # a context of the source alone
-        return Run(CoOp(), DomainAdaptation(model, lr=lr, weight=0.0), data)
-    return Run(DAPL(), DomainAdaptation(model, lr=lr, contrast="own"), data)
+    build: Callable[[str, int, float, int], Made]
+    epochs: int = 0
+    rates: tuple[float, ...] = (0.03, 0.1)
 
 
 class Protocol(NamedTuple):
-    """What makes a run, the methods, how long they are trained, and the scores to print."""
+    """The methods, and the scores to print."""
 
-    build: Callable[[str, int, float, str, int], Run]
-    methods: tuple[str, ...]
-    epochs: int
+    entries: dict[str, Entry]
     scores: tuple[str, ...]
 
 
+base_to_new = partial(classification, base_to_new=True)
+one_by_one = partial(classification, base_to_new=True, batch=1)
 PROTOCOLS = {
-    "few_shot": Protocol(few_shot, ("zero-shot", "CoOp"), 30, ("accuracy",)),
+    "few_shot": Protocol(
+        {"zero-shot": Entry(None, classification), "CoOp": Entry(CoOp(), classification, 50)},
+        ("accuracy",),
+    ),
     "base_to_new": Protocol(
-        base_to_new, ("zero-shot", "CoOp", "CoCoOp"), 15, ("base_accuracy", "new_accuracy", "harmonic_mean")
+        {
+            "zero-shot": Entry(None, base_to_new),
+            "CoOp": Entry(CoOp(), base_to_new, 200),
+            "CoCoOp": Entry(CoCoOp(), one_by_one, 10, (0.01, 0.03)),
+            "CoOp from words": Entry(CoOp(init="a photo of a"), one_by_one, 10, (0.01, 0.03)),
+        },
+        ("base_accuracy", "new_accuracy", "harmonic_mean"),
     ),
     "adaptation": Protocol(
-        adaptation, ("zero-shot", "CoOp", "DAPL"), 10, ("accuracy", "class_accuracy", "coverage", "pseudo_accuracy")
+        {
+            "zero-shot": Entry(None, adaptation),
+            "CoOp": Entry(CoOp(), partial(adaptation, weight=0.0), 20),
+            "DAPL": Entry(DAPL(), adaptation, 20),
+        },
+        ("accuracy", "coverage", "pseudo_accuracy"),
     ),
 }
 
 
-def fit(run: Run, seed: int, epochs: int, folder: Path, protocol: str = "") -> L.Trainer:
-    """Train, and look at the validation images after the last epoch; with a protocol, append rows of results."""
+def run(args: argparse.Namespace, protocol: str, name: str, seed: int, lr: float, shots: int, test: bool) -> L.Trainer:
+    """Train, and look at the validation images after the last epoch, or test and append rows of results."""
     torch.manual_seed(seed)
-    callbacks: list[L.Callback] = [] if run.method is None else [run.method]
-    if protocol:
-        coverage = ["train_coverage"] if run.name == "DAPL" else []
-        extra = {"protocol": protocol, "seed": seed, "shots": run.shots}
-        callbacks.append(ResultRows(method=run.name, epoch_metrics=coverage, extra=extra))
+    method, build, epochs, _ = PROTOCOLS[protocol].entries[name]
+    task, data = build(args.model, seed, lr, shots)
+    callbacks: list[L.Callback] = [] if method is None else [method]
+    if test:
+        coverage = ["train_coverage"] if name == "DAPL" else []
+        few = (shots if method else 0) if protocol == "few_shot" else ""  # one picture is of all rows that have shots
+        where: dict[str, str | int | float] = {"protocol": protocol, "seed": seed, "shots": few}
+        callbacks.append(ResultRows(method=name, epoch_metrics=coverage, extra=where))
+    epochs = args.epochs or epochs
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
-        check_val_every_n_epoch=epochs,
+        gradient_clip_val=1.0,
+        check_val_every_n_epoch=epochs or 1,
         num_sanity_val_steps=0,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=folder,
+        default_root_dir=args.folder,
     )
-    if run.method is not None:
-        trainer.fit(run.task, run.data)
+    if method is not None:
+        trainer.fit(task, data)
+    if test:
+        trainer.test(task, data, verbose=False)
     return trainer
 
 
-def choose(protocol: str, name: str, model: str, seed: int, epochs: int, rates: list[float], folder: Path) -> float:
+def choose(args: argparse.Namespace, protocol: str, name: str) -> float:
     """Return the learning rate of the best accuracy on validation images, of the least loss among equals."""
-    if len(rates) == 1 or name == "zero-shot":
-        return rates[0]
+    entry = PROTOCOLS[protocol].entries[name]
+    if entry.method is None:
+        return entry.rates[0]
     found = {}
-    for lr in rates:
-        run = PROTOCOLS[protocol].build(model, seed, lr, name, FEW[-1])
-        scores = fit(run, seed, epochs, folder).callback_metrics
+    for lr in entry.rates:
+        scores = run(args, protocol, name, args.seeds[0], lr, FEW[-1], test=False).callback_metrics
         found[lr] = (float(scores["val_accuracy"]), -float(scores["val_loss"]))
     shown = ", ".join(f"{lr}: {accuracy:.3f}" for lr, (accuracy, _) in found.items())
-    best = max(rates, key=lambda lr: found[lr])
+    best = max(entry.rates, key=lambda lr: found[lr])
     print(f"{protocol}, {name}: validation accuracy by learning rate {shown}; {best} is taken", flush=True)
     return best
 
@@ -156,7 +171,7 @@ def show(file: Path, protocol: str) -> None:
             values = [row["value"] for row in own if (row["method"], row.get("shots", "")) == (method, shots)]
             spread = stdev(values) if len(values) > 1 else 0.0
             each = ", ".join(f"{value:.3f}" for value in values)
-            print(f"{protocol:12} {metric:15} {method:10} {shots:>3} {fmean(values):.3f} ± {spread:.3f}  ({each})")
+            print(f"{protocol:12} {metric:15} {method:15} {shots:>3} {fmean(values):.3f} ± {spread:.3f}  ({each})")
 
 
 def main() -> None:
@@ -164,8 +179,7 @@ def main() -> None:
     parser.add_argument("--model", default="runs/clip")
     parser.add_argument("--folder", type=Path, default=Path("runs/compare_clip"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, help="if not those of the protocol")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.1])
+    parser.add_argument("--epochs", type=int, help="of every method, if not those of the protocol")
     parser.add_argument("--protocols", nargs="+", choices=list(PROTOCOLS), default=list(PROTOCOLS))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -176,14 +190,11 @@ def main() -> None:
     file = args.folder / "results.csv"
     file.unlink(missing_ok=True)
     for protocol in args.protocols:
-        build, names, epochs, _ = PROTOCOLS[protocol]
-        epochs = args.epochs or epochs
-        for name in names:
-            lr = choose(protocol, name, args.model, args.seeds[0], epochs, args.rates, args.folder)
+        for name in PROTOCOLS[protocol].entries:
+            lr = choose(args, protocol, name)
             for seed in args.seeds:
                 for shots in FEW if (protocol, name) == ("few_shot", "CoOp") else FEW[-1:]:
-                    run = build(args.model, seed, lr, name, shots)
-                    fit(run, seed, epochs, args.folder, protocol).test(run.task, run.data, verbose=False)
+                    run(args, protocol, name, seed, lr, shots, test=True)
         show(file, protocol)
     for picture in plot(str(file), str(args.folder)):
         print(picture)

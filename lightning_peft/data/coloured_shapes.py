@@ -8,7 +8,7 @@ import hashlib
 import io
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value
@@ -29,7 +29,8 @@ class ColouredShapes(ImageData):
     """Which shape of which colour is this? The classes are all pairs of ``colours`` and ``shapes``, like "red star".
 
     A picture shows one shape at a random place, of random size, tilted by at most 20 degrees, its colour a little off.
-    The first half of the classes, ``classes='base'``, has every colour and every shape, and so has the second half.
+    The first half of the classes, ``classes='base'``, has every colour and every shape, and so has the second half,
+    unless ``novel`` says otherwise.
 
     Args:
         style: 'filled', 'outline' (a line on white), 'striped', or 'dark' (filled, before a dark and noisy ground): a
@@ -39,6 +40,8 @@ class ColouredShapes(ImageData):
         per_class: training pictures of each class and style.
         validation_per_class: the same for validation; 0: no validation.
         test_per_class: the same for the test.
+        novel: what the second half of the classes has that the first has not: other pairs alone ('pair'), or other
+            shapes ('shape') or colours ('colour'), whose number is then even.
         pixels: height and width of a picture as it is drawn.
         drawing: another number draws other pictures of the same things.
         **kwargs: as in `ImageData`.
@@ -52,6 +55,7 @@ class ColouredShapes(ImageData):
         per_class: int = 40,
         validation_per_class: int = 10,
         test_per_class: int = 20,
+        novel: Literal["pair", "shape", "colour"] = "pair",
         pixels: int = 32,
         drawing: int = 0,
         **kwargs: Any,
@@ -69,6 +73,12 @@ class ColouredShapes(ImageData):
                     raise TuningError(f"{what} has no {name!r}: take any of {', '.join(known)}{near(name, known)}.")
             if len(set(names)) != len(names) or not names:
                 raise TuningError(f"{what}={names} is empty or names something twice: name each once.")
+        if novel not in ("pair", "shape", "colour"):
+            raise TuningError(f"novel={novel!r} is nothing that classes have: take 'pair', 'shape' or 'colour'.")
+        halved = {"shape": self.shapes, "colour": self.colours}.get(novel, [])
+        if len(halved) % 2:
+            raise TuningError(f"novel={novel!r} halves the {novel}s {', '.join(halved)}: give an even number of them.")
+        self.novel = novel
         self.counts = {"train": per_class, "validation": validation_per_class, "test": test_per_class}
         if per_class < 1 or test_per_class < 1 or validation_per_class < 0:
             raise TuningError(
@@ -86,7 +96,8 @@ class ColouredShapes(ImageData):
     def class_pairs(self) -> list[tuple[str, str]]:
         """Colour and shape of each class, in the order of the classes."""
         pairs = [(i, j) for i in range(len(self.colours)) for j in range(len(self.shapes))]
-        pairs.sort(key=lambda pair: sum(pair) % 2)  # so that each half has every colour and every shape
+        halved = {"colour": 0, "shape": 1}.get(self.novel)
+        pairs.sort(key=lambda pair: sum(pair) % 2 if halved is None else pair[halved])
         return [(self.colours[i], self.shapes[j]) for i, j in pairs]
 
     def _drawn(self, split: str) -> Dataset:

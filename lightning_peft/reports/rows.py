@@ -83,13 +83,14 @@ class ResultRows(L.Callback):
     @rank_zero_only
     def _write(self, trainer: L.Trainer, module: L.LightningModule, rows: list[Row]) -> None:
         data: Any = getattr(trainer, "datamodule", None)
-        data = getattr(data, "data", None) or getattr(data, "source", data)  # modules of tasks are made of others
+        parts = [getattr(data, part, None) for part in ("data", "source", "target")]
+        parts = [part for part in parts if isinstance(part, L.LightningDataModule)] or [data]  # some are made of others
         names = [type(method).__name__ for _, _, tuning in tunings(module) for method in tuning.methods.values()]
         common = {
             "method": self.method or " + ".join(names) or "none",
-            "dataset": type(data).__name__ if data is not None else "",
-            "seed": getattr(data, "seed", ""),
-            "shots": getattr(data, "shots", None) or "",
+            "dataset": " to ".join(type(part).__name__ for part in parts) if data is not None else "",
+            "seed": getattr(parts[0], "seed", ""),
+            "shots": getattr(parts[0], "shots", None) or "",
             **self.extra,
         }
         if rows:

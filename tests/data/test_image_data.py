@@ -97,6 +97,15 @@ def test_coloured_shapes_have_names_styles_and_halves() -> None:
         assert {name.split()[1] for name in half} == set(data.shapes)
 
 
+@pytest.mark.parametrize(("novel", "word"), [("colour", 0), ("shape", 1)])
+def test_the_second_half_of_the_classes_may_have_words_of_its_own(novel: str, word: int) -> None:
+    base, new = (ColouredShapes(classes=half, novel=novel).label_names for half in ("base", "new"))
+    assert len(base) == len(new) == 18
+    for i, shared in ((word, False), (1 - word, True)):
+        first, second = ({name.split()[i] for name in half} for half in (base, new))
+        assert first == second if shared else not first & second
+
+
 def test_pictures_are_the_same_each_time_and_other_ones_in_each_split() -> None:
     train, again, test, other = (
         pixels_of(shapes(**arguments), split)
@@ -129,6 +138,8 @@ def test_a_picture_has_its_colour(style: str) -> None:
         ({"colours": ["red", "gren"]}, "colours has no 'gren'.*green"),
         ({"shapes": ["star", "star"]}, "names something twice"),
         ({"per_class": 0}, "are too few"),
+        ({"novel": "style"}, "novel='style' is nothing that classes have: take 'pair', 'shape' or 'colour'"),
+        ({"novel": "shape", "shapes": ["star", "ring", "moon"]}, "halves the shapes star, ring, moon: give an even"),
     ],
 )
 def test_pictures_that_cannot_be_drawn(arguments: dict, message: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_peft import DAPL, IVLP, ColouredShapes, CoOp, DomainAdaptation, DomainData, LoRA, TuningError, collect
 from lightning_peft.data.domain_data import PairsOfBatches
+from lightning_peft.reports import ResultRows, read_rows
 from lightning_peft.towers import clip
 from tests import two_towers
 from tests.modules import trainer
@@ -105,7 +106,7 @@ def test_pseudo_labels_are_of_the_frozen_model_and_have_no_gradient(model: str) 
 @pytest.mark.parametrize("contrast", ["all", "own"])
 def test_it_trains_and_scores(model: str, contrast: str, tmp_path: Path) -> None:
     task = DomainAdaptation(model, contrast=contrast, threshold=0.17, lr=1e-2, warmup_epochs=0)
-    run = trainer(tmp_path, DAPL(**DAPL_SMALL), max_epochs=3)
+    run = trainer(tmp_path, DAPL(**DAPL_SMALL), ResultRows(), max_epochs=3)
     images = data(model)
     run.fit(task, images)
     assert run.callback_metrics.keys() >= {
@@ -116,6 +117,8 @@ def test_it_trains_and_scores(model: str, contrast: str, tmp_path: Path) -> None
         "test_loss", "test_accuracy", "test_class_accuracy", "test_coverage", "test_pseudo_accuracy"
     }  # fmt: skip
     assert tested["test_accuracy"] == pytest.approx(tested["test_class_accuracy"])  # classes are of one size
+    (row,) = (row for row in read_rows(tmp_path / "results.csv") if row["metric"] == "accuracy")
+    assert row["dataset"] == "ColouredShapes to ColouredShapes"
     assert len(run.predict(task, images)[0]["labels"]) == 8
 
 

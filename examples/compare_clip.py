@@ -120,14 +120,13 @@ def run(args: argparse.Namespace, protocol: str, name: str, seed: int, lr: float
     """Train, and look at the validation images after the last epoch, or test and append rows of results."""
     torch.manual_seed(seed)
     method, build, epochs, _ = PROTOCOLS[protocol].entries[name]
+    epochs = args.epochs or epochs
     task, data = build(args.model, seed, lr, shots)
     callbacks: list[L.Callback] = [] if method is None else [method]
     if test:
         coverage = ["train_coverage"] if name == "DAPL" else []
         few = (shots if method else 0) if protocol == "few_shot" else ""  # one picture is of all rows that have shots
-        where: dict[str, str | int | float] = {"protocol": protocol, "seed": seed, "shots": few}
-        callbacks.append(ResultRows(method=name, epoch_metrics=coverage, extra=where))
-    epochs = args.epochs or epochs
+        callbacks.append(ResultRows(method=name, epoch_metrics=coverage, extra={"protocol": protocol, "shots": few}))
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,

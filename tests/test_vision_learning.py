@@ -4,7 +4,6 @@ The backbones are those of ``examples/pretrain_vit.py`` and ``examples/pretrain_
 learning rates are those that were chosen on validation images.
 """
 
-import csv
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from examples import compare_clip, pretrain_clip, pretrain_vit, vision
+from lightning_peft.reports import read_rows
 
 pytestmark = pytest.mark.slow
 
@@ -34,10 +34,10 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def rows(folder: Path, metric: str, **where: str) -> list[float]:
-    with (folder / "results.csv").open(newline="") as file:
-        found = [row for row in csv.DictReader(file) if row["metric"] == metric]
-    return [float(row["value"]) for row in found if all(row[column] == value for column, value in where.items())]
+def rows(folder: Path, metric: str, **where: str | int) -> list[float]:
+    """Return the values of a metric in the rows that have these values in their columns."""
+    wanted = {"metric": metric, **where}
+    return [row["value"] for row in read_rows(folder / "results.csv") if wanted.items() <= row.items()]
 
 
 def test_vpt_deep_beats_the_linear_probe(vit: str, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_vpt_deep_beats_the_linear_probe(vit: str, tmp_path: Path) -> None:
 def test_l2p_forgets_less_than_fine_tuning(vit: str, tmp_path: Path) -> None:
     for name, lr in (("L2P", 3e-3), ("FullFineTuning", 1e-4)):
         vision.in_tasks(vit, tmp_path, 0, 4, name, lr, test=True)
-    last = str(vision.TASKS - 1)
+    last = vision.TASKS - 1
     (pool,), (tuned,) = (rows(tmp_path, "forgetting", method=m, after=last) for m in ("L2P", "FullFineTuning"))
     assert pool <= tuned - 0.2
     (accuracy,) = rows(tmp_path, "average_accuracy", method="L2P", after=last)

@@ -96,7 +96,7 @@ class ColouredShapes(ImageData):
     def class_pairs(self) -> list[tuple[str, str]]:
         """Colour and shape of each class, in the order of the classes."""
         pairs = [(i, j) for i in range(len(self.colours)) for j in range(len(self.shapes))]
-        halved = {"colour": 0, "shape": 1}.get(self.novel)
+        halved = {"colour": 0, "shape": 1}.get(self.novel)  # otherwise each half has every colour and every shape
         pairs.sort(key=lambda pair: sum(pair) % 2 if halved is None else pair[halved])
         return [(self.colours[i], self.shapes[j]) for i, j in pairs]
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_peft import select
 from lightning_peft.errors import TuningError
 from lightning_peft.graft import grafts, is_compiled
-from lightning_peft.training import lifecycle, precision, together, trainers
+from lightning_peft.training import checks, lifecycle, precision, together, trainers
 from lightning_peft.training.lifecycle import Life
 from lightning_peft.tuning import Tuning
 
@@ -164,7 +164,7 @@ class Method(L.Callback):
                 "this strategy starts its processes by spawn or fork, from which grafts do not come back: "
                 "use strategy='ddp' in a script."
             )
-        lifecycle.check_averaging(trainer, self)
+        checks.check_averaging(trainer, self)
         trainers.prepare(trainer, pl_module)
         life = Life.of(pl_module)
         if not any(type(other) is type(self) and other.backbone == self.backbone for other in life.methods):
@@ -179,7 +179,7 @@ class Method(L.Callback):
         self._assert_applied(pl_module)
         self._assert_checkpointing(trainer, pl_module)
         trainers.begin(trainer)
-        lifecycle.check_optimizers(pl_module, trainer.optimizers)
+        checks.check_optimizers(pl_module, trainer.optimizers)
         lifecycle.remap_optimizers(pl_module, trainer.optimizers)
         lifecycle.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
         self._seen_gradients, self._first_epoch = False, trainer.current_epoch
@@ -216,18 +216,18 @@ class Method(L.Callback):
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse, after the first backward pass, a trained parameter that got no gradient."""
         if not self._seen_gradients and pl_module.automatic_optimization:
-            lifecycle.check_gradients(pl_module)
+            checks.check_gradients(pl_module)
         self._seen_gradients = True
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Note what gets gradients where the module optimizes by hand, in several backward passes, perhaps."""
         if not pl_module.automatic_optimization and trainer.current_epoch == self._first_epoch:
-            lifecycle.note_gradients(pl_module, optimizer)
+            checks.note_gradients(pl_module, optimizer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse, after the first epoch of manual optimization, a trained parameter that never got a gradient."""
         if not pl_module.automatic_optimization and trainer.current_epoch == self._first_epoch:
-            lifecycle.check_noted_gradients(pl_module)
+            checks.check_noted_gradients(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that the method is applied."""

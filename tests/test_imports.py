@@ -30,7 +30,7 @@ LAYERS = [
     ["training.tensor_parallel"],
     ["training.strategy", "training.strategy_files"],
     ["training.lifecycle"],
-    ["training.requeue"],
+    ["training.requeue", "training.checks"],
     ["training.trainers", "training.together"],
     ["method"],
     ["rebuild", "prompts.prefixes", "prompts.base", "updates.merging", "features.feature_cache"],

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from lightning_peft import BitFit, FullyShard, LoRA, PromptTuning, TuningError, collect, load_delta, select
 from lightning_peft.delta import metadata, read_delta
 from lightning_peft.graft import grafts
-from lightning_peft.training import lifecycle, sharded, strategy_files
+from lightning_peft.training import checks, sharded, strategy_files
 from lightning_peft.training.units import plan, wrap_policy
 from lightning_peft.training.weights import files_of, on_meta
 from tests.contract import assert_near, assert_same
@@ -388,11 +388,11 @@ def test_the_optimizer_of_deepspeed_is_left_to_it() -> None:
     module = Tuned("bert")
     LoRA(r=2).apply(module)
     module._trainer = SimpleNamespace(strategy=Engine(module))
-    lifecycle.check_optimizers(module, [])
-    lifecycle.check_gradients(module)
+    checks.check_optimizers(module, [])
+    checks.check_gradients(module)
     module._trainer = None
     with pytest.raises(TuningError, match="stands in 0 optimizer groups"):
-        lifecycle.check_optimizers(module, [])
+        checks.check_optimizers(module, [])
 
 
 class OnCPU(FSDPStrategy):

@@ -33,7 +33,7 @@ from lightning_peft.errors import TuningError
 from lightning_peft.graft import attach, grafts
 from lightning_peft.method import Method
 from lightning_peft.mixin import MethodMixin
-from lightning_peft.training import lifecycle
+from lightning_peft.training import checks
 from lightning_peft.training.param_groups import schedulers_in
 from lightning_peft.updates.sparse_difference import Gates, Noise, SparseDifference, Twin, draw, readers
 
@@ -259,7 +259,7 @@ class DiffPruning(Method):
         strategy.setup_optimizers(trainer)
         for before, now in zip(old, strategy.lr_scheduler_configs, strict=True):
             _advance(before, now.scheduler)
-        lifecycle.check_optimizers(module, trainer.optimizers)
+        checks.check_optimizers(module, trainer.optimizers)
         self._seen_gradients = self._is_dense = False
 
     def _step_of_projection(self, trainer: L.Trainer) -> float:

@@ -22,7 +22,7 @@ from lightning_peft.method import Method
 from lightning_peft.prompts.attention import inputs_on_meta
 from lightning_peft.reports.live_memory import LiveBytes
 from lightning_peft.reports.memory import Memory, before_step, whole
-from lightning_peft.training import lifecycle, precision
+from lightning_peft.training import checks, lifecycle, precision
 from lightning_peft.training.lifecycle import Life
 from lightning_peft.tuning import tunings
 
@@ -131,7 +131,7 @@ def build(module: L.LightningModule, trainer: L.Trainer) -> list[Optimizer]:
     trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = -1, 1000
     module.trainer = trainer
     optimizers = lifecycle.optimizers_in(module.configure_optimizers())
-    lifecycle.check_optimizers(module, optimizers)
+    checks.check_optimizers(module, optimizers)
     module.trainer = None
     return optimizers
 
@@ -160,7 +160,7 @@ def run(module: L.LightningModule, optimizers: list[Optimizer], rows: int, colum
             peak = live.peak
         shape = f"{rows} rows" + (f" of {columns} tokens" if "input_ids" in batch else "")
         memory = whole(module, optimizers).at_peak(peak)
-        return Dry(memory, lifecycle.without_gradient(module), f"{fed}, {shape}")
+        return Dry(memory, checks.without_gradient(module), f"{fed}, {shape}")
     except TuningError:
         raise
     except Exception as error:  # much of what looks at values, and need not be wrong elsewhere

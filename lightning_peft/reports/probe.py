@@ -12,7 +12,7 @@ from lightning_peft.delta import canonical
 from lightning_peft.reports.live_memory import LiveBytes, extrapolate
 from lightning_peft.reports.memory import Memory, before_step, whole
 from lightning_peft.reports.parameters import count, size
-from lightning_peft.training import lifecycle, strategy
+from lightning_peft.training import checks, strategy
 from lightning_peft.tuning import tunings
 
 TOLERANCE = 0.15
@@ -84,7 +84,7 @@ class Probe(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Note who got no gradient."""
-        self._without = lifecycle.without_gradient(pl_module)
+        self._without = checks.without_gradient(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

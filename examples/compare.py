@@ -24,7 +24,7 @@ from rich.table import Table
 
 import lightning_peft
 from lightning_peft import NearestDemonstrations, StdlibDocstrings, TextClassification, save_delta
-from lightning_peft.files import resolve
+from lightning_peft.core.hub import resolve
 
 METHODS = {  # method: its arguments, learning rate, learning rate of the head
     "LinearProbe": ({}, 1e-2, 1e-2),

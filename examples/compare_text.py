@@ -31,7 +31,7 @@ from torchmetrics.text import SacreBLEUScore
 import lightning_peft
 from lightning_peft import data as sources
 from lightning_peft import tasks
-from lightning_peft.data import made
+from lightning_peft.data import synthetic
 
 Built = tuple[L.LightningModule, L.LightningDataModule]
 OPINIONS = {"bad": "bad", "good": "good"}
@@ -275,7 +275,7 @@ def prompted(name: str, kind: str, arguments: dict[str, Any], models: Path, seed
         task = tasks.PromptedGeneration(model, target="target", max_new_tokens=24, seed=seed, **arguments)
         data = sources.Seq2SeqData(tokenizer=model, dataset="made://descriptions", max_length=64, bucket=False)
         texts = [path[0].strip() for batch in trainer().predict(task, data) for path in batch["text"]]
-        right = [[row["target"]] for row in made.load("descriptions")["test"]]
+        right = [[row["target"]] for row in synthetic.load("descriptions")["test"]]
         score = SacreBLEUScore()(texts, right).item()
     return {"seed": seed, "test": score, "trained": 0, "seconds": round(time.perf_counter() - start, 1)}
 

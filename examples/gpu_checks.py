@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch.utils.data import DataLoader
 
 from lightning_peft import FullyShard, LoRA, Throughput
-from lightning_peft.training.units import wrap_policy
+from lightning_peft.training.shard_units import wrap_policy
 
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},

@@ -22,7 +22,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-from lightning_peft.data import made
+from lightning_peft.data import synthetic
 
 KINDS = ("bert", "gpt2", "t5", "t5_lm")
 POSITIONS = 256
@@ -37,23 +37,27 @@ def texts(split: str = "train") -> list[str]:
 
     The contexts of questions are left out: what they tell of people is made up anew in each, against the facts.
     """
-    found = list(made.load("corpus")[split]["text"])
-    found += made.load("sentences")[split]["text"]
-    found += [" ".join(row) for row in made.load("tags")[split]["tokens"]]
-    found += made.load("descriptions")[split]["target"]
+    found = list(synthetic.load("corpus")[split]["text"])
+    found += synthetic.load("sentences")[split]["text"]
+    found += [" ".join(row) for row in synthetic.load("tags")[split]["tokens"]]
+    found += synthetic.load("descriptions")[split]["target"]
     return found
 
 
 def facts() -> list[str]:
     """Return what is true of everybody, a sentence each, as the corpus tells it."""
-    return [fact.format(name=name, **made.person(name)) for name in made.PEOPLE for fact in made.FACTS.values()]
+    return [
+        fact.format(name=name, **synthetic.person(name))
+        for name in synthetic.PEOPLE
+        for fact in synthetic.FACTS.values()
+    ]
 
 
 def save_tokenizer(kind: str, folder: Path) -> hf.PreTrainedTokenizerFast:
     """Save a tokenizer of the valley's words, with the special tokens of such a model."""
     letters = list(string.ascii_lowercase + string.digits + string.punctuation)
-    every = [*texts(), *made.load("descriptions")["train"]["source"]]
-    every += [*made.load("questions")["train"]["context"], *made.load("questions")["train"]["question"]]
+    every = [*texts(), *synthetic.load("descriptions")["train"]["source"]]
+    every += [*synthetic.load("questions")["train"]["context"], *synthetic.load("questions")["train"]["question"]]
     if kind == "bert":
         special = {name: f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
         tokenizer = Tokenizer(models.WordPiece(unk_token=special["unk"]))

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lightning_peft.core.delta import collect, convert, load_delta, read_delta, save_delta
+    from lightning_peft.core.errors import TuningError
+    from lightning_peft.core.folding import merge
+    from lightning_peft.core.graft import Graft, attach, detach
     from lightning_peft.data import (
         CausalLMData,
         CLIPData,
@@ -29,11 +33,6 @@ if TYPE_CHECKING:
         TextClassificationData,
         TokenClassificationData,
     )
-    from lightning_peft.delta import collect, convert, load_delta, read_delta, save_delta
-    from lightning_peft.errors import TuningError
-    from lightning_peft.folding import merge
-    from lightning_peft.graft import Graft, attach, detach
-    from lightning_peft.method import Method
     from lightning_peft.methods.adapter import Adapter, AdapterMixin
     from lightning_peft.methods.bitfit import BitFit, BitFitMixin
     from lightning_peft.methods.cocoop import CoCoOp, CoCoOpMixin
@@ -59,8 +58,6 @@ if TYPE_CHECKING:
     from lightning_peft.methods.tiny_tl import TinyTL, TinyTLMixin
     from lightning_peft.methods.vpt import VPT, VPTMixin
     from lightning_peft.methods.warp import WARP, WARPMixin
-    from lightning_peft.mixin import MethodMixin
-    from lightning_peft.rebuild import from_delta, load_from_checkpoint
     from lightning_peft.reports import BiasReport, NearestWords, PredictionWriter, ResultRows, TuningReport
     from lightning_peft.tasks import (
         CausalLM,
@@ -81,6 +78,9 @@ if TYPE_CHECKING:
         TokenClassification,
     )
     from lightning_peft.training.ema import DeltaEMA
+    from lightning_peft.training.method import Method
+    from lightning_peft.training.mixin import MethodMixin
+    from lightning_peft.training.rebuild import from_delta, load_from_checkpoint
     from lightning_peft.training.requeue import SafeRequeue
     from lightning_peft.training.strategy import FullyShard
     from lightning_peft.training.throughput import Throughput
@@ -106,12 +106,12 @@ _EXPORTS = {
         "TextClassificationData",
         "TokenClassificationData",
     ],
-    "delta": ["collect", "convert", "load_delta", "read_delta", "save_delta"],
+    "core.delta": ["collect", "convert", "load_delta", "read_delta", "save_delta"],
     "training.ema": ["DeltaEMA"],
-    "errors": ["TuningError"],
-    "folding": ["merge"],
-    "graft": ["Graft", "attach", "detach"],
-    "method": ["Method"],
+    "core.errors": ["TuningError"],
+    "core.folding": ["merge"],
+    "core.graft": ["Graft", "attach", "detach"],
+    "training.method": ["Method"],
     "methods.adapter": ["Adapter", "AdapterMixin"],
     "methods.bitfit": ["BitFit", "BitFitMixin"],
     "methods.cocoop": ["CoCoOp", "CoCoOpMixin"],
@@ -137,8 +137,8 @@ _EXPORTS = {
     "methods.side_tuning": ["SideTuning", "SideTuningMixin"],
     "methods.tiny_tl": ["TinyTL", "TinyTLMixin"],
     "methods.vpt": ["VPT", "VPTMixin"],
-    "mixin": ["MethodMixin"],
-    "rebuild": ["from_delta", "load_from_checkpoint"],
+    "training.mixin": ["MethodMixin"],
+    "training.rebuild": ["from_delta", "load_from_checkpoint"],
     "training.requeue": ["SafeRequeue"],
     "reports": ["BiasReport", "NearestWords", "PredictionWriter", "ResultRows", "TuningReport"],
     "training.strategy": ["FullyShard"],

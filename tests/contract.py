@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
 from lightning_peft import Method, TuningError, collect, save_delta
-from lightning_peft.graft import grafts
+from lightning_peft.core.graft import grafts
 from tests import fresh
 from tests.models import HEADS, batch, tiny
 from tests.modules import Tuned, loader, trainer

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft import LoRA, Method, collect
-from lightning_peft.training.sharded import whole
+from lightning_peft.core.sharded import whole
 from lightning_peft.training.strategy import FullyShard
 from tests.contract import MethodContract
 from tests.fresh import ROOT

@@ -58,7 +58,7 @@ def _compute(folder: Path) -> None:
     import torch
 
     from lightning_peft import from_delta
-    from lightning_peft.tuning import Tuning
+    from lightning_peft.core.tuning import Tuning
     from tests.contract import output
     from tests.models import tiny
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from lightning_peft import DAPL, IVLP, CoCoOp, CoOp, MaPLe, Method, collect
+from lightning_peft.core.sharded import whole
 from lightning_peft.towers import clip
-from lightning_peft.training.sharded import whole
 from tests.models import batch, tiny
 
 

@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_peft import IA3, BitFit, FullyShard, LoRA, Method, PrefixTuning, PromptTuning, TuningError, collect
-from lightning_peft.training.sharded import is_part, whole
+from lightning_peft.core.sharded import is_part, whole
 from tests.contract import MethodContract
 from tests.fresh import ROOT
 from tests.models import tiny

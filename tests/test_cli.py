@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from lightning_peft.cli import main
-from lightning_peft.files import resolve
+from lightning_peft.core.hub import resolve
 from tests.models import save_tokenizer, tiny
 
 pytestmark = pytest.mark.filterwarnings(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft.files import resolve
+from lightning_peft.core.hub import resolve
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -15,7 +15,7 @@ def fail(sentence: str, code: int = 2) -> NoReturn:
 
 def sentence(error: Exception) -> str:
     """Return what an error says to a user, in one sentence."""
-    from lightning_peft.errors import TuningError
+    from lightning_peft.core.errors import TuningError
 
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, TuningError):

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 from lightning_peft.training import slurm
 
 PLACES = ("accelerator", "strategy", "devices", "num_nodes", "plugins")

@@ -7,13 +7,13 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from lightning_peft.delta import save_delta
-from lightning_peft.errors import TuningError
+from lightning_peft.core.delta import save_delta
+from lightning_peft.core.errors import TuningError
 from lightning_peft.interop import folder as folders
 from lightning_peft.interop import load, serving, to_peft, wrapped
 from lightning_peft.interop.card import Facts
-from lightning_peft.rebuild import from_delta
 from lightning_peft.reports.parameters import count
+from lightning_peft.training.rebuild import from_delta
 
 
 def run_interchange(command: str, arguments: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 
 _SCRIPT = """\
 #!/usr/bin/env bash

@@ -11,14 +11,14 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 import lightning_peft
-from lightning_peft.delta import read_delta
-from lightning_peft.errors import TuningError
-from lightning_peft.folding import merge
-from lightning_peft.instruction_files import read_instructions
-from lightning_peft.method import Method
-from lightning_peft.rebuild import from_delta
+from lightning_peft.core.delta import read_delta
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.folding import merge
+from lightning_peft.core.select import near
+from lightning_peft.prompting.instruction_files import read_instructions
 from lightning_peft.reports.parameters import count, dtypes, size
-from lightning_peft.select import near
+from lightning_peft.training.method import Method
+from lightning_peft.training.rebuild import from_delta
 
 
 def run_tool(command: str, arguments: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 
 POOL = 50
 """How many batches are sorted by length together: more spares padding, fewer shuffles better."""

@@ -5,8 +5,8 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
-from lightning_peft.errors import TuningError
-from lightning_peft.select import near
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.select import near
 
 _TYPES = ("int", "uint", "bool", "string", "large_string")
 """How the names of the column types begin whose values can be classes."""

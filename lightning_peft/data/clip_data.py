@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.image_data import ImageData
 from lightning_peft.data.resuming import ResumingData
-from lightning_peft.errors import TuningError
 
 
 class CLIPData(ResumingData):

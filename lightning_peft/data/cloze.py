@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.classes import check_columns, class_names, class_numbers
 from lightning_peft.data.padding import Padder
 from lightning_peft.data.sources import SourcedData
-from lightning_peft.encoding import encode, verbalizer_ids, word_ids
-from lightning_peft.errors import TuningError
+from lightning_peft.prompting.encoding import encode, verbalizer_ids, word_ids
 from lightning_peft.prompting.template import Template
 from lightning_peft.prompting.verbalizer import Verbalizer
 

@@ -14,9 +14,9 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.select import near
 from lightning_peft.data.image_data import ImageData
-from lightning_peft.errors import TuningError
-from lightning_peft.select import near
 
 COLOURS = {"red": 0, "orange": 28, "yellow": 55, "green": 120, "cyan": 182, "blue": 225, "purple": 278, "pink": 325}
 """Name -> hue [degrees]."""

@@ -6,10 +6,10 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import DataLoader
 
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.select import near
 from lightning_peft.data.image_data import ImageData, Images
 from lightning_peft.data.resuming import ResumingData
-from lightning_peft.errors import TuningError
-from lightning_peft.select import near
 
 
 class ContinualData(ResumingData):

@@ -8,8 +8,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.image_data import ImageData
-from lightning_peft.errors import TuningError
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

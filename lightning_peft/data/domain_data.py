@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.batches import Batches, ResumableLoader
 from lightning_peft.data.image_data import ImageData, Images
 from lightning_peft.data.resuming import ResumingData
-from lightning_peft.errors import TuningError
 
 
 class DomainData(ResumingData):

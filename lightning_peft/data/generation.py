@@ -5,9 +5,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.padding import Padder
 from lightning_peft.data.sources import SourcedData
-from lightning_peft.errors import TuningError
 from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.select import near
 from lightning_peft.data.image_data import ImageData
-from lightning_peft.errors import TuningError
-from lightning_peft.select import near
 
 _SPLITS = ("train", "validation", "test")
 

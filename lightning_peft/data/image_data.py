@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.select import near
 from lightning_peft.data.batches import Batches, ResumableLoader
 from lightning_peft.data.classes import check_columns, class_names
 from lightning_peft.data.resuming import ResumingData
-from lightning_peft.errors import TuningError
-from lightning_peft.select import near
 
 if TYPE_CHECKING:
     from lightning_peft.data.image_transforms import ImageTransform

@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from lightning_peft.errors import TuningError
-from lightning_peft.files import resolve
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.hub import resolve
 
 
 def decode(value: Mapping[str, Any], row: int | None = None) -> Image.Image:

@@ -8,11 +8,11 @@ from typing import Any
 
 from datasets import Dataset
 
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.classes import check_columns
 from lightning_peft.data.generation import CausalLMData, Seq2SeqData
 from lightning_peft.data.sources import SourcedData
-from lightning_peft.errors import TuningError
-from lightning_peft.instruction_files import read_instructions
+from lightning_peft.prompting.instruction_files import read_instructions
 from lightning_peft.prompting.instructions import CAP, TEMPLATES, Instructions, mixed, mixing_rates
 from lightning_peft.prompting.template import Template, options_text, words_of
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.sources import SourcedData
-from lightning_peft.errors import TuningError
 
 
 class LMAdaptationData(SourcedData):

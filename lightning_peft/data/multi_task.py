@@ -7,11 +7,11 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.select import near
 from lightning_peft.data.batches import Batches, TaskBatches
 from lightning_peft.data.text_classification import TextClassificationData
 from lightning_peft.data.token_data import _STAGES, TokenData
-from lightning_peft.errors import TuningError
-from lightning_peft.select import near
 
 
 class MultiTaskData(TokenData):

@@ -5,10 +5,10 @@ from typing import Any
 
 from datasets import Dataset
 
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.padding import Padder
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.data.text_data import words
-from lightning_peft.errors import TuningError
 
 
 class QuestionAnsweringData(SourcedData):

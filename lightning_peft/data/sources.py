@@ -1,4 +1,4 @@
-"""Where rows come from: files, a data set of the Hugging Face hub, or the rules of `lightning_peft.data.made`."""
+"""Where rows come from: files, a data set of the Hugging Face hub, or the rules of `lightning_peft.data.synthetic`."""
 
 from functools import cached_property
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 
-from lightning_peft.data import made
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.select import near
+from lightning_peft.data import synthetic
 from lightning_peft.data.token_data import TokenData
-from lightning_peft.errors import TuningError
-from lightning_peft.select import near
 
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     # Cells like "null" and "NA" are words here, not missing values.
@@ -103,8 +103,8 @@ class SourcedData(TokenData):
         """The splits of ``dataset``."""
         if self.dataset is None:
             return {}
-        if self.dataset.startswith(made.SCHEME):
-            return made.load(self.dataset.removeprefix(made.SCHEME))
+        if self.dataset.startswith(synthetic.SCHEME):
+            return synthetic.load(self.dataset.removeprefix(synthetic.SCHEME))
         try:
             return load_dataset(self.dataset, self.config)
         except Exception as error:  # each builder raises its own

@@ -15,8 +15,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.text_data import TextData
-from lightning_peft.errors import TuningError
 
 _LEFT_OUT = re.compile(r"_.*|.*-.*|tests?|.*_tests?|test_.*")
 """Folders and modules that have no part in the data: private ones, tests, site-packages."""

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.data.text_data import TextData
-from lightning_peft.errors import TuningError
 
 
 class TextClassificationData(SourcedData, TextData):

@@ -6,9 +6,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.classes import check_columns, class_names, class_numbers
 from lightning_peft.data.token_data import TokenData
-from lightning_peft.errors import TuningError
 
 
 class TextData(TokenData):

@@ -7,11 +7,11 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.select import near
 from lightning_peft.data.classes import check_columns
 from lightning_peft.data.sources import SourcedData
-from lightning_peft.errors import TuningError
 from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL
-from lightning_peft.select import near
 
 
 class TokenClassificationData(SourcedData):

@@ -9,12 +9,12 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.hub import resolve
 from lightning_peft.data.batches import Batches, ResumableLoader
 from lightning_peft.data.classes import check_columns
 from lightning_peft.data.padding import Padder
 from lightning_peft.data.resuming import ResumingData
-from lightning_peft.errors import TuningError
-from lightning_peft.files import resolve
 
 Encoding: TypeAlias = Callable[[Dataset, str], tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]]
 """From rows and their split to a function of their columns, with its keyword arguments."""

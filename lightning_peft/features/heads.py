@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft
 
 HeadInit = Literal["model", "vpt", "mae", "zero"]
 PRIOR = 0.01

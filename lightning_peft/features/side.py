@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft
 
 
 class BesideFrozen(Graft):

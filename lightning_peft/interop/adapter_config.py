@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 
 FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"

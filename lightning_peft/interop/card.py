@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.files import read_torch
+from lightning_peft.core.method import TuningMethod
+from lightning_peft.core.storage import read_torch
 from lightning_peft.interop import serving
 from lightning_peft.interop.folder import Adapter
-from lightning_peft.method import Method
 from lightning_peft.reports.parameters import count, repr_short, size
 
 _UNKNOWN = "not recorded"
@@ -58,7 +58,7 @@ class Facts:
         return facts
 
 
-def text(adapter: Adapter, method: Method, facts: Facts, name: str, profile: str | None = None) -> str:
+def text(adapter: Adapter, method: TuningMethod, facts: Facts, name: str, profile: str | None = None) -> str:
     """Return the model card: YAML for the hub, then a page for a reader."""
     base = adapter.config["base_model_name_or_path"]
     kind = adapter.config["peft_type"]

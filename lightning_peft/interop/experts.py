@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 from lightning_peft.interop.folder import Adapter
 from lightning_peft.interop.names import BASE_LAYER, LAYERS, PREFIX, Names
 from lightning_peft.interop.patterns import value_of

@@ -6,17 +6,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_peft.delta import delta_names
-from lightning_peft.errors import TuningError
-from lightning_peft.fingerprint import fingerprint
-from lightning_peft.graft import grafts
+from lightning_peft.core.delta import delta_names
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.fingerprint import fingerprint
+from lightning_peft.core.graft import grafts
+from lightning_peft.core.method import TuningMethod
+from lightning_peft.core.tuning import tunings
 from lightning_peft.interop import adapter_config, card, folder, in_place, serving
 from lightning_peft.interop.converters import CONVERTERS, Converter
 from lightning_peft.interop.folder import Adapter
 from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, compact
-from lightning_peft.method import Method
-from lightning_peft.training.precision import MasterWeights
-from lightning_peft.tuning import tunings
 
 
 def to_peft(
@@ -54,7 +53,7 @@ def to_peft(
     return path
 
 
-def adapter_of(backbone: nn.Module, method: Method, naming: str = "memory") -> Adapter:
+def adapter_of(backbone: nn.Module, method: TuningMethod, naming: str = "memory") -> Adapter:
     """Return what is trained in a backbone as an adapter.
 
     Args:
@@ -112,7 +111,7 @@ def skipped(names: Names, kept: dict[str, Tensor]) -> set[str]:
     return same | (names.model.state_dict().keys() - names.tensors.keys())
 
 
-def _tuned(model: nn.Module) -> tuple[nn.Module, Method]:
+def _tuned(model: nn.Module) -> tuple[nn.Module, TuningMethod]:
     """Return the tuned backbone and its one method that has grafts."""
     found = list(tunings(model))
     if len(found) != 1:
@@ -123,7 +122,7 @@ def _tuned(model: nn.Module) -> tuple[nn.Module, Method]:
     outside = [name for name in delta_names(model) if not name.startswith(found[0][0])]
     if outside:
         raise TuningError(f"{outside[0]} is trained outside of the backbone, where PEFT keeps nothing: give the model.")
-    attached = {place.name for place in grafts(backbone) if not isinstance(place.graft, MasterWeights)}
+    attached = {place.graft.owner for place in grafts(backbone)}
     methods = [method for name, method in tuning.methods.items() if name in attached]
     if len(methods) > 1:
         both = " + ".join(type(method).__name__ for method in methods)
@@ -149,7 +148,7 @@ def _words(backbone: nn.Module, method: Any) -> list[list[tuple[str, float]]]:
         return []
 
 
-def _converter(method: Method) -> Converter:
+def _converter(method: TuningMethod) -> Converter:
     for converter in CONVERTERS:
         if type(method).__name__ in converter.methods:
             return converter

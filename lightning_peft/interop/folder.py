@@ -9,8 +9,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_peft.errors import TuningError
-from lightning_peft.files import atomic, read_torch, write_safetensors
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.storage import atomic, read_torch, write_safetensors
 from lightning_peft.interop import adapter_config
 
 WEIGHTS = "adapter_model.safetensors"

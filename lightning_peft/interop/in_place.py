@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lightning_peft.delta import delta_names
-from lightning_peft.errors import TuningError
+from lightning_peft.core.delta import delta_names
+from lightning_peft.core.errors import TuningError
 from lightning_peft.interop.names import Names
 
 _ADDED_BY_TASK = {

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft
-from lightning_peft import select
-from lightning_peft.delta import collect
-from lightning_peft.errors import TuningError
-from lightning_peft.fingerprint import fingerprint
+from lightning_peft.core import select
+from lightning_peft.core.delta import collect
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.fingerprint import fingerprint
+from lightning_peft.core.method import TuningMethod
+from lightning_peft.core.tuning import Tuning
 from lightning_peft.interop import adapter_config, folder
 from lightning_peft.interop.converters import CONVERTERS, Converter
 from lightning_peft.interop.converters.base import Parts
@@ -19,14 +21,12 @@ from lightning_peft.interop.experts import stack
 from lightning_peft.interop.export import skipped
 from lightning_peft.interop.folder import Adapter
 from lightning_peft.interop.names import PREFIX, PROMPT_PREFIX, Names, strip
-from lightning_peft.method import Method
-from lightning_peft.tuning import Tuning
 
 _COPIES = re.compile(r"\.(?:original_module|modules_to_save)\.[^.]+$")
 """What bias='all' of PEFT writes beside a module that is saved whole: it is never read."""
 
 
-def from_peft(model: nn.Module, path: str | Path, allow_other_base: bool = False) -> Method:
+def from_peft(model: nn.Module, path: str | Path, allow_other_base: bool = False) -> TuningMethod:
     """Apply to ``model`` the method that an adapter folder of PEFT describes, and load what it has trained.
 
     Args:
@@ -44,7 +44,7 @@ def from_peft(model: nn.Module, path: str | Path, allow_other_base: bool = False
     return load(model, folder.read(Path(path)), allow_other_base)
 
 
-def load(model: nn.Module, adapter: Adapter, allow_other_base: bool = False) -> Method:
+def load(model: nn.Module, adapter: Adapter, allow_other_base: bool = False) -> TuningMethod:
     """Apply an adapter that has been read; see `from_peft`."""
     backbone = select.backbone_of(model)
     if Tuning.of(backbone) is not None:
@@ -57,7 +57,7 @@ def load(model: nn.Module, adapter: Adapter, allow_other_base: bool = False) -> 
         _check_base(adapter, parts, names)
     converter = next(c for c in CONVERTERS if c.peft_type == adapter.config["peft_type"])
     arguments = converter.arguments(parts, names) | _heads(parts, names, converter)
-    method: Method = getattr(lightning_peft, converter.method_of(parts))(**arguments)
+    method: TuningMethod = getattr(lightning_peft, converter.method_of(parts))(**arguments)
     method.apply(backbone)
     try:
         _fill(backbone, method, converter, parts)
@@ -204,7 +204,7 @@ def _regex(chosen: list[str], names: set[str]) -> str:
     return "|".join(re.escape(name) for name in chosen)
 
 
-def _fill(model: nn.Module, method: Method, converter: Converter, parts: Parts) -> None:
+def _fill(model: nn.Module, method: TuningMethod, converter: Converter, parts: Parts) -> None:
     """Copy the tensors of the adapter into the delta of the model, after checking that each has its place."""
     live = collect(model)
     given = converter.fill(parts, model, method) | parts.in_place
@@ -248,7 +248,7 @@ def build(adapter: Adapter, backbone: str | None = None) -> nn.Module:
     """
     import transformers
 
-    from lightning_peft.files import quiet_loading, resolve
+    from lightning_peft.core.hub import quiet_loading, resolve
 
     name = backbone or adapter.config["base_model_name_or_path"]
     kind = (adapter.config["auto_mapping"] or {}).get("base_model_class")

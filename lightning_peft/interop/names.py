@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.graft import grafts
+from lightning_peft.core.graft import graft_prefixes
 
 PREFIX = "base_model.model."
 PROMPT_PREFIX = "base_model."
@@ -43,13 +43,13 @@ class Names:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """Name -> tensor of every parameter and saved buffer of the model; a tied one has several names."""
-        added = tuple(f"{place.path}.{place.name}.".lstrip(".") for place in grafts(self.model))
+        added = graft_prefixes(self.model)
         return {name: t for name, t in self.model.state_dict(keep_vars=True).items() if not name.startswith(added)}
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
         """Name -> module, those that methods have added left out."""
-        added = tuple(f"{place.path}.{place.name}.".lstrip(".") for place in grafts(self.model))
+        added = graft_prefixes(self.model)
         return {name: m for name, m in self.model.named_modules() if name and not f"{name}.".startswith(added)}
 
     @cached_property

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning_peft import select
+from lightning_peft.core import select
 from lightning_peft.interop.names import compact
 
 

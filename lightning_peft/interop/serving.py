@@ -6,7 +6,7 @@ leave out silently. Its checks are in ``vllm/lora/peft_helper.py``, its ranks in
 
 from typing import Any
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 from lightning_peft.interop.folder import Adapter
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

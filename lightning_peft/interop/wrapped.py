@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.delta import save_delta
-from lightning_peft.errors import TuningError
-from lightning_peft.files import read_torch
+from lightning_peft.core.delta import save_delta
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.method import TuningMethod
+from lightning_peft.core.select import backbone_of, near
+from lightning_peft.core.storage import read_torch
 from lightning_peft.interop import adapter_config
 from lightning_peft.interop.folder import Adapter
 from lightning_peft.interop.load import load
 from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, strip
-from lightning_peft.method import Method
-from lightning_peft.select import backbone_of, near
 
 _START = re.compile(r"^(?P<outer>.*?)(?P<key>base_model\..+|prompt_encoder\..+)$")
 
@@ -61,7 +61,7 @@ def read(
     return base, Adapter(settings, own, source=str(full))
 
 
-def load_wrapped(model: nn.Module, base: Mapping[str, Tensor], adapter: Adapter) -> Method:
+def load_wrapped(model: nn.Module, base: Mapping[str, Tensor], adapter: Adapter) -> TuningMethod:
     """Apply an adapter to ``model``, whose weights must be those of ``base``."""
     _check_base(base, Names(backbone_of(model)), adapter.source)
     return load(model, adapter, allow_other_base=True)

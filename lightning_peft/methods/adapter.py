@@ -24,11 +24,11 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from transformers.activations import ACT2FN
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import attach
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import attach
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 from lightning_peft.updates.bottleneck import AroundNorm, Bottleneck, Parallel, ParallelResidual, Serial
 
 FORMS = ("houlsby", "pfeiffer", "parallel")

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft, attach
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 
 ROLES = ("query", "key", "value", "attention_output", "intermediate", "ffn_output", "norm")
 _PARTS = ("query", "key", "value")

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft, attach
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import initial_rows, text_tower, two_towers, word_table
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 
 DEFAULT_LENGTH = 4
 

@@ -18,11 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import grafts
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
 from lightning_peft.towers.contexts import (
     POSITIONS,
     Call,
@@ -33,6 +30,8 @@ from lightning_peft.towers.contexts import (
     plain_layout,
 )
 from lightning_peft.towers.text_towers import initial_rows, nearest_words, text_tower, tokenizer_of, word_table
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 
 DEFAULT_LENGTH = 16
 
@@ -92,11 +91,8 @@ class CoOp(Method):
         Raises:
             TuningError: the method is not applied to ``model``.
         """
-        for place in grafts(model):
-            if isinstance(place.graft, ContextTokens) and place.name == self.name:
-                rows = place.graft.weight
-                return rows if self.num_classes is None else rows.unflatten(0, (self.num_classes, -1))
-        raise TuningError(f"{type(self).__name__} is not applied to this {type(model).__name__}: apply it first.")
+        rows = self.own_grafts(model, ContextTokens)[0].graft.weight
+        return rows if self.num_classes is None else rows.unflatten(0, (self.num_classes, -1))
 
     def nearest_words(self, model: nn.Module, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return, for each token of the context, the k words of least Euclidean distance, with it.

@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import TuningError
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.core.errors import TuningError
 from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import STANDARD_DEVIATION, text_tower, word_table
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 
 
 class DomainTokens(ContextTokens):

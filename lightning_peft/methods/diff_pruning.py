@@ -28,12 +28,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import attach, grafts
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import attach, grafts
 from lightning_peft.training import checks
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 from lightning_peft.training.param_groups import schedulers_in
 from lightning_peft.updates.sparse_difference import Gates, Noise, SparseDifference, Twin, draw, readers
 
@@ -124,13 +124,12 @@ class DiffPruning(Method):
     def achieved(self, model: nn.Module) -> float:
         """Return the share of entries that differ from the pretrained ones, as is expected while gates are trained."""
         entries = changed = 0.0
-        for place_ in grafts(model):
-            if isinstance(place_.graft, SparseDifference) and place_.name == self.name:
-                for name in place_.graft.weights:
-                    entries += place_.host.get_parameter(name).numel()
-                    expected = place_.graft.expected(name)
-                    values = place_.graft.part(name, "values")
-                    changed += expected.item() if expected is not None else 0 if values is None else values.numel()
+        for place_ in self.own_grafts(model, SparseDifference):
+            for name in place_.graft.weights:
+                entries += place_.host.get_parameter(name).numel()
+                expected = place_.graft.expected(name)
+                values = place_.graft.part(name, "values")
+                changed += expected.item() if expected is not None else 0 if values is None else values.numel()
         return changed / entries
 
     @torch.no_grad()
@@ -161,19 +160,14 @@ class DiffPruning(Method):
         Raises:
             TuningError: the method is not applied.
         """
-        pairs = list(self._differences(model))
-        if not pairs:
-            raise TuningError(f"DiffPruning is not applied to this {type(model).__name__}: apply it first.")
-        return any(graft.is_dense() for graft, _ in pairs)
+        return any(graft.is_dense() for graft, _ in self._differences(model))
 
     def expect(self, backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Take the form of the saved tensors: dense, or with the entries that were kept."""
-        for place_ in grafts(backbone):
+        for place_ in self.own_grafts(backbone, SparseDifference):
             graft = place_.graft
-            if not isinstance(graft, SparseDifference) or place_.name != self.name:
-                continue
             for name in graft.weights:
-                start = f"{place_.path}.{place_.name}.{name.replace('.', '_')}_".lstrip(".")
+                start = f"{place_.full_name}.{name.replace('.', '_')}_"
                 values = tensors.get(f"{start}values")
                 parameter = place_.host.get_parameter(name)
                 if values is not None:
@@ -271,10 +265,9 @@ class DiffPruning(Method):
         return total if total == math.inf else total // 2
 
     def _differences(self, model: nn.Module) -> Iterator[tuple[SparseDifference, str]]:
-        for place_ in grafts(model):
-            if isinstance(place_.graft, SparseDifference) and place_.name == self.name:
-                for name in place_.graft.weights:
-                    yield place_.graft, name
+        for place_ in self.own_grafts(model, SparseDifference):
+            for name in place_.graft.weights:
+                yield place_.graft, name
 
     def _check(self) -> None:
         if not 0 < self.sparsity < 1:

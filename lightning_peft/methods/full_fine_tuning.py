@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from lightning_peft.errors import TuningError
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.core.errors import TuningError
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 
 
 @dataclass(eq=False, kw_only=True)

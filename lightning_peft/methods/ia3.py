@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.folding import Folding
-from lightning_peft.graft import attach
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.bases.merging import MergingMethod
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.folding import Folding
+from lightning_peft.core.graft import attach
+from lightning_peft.training.mixin import MethodMixin
 from lightning_peft.updates import in_place
-from lightning_peft.updates.merging import MergingMethod
 
 _LINEAR = (nn.Linear, Conv1D)
 _IN_ORDER = r"(?:.*\.)?(?:c_attn|qkv|Wqkv|qkv_proj|qkv_lin)"

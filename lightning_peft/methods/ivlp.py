@@ -12,11 +12,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from lightning_peft.errors import TuningError
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.core.errors import TuningError
 from lightning_peft.towers.deep_prompts import Prompts, check_depth, device_of, graft_prompts, random_rows, vision_tower
 from lightning_peft.towers.text_towers import initial_rows, text_tower, two_towers, word_table
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 
 DEFAULT_LENGTH = 4
 

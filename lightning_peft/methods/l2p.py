@@ -27,13 +27,12 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft, attach, grafts
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.core import compatibility, select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.vision import tower
-from lightning_peft.training import together
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 
 
 class ChosenPrompts(Graft):
@@ -250,7 +249,7 @@ class L2P(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "a pool of prompts and the keys by which images choose among them"
     paper: ClassVar[str] = "Wang et al. 2022, arXiv 2112.08654"
-    breaks: ClassVar[frozenset[str]] = frozenset({together.LENGTH})
+    breaks: ClassVar[frozenset[str]] = frozenset({compatibility.LENGTH})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"pull", "diversify", "batchwise", "cache_queries"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
@@ -290,11 +289,7 @@ class L2P(Method):
         Raises:
             TuningError: the method is not applied to ``model``.
         """
-        backbone = select.backbone_of(model, self.backbone)
-        for place in grafts(backbone):
-            if isinstance(place.graft, PromptPool) and place.name == self.name:
-                return place.graft
-        raise TuningError(f"L2P is not applied to this {type(backbone).__name__}: apply it first.")
+        return self.own_grafts(model, PromptPool)[0].graft
 
     def selection_counts(self, model: nn.Module) -> Tensor:
         """Return how often each prompt has been chosen in training, [M]."""

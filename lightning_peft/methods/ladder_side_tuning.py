@@ -17,13 +17,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
+from lightning_peft.core import compatibility, select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
-from lightning_peft.graft import Graft, attach
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
-from lightning_peft.training import together
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 
 
 class Rung(Graft):
@@ -147,8 +146,8 @@ class LadderSideTuning(Method):
     kind: ClassVar[str] = "side network"
     trains: ClassVar[str] = "a narrow transformer that reads the backbone's blocks"
     paper: ClassVar[str] = "Sung et al. 2022, arXiv 2206.06522"
-    needs: ClassVar[frozenset[str]] = frozenset({together.FEATURES})
-    breaks: ClassVar[frozenset[str]] = frozenset({together.GRADIENTS, together.FEATURES})
+    needs: ClassVar[frozenset[str]] = frozenset({compatibility.FEATURES})
+    breaks: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.FEATURES})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -22,14 +22,14 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft, attach, overrides
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.bases.merging import MergingMethod
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach, overrides
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 from lightning_peft.updates.low_rank import GRAFTS, LowRankWeights, shape_of
 from lightning_peft.updates.low_rank_init import Init
-from lightning_peft.updates.merging import MergingMethod
 from lightning_peft.updates.targets import Target, targets
 
 

@@ -14,9 +14,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_peft.errors import TuningError
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.core.errors import TuningError
 from lightning_peft.towers.deep_prompts import (
     Prompts,
     check_depth,
@@ -35,6 +33,8 @@ from lightning_peft.towers.text_towers import (
     word_ids,
     word_table,
 )
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 
 
 @dataclass(eq=False, kw_only=True)

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft, attach, detach
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.bases.prompt import PromptMethod, cut_to
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach, detach
 from lightning_peft.prompting import Template
-from lightning_peft.prompts.base import PromptMethod, cut_to, placed
-from lightning_peft.prompts.virtual_tokens import is_widened, word_rows
+from lightning_peft.prompts.virtual_tokens import PromptRows, is_widened, word_rows
+from lightning_peft.training.mixin import MethodMixin
 
 ENCODERS = ("lstm_half", "lstm", "mlp", "none")
 
@@ -171,15 +171,12 @@ class PTuning(PromptMethod):
         Raises:
             TuningError: the method is not applied to ``model``.
         """
-        backbone = select.backbone_of(model, self.backbone)
-        applied = self.applied(model)
-        if not isinstance(applied, PTuning):
-            raise TuningError(f"PTuning is not applied to this {type(model).__name__}: apply it first.")
-        if isinstance(getattr(backbone, self.name, None), PromptEncoder):
-            weight = nn.Parameter(self.rows(backbone).detach().clone())
-            for prompt in placed(backbone, self.name):
-                prompt.fold(weight)
-            detach(backbone, self.name)
+        applied = self.applied_to(model)
+        for encoder in self.own_grafts(model, PromptEncoder):
+            weight = nn.Parameter(self.rows(model).detach().clone())
+            for prompt in self.own_grafts(model, PromptRows):
+                prompt.graft.fold(weight)
+            detach(encoder.host, encoder.name)
         self.encoder = applied.encoder = "none"
 
     def _check(self, backbone: nn.Module) -> None:

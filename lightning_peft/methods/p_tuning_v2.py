@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from lightning_peft.mixin import MethodMixin
-from lightning_peft.prompts.prefixes import PrefixMethod
+from lightning_peft.bases.prefix import PrefixMethod
+from lightning_peft.training.mixin import MethodMixin
 
 
 @dataclass(eq=False, kw_only=True)

@@ -14,10 +14,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.features.feature_cache import CachingMethod
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.bases.caching import CachingMethod
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.training.mixin import MethodMixin
 
 
 @dataclass(eq=False, kw_only=True)

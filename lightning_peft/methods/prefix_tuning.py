@@ -17,13 +17,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import attach
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.bases.prefix import PrefixMethod
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import attach
 from lightning_peft.prompts import infix
-from lightning_peft.prompts.prefixes import PrefixMethod
 from lightning_peft.prompts.virtual_tokens import VirtualTokens, is_widened
+from lightning_peft.training.mixin import MethodMixin
 
 
 @dataclass(eq=False, kw_only=True)

@@ -18,13 +18,13 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.delta import read_delta
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft, attach
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.core import select
+from lightning_peft.core.delta import read_delta
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach
 from lightning_peft.prompts.virtual_tokens import VirtualTokens, insert
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 
 
 class Ballot(Graft):

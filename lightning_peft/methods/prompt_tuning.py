@@ -18,12 +18,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.files import load_tokenizer
-from lightning_peft.mixin import MethodMixin
-from lightning_peft.prompts.base import PromptMethod, cut_to
+from lightning_peft.bases.prompt import PromptMethod, cut_to
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.hub import load_tokenizer
 from lightning_peft.prompts.virtual_tokens import frequent_ids, insert, random_rows, word_rows
+from lightning_peft.training.mixin import MethodMixin
 
 INITS = ("random_uniform", "sampled_vocab", "text", "class_labels")
 

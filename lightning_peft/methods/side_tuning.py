@@ -20,13 +20,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
+from lightning_peft.core import compatibility, select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import attach
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
-from lightning_peft.graft import attach, grafts
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
-from lightning_peft.training import together
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 
 BLENDS = ("auto", "pooler_output", "last_hidden_state", "first_token")
 _INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner")
@@ -107,8 +106,8 @@ class SideTuning(Method):
     kind: ClassVar[str] = "side network"
     trains: ClassVar[str] = "a small network beside the backbone"
     paper: ClassVar[str] = "Zhang et al. 2020, arXiv 1912.13503"
-    needs: ClassVar[frozenset[str]] = frozenset({together.FEATURES})
-    breaks: ClassVar[frozenset[str]] = frozenset({together.GRADIENTS, together.FEATURES})
+    needs: ClassVar[frozenset[str]] = frozenset({compatibility.FEATURES})
+    breaks: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.FEATURES})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"alpha_init"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
@@ -140,10 +139,7 @@ class SideTuning(Method):
         Raises:
             TuningError: the method is not applied to ``model``.
         """
-        for place in grafts(model):
-            if isinstance(place.graft, Side):
-                return place.graft.alpha.detach().sigmoid().item()
-        raise TuningError(f"SideTuning is not applied to this {type(model).__name__}: apply it first.")
+        return self.own_grafts(model, Side)[0].graft.alpha.detach().sigmoid().item()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the share of the backbone as ``side_alpha``."""

@@ -24,13 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
+from lightning_peft.core import compatibility, select, sharded
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach, detach, is_compiled
 from lightning_peft.features.activation_memory import Kept, tensors_in
-from lightning_peft.graft import Graft, attach, detach, is_compiled
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
-from lightning_peft.training import sharded, together
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 
 _EPS = 1e-5
 
@@ -141,7 +140,7 @@ class TinyTL(Method):
     kind: ClassVar[str] = "modules"
     trains: ClassVar[str] = "the biases, and small convolutions beside the blocks"
     paper: ClassVar[str] = "Cai et al. 2020, arXiv 2007.11622"
-    needs: ClassVar[frozenset[str]] = frozenset({together.GRADIENTS, together.LENGTH})
+    needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach a residual to each block; return the names of the biases."""

@@ -19,15 +19,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft, attach, detach, grafts
-from lightning_peft.method import Method
-from lightning_peft.mixin import MethodMixin
-from lightning_peft.prompts import attention
+from lightning_peft.core import attention, compatibility, select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach, detach, owned_by
 from lightning_peft.towers.vision import Tower, tower
 from lightning_peft.towers.window_prompts import PromptRows, attach_windows
-from lightning_peft.training import together
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import MethodMixin
 
 
 class TokenPrompt(PromptRows):
@@ -166,7 +164,7 @@ class VPT(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "tokens among the patches of an image, in the first or in every block"
     paper: ClassVar[str] = "Jia et al. 2022, arXiv 2203.12119"
-    breaks: ClassVar[frozenset[str]] = frozenset({together.LENGTH})
+    breaks: ClassVar[frozenset[str]] = frozenset({compatibility.LENGTH})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
@@ -188,9 +186,8 @@ class VPT(Method):
 
     def prompts(self, model: nn.Module) -> list[Tensor]:
         """Return the trained prompts of each block that has some, [P, d] or, before a projection, [P, dp]."""
-        backbone = select.backbone_of(model, self.backbone)
-        sources = [place.graft for place in grafts(backbone) if place.name == self.name]
-        return [graft.weight for graft in sources if isinstance(graft, PromptRows) and graft.weight is not None]
+        sources = [place.graft for place in self.own_grafts(model, PromptRows)]
+        return [graft.weight for graft in sources if graft.weight is not None]
 
     def fold(self, model: nn.Module) -> None:
         """Turn deep prompts into keys and values of each attention, for inference: no query and no MLP sees them.
@@ -202,8 +199,7 @@ class VPT(Method):
             TuningError: the method is not applied, or the output of some prompts goes on to the next block.
         """
         backbone = select.backbone_of(model, self.backbone)
-        if not self.is_applied(model):
-            raise TuningError(f"VPT is not applied to this {type(backbone).__name__}: apply it first.")
+        self.applied_to(model)
         found = tower(backbone)
         chosen = self._layers(len(found.blocks), type(backbone).__name__)
         if chosen != list(range(chosen[0], len(found.blocks))):
@@ -220,13 +216,14 @@ class VPT(Method):
         with torch.no_grad(), attention.recorded(attentions) as seen:
             found.module(image)
         found.module.train(was_training)
-        for place in list(grafts(backbone)):
-            if place.name == self.name and not isinstance(place.graft, Pooled):
+        for place in self.own_grafts(model, Graft):
+            if not isinstance(place.graft, Pooled):
                 detach(place.host, place.name)
-        for one in attentions:
-            columns = slice(start, start + self.num_virtual_tokens)
-            key, value = (tensor[:1, :, columns] for tensor in seen[one.path])
-            attach(one.module, FoldedPrompt(key, value), self.name)
+        with owned_by(self.name):
+            for one in attentions:
+                columns = slice(start, start + self.num_virtual_tokens)
+                key, value = (tensor[:1, :, columns] for tensor in seen[one.path])
+                attach(one.module, FoldedPrompt(key, value), self.name)
 
     @property
     def _dropout(self) -> float:

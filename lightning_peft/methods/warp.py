@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.files import load_tokenizer
-from lightning_peft.graft import Graft, attach
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.bases.prompt import PromptMethod, cut_to
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach
+from lightning_peft.core.hub import load_tokenizer
 from lightning_peft.prompting import Template
-from lightning_peft.prompts.base import PromptMethod, cut_to
 from lightning_peft.prompts.virtual_tokens import word_rows
+from lightning_peft.training.mixin import MethodMixin
 
 INITS = ("normal", "mask", "text")
 

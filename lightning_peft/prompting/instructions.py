@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 from lightning_peft.prompting.template import Template
 
 TEMPLATES = 10

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 
 Kind: TypeAlias = Literal["number", "choice", "yes_no", "text"]
 Pick: TypeAlias = Literal["first", "last"]

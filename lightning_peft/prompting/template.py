@@ -21,7 +21,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{[^{}]*\}|[{}]")
 _NAME = re.compile(r"([^\W\d]\w*)(!?)")

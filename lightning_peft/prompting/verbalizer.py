@@ -1,9 +1,9 @@
 """Verbalizers: the words by which a language model says a label.
 
-A label has one word or several, a word has one token or several (its tokens are the business of
-`lightning_peft.encoding`). The score of a label is made of the log-likelihoods of its words: their ``mean`` (PET; the
-same order of labels as the mean of logits), their ``max``, or the log of the ``sum`` of the likelihoods (calibration's
-AGNews: Technology + Science).
+A label has one word or several, a word has one token or several (its tokens are the business of `prompting.encoding`).
+The score of a label is made of the log-likelihoods of its words: their ``mean`` (PET; the same order of labels as the
+mean of logits), their ``max``, or the log of the ``sum`` of the likelihoods (calibration's AGNews: Technology +
+Science).
 
 Source: Schick and Schütze 2020 (2001.07676), section 3; Zhao et al. 2021 (2102.09690), appendix.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import exp, log
 from typing import Literal
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 
 Combine = Literal["mean", "max", "sum"]
 COMBINE: tuple[Combine, ...] = ("mean", "max", "sum")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
 from lightning_peft.prompts.virtual_tokens import PromptRows
 
 

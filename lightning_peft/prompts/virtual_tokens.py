@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft
 
 IGNORED_LABEL = -100
 _FILL = {"attention_mask": 1, "token_type_ids": 0, "labels": IGNORED_LABEL, "special_tokens_mask": 0}

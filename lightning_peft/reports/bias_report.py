@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import grafts
-from lightning_peft.tuning import Tuning, tunings
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import grafts
+from lightning_peft.core.tuning import Tuning, tunings
 
 _BIASES = ("bias", "in_proj_bias", "shift")
 

@@ -7,11 +7,11 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.delta import collect
+from lightning_peft.core.delta import collect
+from lightning_peft.core.tuning import tunings
 from lightning_peft.features.activation_memory import tensors_in
 from lightning_peft.reports.parameters import size
-from lightning_peft.training.units import kept_bytes, plan
-from lightning_peft.tuning import tunings
+from lightning_peft.training.shard_units import kept_bytes, plan
 
 _RECORD = 320
 """Bytes that a checkpoint needs for a tensor besides its values: its name, its entry in the archive, its padding."""

@@ -15,16 +15,16 @@ from lightning.pytorch.plugins import HalfPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
+from lightning_peft.core import select
+from lightning_peft.core.attention import inputs_on_meta
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.tuning import tunings
 from lightning_peft.features.activation_memory import tensors_in
-from lightning_peft.method import Method
-from lightning_peft.prompts.attention import inputs_on_meta
 from lightning_peft.reports.live_memory import LiveBytes
 from lightning_peft.reports.memory import Memory, before_step, whole
 from lightning_peft.training import checks, lifecycle, precision
 from lightning_peft.training.lifecycle import Life
-from lightning_peft.tuning import tunings
+from lightning_peft.training.method import Method
 
 COLUMNS = 512
 """How many tokens a text has, at most, where the data do not say how many it may have."""

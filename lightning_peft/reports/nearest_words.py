@@ -8,7 +8,7 @@ import lightning as L
 from rich.console import Console
 from rich.table import Table
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 
 Words = list[list[tuple[str, float]]]
 

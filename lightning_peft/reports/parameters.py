@@ -7,8 +7,8 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from lightning_peft.delta import collect
-from lightning_peft.tuning import tunings
+from lightning_peft.core.delta import collect
+from lightning_peft.core.tuning import tunings
 
 
 def parameter_table(module: nn.Module) -> Table:

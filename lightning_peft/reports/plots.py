@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lightning_peft.errors import TuningError
-from lightning_peft.reports.base_new import AVERAGE, base_new_table
+from lightning_peft.core.errors import TuningError
 from lightning_peft.reports.rows import Row, read_rows, write_rows
+from lightning_peft.tasks.base_to_new import AVERAGE, base_new_table
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666", "#A06010")
 """Told apart by people who are colour-blind (Okabe and Ito 2008)."""

@@ -14,17 +14,17 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from lightning_peft import select
-from lightning_peft.delta import canonical, collect, read_delta
-from lightning_peft.errors import TuningError
-from lightning_peft.method import Method
+from lightning_peft.core import select
+from lightning_peft.core.delta import canonical, collect, read_delta
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.tuning import tunings
 from lightning_peft.reports import meta_check
 from lightning_peft.reports.memory import Memory, file_bytes, of_rank
 from lightning_peft.reports.parameters import count, dtypes, size
 from lightning_peft.reports.probe import STEPS, TOLERANCE, Finding, Probe
 from lightning_peft.training import strategy
-from lightning_peft.training.units import plan, wrap_policy
-from lightning_peft.tuning import tunings
+from lightning_peft.training.method import Method
+from lightning_peft.training.shard_units import plan, wrap_policy
 
 
 class Preflight(L.Trainer):

@@ -7,13 +7,13 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.delta import canonical
+from lightning_peft.core import select
+from lightning_peft.core.delta import canonical
+from lightning_peft.core.tuning import tunings
 from lightning_peft.reports.live_memory import LiveBytes, extrapolate
 from lightning_peft.reports.memory import Memory, before_step, whole
 from lightning_peft.reports.parameters import count, size
 from lightning_peft.training import checks, strategy
-from lightning_peft.tuning import tunings
 
 TOLERANCE = 0.15
 """How far a prediction of bytes may be from what is measured."""

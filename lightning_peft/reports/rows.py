@@ -13,9 +13,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_peft.errors import TuningError
-from lightning_peft.files import atomic
-from lightning_peft.tuning import tunings
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.storage import atomic
+from lightning_peft.core.tuning import tunings
 
 COLUMNS = ("method", "dataset", "seed", "shots", "metric", "value")
 Row = dict[str, Any]

@@ -14,11 +14,11 @@ from torch.optim import AdamW
 from torchmetrics import MetricCollection
 from transformers import AutoConfig, AutoTokenizer, get_linear_schedule_with_warmup
 
-from lightning_peft import select
-from lightning_peft.delta import canonical
-from lightning_peft.errors import TuningError
-from lightning_peft.files import quiet_loading, resolve
-from lightning_peft.mixin import MethodMixin
+from lightning_peft.core import select
+from lightning_peft.core.delta import canonical
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.hub import quiet_loading, resolve
+from lightning_peft.training.mixin import MethodMixin
 
 _ABSENT = " that this machine has; what a login node downloads into an HF_HOME on the shared disk, all nodes have"
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]

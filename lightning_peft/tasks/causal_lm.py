@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.generation import Generate, WritingTask
 from lightning_peft.tasks.scores import IGNORED
 

@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
 from transformers import AutoModel
 
-from lightning_peft.errors import TuningError
-from lightning_peft.reports.base_new import harmonic_mean
+from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.base import Dtype, Task
+from lightning_peft.tasks.base_to_new import harmonic_mean
 from lightning_peft.tasks.scores import CrossEntropy
 from lightning_peft.towers import clip
 from lightning_peft.towers.contexts import context_of

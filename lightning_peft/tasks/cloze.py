@@ -10,8 +10,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from lightning_peft.encoding import verbalizer_ids, word_ids
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
+from lightning_peft.prompting.encoding import verbalizer_ids, word_ids
 from lightning_peft.prompting.verbalizer import Combine, Verbalizer
 from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.scores import CrossEntropy

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torchmetrics import MeanMetric
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.continual_metrics import (
     average_accuracy,
     backward_transfer,

@@ -8,8 +8,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import grafts
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import grafts
 from lightning_peft.tasks.clip_classification import Accuracy, TwoTowerTask
 from lightning_peft.tasks.scores import CrossEntropy
 from lightning_peft.towers import clip

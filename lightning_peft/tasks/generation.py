@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.text import CHRFScore, Perplexity, SacreBLEUScore
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.scores import IGNORED, CrossEntropy, ExactMatch, Rouge
 

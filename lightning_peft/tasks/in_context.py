@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_peft.encoding import text_ids
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 from lightning_peft.prompting import demonstrations as text
+from lightning_peft.prompting.encoding import text_ids
 from lightning_peft.prompting.template import Template
 from lightning_peft.tasks.embedding import nearest
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from transformers import AutoModel
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.scores import TaskScores
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from lightning_peft import select
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.classes import class_numbers
-from lightning_peft.errors import TuningError
 from lightning_peft.tasks.base import Dtype
 from lightning_peft.tasks.embedding import Embedder, nearest
 from lightning_peft.tasks.prompted import FrozenTask

@@ -18,13 +18,13 @@ from transformers import (
     AutoTokenizer,
 )
 
-from lightning_peft import select
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.hub import quiet_loading, resolve
 from lightning_peft.data.fields import as_fields
-from lightning_peft.encoding import Style
-from lightning_peft.errors import TuningError
-from lightning_peft.files import quiet_loading, resolve
-from lightning_peft.instruction_files import instructions_of
 from lightning_peft.prompting.demonstrations import Order, Select
+from lightning_peft.prompting.encoding import Style
+from lightning_peft.prompting.instruction_files import instructions_of
 from lightning_peft.prompting.template import Template
 from lightning_peft.tasks.base import Dtype, Task
 from lightning_peft.tasks.embedding import Embedder

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.classes import class_numbers
 from lightning_peft.data.padding import Padder
-from lightning_peft.encoding import encode, mask_id, sentinel_id, special_ids, text_ids, verbalizer_ids
-from lightning_peft.errors import TuningError
+from lightning_peft.prompting.encoding import encode, mask_id, sentinel_id, special_ids, text_ids, verbalizer_ids
 from lightning_peft.prompting.instructions import over_templates
 from lightning_peft.prompting.template import Mask, Template
 from lightning_peft.prompting.verbalizer import Combine, Verbalizer

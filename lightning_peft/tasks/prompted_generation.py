@@ -10,9 +10,9 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+from lightning_peft.core.errors import TuningError
 from lightning_peft.data.padding import Padder
-from lightning_peft.encoding import encode, special_ids, text_ids
-from lightning_peft.errors import TuningError
+from lightning_peft.prompting.encoding import encode, special_ids, text_ids
 from lightning_peft.prompting.instructions import over_templates
 from lightning_peft.prompting.reasoning import (
     STEP_BY_STEP,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from transformers import AutoModelForQuestionAnswering
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.scores import Answers, CrossEntropy
 

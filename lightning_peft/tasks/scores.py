@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.text import rouge_score, squad
 from torchmetrics.utilities import dim_zero_cat
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 
 IGNORED = -100
 _ROUGE = ("rouge1", "rouge2", "rougeL")

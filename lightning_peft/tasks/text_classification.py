@@ -9,7 +9,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 from transformers import AutoModelForSequenceClassification
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.base import Task, check_names, class_config
 from lightning_peft.tasks.scores import CrossEntropy
 

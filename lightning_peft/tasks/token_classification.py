@@ -9,7 +9,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForTokenClassification
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.base import Task, check_names, class_config
 from lightning_peft.tasks.scores import IGNORED, CrossEntropy, SpanF1
 

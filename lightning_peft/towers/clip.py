@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import grafts
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import grafts
 from lightning_peft.towers.contexts import Call, context_of
 from lightning_peft.towers.text_towers import positions_of, reads_end
 

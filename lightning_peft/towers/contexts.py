@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft, attach, grafts
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach, grafts
 from lightning_peft.prompts.virtual_tokens import VirtualTokens
 from lightning_peft.towers.packing import pack
 from lightning_peft.towers.text_towers import ends_of, positions_of, reads_end, two_towers, word_table

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft, attach
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import STANDARD_DEVIATION, reads_end, text_tower, two_towers
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 
 STANDARD_DEVIATION = 0.02
 """Of the random initial values of a context."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
 
 
 @dataclass(frozen=True)

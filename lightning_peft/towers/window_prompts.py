@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Graft, attach
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.vision import Tower
 
 _PARTS = ("attention.relative_position_bias", "layernorm_before", "layernorm_after", "mlp")

@@ -15,10 +15,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
-from lightning_peft.delta import IN_FOLDER
-from lightning_peft.errors import TuningError
-from lightning_peft.files import atomic, read_torch
-from lightning_peft.training.sharded import is_folder, read_folder
+from lightning_peft.core.delta import IN_FOLDER
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.sharded import is_folder, read_folder
+from lightning_peft.core.storage import atomic, read_torch
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 from lightning_peft.training import strategy
 from lightning_peft.training.lifecycle import Life, trained
 

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_peft.delta import canonical
-from lightning_peft.errors import TuningError
+from lightning_peft.core.delta import canonical
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.sharded import like, whole
 from lightning_peft.training.lifecycle import trained
-from lightning_peft.training.sharded import like, whole
 
 _CURRENT = "current_model_state"
 

@@ -15,14 +15,14 @@ import lightning as L
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft import select
-from lightning_peft.delta import META, canonical, check, complete, delta_names, meta_of, metadata
-from lightning_peft.errors import TuningError
+from lightning_peft.core import select
+from lightning_peft.core.delta import META, canonical, check, complete, delta_names, meta_of, metadata
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.tuning import tunings
 from lightning_peft.training import precision, strategy
 from lightning_peft.training.loaders import gather, random_state, set_random_state
 from lightning_peft.training.param_groups import schedulers_in, split_groups
 from lightning_peft.training.weights import on_meta
-from lightning_peft.tuning import tunings
 
 _ATTRIBUTE = "_lightning_peft_life"
 
@@ -257,7 +257,7 @@ def _rewind(loops: dict[str, Any], pause: Pause) -> None:
     """Say of the loops that they stand just after the latest training batch, or just before a validation.
 
     Lightning resumes rightly from few places. The names are those of its loops' ``state_dict``, which have no public
-    form; ``tests/test_requeue.py`` compares interrupted runs with uninterrupted ones.
+    form; ``tests/training/test_requeue.py`` compares interrupted runs with uninterrupted ones.
     """
     if pause.in_validation:
         progress = loops["epoch_loop.val_loop.batch_progress"]

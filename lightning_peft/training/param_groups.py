@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
-# What the schedulers of torch keep for each group; tests/test_param_groups.py runs all of them.
+# What the schedulers of torch keep for each group; tests/training/test_param_groups.py runs all of them.
 _RATE_LISTS = ("base_lrs", "min_lrs", "max_lrs", "_last_lr")
 _LISTS = (*_RATE_LISTS, "lr_lambdas")
 

@@ -17,7 +17,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 from lightning_peft.training import signals, slurm
 from lightning_peft.training.lifecycle import Life, Pause
 from lightning_peft.training.loaders import random_state
@@ -51,7 +51,8 @@ class SafeRequeue(L.Callback):
         if stage != "fit":
             return
         signals.install()
-        # Its handlers call collectives. The connector has no public switch; tests/test_requeue.py fails if it moves.
+        # Its handlers call collectives. The connector has no public switch;
+        # tests/training/test_requeue.py fails if it moves.
         vars(trainer._signal_connector)["register_signal_handlers"] = _leave_signals
         _fits["begun"] += 1
         self._saved, self._decision = time.monotonic(), ""

@@ -10,7 +10,7 @@ import socket
 import subprocess
 from collections.abc import Mapping
 
-from lightning_peft.errors import TuningError
+from lightning_peft.core.errors import TuningError
 
 _INTERACTIVE = ("bash", "interactive")  # job names by which Lightning takes SLURM for absent
 

@@ -21,13 +21,14 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from lightning_peft.delta import keep_fingerprints
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import grafts
-from lightning_peft.training import sharded, tensor_parallel
-from lightning_peft.training.units import units
+from lightning_peft.core import sharded
+from lightning_peft.core.delta import keep_fingerprints
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import grafts
+from lightning_peft.core.tuning import tunings
+from lightning_peft.training import tensor_parallel
+from lightning_peft.training.shard_units import units
 from lightning_peft.training.weights import fill, on_meta
-from lightning_peft.tuning import tunings
 
 # Entries of a transformers model other than forward; torch must gather its parameters for them, too.
 _ENTRIES = ("generate", "get_text_features", "get_image_features")

@@ -11,10 +11,10 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_peft.delta import IN_FOLDER, canonical, delta_names, save_delta
-from lightning_peft.errors import TuningError
-from lightning_peft.training import sharded
-from lightning_peft.training.units import wrap_policy
+from lightning_peft.core import sharded
+from lightning_peft.core.delta import IN_FOLDER, canonical, delta_names, save_delta
+from lightning_peft.core.errors import TuningError
+from lightning_peft.training.shard_units import wrap_policy
 
 
 def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:

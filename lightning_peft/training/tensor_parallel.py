@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Grafted, grafts, overrides
-from lightning_peft.training import sharded
+from lightning_peft.core import select, sharded
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, Grafted, grafts, overrides
 from lightning_peft.updates.low_rank import LowRank
 
 Plan = Mapping[str, str] | Literal["auto"]
@@ -177,7 +176,7 @@ def _split_dimension(host: nn.Module) -> int | None:
     return dimensions.pop() if dimensions else None
 
 
-def _check_graft(place: Grafted, dimension: int | None, size: int) -> None:
+def _check_graft(place: Grafted[Graft], dimension: int | None, size: int) -> None:
     graft = place.graft
     split_below = any(
         sharded.is_part(p) and MESH in p.device_mesh.mesh_dim_names  # type: ignore[attr-defined]

@@ -13,10 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.files import resolve
-from lightning_peft.training import sharded
+from lightning_peft.core import select, sharded
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.hub import resolve
 
 
 def on_meta(module: nn.Module) -> bool:

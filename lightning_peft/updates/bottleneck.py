@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from lightning_peft.graft import Graft
+from lightning_peft.core.graft import Graft
 
 
 class Bottleneck(Graft):

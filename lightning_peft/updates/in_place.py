@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.graft import Graft
+from lightning_peft.core.graft import Graft
 
 
 def is_free(out: Tensor, host: nn.Module, graft: Graft, parameter: Tensor) -> bool:

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.folding import Folding
-from lightning_peft.training.sharded import is_part, joined, summed, whole
+from lightning_peft.core.folding import Folding
+from lightning_peft.core.quantized import dense
+from lightning_peft.core.sharded import is_part, joined, summed, whole
 from lightning_peft.updates import in_place
 from lightning_peft.updates.factors import Factors, row_ratio
 from lightning_peft.updates.low_rank_init import Init, zero_update
-from lightning_peft.updates.quantized import dense
 
 
 class LowRank(Factors, Folding):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.folding import Folding
+from lightning_peft.core.folding import Folding
 from lightning_peft.updates.hard_concrete import ExpectedCount, Masked, Scattered, gate, place, scatter, uniform_op
 
 _SEEDS = 2**31 - 1

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import grafts
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import graft_prefixes
 
 
 class Target(NamedTuple):
@@ -68,7 +68,7 @@ def targets(
 def _found(backbone: nn.Module, kinds: tuple[type[nn.Module], ...]) -> tuple[dict[str, Target], dict[str, list[str]]]:
     """Return all targets, and which of them each module that reads matrices itself has."""
     head = set(select.head_names(backbone))
-    added = tuple(f"{place.path}.{place.name}.".lstrip(".") for place in grafts(backbone))
+    added = graft_prefixes(backbone)
     found: dict[str, Target] = {}
     owners: dict[str, list[str]] = {}
     for path, module in backbone.named_modules():

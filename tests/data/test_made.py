@@ -6,12 +6,12 @@ from itertools import combinations
 import pytest
 
 from lightning_peft import TuningError
-from lightning_peft.data import made
+from lightning_peft.data import synthetic
 
 
-@pytest.mark.parametrize("name", made.names())
+@pytest.mark.parametrize("name", synthetic.names())
 def test_splits(name: str) -> None:
-    splits, again = made.load(name), made.load(name)
+    splits, again = synthetic.load(name), synthetic.load(name)
     texts = {
         split: [str({k: v for k, v in row.items() if k != "nats"}) for row in rows] for split, rows in splits.items()
     }
@@ -26,23 +26,23 @@ def test_splits(name: str) -> None:
     assert all(
         abs(len(texts[split]) / total - share) < (0.12 if name == "facts" else 0.06) for split, share in shares.items()
     )
-    assert name in made.BEST
+    assert name in synthetic.BEST
 
 
 def test_unknown_sets() -> None:
     with pytest.raises(TuningError, match=r"^made://tag is none of the sets .*; it has e\.g\. tags"):
-        made.load("tag")
+        synthetic.load("tag")
 
 
 def test_opinions_and_their_words() -> None:
-    for row in made.load("opinions")["train"]:
+    for row in synthetic.load("opinions")["train"]:
         words = row["text"].split()
-        is_good = (words[-2] in made.GOOD) != ("not" in words)
+        is_good = (words[-2] in synthetic.GOOD) != ("not" in words)
         assert row["label"] == ("good" if is_good else "bad")
 
 
 def test_answers_stand_in_their_contexts() -> None:
-    for row in made.load("questions")["train"]:
+    for row in synthetic.load("questions")["train"]:
         (text,), (start,) = row["answers"]["text"], row["answers"]["answer_start"]
         assert row["context"][start : start + len(text)] == text
         name = row["question"].removesuffix(" ?").split()[2]
@@ -53,31 +53,33 @@ def test_answers_stand_in_their_contexts() -> None:
 
 
 def test_descriptions_follow_from_their_sources() -> None:
-    for row in made.load("descriptions")["train"]:
+    for row in synthetic.load("descriptions")["train"]:
         facts = dict(part.split(" : ") for part in row["source"].split(" | "))
         assert row["target"] == "{name} is a {work} from {town} who likes {food} .".format(**facts)
 
 
 def test_facts_are_in_the_corpus() -> None:
-    corpus = " ".join(made.load("corpus")["train"]["text"])
-    facts = [row for rows in made.load("facts").values() for row in rows]
-    assert len(facts) == len(made.PEOPLE)
+    corpus = " ".join(synthetic.load("corpus")["train"]["text"])
+    facts = [row for rows in synthetic.load("facts").values() for row in rows]
+    assert len(facts) == len(synthetic.PEOPLE)
     assert all(f"{row['sub']} keeps a {row['obj']} ." in corpus for row in facts)
 
 
 def test_tags_are_spans() -> None:
-    for row in made.load("tags")["train"]:
+    for row in synthetic.load("tags")["train"]:
         before = "O"
         for token, tag in zip(row["tokens"], row["tags"], strict=True):
             assert not tag.startswith("I-") or before[2:] == tag[2:]
-            assert (tag == "B-FOOD") == (token in made.FOODS)
+            assert (tag == "B-FOOD") == (token in synthetic.FOODS)
             before = tag
 
 
 def test_the_entropy_of_the_corpus() -> None:
-    for row in made.load("corpus")["train"]:
+    for row in synthetic.load("corpus")["train"]:
         if " all in all " in row["text"]:
-            words = len(made.GOOD)
-            assert row["nats"] == pytest.approx(math.log(2 * 2 * 2 * words * len(made.FOODS) * len(made.TOWNS)))
+            words = len(synthetic.GOOD)
+            assert row["nats"] == pytest.approx(
+                math.log(2 * 2 * 2 * words * len(synthetic.FOODS) * len(synthetic.TOWNS))
+            )
         else:
-            assert row["nats"] == pytest.approx(math.log(2 * len(made.PEOPLE) * 4 * 3 * 2))
+            assert row["nats"] == pytest.approx(math.log(2 * len(synthetic.PEOPLE) * 4 * 3 * 2))

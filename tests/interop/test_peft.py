@@ -1,7 +1,7 @@
 """Adapters of PEFT, both ways: our export gives PEFT's logits, PEFT's adapter gives ours, and equal files come of it.
 
-Where PEFT computes something else on purpose, or by mistake, is written in ``tests/test_oracle.py``; what would come
-out wrong is refused, see ``test_refusals.py``.
+Where PEFT computes something else on purpose, or by mistake, is written in ``tests/core/test_oracle.py``; what would
+come out wrong is refused, see ``test_refusals.py``.
 """
 
 import copy

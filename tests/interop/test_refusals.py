@@ -22,7 +22,7 @@ from lightning_peft import (
     PromptTuning,
     TuningError,
 )
-from lightning_peft.graft import grafts
+from lightning_peft.core.graft import grafts
 from lightning_peft.interop import from_peft, to_peft
 from tests.contract import shake
 from tests.interop.adapters import logits, tuned

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import Adapter, BitFit, LoRA, PromptTuning, TuningError, collect, merge
-from lightning_peft.graft import grafts
+from lightning_peft.core.graft import grafts
 from tests.contract import MethodContract, assert_near, descend, output, shake, snapshot
 from tests.models import BERT_LARGE, MINILM, batch, meta, tiny
 

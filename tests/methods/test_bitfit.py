@@ -9,7 +9,7 @@ import transformers as hf
 from torch import nn
 
 from lightning_peft import BitFit, TuningError, collect, merge
-from lightning_peft.graft import grafts
+from lightning_peft.core.graft import grafts
 from tests.contract import MethodContract, assert_near, copy_of, descend, output, shake, snapshot
 from tests.models import BERT_LARGE, MINILM, meta, tiny
 from tests.modules import Tuned, loader, trainer

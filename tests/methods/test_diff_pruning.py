@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_peft import DiffPruning, DiffPruningMixin, LoRA, TuningError, collect, from_delta, merge, save_delta
-from lightning_peft.graft import grafts
+from lightning_peft.core.graft import grafts
 from lightning_peft.updates.hard_concrete import ExpectedCount, Masked, gate, probability_open, uniform
 from lightning_peft.updates.sparse_difference import SparseDifference
 from tests.contract import MethodContract, assert_near, assert_same, copy_of, descend, inputs, loss_of, output, shake

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import IA3, LoRA, TuningError, collect, merge
-from lightning_peft.graft import grafts
+from lightning_peft.core.graft import grafts
 from tests.contract import MethodContract, assert_near, output, shake, snapshot
 from tests.models import KINDS, MINILM, batch, meta, tiny
 from tests.modules import Tuned, loader, trainer

@@ -6,8 +6,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_peft import LadderSideTuning, LoRA, TuningError
+from lightning_peft.core.graft import grafts
 from lightning_peft.features.activation_memory import Kept
-from lightning_peft.graft import grafts
 from lightning_peft.methods.ladder_side_tuning import Ladder
 from tests.contract import MethodContract, assert_near, count_calls, gradients, output, shake
 from tests.models import batch, tiny

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import IA3, LoRA, PromptTuning, TuningError, collect, load_delta, merge, save_delta
-from lightning_peft.graft import grafts
+from lightning_peft.core.graft import grafts
 from tests.contract import MethodContract, assert_near, output, shake, snapshot
 from tests.models import KINDS, MINILM, ROBERTA_LARGE, batch, meta, tiny
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import IA3, LoRA, TuningError, load_delta, merge, save_delta
-from lightning_peft.updates.quantized import dense, is_quantized
+from lightning_peft.core.quantized import dense, is_quantized
 from tests.contract import assert_near, shake
 
 pytestmark = [

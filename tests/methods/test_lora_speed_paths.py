@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import LoRA
-from lightning_peft.graft import attach
+from lightning_peft.core.graft import attach
 from lightning_peft.updates import in_place
 from lightning_peft.updates.in_place import _AddLowRank
 from lightning_peft.updates.low_rank import LowRank

@@ -9,9 +9,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_peft import PromptTuning, PTuning, TuningError, collect, load_delta, save_delta
-from lightning_peft.encoding import encode
 from lightning_peft.methods.p_tuning import LSTM, PromptEncoder
 from lightning_peft.prompting import Template
+from lightning_peft.prompting.encoding import encode
 from tests.contract import MethodContract, assert_near, copy_of, output, shake
 from tests.models import HIDDEN, MINILM, batch, meta, save_tokenizer, tiny
 from tests.modules import Tuned, loader, trainer

@@ -8,8 +8,8 @@ import transformers as hf
 from torch import nn
 
 from lightning_peft import PTuningV2, TuningError, save_delta
-from lightning_peft.graft import grafts
-from lightning_peft.prompts.prefixes import Prefix
+from lightning_peft.core.graft import grafts
+from lightning_peft.prompts.prefix import Prefix
 from tests.contract import MethodContract, assert_near, shake
 from tests.models import BERT_LARGE, HIDDEN, POSITIONS, ROBERTA_LARGE, batch, meta, tiny
 

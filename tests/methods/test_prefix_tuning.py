@@ -11,9 +11,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_peft import LoRA, PrefixTuning, PromptTuning, TuningError, collect, load_delta, merge, save_delta
-from lightning_peft.graft import grafts
-from lightning_peft.prompts import attention
-from lightning_peft.prompts.prefixes import Prefix
+from lightning_peft.core import attention
+from lightning_peft.core.graft import grafts
+from lightning_peft.prompts.prefix import Prefix
 from tests.contract import MethodContract, assert_near, assert_same, copy_of, output, shake, snapshot
 from tests.models import HIDDEN, POSITIONS, VOCABULARY, batch, meta, save_tokenizer, tiny
 from tests.modules import loader, trainer

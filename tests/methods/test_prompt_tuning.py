@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import PromptTuning, TuningError, collect, merge
-from lightning_peft.graft import grafts
+from lightning_peft.core.graft import grafts
 from lightning_peft.prompts.virtual_tokens import PromptRows
 from tests.contract import MethodContract, assert_near, output, snapshot
 from tests.models import LABELS, MINILM, POSITIONS, TEXT, VOCABULARY, batch, meta, tiny

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import BitFit, SideTuning, TuningError, collect, merge
-from lightning_peft.graft import grafts
+from lightning_peft.core.graft import grafts
 from lightning_peft.methods.side_tuning import Side
 from tests.contract import MethodContract, output
 from tests.models import batch, tiny

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_peft import TinyTL, TuningError, collect
-from lightning_peft.graft import grafts
+from lightning_peft.core.graft import grafts
 from lightning_peft.methods.tiny_tl import LiteResidual
 from tests.contract import MethodContract, copy_of, output, shake, snapshot
 from tests.models import batch, tiny

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from lightning_peft import TuningError
-from lightning_peft.data import made
-from lightning_peft.instruction_files import instructions_of, read_instructions
+from lightning_peft.data import synthetic
+from lightning_peft.prompting.instruction_files import instructions_of, read_instructions
 
 FILES = sorted((Path(__file__).parents[2] / "configs/prompting").glob("*.yaml"))
 
@@ -17,7 +17,7 @@ def test_shipped_wordings(file: Path) -> None:
     assert len(found.templates) == 10
     assert len({template.text for template in found.templates}) == 10
     assert 1 <= sum(template.inverse for template in found.templates) <= 3
-    rows = made.load({"opinions": "opinions", "topics": "sentences"}[found.task])["train"]
+    rows = synthetic.load({"opinions": "opinions", "topics": "sentences"}[found.task])["train"]
     for template in found.templates:
         template.check([*rows.column_names, "answer"])
     assert {row[{"opinions": "label", "topics": "topic"}[found.task]] for row in rows} == set(found.words)

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from lightning_peft import BiasReport, BitFit, LoRA, TuningError
-from lightning_peft.graft import grafts
+from lightning_peft.core.graft import grafts
 from lightning_peft.reports import bias_changes, bias_table, plot_biases
 from tests.models import tiny
 from tests.modules import Tuned, loader, trainer

@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor
 
 from lightning_peft import LoRA, PromptTuning, TuningError
-from lightning_peft.encoding import text_ids
+from lightning_peft.prompting.encoding import text_ids
 from lightning_peft.tasks.prompted_classification import PromptedClassification
 from tests import models, text
 from tests.modules import trainer

@@ -9,7 +9,7 @@ import torch
 
 from lightning_peft import TuningError
 from lightning_peft.data import Seq2SeqData
-from lightning_peft.encoding import text_ids
+from lightning_peft.prompting.encoding import text_ids
 from lightning_peft.tasks.prompted_generation import PromptedGeneration, Written
 from tests import models, text
 from tests.modules import trainer

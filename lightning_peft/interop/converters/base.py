@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Grafted, grafts
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Grafted, grafts
+from lightning_peft.core.method import TuningMethod
 from lightning_peft.interop.names import Names
-from lightning_peft.method import Method
 
 
 @dataclass
@@ -91,17 +91,17 @@ class Converter(ABC):
         return False
 
 
-def places(model: nn.Module, method: Method) -> list[Grafted]:
+def places(model: nn.Module, method: TuningMethod) -> list[Grafted[Any]]:
     """Return the grafts of a method."""
-    return [place for place in grafts(model) if place.name == method.name]
+    return list(grafts(model, owner=method.name))
 
 
-def delta_name(place: Grafted, parameter: str) -> str:
+def delta_name(place: Grafted[Any], parameter: str) -> str:
     """Return the name in the delta of a parameter of a graft."""
-    return f"{place.path}.{place.name}.{parameter}".lstrip(".")
+    return f"{place.full_name}.{parameter}"
 
 
-def tensors_of(place: Grafted) -> set[str]:
+def tensors_of(place: Grafted[Any]) -> set[str]:
     """Return the names in the delta of all tensors of a graft."""
     return {delta_name(place, name) for name in place.graft.state_dict()}
 

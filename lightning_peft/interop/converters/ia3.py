@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, tensors_of
 from lightning_peft.interop.names import Names, compact
 from lightning_peft.interop.patterns import is_target

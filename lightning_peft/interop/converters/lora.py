@@ -7,9 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Grafted
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Grafted
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, refuse
 from lightning_peft.interop.names import BASE_LAYER, LAYERS, Names, compact
 from lightning_peft.interop.patterns import common, is_target, number, pattern_of, selects, spread, value_of
@@ -147,7 +147,7 @@ _PARTS = (
 """Our parameter -> PEFT's part, of a layer and of an embedding."""
 
 
-def _updates(place: Grafted) -> list[Update]:
+def _updates(place: Grafted[Any]) -> list[Update]:
     """Return the updates of a graft, in PEFT's order."""
     graft = place.graft
     if not isinstance(graft, LowRankWeights):

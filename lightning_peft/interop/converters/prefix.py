@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import TuningError
-from lightning_peft.graft import Grafted
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Grafted
 from lightning_peft.interop.adapter_config import task_of
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, tensors_of
 from lightning_peft.interop.converters.prompt import TENSOR
 from lightning_peft.interop.names import Names
-from lightning_peft.prompts.prefixes import Prefix
+from lightning_peft.prompts.prefix import Prefix
 
 
 class PrefixConverter(Converter):
@@ -28,7 +28,7 @@ class PrefixConverter(Converter):
         """Return the keys and values of all layers."""
         _check(model)
         prefixes = _prefixes(model, method)
-        rows = [place.graft.rows() for place in prefixes]  # type: ignore[operator]
+        rows = [place.graft.rows() for place in prefixes]
         if method.positions != "shifted":
             raise TuningError("PEFT counts the positions of the text from P: train with positions='shifted'.")
         layers = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
@@ -80,7 +80,7 @@ class PrefixConverter(Converter):
         return filled
 
 
-def _prefixes(model: nn.Module, method: Any) -> list[Grafted]:
+def _prefixes(model: nn.Module, method: Any) -> list[Grafted[Any]]:
     return [place for place in places(model, method) if isinstance(place.graft, Prefix)]
 
 

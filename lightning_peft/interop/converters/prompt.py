@@ -4,8 +4,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_peft import select
-from lightning_peft.errors import TuningError
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
 from lightning_peft.interop.adapter_config import task_of
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, tensors_of
 from lightning_peft.interop.names import Names

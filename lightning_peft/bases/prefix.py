@@ -1,0 +1,240 @@
+"""What methods that train prefixes share: which attentions get one, what it starts from, where positions count from."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core import attention, select
+from lightning_peft.core.attention import Attention
+from lightning_peft.core.delta import read_delta
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import attach, detach, grafts
+from lightning_peft.core.hub import load_tokenizer
+from lightning_peft.prompts.prefix import KINDS, Prefix, PrefixNetwork, ShiftedRotary, ShiftedTable
+from lightning_peft.training.method import Method
+
+
+@dataclass(eq=False, kw_only=True)
+class PrefixMethod(Method):
+    """What methods that train prefixes share.
+
+    Args:
+        num_virtual_tokens: length P of the prefix [tokens].
+        mid_dim: width of the network that the prefix is computed by in training; None trains the prefix itself.
+        sets: of an encoder-decoder, which attentions get a prefix: 'encoder', 'decoder', 'cross'; None: all.
+        layers: blocks that get a prefix, negative ones counted from the end; None: all.
+        positions: 'shifted' lets the text's positions start at P, as if the prefix stood before it; 'unshifted' at 0.
+        init: 'random'; or 'text', the keys and values that the frozen model has for the words of ``text``.
+        text: the words of init='text'; the prefix is as long as they are.
+        tokenizer: folder or hub id of the tokenizer; None: that of the backbone.
+        dropout: probability for each number of the prefix in training.
+        init_from: a delta of this method whose prefix to start from, e.g. one that was trained on several tasks.
+    """
+
+    num_virtual_tokens: int = 20
+    mid_dim: int | None = None
+    sets: list[Literal["encoder", "decoder", "cross"]] | None = None
+    layers: list[int] | None = None
+    positions: Literal["shifted", "unshifted"] = "shifted"
+    init: Literal["random", "text"] = "random"
+    text: str | None = None
+    tokenizer: str | None = None
+    dropout: float | None = None
+    init_from: str | None = None
+
+    kind: ClassVar[str] = "prefix"
+    trains: ClassVar[str] = "keys and values before those of the text, in every attention"
+    std: ClassVar[float] = 1.0
+    """Standard deviation of a prefix that is trained itself."""
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "text", "tokenizer", "dropout", "init_from"}
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach a prefix to each attention and let positions count from P."""
+        self._check()
+        words = self._words(backbone)
+        if words is not None:
+            self.num_virtual_tokens = len(words)
+        count = self.num_virtual_tokens
+        found = attention.join(backbone)
+        kinds = {place.kind for place in found}
+        if self.sets is not None and kinds == {"self"}:
+            raise TuningError(
+                f"sets={self.sets} names parts of an encoder-decoder, which {type(backbone).__name__} is not: "
+                "leave it out."
+            )
+        chosen = [place for place in found if place.kind in (self.sets or kinds)]
+        if self.layers is not None:
+            kept = select.in_layers(backbone, [place.path for place in chosen], self.layers)
+            chosen = [place for place in chosen if place.path in kept]
+        network = self._network(backbone, chosen)
+        states = None if words is None else _states(backbone, chosen, words)
+        dropout = self._dropout(backbone)
+        prefixes = {place.path: Prefix(place, count, self.std, network, dropout) for place in chosen}
+        for place in chosen:
+            device = next((p.device for p in place.module.parameters()), None)
+            attach(place.module, prefixes[place.path].to(device), self.name)
+        if self.positions == "shifted":
+            self._shift(backbone, found, prefixes)
+        self._limit = select.max_positions(backbone)
+        if self._limit is not None and count >= self._limit:
+            raise TuningError(
+                f"num_virtual_tokens={count} leaves no room in the {self._limit} positions of "
+                f"{type(backbone).__name__}: take fewer."
+            )
+        if states is not None:
+            _start(prefixes, network, states)
+        if self.init_from is not None:
+            self._continue(backbone, self.init_from)
+        return ()
+
+    def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the batch as it is.
+
+        Raises:
+            TuningError: with the prefix it is longer than the positions of the model.
+        """
+        tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if self.positions == "unshifted" or self._limit is None or not isinstance(tokens, Tensor):
+            return batch
+        if tokens.shape[1] + self.num_virtual_tokens > self._limit:
+            raise TuningError(
+                f"{tokens.shape[1]} tokens and a prefix of {self.num_virtual_tokens} do not fit the {self._limit} "
+                f"positions of the model: set max_length to {self._limit - self.num_virtual_tokens}, or "
+                "positions='unshifted'."
+            )
+        return batch
+
+    def fold(self, model: nn.Module) -> None:
+        """Keep the prefix that the network gives and drop the network; what follows is a method with mid_dim=None.
+
+        Raises:
+            TuningError: the method is not applied to ``model``.
+        """
+        applied = self.applied_to(model)
+        for place in self.own_grafts(model, Prefix):
+            if place.graft._network[0] is not None:
+                place.graft.fold()
+        for network in self.own_grafts(model, PrefixNetwork):
+            detach(network.host, network.name)
+        self.mid_dim = applied.mid_dim = None
+
+    def _check(self) -> None:
+        if self.num_virtual_tokens < 1:
+            raise TuningError(f"num_virtual_tokens={self.num_virtual_tokens} is no prefix: take 1 or more.")
+        if self.mid_dim is not None and self.mid_dim < 1:
+            raise TuningError(f"mid_dim={self.mid_dim} is no width of a network: take 1 or more, or none.")
+        if self.sets is not None and (not self.sets or not set(self.sets) <= set(KINDS)):
+            raise TuningError(f"sets={self.sets} names no attentions: take some of {', '.join(KINDS)}.")
+        if self.positions not in ("shifted", "unshifted"):
+            raise TuningError(f"positions={self.positions!r} is unknown: take 'shifted' or 'unshifted'.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise TuningError(f"dropout={self.dropout} is no probability below 1.")
+        if self.init not in ("random", "text"):
+            raise TuningError(f"init={self.init!r} is no initial value of a prefix: take 'random' or 'text'.")
+
+    def _dropout(self, backbone: nn.Module) -> float:
+        return self.dropout or 0.0
+
+    def _words(self, backbone: nn.Module) -> list[int] | None:
+        if self.init != "text" or next(backbone.parameters()).is_meta:
+            return None
+        if not self.text:
+            raise TuningError("init='text' needs the words of the prefix: give text=.")
+        tokenizer = load_tokenizer(backbone, self.tokenizer, "init='text'")
+        words: list[int] = tokenizer(self.text, add_special_tokens=False)["input_ids"]
+        if not words:
+            raise TuningError(f"text={self.text!r} has no tokens: give the words of the prefix.")
+        return words
+
+    def _network(self, backbone: nn.Module, chosen: Sequence[Attention]) -> PrefixNetwork | None:
+        if self.mid_dim is None:
+            return None
+        kinds = dict.fromkeys(place.kind for place in chosen)
+        network = PrefixNetwork(kinds, self.num_virtual_tokens, _width(backbone), self.mid_dim)
+        return attach(backbone, network.to(next(backbone.parameters()).device), self.name)
+
+    def _shift(self, backbone: nn.Module, found: Sequence[Attention], prefixes: Mapping[str, Prefix]) -> None:
+        stacks = {prefix.kind for prefix in prefixes.values()}
+        for path, table in select.position_tables(backbone).items():
+            if "self" in stacks or ("decoder" if "decoder" in path.split(".") else "encoder") in stacks:
+                attach(table, ShiftedTable(self.num_virtual_tokens), self.name)
+        for module in list(backbone.modules()):
+            if type(module).__name__.endswith("RotaryEmbedding"):
+                attach(module, ShiftedRotary(self.num_virtual_tokens), self.name)
+        # The first layer of each of T5's stacks computes the position bias of all its layers.
+        with_bias = [place for place in found if getattr(place.module, "has_relative_attention_bias", False)]
+        tables = {place.kind: place.module for place in with_bias}
+        for prefix in prefixes.values():
+            prefix._bias_from = (tables.get(prefix.kind),)
+
+    def _continue(self, backbone: nn.Module, path: str) -> None:
+        """Start from the prefix of a delta; its heads, which are those of other tasks, are left there."""
+        tensors, _ = read_delta(Path(path))
+        own = {n: p for place in grafts(backbone, self.name) for n, p in _named(place)}
+        for name, parameter in own.items():
+            tensor = next((t for key, t in tensors.items() if key == name or key.endswith(f".{name}")), None)
+            if tensor is None or tensor.shape != parameter.shape:
+                shape = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+                raise TuningError(
+                    f"init_from={path!r} has {shape} where {name} is {tuple(parameter.shape)}: "
+                    f"it must be a delta of {type(self).__name__} with equal num_virtual_tokens, mid_dim and backbone."
+                )
+            parameter.data.copy_(tensor)
+
+
+def _named(place: Any) -> list[tuple[str, nn.Parameter]]:
+    return [(f"{place.full_name}.{n}", p) for n, p in place.graft.named_parameters()]
+
+
+def _width(backbone: nn.Module) -> int:
+    config: Any = backbone.config
+    sizes = (getattr(c, "hidden_size", None) for c in (config, getattr(config, "text_config", None)))
+    width = next((size for size in sizes if size is not None), None)
+    if width is None:
+        raise TuningError(f"{type(backbone).__name__} states no hidden_size: train the prefix itself by mid_dim=None.")
+    return width
+
+
+def _states(backbone: nn.Module, places: list[Attention], words: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the keys and values [H, P, d] that the frozen model has for words, by the path of the attention."""
+    ids = torch.tensor([words], device=next(backbone.parameters()).device)
+    encoder_decoder = getattr(backbone.config, "is_encoder_decoder", False)
+    training = backbone.training
+    with torch.no_grad(), attention.recorded(places) as seen:
+        backbone.eval()
+        backbone(input_ids=ids, **({"decoder_input_ids": ids} if encoder_decoder else {}))
+    backbone.train(training)
+    return {path: (key[0].float(), value[0].float()) for path, (key, value) in seen.items()}
+
+
+def _start(
+    prefixes: Mapping[str, Prefix],
+    network: PrefixNetwork | None,
+    states: Mapping[str, tuple[Tensor, Tensor]],
+    steps: int = 500,
+    lr: float = 1e-4,
+) -> None:
+    """Let the prefixes be the states of real words: as a copy, or by fitting the network without its table."""
+    if network is None:
+        for path, prefix in prefixes.items():
+            prefix.keys.data.copy_(states[path][0])
+            prefix.values.data.copy_(states[path][1])
+        return
+    tables = {id(trunk[0].weight) for trunk in network.trunks.values()}  # type: ignore[index]
+    fitted = [p for module in (network, *prefixes.values()) for p in module.parameters() if id(p) not in tables]
+    optimizer = torch.optim.Adam(fitted, lr=lr)
+    with torch.enable_grad():
+        for _ in range(steps):
+            loss = torch.stack(
+                [F.mse_loss(a, b) for path, p in prefixes.items() for a, b in zip(p.rows(), states[path], strict=True)]
+            ).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for module in (network, *prefixes.values()):
+        module.zero_grad()

@@ -1,0 +1,154 @@
+"""What methods that train a soft prompt in the input share: where it goes, what it starts from, what it is near to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core import compatibility, select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import attach
+from lightning_peft.core.hub import load_tokenizer
+from lightning_peft.prompts.shared_prompt import SharedPrompt, decoder_of
+from lightning_peft.prompts.virtual_tokens import PromptRows, VirtualTokens, insert, is_widened
+from lightning_peft.training.method import Method
+
+
+@dataclass(eq=False, kw_only=True)
+class PromptMethod(Method):
+    """Train P rows that stand for virtual tokens.
+
+    Args:
+        num_virtual_tokens: length P of the prompt [tokens].
+        tokenizer: folder or hub id of the tokenizer; None: that of the backbone.
+    """
+
+    num_virtual_tokens: int = 20
+    tokenizer: str | None = None
+
+    kind: ClassVar[str] = "prompt"
+    trains: ClassVar[str] = "the embeddings of virtual tokens in the input"
+    needs: ClassVar[frozenset[str]] = Method.needs | {compatibility.TOKENS}
+    breaks: ClassVar[frozenset[str]] = frozenset({compatibility.TOKENS})
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"tokenizer"}
+
+    def place(self, backbone: nn.Module, weight: nn.Parameter | nn.Module, anywhere: bool = False) -> None:
+        """Attach the prompt: before the text of a causal model, computed once a batch; else as virtual tokens.
+
+        Args:
+            backbone: the model.
+            weight: the rows, [P, d], or a module that computes them.
+            anywhere: a template may put the virtual tokens anywhere in the text.
+        """
+        decoder = None if anywhere else decoder_of(backbone)
+        if decoder is not None:
+            attach(decoder, SharedPrompt(weight, self.num_virtual_tokens, decoder), self.name)
+        else:
+            for table in select.word_tables(backbone).values():
+                attach(table, VirtualTokens(weight), self.name)
+        self._in_batch = decoder is None
+        self._after = 1 if select.is_encoder(backbone) else 0
+        self._targets = bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
+        self._limit = select.max_positions(backbone)
+        if self._limit is not None and self.num_virtual_tokens >= self._limit:
+            raise TuningError(
+                f"num_virtual_tokens={self.num_virtual_tokens} leaves no room in the {self._limit} positions of "
+                f"{type(backbone).__name__}: take fewer."
+            )
+
+    def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the batch with the prompt in every row; one that has virtual tokens already is returned as it is.
+
+        Before the text of a causal model the prompt is in no batch.
+
+        Raises:
+            TuningError: the batch is no mapping with ``input_ids``, or with the prompt too long for the positions.
+        """
+        given = is_widened(batch)
+        if given and not self._in_batch:
+            raise TuningError(
+                f"the batch has virtual tokens, but {type(self).__name__} puts its prompt before the text itself: "
+                "give plain texts."
+            )
+        if self._in_batch and not given:
+            batch = self.insert(batch)
+        elif self._in_batch:
+            self._check_ids(batch["input_ids"])
+        length = batch["input_ids"].shape[1] + (0 if self._in_batch else self.num_virtual_tokens)
+        if self._limit is not None and length > self._limit:
+            raise TuningError(
+                f"{length - self.num_virtual_tokens} tokens and a prompt of {self.num_virtual_tokens} do not fit "
+                f"the {self._limit} positions of the model: set max_length to "
+                f"{self._limit - self.num_virtual_tokens}."
+            )
+        return batch
+
+    def insert(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the batch with the virtual tokens at the front of every row, after [CLS] in an encoder."""
+        return insert(batch, self.num_virtual_tokens, self._after, self._targets)
+
+    def rows(self, model: nn.Module) -> Tensor:
+        """Return the prompt, [P, d].
+
+        Raises:
+            TuningError: the method is not applied to ``model``.
+        """
+        return self.own_grafts(model, PromptRows)[0].graft.rows()
+
+    def nearest_words(self, model: nn.Module, k: int = 5) -> list[list[tuple[str, float]]]:
+        """Return, for each virtual token, the k words of highest cosine, with it.
+
+        Source: Lester et al. 2021, arXiv 2104.08691, section 7.
+        """
+        backbone = select.backbone_of(model, self.backbone)
+        table = next(iter(select.word_tables(backbone).values()))
+        with torch.no_grad():
+            words = F.normalize(table.weight.float(), dim=1)  # type: ignore[arg-type]
+            cosine = F.normalize(self.rows(backbone).float(), dim=1) @ words.t()
+        values, ids = cosine.topk(k, dim=1)
+        tokenizer = load_tokenizer(backbone, self.tokenizer, "nearest_words")
+        return [
+            list(zip(tokenizer.convert_ids_to_tokens(row.tolist()), value.tolist(), strict=True))
+            for row, value in zip(ids, values, strict=True)
+        ]
+
+    def ids_of(self, backbone: nn.Module, text: str | None) -> list[int]:
+        """Return the token ids of the words that a prompt starts from.
+
+        Raises:
+            TuningError: there are none.
+        """
+        if not text:
+            raise TuningError("init='text' needs the words of the prompt: give text=.")
+        tokenizer = load_tokenizer(backbone, self.tokenizer, "init='text'")
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise TuningError(f"text={text!r} has no tokens: give the words of the prompt.")
+        return ids
+
+    def _check_count(self) -> None:
+        if self.num_virtual_tokens < 1:
+            raise TuningError(f"num_virtual_tokens={self.num_virtual_tokens} is no prompt: take 1 or more.")
+
+    def _check_choice(self, name: str, choices: Sequence[str], of: str) -> None:
+        if getattr(self, name) not in choices:
+            raise TuningError(f"{name}={getattr(self, name)!r} is no {of}: take one of {', '.join(choices)}.")
+
+    def _check_ids(self, ids: Tensor) -> None:
+        highest = int(-1 - ids.min())
+        if highest >= self.num_virtual_tokens * self._prompts():
+            raise TuningError(
+                f"the batch has virtual token {highest}, {type(self).__name__} trains {self.num_virtual_tokens}: "
+                "give it the num_virtual_tokens of the data's template."
+            )
+
+    def _prompts(self) -> int:
+        return 1
+
+
+def cut_to(ids: Sequence[int], count: int) -> list[int]:
+    """Return ids repeated or cut to a length."""
+    return [ids[i % len(ids)] for i in range(count)]

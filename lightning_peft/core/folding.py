@@ -1,0 +1,193 @@
+"""Folding what methods have added into the weights of the backbone."""
+
+import logging
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, Grafted, detach, grafts, overrides
+from lightning_peft.core.master_weights import MasterWeights
+from lightning_peft.core.quantized import dense, is_quantized, with_float_weight
+from lightning_peft.core.tuning import tunings
+
+_log = logging.getLogger(__name__)
+
+
+class Folding(Graft):
+    """A graft whose effect parameters of its host can take in, for good (`merge`) or for a while (`LoRA.merge`).
+
+    While it is folded in, its joints return what they get.
+    """
+
+    folds: tuple[str, ...] = ("weight",)
+    """The parameters that take it in, by their names below the host; those that the host lacks are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._merged = False
+        self._originals: dict[str, Tensor] = {}
+
+    @property
+    def merged(self) -> bool:
+        """Tell whether the effect is in the parameters of the host."""
+        return self._merged
+
+    def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
+        """Return ``value``, of fp32 or more, with the effect in it; it may be written to."""
+        raise NotImplementedError
+
+    def folded(self, host: nn.Module) -> list[str]:
+        """Return the names of the parameters that take in the effect."""
+        parameters = dict(host.named_parameters())
+        return [name for name in self.folds if name in parameters]
+
+    @torch.no_grad()
+    def merge(self, host: nn.Module, keep: bool = False) -> float:
+        """Put the effect into the parameters of the host, computed in fp32 or more and rounded once.
+
+        Args:
+            host: the graft's host.
+            keep: keep the values that the parameters had, so that `unmerge` can give them back.
+
+        Returns:
+            The greatest rounding error of a parameter as a share of what was added to it, both as Euclidean norms:
+            0 for parameters of fp32, and about 2^-9 |W| / |change of W| for those of bf16.
+
+        Raises:
+            TuningError: a weight is quantised.
+        """
+        if self._merged:
+            return 0.0
+        parameters = {name: host.get_parameter(name) for name in self.folded(host)}
+        for parameter in parameters.values():
+            if is_quantized(parameter):
+                raise TuningError(
+                    f"a quantised weight ({type(parameter).__name__} of {type(host).__name__}) cannot take in an "
+                    "update: lightning_peft.merge(model, dequantize=True) makes it a float first."
+                )
+        worst = 0.0
+        for name, parameter in parameters.items():
+            if keep:
+                self._originals[name] = parameter.detach().clone()
+            worst = max(worst, self._write(name, parameter, parameter.detach(), host))
+        self._merged = True
+        return worst
+
+    @torch.no_grad()
+    def unmerge(self, host: nn.Module) -> None:
+        """Give the parameters of the host the values that they had, bit for bit.
+
+        Raises:
+            TuningError: they were not kept.
+        """
+        if self._merged and not self._originals:
+            raise TuningError(
+                f"{type(self).__name__} was merged into {type(host).__name__} without keeping the weights: load the "
+                "backbone anew, or merge with keep=True."
+            )
+        for name, original in self._originals.items():
+            parameter = host.get_parameter(name)
+            parameter.copy_(original.to(parameter.device))
+        self._originals.clear()
+        self._merged = False
+
+    @torch.no_grad()
+    def merge_as_float(self, host: nn.Module) -> tuple[nn.Module, float]:
+        """Put the effect into the dequantised weight; return the layer that has it, the host if it can, and the error.
+
+        Raises:
+            TuningError: the layer is of a class that this cannot replace by a plain one.
+        """
+        quantised = dense(host)
+        dtype = getattr(host, "compute_dtype", None) or quantised.dtype
+        weight = nn.Parameter(quantised.to(dtype, copy=True), requires_grad=False)
+        error = self._write("weight", weight, quantised, host)
+        layer: nn.Module = host
+        if type(host) is nn.Linear:
+            host.weight = weight
+        else:
+            layer = with_float_weight(host, weight)
+        for name in self.folded(layer):
+            if name != "weight":
+                error = max(error, self._write(name, layer.get_parameter(name), layer.get_parameter(name), host))
+        self._merged = True
+        return layer, error
+
+    def _write(self, name: str, parameter: nn.Parameter, value: Tensor, host: nn.Module) -> float:
+        wide = torch.promote_types(value.dtype, torch.float32)
+        exact = self.fold(name, value.to(wide), host)  # fp32 is written to where it stands
+        if wide is value.dtype:
+            parameter.copy_(exact)
+            return 0.0
+        change = torch.linalg.vector_norm(exact - value).item()
+        parameter.copy_(exact)
+        error = torch.linalg.vector_norm(exact - parameter).item()
+        return error / change if change else 0.0
+
+
+def merge(module: nn.Module, dequantize: bool = False) -> nn.Module:
+    """Fold the grafts of ``module`` into the weights and forget them; what was trained in place stays as trained.
+
+    Where weights are in half precision, what rounding took of the update is logged.
+
+    Args:
+        module: holds one or more tuned backbones.
+        dequantize: whether quantised weights that are to take in an update may become floats, for good.
+
+    Raises:
+        TuningError: a graft cannot be folded; nothing has been changed then.
+    """
+    masters = [place for place in grafts(module) if isinstance(place.graft, MasterWeights)]
+    places, worst, layers = foldable(module, dequantize), 0.0, dict(module.named_modules())
+    for path, host, name, graft in [*places, *masters]:
+        error = None
+        if isinstance(graft, Folding) and dequantize and is_quantized(getattr(host, "weight", torch.empty(0))):
+            layer, error = graft.merge_as_float(host)
+            if layer is not host:
+                parent, _, leaf = path.rpartition(".")
+                setattr(layers[parent], leaf, layer)
+        else:
+            error = graft.merge(host)  # type: ignore[operator]
+        worst = max(worst, error or 0.0)
+        detach(host, name)
+    for _, backbone, tuning in list(tunings(module)):
+        tuning.end(backbone)
+    if worst:
+        _log.warning("Merging into half precision rounded away %.1f %% of the update, where it was most.", 100 * worst)
+    return module
+
+
+def foldable(module: nn.Module, dequantize: bool = False, owner: str | None = None) -> list[Grafted[Graft]]:
+    """Return the grafts of ``module`` that methods have put there, in the order in which they fold into the weights.
+
+    Args:
+        module: holds one or more tuned backbones.
+        dequantize: whether quantised weights may become floats.
+        owner: the name of the method whose grafts are wanted; None: those of all.
+
+    Raises:
+        TuningError: one cannot be folded, its weight is quantised, or is tied to that of another module.
+    """
+    places = [place for place in grafts(module, owner) if not isinstance(place.graft, MasterWeights)]
+    owners = Counter(id(p) for child in module.modules() for p in child.parameters(recurse=False))
+    for place in places:
+        if not hasattr(place.graft, "merge"):
+            raise TuningError(
+                f"{type(place.graft).__name__} at {place.path or 'the root'} computes what no weight can, so it cannot "
+                "be merged: keep the delta beside the backbone."
+            )
+        if any(owners[id(p)] > 1 for p in place.host.parameters(recurse=False)):
+            raise TuningError(
+                f"the weight of {place.path} is tied to that of another module, which would change with it: "
+                "keep the delta beside the backbone."
+            )
+        weight = getattr(place.host, "weight", None)
+        if isinstance(weight, Tensor) and is_quantized(weight) and not dequantize:
+            raise TuningError(
+                f"the weight of {place.path} is quantised ({type(weight).__name__}), so it cannot take in an update: "
+                "merge(model, dequantize=True) makes these layers floats, or keep the delta beside the backbone."
+            )
+    # A layer runs with its changed weights; what scales its input scales these with all that others have added to them.
+    return sorted(places, key=lambda place: (overrides(place.graft, "before"), not overrides(place.graft, "weight")))

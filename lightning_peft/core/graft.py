@@ -1,0 +1,265 @@
+"""The graft: a small module, registered as a named child of a frozen host, that joins the host's computation by hooks.
+
+A graft overrides the joints it needs, and nothing else of the host changes: not its class, not its parameter names,
+not its place in the tree. So a checkpoint of the bare backbone still loads, ``copy.deepcopy`` and ``pickle`` work, and
+so do ``torch.compile(fullgraph=True)``, DDP, FSDP2 and gradient checkpointing. Only this file touches hooks.
+
+>>> import torch
+>>> class Doubled(Graft):
+...     def after(self, out, host, x):
+...         return 2 * out
+>>> host, x = nn.Linear(3, 3), torch.ones(1, 3)
+>>> once = host(x)
+>>> graft = attach(host, Doubled(), "doubled")
+>>> bool((host(x) == 2 * once).all()), list(host.state_dict())
+(True, ['weight', 'bias'])
+>>> detach(host, "doubled")
+>>> bool((host(x) == once).all())
+True
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Generic, NamedTuple, Self, TypeVar
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_peft.core.errors import TuningError
+
+G = TypeVar("G", bound="Graft")
+_owner_now: ContextVar[str] = ContextVar("owner", default="")
+
+
+class Graft(nn.Module):
+    """A module that joins the computation of its one host. Override the joints that it needs.
+
+    One more joint than the methods below is ``weight(w: Tensor, name: str) -> Tensor``: what the host reads, while it
+    runs, in place of its parameter ``name``, one of `weights`; so do the joints ``after`` of all its grafts. It serves
+    weights that are read without a call (``nn.MultiheadAttention``, experts stacked in one tensor) and methods that
+    change a weight itself. It is not declared here, since a graft may have a parameter of that name.
+
+    Hooks are bound methods of the graft, so a deep copy of the host calls the copy of the graft. They compute through
+    the graft's own ``__call__``, so a sharding wrapper may treat the graft as a unit of its own. A graft keeps no
+    tensor between two calls of its host.
+    """
+
+    weights: tuple[str, ...] = ()
+    """The parameters that the joint `weight` sees, by their names below the host."""
+    owner: str = ""
+    """The name under which a backbone's record has the method that attached it; '' where none did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handles: list[RemovableHandle] = []
+        self._leaves: RemovableHandle | None = None
+        self._first_argument = ""
+
+    def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what the host shall see in place of its first argument ``x``."""
+        raise NotImplementedError
+
+    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return what the callers of the host shall see in place of its output ``out``."""
+        raise NotImplementedError
+
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return what is computed in place of the host's ``forward``, which may be called, or not."""
+        raise NotImplementedError
+
+    def key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, H, S, d] of an attention with P more columns on their left, seen by all queries.
+
+        The host is an attention that `attention.join` has found.
+        """
+        raise NotImplementedError
+
+    def forward(self, joint: str, *args: Any, **kwargs: Any) -> Any:
+        """Run one joint; the hooks come through here so that hooks on the graft itself run too."""
+        return getattr(self, joint)(*args, **kwargs)
+
+    def is_first(self, host: nn.Module) -> bool:
+        """Tell whether no other hook of the host comes to its output before this graft.
+
+        torch has no public list of hooks (``Module._forward_hooks``); ``tests/core/test_graft.py`` fails when it
+        changes.
+        """
+        return next(iter(host._forward_hooks.values()), None) == self._on_output
+
+    def _on_input(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = self._first_by_position(args, kwargs)
+        return (self("before", host, *args, **kwargs), *args[1:]), kwargs
+
+    def _on_output(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        args, kwargs = self._first_by_position(args, kwargs)
+        return self("after", out, host, *args, **kwargs)
+
+    def _on_enter(self, host: nn.Module, args: tuple[Any, ...]) -> None:
+        # A tensor in the instance's own attributes hides the parameter of that name and leaves all names as they are.
+        for name in self.weights:
+            owner, leaf = _owner(host, name)
+            vars(owner)[leaf] = self("weight", getattr(owner, leaf), name)
+
+    def _on_leave(self, host: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        for name in self.weights:
+            owner, leaf = _owner(host, name)
+            vars(owner).pop(leaf, None)
+
+    def _leave_last(self, host: nn.Module) -> None:
+        if self._leaves is not None:
+            self._leaves.remove()
+        # Always, since a checkpointed forward pass ends by an exception when it is computed anew.
+        self._leaves = host.register_forward_hook(self._on_leave, always_call=True)
+
+    def _first_by_position(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args or not self._first_argument:  # a host may take nothing, such as a table of positions
+            return args, kwargs
+        rest = {name: value for name, value in kwargs.items() if name != self._first_argument}
+        return (kwargs[self._first_argument],), rest
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the host but keep the dtype: ``.half()`` or bf16-true would round what was learnt."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class Grafted(NamedTuple, Generic[G]):
+    """Where a graft sits: ``path`` is the dotted name of ``host``, ``name`` that of the graft in it."""
+
+    path: str
+    host: nn.Module
+    name: str
+    graft: G
+
+    @property
+    def full_name(self) -> str:
+        """The dotted name of the graft itself."""
+        return f"{self.path}.{self.name}".lstrip(".")
+
+
+def attach(host: nn.Module, graft: G, name: str) -> G:
+    """Register ``graft`` as the child ``name`` of ``host``, in the host's mode, and join its computation.
+
+    Inside of `owned_by` the graft belongs to that method.
+
+    Raises:
+        TuningError: the host already has something of that name, or is compiled (its hooks would be ignored).
+    """
+    if hasattr(host, name):
+        raise TuningError(f"{type(host).__name__} already has an attribute {name!r}: detach it or take another name.")
+    if is_compiled(host):
+        raise TuningError(f"{type(host).__name__} is compiled and would ignore a graft: attach first, compile after.")
+    graft._first_argument = next(iter(inspect.signature(host.forward).parameters), "")
+    graft.owner = _owner_now.get()
+    host.register_module(name, graft)
+    graft.train(host.training)
+    if overrides(graft, "before"):
+        graft._handles.append(host.register_forward_pre_hook(graft._on_input, with_kwargs=True))
+    if overrides(graft, "weight"):
+        graft._handles.append(host.register_forward_pre_hook(graft._on_enter))
+    if overrides(graft, "around"):
+        _surround(host)
+    if overrides(graft, "after"):
+        graft._handles.append(host.register_forward_hook(graft._on_output, with_kwargs=True))
+    for child in host.children():  # every `after` sees the weights that the host has run with
+        if isinstance(child, Graft) and overrides(child, "weight"):
+            child._leave_last(host)
+    return graft
+
+
+def detach(host: nn.Module, name: str) -> None:
+    """Remove the graft ``name`` from ``host``, which then computes as it did before, bit for bit.
+
+    Raises:
+        TuningError: what the host has under that name is no graft.
+    """
+    graft = getattr(host, name, None)
+    if not isinstance(graft, Graft):
+        raise TuningError(
+            f"{name!r} of {type(host).__name__} is no graft but {type(graft).__name__}: nothing to detach."
+        )
+    for handle in (*graft._handles, *filter(None, [graft._leaves])):
+        handle.remove()
+    graft._handles.clear()
+    graft._leaves = None
+    delattr(host, name)
+    if overrides(graft, "around"):
+        _surround(host)
+
+
+@contextmanager
+def owned_by(name: str) -> Iterator[None]:
+    """Let every graft that is attached inside the context belong to the method of this name."""
+    token = _owner_now.set(name)
+    try:
+        yield
+    finally:
+        _owner_now.reset(token)
+
+
+def grafts(root: nn.Module, owner: str | None = None) -> Iterator[Grafted[Graft]]:
+    """Yield every graft below ``root`` with its place, or those of one owner."""
+    for path, host in list(root.named_modules()):
+        for name, child in list(host.named_children()):
+            if isinstance(child, Graft) and owner in (None, child.owner):
+                yield Grafted(path, host, name, child)
+
+
+def graft_prefixes(root: nn.Module) -> tuple[str, ...]:
+    """Return what the names of all modules and tensors begin with that lie in a graft, each with a dot at its end."""
+    return tuple(f"{place.full_name}." for place in grafts(root))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether ``torch.compile`` was applied to the module, as a wrapper or in place.
+
+    Neither form has a public test (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py and
+    ``torch/_dynamo/eval_frame.py`` name these attributes); ``tests/core/test_graft.py`` fails when they change.
+    """
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _surround(host: nn.Module) -> None:
+    """Let the host run through its grafts that override ``around``, or as it did if none is left."""
+    inner = vars(host).pop("forward", None)
+    if isinstance(inner, partial) and inner.func is _forward:
+        inner = inner.args[1]
+    if any(isinstance(child, Graft) and overrides(child, "around") for child in host.children()):
+        bare = inner or partial(type(host).forward, host)
+        surrounded = partial(_forward, host, inner)
+        # Callers read the names of the arguments; annotations may not pickle.
+        parameters = [p.replace(annotation=p.empty) for p in inspect.signature(bare).parameters.values()]
+        vars(surrounded)["__signature__"] = inspect.Signature(parameters)
+        inner = surrounded
+    if inner is not None:
+        vars(host)["forward"] = inner
+
+
+def _forward(host: nn.Module, inner: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """Run the forward pass of a host through its grafts, the latest outermost."""
+    run = inner or partial(type(host).forward, host)
+    for child in host.children():
+        if isinstance(child, Graft) and overrides(child, "around"):
+            run = partial(child, "around", run, host)
+    return run(*args, **kwargs)
+
+
+def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return host.get_submodule(path), leaf
+
+
+def overrides(graft: Graft, joint: str) -> bool:
+    """Tell whether the graft takes part in this joint."""
+    return getattr(type(graft), joint, None) is not getattr(Graft, joint, None)

@@ -1,0 +1,209 @@
+"""A method of tuning: what it does to a backbone, by torch alone. Its life in a Trainer is `training.method.Method`."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
+
+from torch import Tensor, nn
+
+from lightning_peft.core import compatibility, master_weights, select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, Grafted, grafts, is_compiled, owned_by
+from lightning_peft.core.tuning import Tuning
+
+G = TypeVar("G", bound=Graft)
+M = TypeVar("M")
+
+
+@dataclass(eq=False, kw_only=True)
+class TuningMethod:
+    """Freezes a backbone, adds what is to be trained, and can take all of it off again.
+
+    Several methods on one backbone add up: the first one freezes. A task head (what lies outside the base model of a
+    model that is no language model) is trained beside them.
+
+    Args:
+        backbone: where the backbone is in the module, as a dotted name; None: its one pretrained model.
+        also_train: a regex for names of further parameters of the backbone to train.
+        exclude: a regex for names of modules and parameters that this method leaves alone.
+        backbone_mode: whether dropout of the frozen backbone is active in training; BatchNorm statistics never move.
+            Of several methods, one that says 'train' is enough.
+        keep_fp32: store what trains in fp32 even where the Trainer or the backbone's checkpoint says half precision.
+    """
+
+    backbone: str | None = None
+    also_train: str | None = None
+    exclude: str | None = None
+    backbone_mode: Literal["train", "eval"] = "eval"
+    keep_fp32: bool = True
+
+    kind: ClassVar[str] = ""
+    """What sort of tensors it adds: weights, biases, prompts, head ..."""
+    trains: ClassVar[str] = ""
+    """What it trains, in a few words, for tables."""
+    paper: ClassVar[str] = ""
+    """Authors, year and arXiv number."""
+    may_change: ClassVar[frozenset[str]] = frozenset({"backbone", "backbone_mode", "keep_fp32"})
+    """Arguments that may differ between a delta file and the module that loads it."""
+    needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS})
+    """What it counts on that another method on the same backbone may break; the words are those of `together`."""
+    breaks: ClassVar[frozenset[str]] = frozenset()
+    """What other methods on the same backbone cannot count on any more."""
+    shards: ClassVar[bool] = True
+    """Whether it works under strategies that shard parameters."""
+    keeps_originals: ClassVar[bool] = True
+    """Whether the values of base tensors trained in place are kept, so that `remove` can give them back."""
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach grafts to the frozen backbone; return the names of its own parameters that are to be trained."""
+        raise NotImplementedError
+
+    def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the batch as the backbone shall see it."""
+        return batch
+
+    def penalty(self, module: nn.Module) -> Tensor | None:
+        """Return what is added to the loss of each training batch, or None."""
+        return None
+
+    def expect(self, backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Take the form of saved tensors before they are checked and loaded, where a method has several forms.
+
+        Args:
+            backbone: the tuned backbone.
+            tensors: what was saved of it, by names below the backbone.
+        """
+
+    def optimizer_options(self, name: str) -> dict[str, Any]:
+        """Return what the optimizer shall do otherwise with the trained parameter ``name`` of the backbone.
+
+        ``lr_ratio`` multiplies the learning rate of its group; every other name is an option of the optimizer, such as
+        ``lr`` and ``weight_decay``.
+        """
+        return {}
+
+    @property
+    def name(self) -> str:
+        """The name of this method's grafts in their hosts."""
+        return type(self).__name__.lower()
+
+    def init_args(self) -> dict[str, Any]:
+        """Return the arguments that rebuild this method, as plain values."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def apply(self, model: nn.Module) -> None:
+        """Freeze the backbone of ``model`` and add what this method trains. On any error nothing has changed.
+
+        Raises:
+            TuningError: it is applied already, the model is compiled, or the method does not fit the backbone.
+        """
+        backbone = select.backbone_of(model, self.backbone)
+        tuning = Tuning.of(backbone) or Tuning.begin(backbone)
+        if self.name in tuning.methods:
+            raise TuningError(
+                f"{type(self).__name__} is applied to this {type(backbone).__name__} already: once is enough."
+            )
+        try:
+            if is_compiled(model) or is_compiled(backbone):
+                raise TuningError(
+                    f"{type(backbone).__name__} is compiled and would ignore grafts: compile it afterwards."
+                )
+            self._check_exclude(backbone)
+            with owned_by(self.name):
+                own = set(self.graft(backbone))
+            trained = self._kept({*own, *select.head_names(backbone), *self._also(backbone)})
+            tuning.add(backbone, self.name, self, trained, self.keeps_originals)
+            compatibility.check(backbone, tuning)
+        except BaseException:
+            tuning.undo(backbone, self.name)
+            raise
+        if self.keep_fp32:
+            master_weights.hold_fp32(backbone)
+
+    def remove(self, model: nn.Module) -> None:
+        """Give the backbone back as it was before `apply`: output, names and ``requires_grad``, bit for bit.
+
+        Raises:
+            TuningError: this method is not applied, or it trained tensors in place and kept no copies.
+        """
+        self.applied_to(model)
+        backbone = self._tuned(model)
+        tuning = Tuning.of(backbone)
+        assert tuning is not None
+        tuning.undo(backbone, self.name)
+        master_weights.release(backbone)
+
+    def is_applied(self, model: nn.Module) -> bool:
+        """Tell whether `apply` has been done to ``model``."""
+        return self.applied(model) is not None
+
+    def applied(self, module: nn.Module) -> Self | None:
+        """Return the method of this class that is applied to the backbone of ``module``: this one, or its equal."""
+        tuning = Tuning.of(self._tuned(module))
+        method = tuning.methods.get(self.name) if tuning is not None else None
+        return method if isinstance(method, type(self)) else None
+
+    def applied_to(self, model: nn.Module) -> Self:
+        """Return the method of this class that is applied to the backbone of ``model``: this one, or its equal.
+
+        Raises:
+            TuningError: none is.
+        """
+        method = self.applied(model)
+        if method is None:
+            kind = type(self._tuned(model)).__name__
+            raise TuningError(f"{type(self).__name__} is not applied to this {kind}: apply it first.")
+        return method
+
+    def own_grafts(self, model: nn.Module, kind: type[G]) -> list[Grafted[G]]:
+        """Return the grafts of this kind that this method has attached to the backbone of ``model``, with their places.
+
+        Raises:
+            TuningError: the method is not applied to it.
+        """
+        self.applied_to(model)
+        found = grafts(self._tuned(model), owner=self.name)
+        return [cast(Grafted[G], place) for place in found if isinstance(place.graft, kind)]
+
+    def finds_backbone(self, module: nn.Module) -> bool:
+        """Tell whether the backbone is there already; some modules build it in ``configure_model``."""
+        if self.backbone is not None:
+            return self.backbone in dict(module.named_modules())
+        return bool(select.pretrained_models(module))
+
+    def without_excluded(self, modules: dict[str, M]) -> dict[str, M]:
+        """Return the modules that ``exclude`` does not name."""
+        kept = self._kept(modules)
+        return {name: module for name, module in modules.items() if name in kept}
+
+    def _tuned(self, model: nn.Module) -> nn.Module:
+        """Return ``model`` if it is a tuned backbone itself, else the backbone in it."""
+        return model if Tuning.of(model) is not None else select.backbone_of(model, self.backbone)
+
+    def _also(self, backbone: nn.Module) -> list[str]:
+        if self.also_train is None:
+            return []
+        names = dict(backbone.named_parameters(remove_duplicate=False))  # a tied weight goes by each of its names
+        first = {id(parameter): name for name, parameter in backbone.named_parameters()}
+        chosen = [first[id(names[name])] for name in select.match(names, self.also_train)[self.also_train]]
+        if not chosen:
+            raise TuningError(
+                f"also_train={self.also_train!r} matches no parameter of {type(backbone).__name__}"
+                f"{select.near(self.also_train, names)}."
+            )
+        return chosen
+
+    def _check_exclude(self, backbone: nn.Module) -> None:
+        names = [name for name, _ in (*backbone.named_modules(), *backbone.named_parameters()) if name]
+        if self.exclude is not None and self._kept(names) == set(names):
+            raise TuningError(
+                f"exclude={self.exclude!r} matches no module or parameter of {type(backbone).__name__}"
+                f"{select.near(self.exclude, names)}."
+            )
+
+    def _kept(self, names: Iterable[str]) -> set[str]:
+        if self.exclude is None:
+            return set(names)
+        regex = select.compile_pattern(self.exclude)
+        return {name for name in names if not regex.fullmatch(name)}

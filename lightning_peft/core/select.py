@@ -1,0 +1,337 @@
+"""Finding things in a backbone by name and by kind: hosts, blocks, word tables, the position table, the task head.
+
+Nothing here changes a model. No table lists architectures: a role (query, value ...) is one name pattern, a block is an
+entry of an outermost list of equal modules. Names are matched by whole dotted parts: ``"layers.1"`` is a substring
+of ``"layers.10"`` and ``relative_attention_bias.weight`` is no bias.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import graft_prefixes
+
+ROLES: dict[str, str] = {
+    "query": r"q|query|q_proj|q_lin|query_proj|to_q|wq|q_linear",
+    "key": r"k|key|k_proj|k_lin|key_proj|to_k|wk|k_linear",
+    "value": r"v|value|v_proj|v_lin|value_proj|to_v|wv|v_linear",
+    "fused_qkv": r"c_attn|query_key_value|qkv|qkv_proj|Wqkv|W_pack|in_proj|qkv_lin",
+    "intermediate": r"intermediate\.dense|ffn\.lin1|lin1|fc1|c_fc|wi|wi_0|wi_1|up_proj|gate_proj|dense_h_to_4h|linear1",
+    "attention_output": r"(?:cross)?attention\.output\.dense|(?:self_)?attention\.dense|self_attn\.dense|out_lin|o_proj"
+    r"|out_proj|o|(?:attn|attention|crossattention)\.c_proj|attn\.proj",
+    "ffn_output": r"(?<!attention\.)output\.dense|lin2|fc2|mlp\.c_proj|wo|down_proj|dense_4h_to_h|linear2|fc_out"
+    r"|ffn_output",
+    "ffn_norm": r"(?<!attention\.)output\.LayerNorm|output_layer_norm|full_layer_layer_norm|layernorm_after|layer_norm2"
+    r"|norm2|ln_2|post_attention_layernorm|final_layer_norm",
+    "post_norm": r"(?<!attention\.)output\.LayerNorm|output_layer_norm|full_layer_layer_norm",
+    "attention_scale": r"layer_scale1|layer_scale_1|ls1",
+    "ffn_scale": r"layer_scale2|layer_scale_2|ls2",
+    "cross_attention": r"crossattention|cross_attn|encoder_attn|EncDecAttention",
+}
+"""Role of a projection in a block -> pattern of the last parts of its name."""
+
+
+def backbone_of(module: nn.Module, path: str | None = None) -> nn.Module:
+    """Return the submodule at ``path``; without one, the only outermost PreTrainedModel, else the module itself.
+
+    Raises:
+        TuningError: no submodule has that path, or there are several PreTrainedModels to choose from.
+    """
+    if path is not None:
+        modules = dict(module.named_modules())
+        if path not in modules:
+            raise TuningError(f"backbone={path!r} is no submodule of {type(module).__name__}{near(path, modules)}.")
+        return modules[path]
+    found = pretrained_models(module)
+    if len(found) > 1:
+        raise TuningError(
+            f"{type(module).__name__} has {len(found)} pretrained models ({', '.join(found)}): name one with backbone=."
+        )
+    return next(iter(found.values()), module)
+
+
+def pretrained_models(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the outermost transformers models in ``module`` by name; none can exist while transformers is unused."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return {}
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{outer}.") or outer == "" for outer in found)
+        if isinstance(child, modeling.PreTrainedModel) and not inside:
+            found[name] = child
+    return found
+
+
+def match(names: Iterable[str], patterns: str | Sequence[str]) -> dict[str, list[str]]:
+    r"""Return pattern -> the names it selects: a string is one regex for the whole name, a list holds dotted suffixes.
+
+    >>> match(["layers.1.q", "layers.10.q", "layers.1.kq"], ["1.q"])
+    {'1.q': ['layers.1.q']}
+    >>> match(["layers.1.q", "layers.10.q"], r"layers\.\d+\.q")
+    {'layers\\.\\d+\\.q': ['layers.1.q', 'layers.10.q']}
+    """
+    names = list(names)
+    if isinstance(patterns, str):
+        regex = compile_pattern(patterns)
+        return {patterns: [name for name in names if regex.fullmatch(name)]}
+    return {p: [name for name in names if name == p or name.endswith(f".{p}")] for p in patterns}
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Compile a regex that the user gave.
+
+    Raises:
+        TuningError: it is no regular expression.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise TuningError(
+            f"{pattern!r} is no regular expression ({error}): escape it or give a list of suffixes."
+        ) from None
+
+
+def hosts(
+    backbone: nn.Module,
+    kinds: tuple[type[nn.Module], ...],
+    patterns: str | Sequence[str],
+    layers: Sequence[int] | None = None,
+) -> dict[str, nn.Module]:
+    """Return the modules of these kinds that the patterns select, in the order of the model.
+
+    The head and what methods have added are left out.
+
+    ``"all-linear"`` selects every linear layer inside the blocks: poolers and heads lie outside them. ``layers`` keeps
+    the blocks of these indices, negative ones counted from the end.
+
+    Raises:
+        TuningError: a pattern selects nothing, or a layer index is out of range.
+    """
+    head = set(head_names(backbone))
+    added = graft_prefixes(backbone)
+    found = {
+        name: module
+        for name, module in backbone.named_modules()
+        if isinstance(module, kinds)
+        and not f"{name}.".startswith(added)
+        and not any(f"{name}.{p}" in head for p, _ in module.named_parameters(recurse=False))
+    }
+    if patterns == "all-linear":
+        lists = block_lists(backbone)
+        chosen = {name for name, module in found.items() if block_index(lists, name) and _is_linear(module)}
+        if not chosen:
+            raise TuningError(f"'all-linear' finds no linear layer in a list of blocks of {type(backbone).__name__}.")
+    else:
+        chosen = set()
+        for pattern, names in match(found, patterns).items():
+            if not names:
+                kind = " or ".join(k.__name__ for k in kinds)
+                raise TuningError(f"{pattern!r} matches no {kind} of {type(backbone).__name__}{near(pattern, found)}.")
+            chosen.update(names)
+    if layers is not None:
+        chosen = in_layers(backbone, chosen, layers)
+    return {name: module for name, module in found.items() if name in chosen}
+
+
+def by_role(backbone: nn.Module, roles: Iterable[str], kinds: tuple[type[nn.Module], ...]) -> str:
+    """Return a regex for the projections of these roles inside the blocks, or for the fused one where they are one.
+
+    Raises:
+        TuningError: the backbone has no projection of these roles under a known name.
+    """
+    lists = block_lists(backbone)
+    inside = [n for n, module in backbone.named_modules() if isinstance(module, kinds) and block_index(lists, n)]
+    for chosen in ([ROLES[role] for role in roles], [ROLES["fused_qkv"]]):
+        regex = rf"(?:.*\.)?(?:{'|'.join(chosen)})"
+        if any(re.fullmatch(regex, name) for name in inside):
+            return regex
+    raise TuningError(
+        f"{type(backbone).__name__} has no {' or '.join(roles)} projection under a known name: give target_modules, "
+        f"e.g. 'all-linear' or a list of suffixes."
+    )
+
+
+def block_lists(backbone: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the outermost lists of equal modules by name: ``encoder.layer``, or T5's two lists ``*.block``."""
+    lists: dict[str, nn.ModuleList] = {}
+    added = graft_prefixes(backbone)
+    for name, module in backbone.named_modules():
+        if not isinstance(module, nn.ModuleList) or name.startswith((*(f"{outer}." for outer in lists), *added)):
+            continue
+        if len(module) > 0 and len({type(entry) for entry in module}) == 1:
+            lists[name] = module
+    return lists
+
+
+def blocks(backbone: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
+    """Return, for each of the ``block_lists``, its blocks in order, with their names; a stage counts as its blocks.
+
+    A stage (Swin, ResNet) is an entry with a list ``blocks`` or ``layers`` of equal modules of its own.
+    """
+    found: dict[str, list[tuple[str, nn.Module]]] = {}
+    for name, entries in block_lists(backbone).items():
+        found[name] = []
+        for i, entry in enumerate(entries):
+            inner = getattr(entry, "blocks", getattr(entry, "layers", None))
+            if isinstance(inner, (nn.ModuleList, nn.Sequential)) and len({type(block) for block in inner}) == 1:
+                part = "blocks" if hasattr(entry, "blocks") else "layers"
+                found[name] += [(f"{name}.{i}.{part}.{j}", block) for j, block in enumerate(inner)]
+            else:
+                found[name].append((f"{name}.{i}", entry))
+    return found
+
+
+def without_grafts(backbone: nn.Module) -> dict[str, nn.Module]:
+    """Return all modules of a backbone by name, but for those that methods have added."""
+    added = graft_prefixes(backbone)
+    return {name: module for name, module in backbone.named_modules() if not f"{name}.".startswith(added)}
+
+
+def norm_names(backbone: nn.Module) -> list[str]:
+    """Return the parameter names of the norms that work on each token (LayerNorm, RMSNorm ...), the head's left out."""
+    head = set(head_names(backbone))
+    return [
+        full
+        for name, module in without_grafts(backbone).items()
+        if "Norm" in type(module).__name__ and "BatchNorm" not in type(module).__name__
+        for parameter, _ in module.named_parameters(recurse=False)
+        if (full := f"{name}.{parameter}") not in head
+    ]
+
+
+def bias_owners(backbone: nn.Module) -> dict[str, str]:
+    """Return the name of each module that has a bias, the head's left out, with the name of that bias."""
+    head = set(head_names(backbone))
+    return {
+        name: full
+        for name, module in without_grafts(backbone).items()
+        for last, _ in module.named_parameters(recurse=False)
+        if last in ("bias", "in_proj_bias") and (full := f"{name}.{last}".lstrip(".")) not in head
+    }
+
+
+def has_role(name: str, *roles: str) -> bool:
+    """Tell whether the last parts of a module's name are those of one of the ``ROLES``."""
+    return re.fullmatch(rf"(?:.*\.)?(?:{'|'.join(ROLES[role] for role in roles)})", name) is not None
+
+
+def block_index(lists: Iterable[str], name: str) -> tuple[str, int] | None:
+    """Return ``(list, index)`` of the block that ``name`` lies in, or None outside of the ``block_lists``."""
+    for outer in lists:
+        if name.startswith(f"{outer}."):
+            return outer, int(name[len(outer) + 1 :].split(".")[0])
+    return None
+
+
+def word_tables(backbone: nn.Module) -> dict[str, nn.Module]:
+    """Return the input embedding and its tied twins by name (T5 has three).
+
+    Raises:
+        TuningError: the backbone has no input embedding.
+    """
+    get = getattr(backbone, "get_input_embeddings", None)
+    table = get() if get is not None else None
+    if not isinstance(table, nn.Embedding):
+        raise TuningError(
+            f"{type(backbone).__name__} has no table of word embeddings: a soft prompt needs a text model."
+        )
+    return {
+        name: module
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Embedding) and module.weight is table.weight
+    }
+
+
+def position_tables(backbone: nn.Module) -> dict[str, nn.Embedding]:
+    """Return the learned position tables of the text part by name; vision models count patches with theirs."""
+    vision = tuple(
+        f"{name}."
+        for name, m in backbone.named_modules()
+        if getattr(m, "main_input_name", "") == "pixel_values" and name
+    )
+    if getattr(backbone, "main_input_name", "") == "pixel_values":
+        return {}
+    return {
+        name: module
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Embedding)
+        and re.fullmatch(r"wpe|position_embeddings?|embed_positions", name.rsplit(".", 1)[-1])
+        and not name.startswith(vision)
+    }
+
+
+def max_positions(backbone: nn.Module) -> int | None:
+    """Return the longest input [tokens] that a learned position table allows; None for relative or rotary positions."""
+    # RoBERTa starts at padding_idx + 1, OPT and BART carry the same shift as `offset`.
+    for table in position_tables(backbone).values():
+        offset = table.padding_idx + 1 if table.padding_idx is not None else getattr(table, "offset", 0)
+        return table.num_embeddings - offset
+    return None
+
+
+def head_names(backbone: nn.Module) -> list[str]:
+    """Return the parameter names of the task head: what lies outside the base model of a model without an LM head.
+
+    The head of a language model was pretrained with it, tied or not, so it is none: ``also_train`` can name it.
+    """
+    base = getattr(backbone, "base_model", None)
+    if base is backbone and type(backbone).__name__.endswith("ForImageClassification"):
+        # CLIP's and SigLIP's classifiers name a base model that they do not have; what they have is its image side.
+        base = next(iter(pretrained_models(nn.ModuleList(backbone.children())).values()), None)
+    if base is None or base is backbone or backbone.get_output_embeddings() is not None:  # type: ignore[operator]
+        return []
+    inside = {id(p) for p in base.parameters()}
+    return [name for name, p in backbone.named_parameters() if id(p) not in inside]
+
+
+def is_encoder(backbone: nn.Module) -> bool:
+    """Tell whether a transformers model is an encoder whose first token ([CLS]) may be pooled."""
+    config = getattr(backbone, "config", None)
+    if config is None or config.is_encoder_decoder or getattr(config, "is_decoder", False):
+        return False
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def in_layers(backbone: nn.Module, names: Iterable[str], layers: Sequence[int]) -> set[str]:
+    """Return the names that lie in the blocks of these indices, negative ones counted from the end.
+
+    Raises:
+        TuningError: an index is out of range, or none of the names is left.
+    """
+    sizes = {outer: len(blocks) for outer, blocks in block_lists(backbone).items()}
+    longest = max(sizes.values(), default=0)
+    for layer in layers:
+        if not -longest <= layer < longest:
+            raise TuningError(f"layers has {layer}, but {type(backbone).__name__} has blocks 0 to {longest - 1}.")
+    kept = set()
+    for name in names:
+        place = block_index(sizes, name)
+        if place and place[1] in {layer % sizes[place[0]] for layer in layers if layer < sizes[place[0]]}:
+            kept.add(name)
+    if not kept:
+        raise TuningError(f"layers={list(layers)} keeps none of the selected modules: choose blocks that hold them.")
+    return kept
+
+
+def near(name: str, names: Iterable[str], most: int = 3) -> str:
+    """Return ``"; it has e.g. ..."`` with the names most like ``name``, for the end of an error message."""
+    names = list(names)
+    tails: dict[str, str] = {}
+    for full in names:
+        parts = full.split(".")
+        for i in range(len(parts)):
+            tails.setdefault(".".join(parts[i:]), full)
+    close = [tails[tail] for tail in difflib.get_close_matches(name, tails, n=most, cutoff=0.5)]
+    chosen = list(dict.fromkeys(close)) or names[:most]
+    return f"; it has e.g. {', '.join(chosen)}" if chosen else "; it has none"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -1,0 +1,73 @@
+"""Files: written whole or not at all, read without running anything that is in them, found in installed packages."""
+
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lightning_peft.core.errors import TuningError
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` to write to; it replaces ``path`` when the block ends well.
+
+    A kill at any moment leaves the old file or the new one. Beside it, since a move between file systems is a copy.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_torch(path: str | Path, weights_only: bool = True, map_location: Any = "cpu") -> dict[str, Any]:
+    """Return what ``torch.save`` wrote.
+
+    Raises:
+        TuningError: there is no such file, it is truncated or damaged, or it holds objects that loading would execute.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TuningError(f"{path} is no file: give the path of a checkpoint or a delta.")
+    try:
+        loaded = torch.load(path, map_location=map_location, weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        raise TuningError(
+            f"{path} holds more than tensors and plain values, or is damaged ({first_line(error)}): "
+            "load it with weights_only=False only if you trust whoever wrote it."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise TuningError(f"{path} is truncated or damaged ({first_line(error)}): take another copy.") from None
+    if not isinstance(loaded, dict):
+        raise TuningError(f"{path} holds a {type(loaded).__name__}, not a checkpoint: give the path of a checkpoint.")
+    return loaded
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whose bytes are a function of its content; the library shuffles the metadata."""
+    save_file(tensors, path, metadata=metadata)
+    with Path(path).open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the header must keep its place"
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says first, for a place inside of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:120]

@@ -1,0 +1,125 @@
+"""Grafts that leave the frozen part of a model out for rows whose features are known."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft
+from lightning_peft.features.cached_rows import Rows, identify
+
+
+class FrozenPart(Graft):
+    """Runs its host without a graph, and not at all when all rows are known: its output is then a stub of zeros.
+
+    Args:
+        rows: shared with the taps that put the kept rows in place of the stub.
+        skip: whether the host can be left out; else it holds blocks to be trained, and `Skipped` ones.
+    """
+
+    def __init__(self, rows: Rows, skip: bool) -> None:
+        super().__init__()
+        self.rows, self.skip = rows, skip
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the host, or a stub of it."""
+        names = list(inspect.signature(type(host).forward).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        self._check(host, given)
+        keys, shape = identify(given)
+        if not self.skip:
+            self.rows.begin(keys)
+            return forward(*args, **kwargs)
+        if self.rows.begin(keys) and shape in self.rows.stubs:
+            return _stub(self.rows.stubs[shape], given, len(keys))
+        self.rows.mode = "record"
+        trained = next((name for name, p in host.named_parameters() if p.requires_grad), None)
+        if trained is not None:
+            raise TuningError(f"{trained} is trained below the features to be cached: set cache_features=False.")
+        with torch.no_grad():
+            out = forward(*args, **kwargs)
+        self.rows.stubs[shape] = _map(out, lambda tensor: tensor.to("meta"))
+        return out
+
+    def _check(self, host: nn.Module, given: dict[str, Any]) -> None:
+        if host.training:
+            raise TuningError(
+                "cache_features=True needs the frozen part in eval mode, and it is in training mode: use "
+                "backbone_mode='eval', and outside of a Trainer call eval() on it."
+            )
+        config = getattr(host, "config", None)
+        for name in ("output_hidden_states", "output_attentions", "past_key_values"):
+            value = given.get(name)
+            asked = value if value is not None else getattr(config, name, False)
+            if asked:
+                raise TuningError(f"cache_features=True keeps no {name}: leave that out, or set cache_features=False.")
+
+
+class FrozenOutput(FrozenPart):
+    """Gives what the host gave for these rows before: for a backbone whose head lies outside of it."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the host, from the cache if all rows are known."""
+        out = super().around(forward, host, *args, **kwargs)
+        fields: list[Tensor] = []
+        _map(out, fields.append)
+        if self.rows.trained is None:
+            self.rows.trained = list(range(len(fields)))
+        kept = iter([self.rows.tap(i, x) for i, x in enumerate(fields)])
+        return _map(out, lambda _: next(kept))
+
+
+class Tap(Graft):
+    """Keeps the input of its host, or replaces it by what was kept."""
+
+    def __init__(self, rows: Rows, index: int) -> None:
+        super().__init__()
+        self.rows, self.index = rows, index
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the kept input, or keep ``x``."""
+        return self.rows.tap(self.index, x)
+
+
+class Skipped(Graft):
+    """Leaves a frozen block out when all rows are known: it hands its input on."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__()
+        self.rows = rows
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def around(self, forward: Callable[..., Any], host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the block, or its input."""
+        if self.rows.mode == "replay":
+            return x
+        out = forward(x, *args, **kwargs)
+        if not isinstance(out, Tensor):
+            raise TuningError(
+                f"{type(host).__name__} hands on more than hidden states, so its features cannot be cached: set "
+                "cache_features=False."
+            )
+        return out
+
+
+def _map(out: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Return an output of a model with each tensor changed; what is neither tensor nor container becomes None."""
+    if isinstance(out, Tensor):
+        return change(out)
+    if isinstance(out, dict):
+        return type(out)(**{name: _map(value, change) for name, value in out.items()})
+    if isinstance(out, (tuple, list)):
+        return type(out)(_map(value, change) for value in out)
+    return None
+
+
+def _stub(shapes: Any, given: dict[str, Any], count: int) -> Any:
+    """Return zeros, which take no memory, in the shape of an output for a batch of ``count`` rows."""
+    device = next(value.device for value in given.values() if isinstance(value, Tensor))
+    return _map(shapes, lambda t: torch.zeros((), dtype=t.dtype, device=device).expand(count, *t.shape[1:]))

@@ -1,0 +1,51 @@
+"""Wordings of a task in a YAML file: read without evaluating anything, and listed."""
+
+from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
+
+from lightning_peft.core.errors import TuningError
+from lightning_peft.prompting.instructions import TEMPLATES, Instructions
+from lightning_peft.prompting.template import Template
+
+_ENDINGS = (".yaml", ".yml")
+
+
+def read_instructions(path: str | Path, count: int | None = TEMPLATES) -> Instructions:
+    """Return the wordings that a YAML file holds: ``task``, ``templates``, ``inverse`` and ``words``.
+
+    Args:
+        path: of the file.
+        count: how many templates there must be; None: any number.
+
+    Raises:
+        TuningError: there is no such file, or it holds no instructions.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TuningError(f"{path} is no file: give the path of a YAML file with templates.")
+    try:
+        parts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TuningError(f"{path} is no YAML file ({str(error).splitlines()[0]}): mend it.") from None
+    if not isinstance(parts, dict):
+        raise TuningError(f"{path} holds no mapping: give it task and templates.")
+    try:
+        return Instructions.of(parts, count)
+    except TuningError as error:
+        raise TuningError(f"{path}: {error}") from None
+
+
+def instructions_of(templates: str | list[str], count: int | None = None) -> Instructions:
+    """Return the wordings that an argument gives: a template, a list of them, or the path of a YAML file.
+
+    Raises:
+        TuningError: one of them is no template.
+    """
+    if isinstance(templates, str) and templates.endswith(_ENDINGS):
+        return read_instructions(templates, count)
+    texts = [templates] if isinstance(templates, str) else list(templates)
+    if not texts:
+        raise TuningError("there is no template: give one or more, or the path of a YAML file.")
+    named = tuple(Template(text, str(number)) for number, text in enumerate(texts, 1))
+    return Instructions("", named if len(named) > 1 else (Template(texts[0]),), {})

@@ -1,0 +1,195 @@
+"""The life of a method in a Trainer: what it does at each hook of Lightning."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import grafts
+from lightning_peft.core.method import TuningMethod
+from lightning_peft.training import checks, install, lifecycle, precision
+from lightning_peft.training.lifecycle import Life
+
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(eq=False, kw_only=True)
+class Method(TuningMethod, L.Callback):
+    """A `TuningMethod` as a callback of a Trainer, whose checkpoints then hold the delta.
+
+    Use it as a callback, or without a Trainer as ``method.apply(model)``. The arguments are those of `TuningMethod`.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Apply the method as early as the backbone exists, and see to it that checkpoints hold the delta."""
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise TuningError(
+                "this strategy starts its processes by spawn or fork, from which grafts do not come back: "
+                "use strategy='ddp' in a script."
+            )
+        checks.check_averaging(trainer, self)
+        install.prepare(trainer, pl_module)
+        life = Life.of(pl_module)
+        if not any(type(other) is type(self) and other.backbone == self.backbone for other in life.methods):
+            life.methods.append(self)
+        life.await_backbone(pl_module)
+        life.apply(pl_module)
+        self._assert_same(pl_module)
+        precision.install(trainer.precision_plugin, self.keep_fp32)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse what would train nothing or resume wrongly, before the first batch."""
+        self._assert_applied(pl_module)
+        self._assert_checkpointing(trainer, pl_module)
+        install.begin(trainer)
+        checks.check_optimizers(pl_module, trainer.optimizers)
+        lifecycle.remap_optimizers(pl_module, trainer.optimizers)
+        lifecycle.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
+        self._seen_gradients, self._first_epoch = False, trainer.current_epoch
+        # Lightning warns of modules in eval mode before it calls on_train_start: the modes are set after that.
+        select.backbone_of(pl_module, self.backbone).train()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restore the random state of a run that was saved inside an epoch, for which no epoch starts."""
+        self.on_train_epoch_start(trainer, pl_module)
+        lifecycle.restore_random_state(pl_module, trainer.global_rank, mid_epoch=True)
+        Life.of(pl_module).resumed = None
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put what is frozen into the mode that the methods ask for, and what is trained into training mode."""
+        backbone = select.backbone_of(pl_module, self.backbone)
+        backbone.train(self._trains_frozen(trainer))
+        for module in backbone.modules():
+            trained = [p.requires_grad for p in module.parameters(recurse=False)]
+            if isinstance(module, _BATCH_NORM):  # where its bias alone is trained, its statistics stay
+                module.training = bool(trained) and all(trained)
+            elif any(trained):
+                module.training = True
+        for place in grafts(backbone):
+            place.graft.train()
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Add this method's penalty to the loss."""
+        penalty = self.penalty(pl_module)
+        if penalty is not None:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scale = scaler.get_scale() if scaler is not None else 1.0
+            loss.add_(penalty.to(loss.dtype) * (scale / trainer.accumulate_grad_batches))
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse, after the first backward pass, a trained parameter that got no gradient."""
+        if not self._seen_gradients and pl_module.automatic_optimization:
+            checks.check_gradients(pl_module)
+        self._seen_gradients = True
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Note what gets gradients where the module optimizes by hand, in several backward passes, perhaps."""
+        if not pl_module.automatic_optimization and trainer.current_epoch == self._first_epoch:
+            checks.note_gradients(pl_module, optimizer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse, after the first epoch of manual optimization, a trained parameter that never got a gradient."""
+        if not pl_module.automatic_optimization and trainer.current_epoch == self._first_epoch:
+            checks.check_noted_gradients(pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See that the method is applied."""
+        self._assert_applied(pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the backbone see the batch as `prepare` makes it."""
+        self._enter(pl_module, batch)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Give the batch back as it was."""
+        self._leave(batch)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Let the backbone see the batch as `prepare` makes it."""
+        self._enter(pl_module, batch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Give the batch back as it was."""
+        self._leave(batch)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the trainer's plugins as they were."""
+        precision.uninstall(trainer.precision_plugin)
+        install.release(trainer)
+
+    def _assert_applied(self, module: L.LightningModule) -> None:
+        if self.finds_backbone(module) and self.is_applied(module):
+            return
+        hint = f"no submodule {self.backbone!r}" if self.backbone else "no pretrained transformers model"
+        children = ", ".join(name for name, _ in module.named_children()) or "nothing"
+        raise TuningError(
+            f"{type(module).__name__} has {hint}, so {type(self).__name__} knows no backbone to tune: "
+            f"name it with backbone= (it has {children})."
+        )
+
+    def _assert_same(self, module: L.LightningModule) -> None:
+        applied = self.applied(module) if self.finds_backbone(module) else None
+        if applied is None or applied is self:
+            return
+        ours, theirs = self.init_args(), applied.init_args()
+        for name in ours.keys() - {"backbone", "backbone_mode"}:
+            if ours[name] != theirs[name]:
+                raise TuningError(
+                    f"{type(self).__name__} is applied to {type(module).__name__} already with "
+                    f"{name}={theirs[name]!r}, not {ours[name]!r}: remove it first, or give the same."
+                )
+
+    def _trains_frozen(self, trainer: L.Trainer) -> bool:
+        """Tell whether a method on this backbone wants what is frozen to be in training mode; one is enough."""
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        methods = [callback for callback in callbacks if isinstance(callback, Method)]
+        return any(method.backbone_mode == "train" for method in methods if method.backbone == self.backbone)
+
+    def _assert_checkpointing(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        backbone = select.backbone_of(module, self.backbone)
+        on = any(getattr(child, "gradient_checkpointing", False) for child in backbone.modules())
+        if on and not self._trains_frozen(trainer):
+            raise TuningError(
+                f"{type(backbone).__name__} has gradient checkpointing on, which transformers does in training mode "
+                f"alone: give {type(self).__name__} backbone_mode='train'."
+            )
+
+    def _enter(self, module: L.LightningModule, batch: Any) -> None:
+        if type(self).prepare is TuningMethod.prepare:
+            return
+        applied = self.applied(module)
+        assert applied is not None
+        prepared = applied.prepare(batch)
+        self._batch = {name: batch.get(name) for name in prepared if prepared[name] is not batch.get(name)}
+        batch.update({name: prepared[name] for name in self._batch})
+
+    def _leave(self, batch: Any) -> None:
+        for name, value in vars(self).pop("_batch", {}).items():
+            if value is None:
+                del batch[name]
+            else:
+                batch[name] = value

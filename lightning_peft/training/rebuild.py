@@ -1,0 +1,134 @@
+"""Modules and backbones from delta files alone."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+from torch import nn
+
+from lightning_peft.core.delta import load_delta, meta_of, read_delta
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.hub import quiet_loading
+from lightning_peft.core.storage import read_torch
+from lightning_peft.training.lifecycle import Life
+from lightning_peft.training.method import Method
+
+M = TypeVar("M", bound=L.LightningModule)
+
+
+def methods_of(meta: Mapping[str, Any]) -> list[Method]:
+    """Return new methods, as the metadata of a delta describes them. A file can name no code outside of this package.
+
+    Raises:
+        TuningError: the class of a method is a user's own and has not been imported.
+    """
+    for entry in meta["methods"]:
+        if entry["class_path"].startswith("lightning_peft."):
+            import_module(entry["class_path"].rpartition(".")[0])
+    known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(Method)}
+    methods = []
+    for entry in meta["methods"]:
+        if entry["class_path"] not in known:
+            raise TuningError(
+                f"the delta was trained with {entry['class_path']}, which is not imported: import it first."
+            )
+        methods.append(known[entry["class_path"]](**entry["init_args"] | {"backbone": entry["backbone"] or None}))
+    return methods
+
+
+def load_from_checkpoint(cls: type[M], path: str | Path, *args: Any, **kwargs: Any) -> M:
+    """Build a LightningModule of the user's class from a delta checkpoint.
+
+    ``cls.load_from_checkpoint`` knows nothing of methods, so a plain class would miss the grafts: here the methods of
+    the file are applied when the module has been built, before the delta is loaded. Arguments are those of Lightning.
+
+    Raises:
+        TuningError: the file is no whole delta, or does not fit the module.
+    """
+    checkpoint = read_torch(path)
+    methods = methods_of(meta_of(checkpoint, str(path)))
+    with _applying(_built_class(cls, checkpoint), methods):
+        return L.LightningModule.load_from_checkpoint.__func__(cls, path, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def from_delta(path: str | Path, backbone: nn.Module | str | None = None) -> nn.Module:
+    """Return a transformers model tuned as a delta file says, in eval mode.
+
+    Args:
+        path: a delta, as safetensors or checkpoint, of one backbone.
+        backbone: the model, or its folder or hub id; None: what the delta was trained on.
+
+    Raises:
+        TuningError: the delta also holds tensors outside of the backbone, or does not fit.
+    """
+    _, meta = read_delta(path)
+    if len(meta["backbones"]) != 1:
+        raise TuningError(f"{path} tunes {len(meta['backbones'])} backbones: build the module and use load_delta.")
+    (identity,) = meta["backbones"].values()
+    model = backbone if isinstance(backbone, nn.Module) else _pretrained(identity, backbone, str(path))
+    for method in methods_of({"methods": [entry | {"backbone": ""} for entry in meta["methods"]]}):
+        method.apply(model)
+    load_delta(model, path)
+    return model.eval()
+
+
+def _pretrained(identity: Mapping[str, Any], name: str | None, source: str) -> nn.Module:
+    import transformers
+
+    kind = getattr(transformers, identity["class"], None)
+    name = name or identity["name_or_path"]
+    if kind is None or not name:
+        raise TuningError(f"{source} does not say where its {identity['class']} came from: give backbone=.")
+    labels = {k: identity["config"][k] for k in ("id2label", "label2id") if identity["config"].get(k)}
+    if "id2label" in labels:
+        labels["id2label"] = {int(k): v for k, v in labels["id2label"].items()}
+    with quiet_loading():  # the delta brings the head
+        return kind.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+
+
+def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _built_class(cls: type[L.LightningModule], checkpoint: Mapping[str, Any]) -> type[L.LightningModule]:
+    """Return the class that Lightning will build: the CLI writes a subclass's path into the hyper-parameters."""
+    path = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("_class_path")
+    stack = [cls]
+    while stack:
+        kind = stack.pop()
+        if f"{kind.__module__}.{kind.__qualname__}" == path:
+            return kind
+        stack.extend(kind.__subclasses__())
+    return cls
+
+
+@contextmanager
+def _applying(cls: type[L.LightningModule], methods: list[Method]) -> Iterator[None]:
+    """Apply the methods between the building of a module of this class and the loading of its weights."""
+    inherited = cls.on_load_checkpoint
+    own = "on_load_checkpoint" in vars(cls)
+
+    def on_load_checkpoint(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        life = Life.of(module)
+        life.methods.extend(methods)
+        life.apply(module)
+        # The instance's hook, which Life.of has put there, calls the class's again: that must be the user's by then.
+        restore()
+        module.on_load_checkpoint(checkpoint)
+
+    def restore() -> None:
+        if own:
+            setattr(cls, "on_load_checkpoint", inherited)  # noqa: B010
+        elif vars(cls).get("on_load_checkpoint") is on_load_checkpoint:
+            del cls.on_load_checkpoint
+
+    setattr(cls, "on_load_checkpoint", on_load_checkpoint)  # noqa: B010
+    try:
+        yield
+    finally:
+        restore()

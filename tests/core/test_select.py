@@ -1,0 +1,364 @@
+"""Selecting: by whole dotted parts, with no table of architectures, and with near names in every error."""
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from lightning_peft import LadderSideTuning, TuningError
+from lightning_peft.core import select
+from tests.models import KINDS, POSITIONS, TEXT, meta, tiny
+
+LINEAR = (nn.Linear, hf.pytorch_utils.Conv1D)
+
+
+class Module(nn.Module):
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+# Names.
+
+
+def test_a_suffix_is_whole_parts() -> None:
+    names = ["layers.1.q", "layers.10.q", "layers.1.kq", "q"]
+    assert select.match(names, ["1.q"]) == {"1.q": ["layers.1.q"]}
+    assert select.match(names, ["q"]) == {"q": ["layers.1.q", "layers.10.q", "q"]}
+    assert select.match(names, ["layers.1"]) == {"layers.1": []}
+
+
+def test_a_string_is_one_regex_for_the_whole_name() -> None:
+    assert select.match(["a.q", "a.qk"], r".*\.q") == {r".*\.q": ["a.q"]}
+    with pytest.raises(TuningError, match="'\\*' is no regular expression"):
+        select.match(["a"], "*")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("querry", "a.0.query"), ("0.qury", "a.0.query"), ("valeu", "a.0.value"), ("A.0.value", "a.0.value")],
+)
+def test_near_names_are_the_ones_meant(wrong: str, right: str) -> None:
+    names = [f"a.{i}.{role}" for i in range(12) for role in ("query", "key", "value", "dense")]
+    assert right in select.near(wrong, names)
+
+
+def test_near_names_of_nothing() -> None:
+    assert select.near("zzz", ["one", "two", "three", "four"]) == "; it has e.g. one, two, three"
+    assert select.near("zzz", []) == "; it has none"
+
+
+# The backbone.
+
+
+def test_the_backbone_is_the_one_pretrained_model() -> None:
+    model = tiny("bert")
+    assert select.backbone_of(model) is model
+    assert select.backbone_of(Module(net=model, head=nn.Linear(2, 2))) is model
+    assert select.backbone_of(Module(inner=Module(net=model))) is model
+
+
+def test_without_a_pretrained_model_it_is_the_module() -> None:
+    module = Module(net=nn.Linear(2, 2))
+    assert select.backbone_of(module) is module
+    assert select.backbone_of(module, "net") is module.net
+
+
+def test_two_pretrained_models_must_be_told_apart() -> None:
+    module = Module(one=tiny("bert"), other=tiny("vit"))
+    with pytest.raises(TuningError, match=r"2 pretrained models \(one, other\): name one with backbone="):
+        select.backbone_of(module)
+    assert select.backbone_of(module, "other") is module.other
+    with pytest.raises(TuningError, match=r"backbone='othr' is no submodule of Module; it has e\.g\. other"):
+        select.backbone_of(module, "othr")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_inside_of_a_model_do_not_count(kind: str) -> None:
+    model = tiny(kind)
+    assert select.pretrained_models(model) == {"": model}
+    assert select.pretrained_models(Module(net=model, net2=nn.Identity())) == {"net": model}
+
+
+# Roles and blocks.
+
+
+@pytest.mark.parametrize(
+    ("kind", "lists"),
+    [
+        ("bert", {"bert.encoder.layer": 2}),
+        ("distilbert", {"distilbert.transformer.layer": 2}),
+        ("gpt2", {"transformer.h": 2}),
+        ("llama", {"model.layers": 2}),
+        ("t5", {"encoder.block": 2, "decoder.block": 2}),
+        ("vit", {"vit.layers": 2}),
+    ],
+)
+def test_blocks_are_the_outermost_lists(kind: str, lists: dict[str, int]) -> None:
+    assert {name: len(blocks) for name, blocks in select.block_lists(tiny(kind)).items()} == lists
+
+
+def test_the_block_of_a_name() -> None:
+    lists = ["encoder.block", "decoder.block"]
+    assert select.block_index(lists, "decoder.block.11.layer.0.q") == ("decoder.block", 11)
+    assert select.block_index(lists, "decoder.blocks.11") is None
+    assert select.block_index(lists, "head") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "queries", "per_block"),
+    [
+        ("bert", "attention.self.query", 1),
+        ("distilbert", "attention.q_lin", 1),
+        ("gpt2", "attn.c_attn", 1),
+        ("llama", "self_attn.q_proj", 1),
+        ("t5", "q", 1.5),  # once in the encoder, twice in the decoder
+        ("vit", "attention.q_proj", 1),
+    ],
+)
+def test_the_query_is_found_by_its_role(kind: str, queries: str, per_block: float) -> None:
+    model = tiny(kind)
+    found = select.hosts(model, LINEAR, select.by_role(model, ["query"], LINEAR))
+    assert all(name.endswith(f".{queries}") for name in found)
+    blocks = sum(len(blocks) for blocks in select.block_lists(model).values())
+    assert len(found) == per_block * blocks
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (hf.OPTConfig, {"q_proj", "v_proj"}),
+        (hf.BartConfig, {"q_proj", "v_proj"}),
+        (hf.RobertaConfig, {"query", "value"}),
+        (hf.DebertaV2Config, {"query_proj", "value_proj"}),
+        (hf.ElectraConfig, {"query", "value"}),
+        (hf.AlbertConfig, {"query", "value"}),
+        (hf.GPTNeoXConfig, {"query_key_value"}),
+        (hf.BloomConfig, {"query_key_value"}),
+        (hf.Qwen2Config, {"q_proj", "v_proj"}),
+        (hf.CLIPConfig, {"q_proj", "v_proj"}),
+        (hf.MPNetConfig, {"q", "v"}),
+        (hf.XLMConfig, {"q_lin", "v_lin"}),
+        (hf.Dinov2Config, {"query", "value", "q_proj", "v_proj"}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_one_pattern_reaches_other_families(config: type[hf.PreTrainedConfig], names: set[str]) -> None:
+    model = meta(small(config))
+    found = select.hosts(model, LINEAR, select.by_role(model, ["query", "value"], LINEAR))
+    assert found
+    assert {name.rpartition(".")[2] for name in found} <= names
+
+
+def small(config: type[hf.PreTrainedConfig]) -> hf.PreTrainedConfig:
+    """Return a configuration of few layers: on the meta device the widths cost nothing."""
+    if config is hf.CLIPConfig:
+        return config(text_config={"num_hidden_layers": 2}, vision_config={"num_hidden_layers": 2})
+    built = config()
+    layers = {"n_layers", "num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer"} & set(built.to_dict())
+    return config(**dict.fromkeys(layers, 2))
+
+
+def test_twelve_layers_are_told_apart() -> None:
+    model = meta(hf.BertConfig(num_hidden_layers=12))
+    pattern = select.by_role(model, ["query"], LINEAR)
+    assert list(select.hosts(model, LINEAR, pattern, [1])) == ["encoder.layer.1.attention.self.query"]
+    assert list(select.hosts(model, LINEAR, pattern, [-1])) == ["encoder.layer.11.attention.self.query"]
+    assert list(select.hosts(model, LINEAR, ["layer.1.attention.self.query"])) == [
+        "encoder.layer.1.attention.self.query"
+    ]
+
+
+def test_layers_of_an_encoder_decoder_count_in_both() -> None:
+    config = hf.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=3, num_decoder_layers=2, num_heads=2)
+    model = meta(config)
+    pattern = select.by_role(model, ["query"], LINEAR)
+
+    def blocks(layers: list[int]) -> set[str]:
+        return {".".join(name.split(".")[:3]) for name in select.hosts(model, LINEAR, pattern, layers)}
+
+    assert blocks([0]) == {"encoder.block.0", "decoder.block.0"}
+    assert blocks([2]) == {"encoder.block.2"}
+    assert blocks([-1]) == {"encoder.block.2", "decoder.block.1"}
+    with pytest.raises(TuningError, match="layers has 3, but T5Model has blocks 0 to 2"):
+        blocks([3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_linear_is_every_linear_layer_of_the_blocks(kind: str) -> None:
+    model = tiny(kind)
+    lists = select.block_lists(model)
+    expected = {n for n, m in model.named_modules() if isinstance(m, LINEAR) and select.block_index(lists, n)}
+    assert set(select.hosts(model, (*LINEAR, nn.Embedding), "all-linear")) == expected
+    assert expected
+
+
+def test_all_linear_needs_blocks() -> None:
+    with pytest.raises(TuningError, match="finds no linear layer in a list of blocks of Linear"):
+        select.hosts(nn.Linear(2, 2), LINEAR, "all-linear")
+
+
+# Tables, positions, heads.
+
+
+@pytest.mark.parametrize(
+    ("kind", "tables"),
+    [
+        ("bert", ["bert.embeddings.word_embeddings"]),
+        ("distilbert", ["distilbert.embeddings.word_embeddings"]),
+        ("gpt2", ["transformer.wte"]),
+        ("llama", ["model.embed_tokens"]),
+        ("t5", ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]),
+    ],
+)
+def test_word_tables(kind: str, tables: list[str]) -> None:
+    model = tiny(kind)
+    found = select.word_tables(model)
+    assert list(found) == tables
+    assert len({id(table.weight) for table in found.values()}) == 1
+
+
+def test_a_model_without_words() -> None:
+    for model in (tiny("vit"), nn.Linear(2, 2)):
+        with pytest.raises(TuningError, match="has no table of word embeddings"):
+            select.word_tables(model)
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_positions_of_learned_tables(kind: str) -> None:
+    learned = kind in ("bert", "distilbert", "gpt2")
+    assert select.max_positions(tiny(kind)) == (POSITIONS if learned else None)
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (hf.RobertaConfig(max_position_embeddings=514, num_hidden_layers=1), 512),
+        (hf.OPTConfig(max_position_embeddings=2048, num_hidden_layers=1), 2048),
+        (hf.BartConfig(max_position_embeddings=1024, encoder_layers=1, decoder_layers=1), 1024),
+        (hf.MPNetConfig(max_position_embeddings=514, num_hidden_layers=1), 512),
+    ],
+    ids=["roberta", "opt", "bart", "mpnet"],
+)
+def test_positions_of_shifted_tables(config: hf.PreTrainedConfig, positions: int) -> None:
+    assert select.max_positions(meta(config)) == positions
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_token_of_an_encoder_may_be_pooled(kind: str) -> None:
+    assert select.is_encoder(tiny(kind)) is (kind in ("bert", "distilbert"))
+
+
+def test_a_plain_module_is_no_encoder() -> None:
+    assert select.is_encoder(nn.Linear(2, 2)) is False
+    assert select.is_encoder(meta(hf.BertConfig(is_decoder=True, num_hidden_layers=1))) is False
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("bert", ["classifier.weight", "classifier.bias"]),
+        ("distilbert", ["pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias"]),
+        ("vit", ["classifier.weight", "classifier.bias"]),
+        ("gpt2", []),
+        ("llama", []),
+        ("t5", []),
+    ],
+)
+def test_the_head_is_what_lies_outside_of_the_base_model(kind: str, head: list[str]) -> None:
+    assert select.head_names(tiny(kind)) == head
+
+
+@pytest.mark.parametrize(
+    ("auto", "config", "head"),
+    [
+        (hf.AutoModel, hf.BertConfig(num_hidden_layers=1), []),
+        (hf.AutoModelForMaskedLM, hf.BertConfig(num_hidden_layers=1), []),
+        (hf.AutoModelForSequenceClassification, hf.GPT2Config(n_layer=1, num_labels=2), ["score.weight"]),
+        (
+            hf.AutoModelForTokenClassification,
+            hf.BertConfig(num_hidden_layers=1),
+            ["classifier.weight", "classifier.bias"],
+        ),
+        (
+            hf.AutoModelForQuestionAnswering,
+            hf.BertConfig(num_hidden_layers=1),
+            ["qa_outputs.weight", "qa_outputs.bias"],
+        ),
+    ],
+)
+def test_heads_of_other_tasks(auto: object, config: hf.PreTrainedConfig, head: list[str]) -> None:
+    assert select.head_names(meta(config, auto)) == head
+
+
+def test_a_plain_module_has_no_head() -> None:
+    assert select.head_names(nn.Sequential(nn.Linear(2, 2))) == []
+
+
+def test_a_host_in_the_head_is_not_selected() -> None:
+    model = tiny("bert")
+    assert "classifier" not in select.hosts(model, LINEAR, r".*")
+    with torch.device("meta"):
+        assert "pooler.dense" in select.hosts(hf.BertModel(hf.BertConfig(num_hidden_layers=1)), LINEAR, r".*")
+
+
+# Blocks and roles.
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("vit", {"vit.layers": ["vit.layers.0", "vit.layers.1"]}),
+        ("t5", {f"{p}.block": [f"{p}.block.0", f"{p}.block.1"] for p in ("encoder", "decoder")}),
+        ("swin", {"swin.encoder.layers": [f"swin.encoder.layers.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]}),
+        (
+            "resnet",
+            {"resnet.encoder.stages": [f"resnet.encoder.stages.{i}.layers.{j}" for i in (0, 1) for j in (0, 1)]},
+        ),
+    ],
+)
+def test_blocks_are_counted_across_stages(kind: str, expected: dict[str, list[str]]) -> None:
+    model = tiny(kind)
+    found = select.blocks(model)
+    assert {outer: [name for name, _ in entries] for outer, entries in found.items()} == expected
+    assert all(model.get_submodule(name) is block for entries in found.values() for name, block in entries)
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "yes"),
+    [
+        ("encoder.layer.0.output.dense", "ffn_output", True),
+        ("encoder.layer.0.attention.output.dense", "ffn_output", False),
+        ("encoder.layer.0.attention.output.dense", "attention_output", True),
+        ("encoder.layer.0.crossattention.output.dense", "attention_output", True),
+        ("h.0.attn.c_proj", "attention_output", True),
+        ("h.0.mlp.c_proj", "attention_output", False),
+        ("h.0.mlp.c_proj", "ffn_output", True),
+        ("block.0.layer.1.DenseReluDense.wo", "ffn_output", True),
+        ("block.0.layer.0.SelfAttention.o", "attention_output", True),
+        ("layer.0.output.LayerNorm", "post_norm", True),
+        ("layer.0.attention.output.LayerNorm", "post_norm", False),
+    ],
+)
+def test_roles(name: str, role: str, yes: bool) -> None:
+    assert select.has_role(name, role) is yes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_block_has_its_two_output_projections(kind: str) -> None:
+    names = [name for name, module in tiny(kind).named_modules() if isinstance(module, LINEAR)]
+    cross = sum("EncDecAttention" in name and select.has_role(name, "attention_output") for name in names)
+    blocks = 4 if kind == "t5" else 2
+    assert sum(select.has_role(name, "attention_output") for name in names) - cross == blocks
+    assert sum(select.has_role(name, "ffn_output") for name in names) == blocks
+
+
+def test_norms_and_biases_leave_out_the_head_and_grafts() -> None:
+    model = tiny("bert")
+    assert len(select.norm_names(model)) == 10
+    owners = select.bias_owners(model)
+    LadderSideTuning().apply(model)
+    assert len(select.norm_names(model)) == 10
+    assert select.bias_owners(model) == owners
+    assert "classifier" not in owners

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, select
+from lightning_peft.core import compatibility, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.vision import tower
@@ -259,7 +259,7 @@ class L2P(Method):
         name = type(backbone).__name__
         if found.windowed or not found.has_cls:
             raise TuningError(f"L2P asks by the [CLS] token, which {name} has not: take a ViT, DeiT, DINOv2 or CLIP.")
-        if hasattr(found.module, "out_features") or not select.head_names(backbone):
+        if hasattr(found.module, "out_features") or not structure.head_names(backbone):
             raise TuningError(f"L2P gives a task head the mean of the prompts, and {name} has none: take a classifier.")
         start = 0 if self.layout == "prepend" else found.prefix
         position = _position_table(found.embeddings) if self.layout == "after_cls" else None

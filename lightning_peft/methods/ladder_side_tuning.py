@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, select
+from lightning_peft.core import compatibility, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
@@ -158,7 +158,7 @@ class LadderSideTuning(Method):
             raise TuningError(f"temperature={self.temperature} must be above 0, dropout={self.dropout} 0 to below 1.")
         base = base_of(backbone)
         config = getattr(base, "config", None)
-        lists = select.block_lists(base)
+        lists = structure.block_lists(base)
         if config is None or len(lists) != 1 or not isinstance(getattr(config, "num_attention_heads", None), int):
             raise TuningError(
                 f"{type(base).__name__} is no single stack of transformer blocks of one width, which a ladder needs: "
@@ -169,7 +169,7 @@ class LadderSideTuning(Method):
         width, heads = config.hidden_size, max(1, config.num_attention_heads // self.reduction)
         narrow = max(1, width // self.reduction // heads) * heads
         text = isinstance(base.get_input_embeddings(), nn.Embedding)  # type: ignore[operator]
-        causal = text and not select.is_encoder(backbone)
+        causal = text and not structure.is_encoder(backbone)
         ladder = Ladder(base, rungs, width, narrow, heads, 4 * narrow, self.dropout, self.temperature, causal)
         attach(base, ladder, self.name)
         blocks = next(iter(lists.values()))

@@ -18,7 +18,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.delta import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
@@ -117,7 +117,7 @@ class PromptEnsemble(Method):
             raise TuningError("an ensemble without prompts answers nothing: give prompts=, the deltas of one or more.")
         if self.vote not in ("majority", "mean"):
             raise TuningError(f"vote={self.vote!r} is no form of a vote: take 'majority' or 'mean'.")
-        tables = select.word_tables(backbone)
+        tables = structure.word_tables(backbone)
         table = next(iter(tables.values()))
         rows = [self._read(path, table.embedding_dim) for path in self.prompts]  # type: ignore[arg-type]
         lengths = [len(r) for r in rows]
@@ -128,15 +128,15 @@ class PromptEnsemble(Method):
         encoder_decoder = bool(getattr(backbone.config, "is_encoder_decoder", False))
         positions = None
         if "position_ids" in inspect.signature(type(backbone).forward).parameters:
-            table_of = next(iter(select.position_tables(backbone).values()), None)
+            table_of = next(iter(structure.position_tables(backbone).values()), None)
             padding = getattr(table_of, "padding_idx", None)
             positions = 0 if padding is None else padding + 1
-        if len(set(lengths)) > 1 and positions is None and select.position_tables(backbone):
+        if len(set(lengths)) > 1 and positions is None and structure.position_tables(backbone):
             raise TuningError(
                 f"{type(backbone).__name__} takes no position_ids, which prompts of lengths {sorted(set(lengths))} "
                 "need: give prompts of one length."
             )
-        after = 1 if select.is_encoder(backbone) else 0
+        after = 1 if structure.is_encoder(backbone) else 0
         attach(backbone, Ballot(lengths, self.vote, after, encoder_decoder, positions), self.name)
         return ()
 

@@ -20,7 +20,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, select
+from lightning_peft.core import compatibility, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
@@ -149,7 +149,7 @@ class SideTuning(Method):
     def _blend(self, backbone: nn.Module, base: nn.Module) -> str:
         if self.blend != "auto":
             return self.blend
-        has_head = bool(select.head_names(backbone))
+        has_head = bool(structure.head_names(backbone))
         return "pooler_output" if has_head and getattr(base, "pooler", None) is not None else "last_hidden_state"
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, select, sharded
+from lightning_peft.core import compatibility, select, sharded, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach, is_compiled
 from lightning_peft.features.activation_memory import Kept, tensors_in
@@ -156,7 +156,7 @@ class TinyTL(Method):
             raise TuningError(
                 f"{type(backbone).__name__} takes no images, and TinyTL's residuals are convolutions: use Adapter."
             )
-        biases = list(select.bias_owners(backbone).values())
+        biases = list(structure.bias_owners(backbone).values())
         if self.biases and not biases:
             raise TuningError(
                 f"{type(backbone).__name__} has no biases to train: leave them out with biases=False, or use LoRA."
@@ -212,9 +212,9 @@ class TinyTL(Method):
         return kept
 
     def _blocks(self, backbone: nn.Module) -> dict[str, nn.Module]:
-        modules = select.without_grafts(backbone)
+        modules = structure.without_grafts(backbone)
         if self.target_modules is None:
-            chosen = [name for entries in select.blocks(backbone).values() for name, _ in entries]
+            chosen = [name for entries in structure.blocks(backbone).values() for name, _ in entries]
         else:
             chosen = []
             for pattern, names in select.match(modules, self.target_modules).items():

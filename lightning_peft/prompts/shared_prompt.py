@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.prompts.virtual_tokens import PromptRows
 
@@ -118,7 +118,7 @@ def decoder_of(backbone: nn.Module) -> nn.Module | None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "sliding_window", None) or windows:
         return None
     takes = {"input_ids", "inputs_embeds", "attention_mask", "past_key_values"}
-    if select.is_encoder(backbone) or not takes <= set(inspect.signature(decoder.forward).parameters):
+    if structure.is_encoder(backbone) or not takes <= set(inspect.signature(decoder.forward).parameters):
         return None
     return decoder
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.delta import canonical, collect, read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.tuning import tunings
@@ -212,7 +212,7 @@ class Preflight(L.Trainer):
     def _positions(self, model: L.LightningModule, limit: int | None = None) -> list[Finding]:
         found = []
         for path, backbone, _ in tunings(model):
-            most, longest = select.max_positions(backbone), self.probe.longest.get(canonical(path), 0)
+            most, longest = structure.max_positions(backbone), self.probe.longest.get(canonical(path), 0)
             if most is not None and longest:
                 if limit is None and hasattr(self, "datamodule"):
                     limit = getattr(self.datamodule, "max_length", None)

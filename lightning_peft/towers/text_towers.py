@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.hub import tokenizer_of
 
 STANDARD_DEVIATION = 0.02
 """Of the random initial values of a context."""
@@ -66,23 +67,6 @@ def ends_of(tower: nn.Module, texts: Tensor) -> Tensor:
             f"text {row} has no end-of-text token ({tower.eos_token_id}): tokenise with the model's own tokenizer."
         )
     return found.argmax(1)
-
-
-def tokenizer_of(backbone: nn.Module, name: str | None, argument: str) -> Any:
-    """Return a tokenizer by its folder or hub id, or that of the backbone.
-
-    Raises:
-        TuningError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    name = name or getattr(getattr(backbone, "config", None), "_name_or_path", "")
-    if not name:
-        raise TuningError(f"{argument} needs the words of the model: give tokenizer= (a folder or hub id).")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise TuningError(f"no tokenizer at {name!r} ({str(error).splitlines()[0]}): give tokenizer=.") from None
 
 
 def initial_rows(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_peft.core import select, sharded
+from lightning_peft.core import select, sharded, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, Grafted, grafts, overrides
 from lightning_peft.updates.low_rank import LowRank
@@ -51,7 +51,7 @@ def parallelize(module: nn.Module, mesh: Any, plan: Plan) -> None:
     Raises:
         TuningError: there is no plan, it names nothing, or a layer cannot be split evenly.
     """
-    backbones = select.pretrained_models(module) or {"": module}
+    backbones = structure.pretrained_models(module) or {"": module}
     for path, backbone in backbones.items():
         where = f"{type(backbone).__name__} at {path}" if path else type(backbone).__name__
         rules = dict(_own_plan(backbone, where) if plan == "auto" else plan)

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lightning_peft.core import select, sharded
+from lightning_peft.core import select, sharded, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import resolve
 
@@ -35,7 +35,7 @@ def fill(module: nn.Module, device: torch.device) -> None:
     """
     if not on_meta(module):
         return
-    for path, backbone in select.pretrained_models(module).items():
+    for path, backbone in structure.pretrained_models(module).items():
         if not on_meta(backbone):
             continue
         absent = {
@@ -81,7 +81,7 @@ def _read(backbone: nn.Module, absent: set[str], path: str) -> None:
             "from: set config._name_or_path, or build it with from_pretrained."
         )
     files = files_of(name)
-    head = set(select.head_names(backbone))
+    head = set(structure.head_names(backbone))
     state = backbone.state_dict()
     aliases: dict[int, list[str]] = {}
     for key, parameter in backbone.named_parameters(remove_duplicate=False):

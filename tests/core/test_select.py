@@ -6,7 +6,7 @@ import transformers as hf
 from torch import nn
 
 from lightning_peft import LadderSideTuning, TuningError
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
 from tests.models import KINDS, POSITIONS, TEXT, meta, tiny
 
 LINEAR = (nn.Linear, hf.pytorch_utils.Conv1D)
@@ -77,8 +77,8 @@ def test_two_pretrained_models_must_be_told_apart() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_inside_of_a_model_do_not_count(kind: str) -> None:
     model = tiny(kind)
-    assert select.pretrained_models(model) == {"": model}
-    assert select.pretrained_models(Module(net=model, net2=nn.Identity())) == {"net": model}
+    assert structure.pretrained_models(model) == {"": model}
+    assert structure.pretrained_models(Module(net=model, net2=nn.Identity())) == {"net": model}
 
 
 # Roles and blocks.
@@ -96,7 +96,7 @@ def test_models_inside_of_a_model_do_not_count(kind: str) -> None:
     ],
 )
 def test_blocks_are_the_outermost_lists(kind: str, lists: dict[str, int]) -> None:
-    assert {name: len(blocks) for name, blocks in select.block_lists(tiny(kind)).items()} == lists
+    assert {name: len(blocks) for name, blocks in structure.block_lists(tiny(kind)).items()} == lists
 
 
 def test_the_block_of_a_name() -> None:
@@ -121,7 +121,7 @@ def test_the_query_is_found_by_its_role(kind: str, queries: str, per_block: floa
     model = tiny(kind)
     found = select.hosts(model, LINEAR, select.by_role(model, ["query"], LINEAR))
     assert all(name.endswith(f".{queries}") for name in found)
-    blocks = sum(len(blocks) for blocks in select.block_lists(model).values())
+    blocks = sum(len(blocks) for blocks in structure.block_lists(model).values())
     assert len(found) == per_block * blocks
 
 
@@ -188,7 +188,7 @@ def test_layers_of_an_encoder_decoder_count_in_both() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_linear_is_every_linear_layer_of_the_blocks(kind: str) -> None:
     model = tiny(kind)
-    lists = select.block_lists(model)
+    lists = structure.block_lists(model)
     expected = {n for n, m in model.named_modules() if isinstance(m, LINEAR) and select.block_index(lists, n)}
     assert set(select.hosts(model, (*LINEAR, nn.Embedding), "all-linear")) == expected
     assert expected
@@ -214,7 +214,7 @@ def test_all_linear_needs_blocks() -> None:
 )
 def test_word_tables(kind: str, tables: list[str]) -> None:
     model = tiny(kind)
-    found = select.word_tables(model)
+    found = structure.word_tables(model)
     assert list(found) == tables
     assert len({id(table.weight) for table in found.values()}) == 1
 
@@ -222,13 +222,13 @@ def test_word_tables(kind: str, tables: list[str]) -> None:
 def test_a_model_without_words() -> None:
     for model in (tiny("vit"), nn.Linear(2, 2)):
         with pytest.raises(TuningError, match="has no table of word embeddings"):
-            select.word_tables(model)
+            structure.word_tables(model)
 
 
 @pytest.mark.parametrize("kind", TEXT)
 def test_positions_of_learned_tables(kind: str) -> None:
     learned = kind in ("bert", "distilbert", "gpt2")
-    assert select.max_positions(tiny(kind)) == (POSITIONS if learned else None)
+    assert structure.max_positions(tiny(kind)) == (POSITIONS if learned else None)
 
 
 @pytest.mark.parametrize(
@@ -242,17 +242,17 @@ def test_positions_of_learned_tables(kind: str) -> None:
     ids=["roberta", "opt", "bart", "mpnet"],
 )
 def test_positions_of_shifted_tables(config: hf.PreTrainedConfig, positions: int) -> None:
-    assert select.max_positions(meta(config)) == positions
+    assert structure.max_positions(meta(config)) == positions
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_token_of_an_encoder_may_be_pooled(kind: str) -> None:
-    assert select.is_encoder(tiny(kind)) is (kind in ("bert", "distilbert"))
+    assert structure.is_encoder(tiny(kind)) is (kind in ("bert", "distilbert"))
 
 
 def test_a_plain_module_is_no_encoder() -> None:
-    assert select.is_encoder(nn.Linear(2, 2)) is False
-    assert select.is_encoder(meta(hf.BertConfig(is_decoder=True, num_hidden_layers=1))) is False
+    assert structure.is_encoder(nn.Linear(2, 2)) is False
+    assert structure.is_encoder(meta(hf.BertConfig(is_decoder=True, num_hidden_layers=1))) is False
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_plain_module_is_no_encoder() -> None:
     ],
 )
 def test_the_head_is_what_lies_outside_of_the_base_model(kind: str, head: list[str]) -> None:
-    assert select.head_names(tiny(kind)) == head
+    assert structure.head_names(tiny(kind)) == head
 
 
 @pytest.mark.parametrize(
@@ -289,11 +289,11 @@ def test_the_head_is_what_lies_outside_of_the_base_model(kind: str, head: list[s
     ],
 )
 def test_heads_of_other_tasks(auto: object, config: hf.PreTrainedConfig, head: list[str]) -> None:
-    assert select.head_names(meta(config, auto)) == head
+    assert structure.head_names(meta(config, auto)) == head
 
 
 def test_a_plain_module_has_no_head() -> None:
-    assert select.head_names(nn.Sequential(nn.Linear(2, 2))) == []
+    assert structure.head_names(nn.Sequential(nn.Linear(2, 2))) == []
 
 
 def test_a_host_in_the_head_is_not_selected() -> None:
@@ -320,7 +320,7 @@ def test_a_host_in_the_head_is_not_selected() -> None:
 )
 def test_blocks_are_counted_across_stages(kind: str, expected: dict[str, list[str]]) -> None:
     model = tiny(kind)
-    found = select.blocks(model)
+    found = structure.blocks(model)
     assert {outer: [name for name, _ in entries] for outer, entries in found.items()} == expected
     assert all(model.get_submodule(name) is block for entries in found.values() for name, block in entries)
 
@@ -356,9 +356,9 @@ def test_every_block_has_its_two_output_projections(kind: str) -> None:
 
 def test_norms_and_biases_leave_out_the_head_and_grafts() -> None:
     model = tiny("bert")
-    assert len(select.norm_names(model)) == 10
-    owners = select.bias_owners(model)
+    assert len(structure.norm_names(model)) == 10
+    owners = structure.bias_owners(model)
     LadderSideTuning().apply(model)
-    assert len(select.norm_names(model)) == 10
-    assert select.bias_owners(model) == owners
+    assert len(structure.norm_names(model)) == 10
+    assert structure.bias_owners(model) == owners
     assert "classifier" not in owners

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.interop.adapter_config import task_of
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, tensors_of
@@ -60,7 +60,7 @@ def check_place(model: nn.Module) -> None:
     Raises:
         TuningError: the model is an encoder, or PEFT has no class for prompts in its task.
     """
-    if select.is_encoder(model):
+    if structure.is_encoder(model):
         raise TuningError(
             f"PEFT puts a prompt before [CLS], so that {type(model).__name__} pools a virtual token, and here it comes "
             "after [CLS]: the same rows would compute something else, so keep the delta, or take a decoder."

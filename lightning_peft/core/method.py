@@ -90,7 +90,7 @@ class TuningMethod:
 
     def init_args(self) -> dict[str, Any]:
         """Return the arguments that rebuild this method, as plain values."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {field.name: vars(self)[field.name] for field in dataclasses.fields(self)}
 
     def apply(self, model: nn.Module) -> None:
         """Freeze the backbone of ``model`` and add what this method trains. On any error nothing has changed.

@@ -4,6 +4,7 @@ Nothing here changes a model, and no table lists architectures: what a model say
 entry of an outermost list of equal modules. What a model does not have is None, or an empty mapping.
 """
 
+import inspect
 import re
 import sys
 from typing import Any
@@ -75,6 +76,11 @@ def image_size(config: Any) -> tuple[int, int] | None:
 def image_channels(config: Any) -> int:
     """Return how many channels the images have that a model of this configuration takes; 3 if it does not say."""
     return setting(setting(config, "vision_config") or config, "num_channels") or 3
+
+
+def arguments_of(module: nn.Module) -> list[str]:
+    """Return the names of the arguments of a module's forward pass."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def part(model: nn.Module, path: str) -> nn.Module | None:

@@ -222,8 +222,5 @@ def _parts(name: str) -> list[str]:
 
 def _width(module: nn.Module) -> int:
     """Return the size of the last dimension of a module's output: of a projection, a norm or a scale; 0 if unknown."""
-    for attribute in ("out_features", "nf"):
-        if isinstance(getattr(module, attribute, None), int):
-            return int(getattr(module, attribute))
     own = list(module.parameters(recurse=False))
-    return own[0].shape[0] if own and own[0].ndim == 1 else 0
+    return structure.out_features_of(module) or (own[0].shape[0] if own and own[0].ndim == 1 else 0)

@@ -58,7 +58,7 @@ class BiasPart(Graft):
     @torch.no_grad()
     def merge(self, host: nn.Module) -> None:
         """Add the shift to the bias."""
-        bias: Tensor = getattr(host, self.weights[0])
+        bias = host.get_parameter(self.weights[0])
         bias.copy_(bias.float() + self.whole())
 
 
@@ -169,7 +169,7 @@ class BitFit(Method):
     def _shift(self, backbone: nn.Module, name: str, bias: str, part: int) -> None:
         """Attach the shift of one part of a fused bias."""
         host, last = backbone.get_submodule(name), bias.rpartition(".")[2]
-        values: Tensor = getattr(host, last)
+        values = host.get_parameter(last)
         heads = 1
         if name.rpartition(".")[2] == "query_key_value":  # query, key and value of each head in turn
             heads = int(backbone.config.num_attention_heads)  # type: ignore[union-attr, arg-type]

@@ -77,7 +77,7 @@ class PartialK(CachingMethod):
             return self.blocks, lists[self.blocks]
         if not lists:
             raise TuningError(f"{type(backbone).__name__} has no list of blocks: use LinearProbe or another method.")
-        if len(lists) > 1 and not getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
+        if len(lists) > 1 and not structure.is_encoder_decoder(backbone):
             raise TuningError(
                 f"{type(backbone).__name__} has {len(lists)} lists of blocks ({', '.join(lists)}): name one by blocks="
             )

@@ -88,7 +88,8 @@ class PrefixTuning(PrefixMethod):
                 "form='infix' trains numbers of its own in every layer: give mid_dim=None, and none of sets, layers, "
                 "init and init_from."
             )
-        if structure.is_encoder(backbone) or getattr(getattr(backbone, "config", None), "is_encoder_decoder", True):
+        other = structure.is_encoder(backbone) or structure.is_encoder_decoder(backbone)
+        if other or structure.config_of(backbone) is None:
             raise TuningError(
                 f"form='infix' stands between source and target of one text, and {type(backbone).__name__} is no "
                 "decoder-only model: take form='prefix'."

@@ -8,7 +8,6 @@ Source: Lester et al. 2021, arXiv 2104.08691, section 6, which leaves ties open.
 and masked, and positions count what is not masked.
 """
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,8 +48,8 @@ class Ballot(Graft):
         Raises:
             TuningError: it shall keep keys and values for later tokens, of which there would be one set a prompt.
         """
-        names = inspect.signature(type(host).forward).parameters
-        inputs = dict(zip(list(names)[1:], args, strict=False)) | kwargs
+        names = structure.arguments_of(host)
+        inputs = dict(zip(names, args, strict=False)) | kwargs
         if inputs.get("past_key_values") is not None:
             raise TuningError("an ensemble votes on whole texts: call generate() with use_cache=False.")
         inputs.update({"past_key_values": None, "use_cache": False} if "use_cache" in names else {})
@@ -125,11 +124,11 @@ class PromptEnsemble(Method):
         weight = nn.Parameter(padded.to(table.weight.device))  # type: ignore[arg-type]
         for host in tables.values():
             attach(host, VirtualTokens(weight), self.name)
-        encoder_decoder = bool(getattr(backbone.config, "is_encoder_decoder", False))
+        encoder_decoder = structure.is_encoder_decoder(backbone)
         positions = None
-        if "position_ids" in inspect.signature(type(backbone).forward).parameters:
+        if "position_ids" in structure.arguments_of(backbone):
             table_of = next(iter(structure.position_tables(backbone).values()), None)
-            padding = getattr(table_of, "padding_idx", None)
+            padding = table_of.padding_idx if table_of is not None else None
             positions = 0 if padding is None else padding + 1
         if len(set(lengths)) > 1 and positions is None and structure.position_tables(backbone):
             raise TuningError(

@@ -120,7 +120,7 @@ class PromptTuning(PromptMethod):
     def _label_ids(self, backbone: nn.Module) -> list[list[int]]:
         labels = self.class_labels
         if labels is None:
-            labels = list((getattr(backbone.config, "id2label", None) or {}).values())
+            labels = list((structure.setting(structure.config_of(backbone), "id2label") or {}).values())
             if not labels or all(name.startswith("LABEL_") for name in labels):
                 raise TuningError("init='class_labels' needs the names of the classes: give class_labels=.")
         if len(labels) > self.num_virtual_tokens:

@@ -254,7 +254,7 @@ class VPT(Method):
 
     def _check_fit(self, backbone: nn.Module, found: Tower) -> None:
         name = type(backbone).__name__
-        if hasattr(found.module, "out_features"):
+        if structure.gives_feature_maps(found.module):
             raise TuningError(
                 f"{name} gives the hidden states of its blocks, and prompts would be among them: take the model "
                 "without that (AutoModel), or LoRA."

@@ -80,7 +80,7 @@ class WARP(PromptMethod):
             self.num_virtual_tokens = Template(self.template).num_virtual_tokens
         self._check_count()
         self._check_choice("init", INITS, "initial value of a prompt")
-        decoder = backbone.get_output_embeddings() if hasattr(backbone, "get_output_embeddings") else None  # type: ignore[operator]
+        decoder = structure.output_embeddings_of(backbone)
         if not isinstance(decoder, nn.Linear) or not structure.is_encoder(backbone):
             raise TuningError(
                 f"{type(backbone).__name__} is no masked language model, whose decoder WARP scores the classes by: "

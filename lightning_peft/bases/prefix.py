@@ -192,9 +192,7 @@ def _named(place: Any) -> list[tuple[str, nn.Parameter]]:
 
 
 def _width(backbone: nn.Module) -> int:
-    config: Any = backbone.config
-    sizes = (getattr(c, "hidden_size", None) for c in (config, getattr(config, "text_config", None)))
-    width = next((size for size in sizes if size is not None), None)
+    width = structure.width_of(backbone)
     if width is None:
         raise TuningError(f"{type(backbone).__name__} states no hidden_size: train the prefix itself by mid_dim=None.")
     return width
@@ -203,11 +201,10 @@ def _width(backbone: nn.Module) -> int:
 def _states(backbone: nn.Module, places: list[Attention], words: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the keys and values [H, P, d] that the frozen model has for words, by the path of the attention."""
     ids = torch.tensor([words], device=next(backbone.parameters()).device)
-    encoder_decoder = getattr(backbone.config, "is_encoder_decoder", False)
     training = backbone.training
     with torch.no_grad(), attention.recorded(places) as seen:
         backbone.eval()
-        backbone(input_ids=ids, **({"decoder_input_ids": ids} if encoder_decoder else {}))
+        backbone(input_ids=ids, **({"decoder_input_ids": ids} if structure.is_encoder_decoder(backbone) else {}))
     backbone.train(training)
     return {path: (key[0].float(), value[0].float()) for path, (key, value) in seen.items()}
 

@@ -51,7 +51,7 @@ class PromptMethod(Method):
                 attach(table, VirtualTokens(weight), self.name)
         self._in_batch = decoder is None
         self._after = 1 if structure.is_encoder(backbone) else 0
-        self._targets = bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
+        self._targets = structure.is_encoder_decoder(backbone)
         self._limit = structure.max_positions(backbone)
         if self._limit is not None and self.num_virtual_tokens >= self._limit:
             raise TuningError(

@@ -125,6 +125,11 @@ def bias_of(module: nn.Module) -> Any:
     return getattr(module, "bias", None)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Tell whether a module has its stacked experts as [E, in, out], as some of transformers say that they have."""
+    return bool(getattr(module, "is_transposed", False))
+
+
 def computes_in_place(model: nn.Module) -> bool:
     """Tell whether a module of a model, such as ``nn.ReLU(inplace=True)``, overwrites its input."""
     return any(getattr(module, "inplace", False) for module in model.modules())

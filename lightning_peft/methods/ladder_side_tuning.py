@@ -167,7 +167,7 @@ class LadderSideTuning(Method):
         rungs = list(range(count - 1, -1, -self.every))[::-1]
         width, heads = config.hidden_size, max(1, config.num_attention_heads // self.reduction)
         narrow = max(1, width // self.reduction // heads) * heads
-        text = isinstance(base.get_input_embeddings(), nn.Embedding)  # type: ignore[operator]
+        text = isinstance(structure.input_embeddings_of(base), nn.Embedding)
         causal = text and not structure.is_encoder(backbone)
         ladder = Ladder(base, rungs, width, narrow, heads, 4 * narrow, self.dropout, self.temperature, causal)
         attach(base, ladder, self.name)

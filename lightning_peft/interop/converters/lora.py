@@ -231,7 +231,7 @@ def _found(parts: Parts, names: Names) -> dict[str, tuple[str, tuple[int, ...]]]
             own = ["in_proj_weight"]  # which is refused
         for name, key in _keys(path, module, own).items() if own else ():
             shape = tuple(module.get_parameter(name).shape)
-            if getattr(module, "is_transposed", False):
+            if structure.is_transposed(module):
                 shape = (*shape[:-2], shape[-1], shape[-2])
             found[f"{path}.{name}"] = (key, shape)
     return found

@@ -62,6 +62,12 @@ def width_of(model: nn.Module) -> int | None:
     return setting(config, "hidden_size") or setting(setting(config, "text_config"), "hidden_size")
 
 
+def initializer_range(model: nn.Module) -> float:
+    """Return the standard deviation that the weights of a model had at the start of its pretraining."""
+    given = setting(config_of(model), "initializer_range")
+    return 0.02 if given is None else given
+
+
 def main_input_of(model: nn.Module) -> str | None:
     """Return the name of a transformers model's main input: ``input_ids``, ``pixel_values`` ..."""
     return getattr(model, "main_input_name", None)

@@ -168,7 +168,7 @@ def _check_base(adapter: Adapter, parts: Parts, names: Names) -> None:
     if kind not in (None, type(model).__name__):
         raise TuningError(f"{adapter.source} was trained on a {kind}, not a {type(model).__name__}: {hint}.")
     theirs = adapter.config["base_model_name_or_path"] or ""
-    ours = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    ours = structure.name_or_path(model)
     if theirs and ours and _last(theirs) != _last(ours):
         raise TuningError(f"{adapter.source} was trained on {theirs}, and this model is {ours}: {hint}.")
 

@@ -10,7 +10,7 @@ bounds how many are in memory. The context has the name at its end and is the sa
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,8 @@ class ConditionalContext(TextContext):
                 "CoCoOp's prompts depend on the image: call the model with input_ids and pixel_values, or give "
                 "images= to lightning_peft.towers.clip.text_features."
             )
-        self.call.shift = word_table(host).get_submodule(self.tokens).shift(self.call.images)
+        tokens = cast(ConditionalTokens, word_table(host).get_submodule(self.tokens))
+        self.call.shift = tokens.shift(self.call.images)
         try:
             return super().around(forward, host, *args, **kwargs)
         finally:

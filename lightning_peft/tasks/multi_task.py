@@ -60,7 +60,7 @@ class MultiTask(Task):
         counts = [len(names) for names in self.labels.values()]
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.Linear(config.hidden_size, sum(counts))
-        nn.init.normal_(self.heads.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.normal_(self.heads.weight, std=structure.initializer_range(self.backbone))
         nn.init.zeros_(self.heads.bias)
         owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         self.register_buffer("owner", owner, persistent=False)

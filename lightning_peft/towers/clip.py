@@ -95,7 +95,7 @@ def text_features(
     return features.unflatten(0, (len(images), -1)) if conditional and images is not None else features
 
 
-def similarity(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
+def similarity(model: Any, images: Tensor, texts: Tensor) -> Tensor:
     """Return logits ``exp(s) cos(image, text)`` (SigLIP adds a bias), [B, C], in fp32 under every precision.
 
     Args:

@@ -68,7 +68,7 @@ def replace_layers(module: nn.Module, backbones: Iterable[nn.Module], plugin: An
         stay = {id(child) for child in module.modules() if isinstance(child, nn.Linear)}
         for backbone in backbones:
             head = {name.rpartition(".")[0] for name in structure.head_names(backbone)}
-            output = getattr(backbone, "get_output_embeddings", lambda: None)()
+            output = structure.output_embeddings_of(backbone)
             inside = {id(child) for name, child in backbone.named_modules() if name not in head and child is not output}
             stay -= inside
         names = {name for name, child in module.named_modules() if id(child) in stay}

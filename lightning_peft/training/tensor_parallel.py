@@ -110,7 +110,7 @@ def clip_by_norm(plugin: Any, optimizer: torch.optim.Optimizer, clip_val: float)
     kinds: dict[Any, list[Tensor]] = {}
     for parameter in plugin.main_params(optimizer):
         if parameter.grad is not None:
-            kinds.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+            kinds.setdefault(parameter.device_mesh if sharded.is_part(parameter) else None, []).append(parameter)
     grads = ([p.grad for p in parameters] for parameters in kinds.values())
     norms = [sharded.whole(torch.nn.utils.get_total_norm(group)) for group in grads]  # type: ignore[arg-type]
     total = torch.linalg.vector_norm(torch.stack(norms))
@@ -143,9 +143,9 @@ def _matches(backbone: nn.Module, pattern: str) -> dict[str, nn.Module]:
 
 
 def _check_heads(backbone: Any, where: str, size: int) -> None:
-    config = getattr(backbone, "config", None)
+    config = structure.config_of(backbone)
     for name in _HEADS:
-        heads = getattr(config, name, None)
+        heads = structure.setting(config, name)
         if isinstance(heads, int) and heads % size:
             raise TuningError(
                 f"{name}={heads} of {where} cannot be split between tensor_parallel_size={size} ranks: take a divisor."

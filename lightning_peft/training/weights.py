@@ -74,7 +74,7 @@ def files_of(name: str) -> dict[str, Path]:
 
 
 def _read(backbone: nn.Module, absent: set[str], path: str) -> None:
-    name = getattr(backbone.config, "_name_or_path", "")
+    name = structure.name_or_path(backbone)
     if not name:
         raise TuningError(
             f"{type(backbone).__name__} at {path or 'the root'} is on the meta device and names no folder to be read "
@@ -108,7 +108,7 @@ def _read(backbone: nn.Module, absent: set[str], path: str) -> None:
 
 def _sources(backbone: nn.Module, names: list[str]) -> Iterator[str]:
     """Yield the names that a file may have for a tensor: with or without the prefix of the base model."""
-    prefix = f"{getattr(backbone, 'base_model_prefix', '')}."
+    prefix = f"{backbone.base_model_prefix}."
     for name in names:
         yield from (name, f"{prefix}{name}", name.removeprefix(prefix))
 
@@ -136,7 +136,7 @@ def _drawn(backbone: nn.Module, name: str, live: Tensor) -> Tensor:
     if live.ndim < 2:
         return torch.zeros(live.shape)
     generator = torch.Generator().manual_seed(sum(name.encode()))
-    return torch.randn(live.shape, generator=generator) * getattr(backbone.config, "initializer_range", 0.02)
+    return torch.randn(live.shape, generator=generator) * structure.initializer_range(backbone)
 
 
 def _recompute(backbone: Any, name: str) -> None:
@@ -147,12 +147,12 @@ def _recompute(backbone: Any, name: str) -> None:
     """
     owner, _, leaf = name.rpartition(".")
     module = backbone.get_submodule(owner)
-    buffer = getattr(module, leaf)
+    buffer = module.get_buffer(leaf)
     marker = torch.nan if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min
     if buffer.dtype is not torch.bool:
         buffer.fill_(marker)
     backbone._init_weights(module)
-    buffer = getattr(module, leaf)
+    buffer = module.get_buffer(leaf)
     untouched = buffer.isnan().any() if buffer.is_floating_point() else (buffer == marker).any()
     if leaf in ("position_ids", "token_type_ids") and untouched:
         columns = torch.arange(buffer.shape[-1], device=buffer.device).expand_as(buffer)

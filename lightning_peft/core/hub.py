@@ -52,15 +52,10 @@ def load_image_processor(name: str) -> Any:
 
 
 def load_config(name: str, what: str = "model", **entries: Any) -> Any:
-    """Return the configuration of a folder, hub id or ``package://NAME/FOLDER``.
-
-    Args:
-        name: of what it is the configuration.
-        what: what the model is to be, for the error message.
-        entries: what the configuration shall say otherwise.
+    """Return the configuration of a folder, hub id or ``package://NAME/FOLDER``; ``entries`` override what it says.
 
     Raises:
-        TuningError: there is no such model.
+        TuningError: there is no such model; ``what`` says what it was to be.
     """
     from transformers import AutoConfig
 
@@ -71,31 +66,18 @@ def load_config(name: str, what: str = "model", **entries: Any) -> Any:
 def load_model(kind: Any, name: str, what: str | None = None, **options: Any) -> Any:
     """Return the model of a folder, hub id or ``package://NAME/FOLDER``; a head of another shape than saved is new.
 
-    Args:
-        kind: the class of transformers that opens it.
-        name: where it is.
-        what: what the model is to be, for the error message; None: the name of the class.
-        options: further arguments of ``from_pretrained``.
-
     Raises:
-        TuningError: there is no such model, or none of this class.
+        TuningError: there is no such model, or none of this class; ``what`` says what it was to be.
     """
     with _opening_model(name, what or kind.__name__), quiet_loading():
         return kind.from_pretrained(resolve(name), ignore_mismatched_sizes=True, **options)
 
 
 def model_without_weights(kind: Any, name: str, what: str, dtype: str, **entries: Any) -> Any:
-    """Return the model that a configuration describes, with weights that are not those that were saved.
-
-    Args:
-        kind: the class of transformers that builds it.
-        name: folder, hub id or ``package://NAME/FOLDER``.
-        what: what the model is to be, for the error message.
-        dtype: of the weights; "auto": as they were saved.
-        entries: what the configuration shall say otherwise.
+    """Return the model that a configuration describes, its weights in ``dtype`` ("auto": as saved) but not read.
 
     Raises:
-        TuningError: there is no such model, or none of this class.
+        TuningError: there is no such model, or none of this class; ``what`` says what it was to be.
     """
     config = load_config(name, what, **entries)
     with _opening_model(name, what):

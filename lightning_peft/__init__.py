@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lightning_peft.core.delta import collect, convert, load_delta, read_delta, save_delta
+    from lightning_peft.core.delta import collect, save_delta
+    from lightning_peft.core.delta_file import read_delta
+    from lightning_peft.core.delta_load import convert, load_delta
     from lightning_peft.core.errors import TuningError
     from lightning_peft.core.folding import merge
     from lightning_peft.core.graft import Graft, attach, detach
@@ -106,7 +108,9 @@ _EXPORTS = {
         "TextClassificationData",
         "TokenClassificationData",
     ],
-    "core.delta": ["collect", "convert", "load_delta", "read_delta", "save_delta"],
+    "core.delta": ["collect", "save_delta"],
+    "core.delta_file": ["read_delta"],
+    "core.delta_load": ["convert", "load_delta"],
     "training.ema": ["DeltaEMA"],
     "core.errors": ["TuningError"],
     "core.folding": ["merge"],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core import attention, select, structure
 from lightning_peft.core.attention import Attention
-from lightning_peft.core.delta import read_delta
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, detach, grafts
 from lightning_peft.core.hub import tokenizer_of

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 import lightning_peft
-from lightning_peft.core.delta import read_delta
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import merge
 from lightning_peft.core.hub import load_tokenizer

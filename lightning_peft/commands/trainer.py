@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 import lightning_peft
 from lightning_peft.commands import agreement, fail, sentence
-from lightning_peft.core.delta import read_delta
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.reports import PredictionWriter, TuningReport
 from lightning_peft.reports.preflight import Preflight

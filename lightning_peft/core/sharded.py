@@ -26,6 +26,20 @@ def is_part(tensor: Any) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def leading_rows(tensor: Tensor) -> tuple[Tensor, int, Any] | None:
+    """Return this rank's rows of a tensor, the number of the first one, and the process group that has the rest.
+
+    Of a tensor that no other rank has a part of, these are all rows, 0 and None. None: it is split in another way.
+    """
+    if not is_part(tensor):
+        return tensor, 0, None
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if mesh.ndim > 1 or not placements[0].is_shard(0):
+        return None
+    rows = -(-tensor.shape[0] // mesh.size())  # torch gives each rank as many, and what is left to the last one
+    return tensor.to_local(), min(mesh.get_local_rank() * rows, tensor.shape[0]), mesh.get_group()  # type: ignore[attr-defined]
+
+
 def like(live: Tensor, tensor: Tensor) -> Tensor:
     """Return this rank's part of ``tensor`` if ``live`` is sharded, with the placement of ``live``."""
     if not is_part(live) or is_part(tensor):

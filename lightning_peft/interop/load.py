@@ -11,7 +11,7 @@ import lightning_peft
 from lightning_peft.core import select, structure
 from lightning_peft.core.delta import collect
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.fingerprint import fingerprint
+from lightning_peft.core.fingerprint import fingerprint, same_weights
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.tuning import Tuning
 from lightning_peft.interop import adapter_config, folder
@@ -157,7 +157,7 @@ def _check_base(adapter: Adapter, parts: Parts, names: Names) -> None:
     hint = "load that one, or allow_other_base=True"
     known = adapter.header.get("fingerprint")
     if known is not None:
-        if fingerprint(model, skipped(names, parts.in_place)) != known:
+        if not same_weights(fingerprint(model, skipped(names, parts.in_place)), known):
             base = adapter.config["base_model_name_or_path"]
             raise TuningError(
                 f"{adapter.source} was trained on another base{f' ({base})' if base else ''} than this "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import structure
-from lightning_peft.core.delta import read_delta
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.prompts.virtual_tokens import VirtualTokens, insert

@@ -15,7 +15,8 @@ from rich.table import Column, Table
 from torch import nn
 
 from lightning_peft.core import structure
-from lightning_peft.core.delta import canonical, collect, read_delta
+from lightning_peft.core.delta import canonical, collect
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.tuning import tunings
 from lightning_peft.reports import meta_check

@@ -15,10 +15,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
-from lightning_peft.core.delta import IN_FOLDER
+from lightning_peft.core.delta_file import IN_FOLDER, read_checkpoint
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.sharded import is_folder, read_folder
-from lightning_peft.core.storage import atomic, read_torch
+from lightning_peft.core.sharded import is_folder
+from lightning_peft.core.storage import atomic
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -63,7 +63,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint without executing anything in it, unless ``weights_only=False`` is asked for."""
         if is_folder(path):
-            return read_folder(path)
+            return read_checkpoint(path)
         if (Path(path) / IN_FOLDER).is_file():
             raise TuningError(
                 f"{path} is of DeepSpeed, which alone can go on from it: take that strategy again, or read what was "
@@ -71,7 +71,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             )
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
-        return read_torch(Path(path), weights_only is not False, map_location or "cpu")
+        return read_checkpoint(Path(path), weights_only is not False, map_location or "cpu")
 
 
 class OrderedAsyncCheckpointIO(AsyncCheckpointIO):

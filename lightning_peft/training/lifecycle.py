@@ -16,7 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_peft.core import select
-from lightning_peft.core.delta import META, canonical, check, complete, delta_names, meta_of, metadata
+from lightning_peft.core.delta import canonical, delta_names, metadata
+from lightning_peft.core.delta_file import META, meta_of, seal
+from lightning_peft.core.delta_fit import fitted
+from lightning_peft.core.delta_load import complete
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.tuning import tunings
 from lightning_peft.training import precision, strategy
@@ -237,7 +240,7 @@ def _on_save_checkpoint(
         meta["resume"] = {"mid_epoch": mid_epoch, "random": gather(pause.random if pause else random_state())}
         if pause is not None:
             _rewind(checkpoint["loops"]["fit_loop"], pause)
-    checkpoint[META] = meta
+    checkpoint[META] = seal(meta, checkpoint)
 
 
 def _on_load_checkpoint(
@@ -247,7 +250,7 @@ def _on_load_checkpoint(
     source = str(trainer.ckpt_path) if trainer is not None and trainer.ckpt_path else "the checkpoint"
     meta = meta_of(checkpoint, source)
     for holder, key in _states(checkpoint):
-        holder[key] = complete(module, check(module, holder[key], meta, source))
+        holder[key] = complete(module, fitted(module, holder[key], meta, source))
     if trainer is not None and trainer.state.fn == "fit":
         Life.of(module).resumed = {META: meta, "optimizer_states": checkpoint.get("optimizer_states", [])}
     _previous(module, instance_hook, "on_load_checkpoint")(checkpoint)

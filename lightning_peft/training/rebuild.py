@@ -1,7 +1,7 @@
 """Modules and backbones from delta files alone."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import lightning as L
 from torch import nn
 
-from lightning_peft.core.delta import load_delta, meta_of, read_delta
+from lightning_peft.core.delta_file import meta_of, read_checkpoint, read_delta
+from lightning_peft.core.delta_load import load_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import load_model, model_class
-from lightning_peft.core.storage import read_torch
 from lightning_peft.training.lifecycle import Life
 from lightning_peft.training.method import Method
 
@@ -23,11 +23,12 @@ def methods_of(meta: Mapping[str, Any]) -> list[Method]:
     """Return new methods, as the metadata of a delta describes them. A file can name no code outside of this package.
 
     Raises:
-        TuningError: the class of a method is a user's own and has not been imported.
+        TuningError: the class of a method is a user's own and has not been imported, or has no such argument.
     """
     for entry in meta["methods"]:
-        if entry["class_path"].startswith("lightning_peft."):
-            import_module(entry["class_path"].rpartition(".")[0])
+        if entry["class_path"].startswith("lightning_peft.methods."):
+            with suppress(ImportError):  # what is not there is unknown below
+                import_module(entry["class_path"].rpartition(".")[0])
     known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(Method)}
     methods = []
     for entry in meta["methods"]:
@@ -35,7 +36,13 @@ def methods_of(meta: Mapping[str, Any]) -> list[Method]:
             raise TuningError(
                 f"the delta was trained with {entry['class_path']}, which is not imported: import it first."
             )
-        methods.append(known[entry["class_path"]](**entry["init_args"] | {"backbone": entry["backbone"] or None}))
+        try:
+            methods.append(known[entry["class_path"]](**entry["init_args"] | {"backbone": entry["backbone"] or None}))
+        except TypeError as error:
+            raise TuningError(
+                f"the delta gives {entry['class_path']} arguments that it has not here ({error}): use the version that "
+                "wrote it."
+            ) from None
     return methods
 
 
@@ -48,7 +55,7 @@ def load_from_checkpoint(cls: type[M], path: str | Path, *args: Any, **kwargs: A
     Raises:
         TuningError: the file is no whole delta, or does not fit the module.
     """
-    checkpoint = read_torch(path)
+    checkpoint = read_checkpoint(path)
     methods = methods_of(meta_of(checkpoint, str(path)))
     with _applying(_built_class(cls, checkpoint), methods):
         return L.LightningModule.load_from_checkpoint.__func__(cls, path, *args, **kwargs)  # type: ignore[attr-defined]

@@ -122,12 +122,11 @@ def _copy(live: Tensor, file: Path, name: str) -> None:
         if not sharded.is_part(live):
             live.copy_(rows[:] if live.ndim else opened.get_tensor(name))
             return
-        if live.device_mesh.ndim > 1 or not live.placements[0].is_shard(0):  # type: ignore[attr-defined]
+        part = sharded.leading_rows(live)
+        if part is None:
             live.copy_(sharded.like(live, rows[:]))  # split by another dimension, too: one tensor is whole for a moment
             return
-        mesh, local = live.device_mesh, live.to_local()  # type: ignore[attr-defined]
-        chunk = -(-live.shape[0] // mesh.size())
-        start = min(mesh.get_local_rank() * chunk, live.shape[0])
+        local, start, _ = part
         if local.numel():
             local.copy_(rows[start : start + local.shape[0]])
 

@@ -21,7 +21,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from lightning_peft import BitFit, FullyShard, LoRA, PromptTuning, TuningError, collect, load_delta
 from lightning_peft.core import select, sharded, structure
-from lightning_peft.core.delta import metadata, read_delta
+from lightning_peft.core.delta import metadata
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.graft import grafts
 from lightning_peft.training import checks, strategy_files
 from lightning_peft.training.shard_units import plan, wrap_policy

@@ -22,7 +22,7 @@ from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 ROLES = ("query", "key", "value", "attention_output", "intermediate", "ffn_output", "norm")
 _PARTS = ("query", "key", "value")
@@ -182,10 +182,7 @@ class BitFit(Method):
         attach(host, BiasPart(last, values, part, heads), self.name)
 
 
-class BitFitMixin(MethodMixin):
-    """For a LightningModule that is tuned by BitFit: set ``self.method = BitFit(...)`` to change arguments."""
-
-    default_method = BitFit
+BitFitMixin = TunedBy[BitFit]
 
 
 def _without_bias(backbone: nn.Module, owners: dict[str, str]) -> dict[str, nn.Module]:

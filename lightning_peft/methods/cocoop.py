@@ -21,7 +21,7 @@ from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import initial_rows, text_tower, two_towers, word_table
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 DEFAULT_LENGTH = 4
 
@@ -174,7 +174,4 @@ class CoCoOp(Method):
         return ()
 
 
-class CoCoOpMixin(MethodMixin):
-    """For a LightningModule that is tuned by a context for each image: set ``self.method`` to change its arguments."""
-
-    default_method = CoCoOp
+CoCoOpMixin = TunedBy[CoCoOp]

@@ -31,7 +31,7 @@ from lightning_peft.towers.contexts import (
 )
 from lightning_peft.towers.text_towers import initial_rows, nearest_words, text_tower, tokenizer_of, word_table
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 DEFAULT_LENGTH = 16
 
@@ -111,12 +111,10 @@ class CoOp(Method):
         return torch.cat([rows, *(torch.empty_like(rows).normal_(std=0.02) for _ in range(classes - 1))])
 
 
-class CoOpMixin(MethodMixin):
+class CoOpMixin(TunedBy[CoOp]):
     """For a LightningModule that is tuned by a context: set ``self.method`` to change its arguments."""
-
-    default_method = CoOp
 
     def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return, for each token of the context, the k words of least Euclidean distance, with it."""
-        assert isinstance(self.method, CoOp)
-        return self.method.nearest_words(self, k)  # type: ignore[arg-type]
+        method, module = self._owned()
+        return method.nearest_words(module, k)

@@ -18,7 +18,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import STANDARD_DEVIATION, text_tower, word_table
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 class DomainTokens(ContextTokens):
@@ -93,7 +93,4 @@ class DAPL(Method):
         return torch.cat([first, -1 - common - own.expand(-1, first.shape[1], -1)], dim=2)
 
 
-class DAPLMixin(MethodMixin):
-    """For a LightningModule that is tuned by contexts of two domains: set ``self.method`` to change its arguments."""
-
-    default_method = DAPL
+DAPLMixin = TunedBy[DAPL]

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from lightning_peft.bases.prefix import PrefixMethod
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -40,13 +40,10 @@ class PTuningV2(PrefixMethod):
         return next((p for p in found if isinstance(p, float)), 0.0)
 
 
-class PTuningV2Mixin(MethodMixin):
+class PTuningV2Mixin(TunedBy[PTuningV2]):
     """For a LightningModule that is tuned by P-Tuning v2: set ``self.method`` to change its arguments."""
-
-    default_method = PTuningV2
 
     def fold(self) -> None:
         """Keep the prefix that the network gives and drop the network."""
-        assert isinstance(self.method, PTuningV2)
-        assert isinstance(self, nn.Module)
-        self.method.fold(self)
+        method, module = self._owned()
+        method.fold(module)

@@ -29,7 +29,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach, is_compiled
 from lightning_peft.features.activation_memory import Kept, tensors_in
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 _EPS = 1e-5
 
@@ -270,10 +270,7 @@ class TinyTL(Method):
         return side, side
 
 
-class TinyTLMixin(MethodMixin):
-    """For a LightningModule that is tuned by biases and lite residuals."""
-
-    default_method = TinyTL
+TinyTLMixin = TunedBy[TinyTL]
 
 
 def _norm_groups(channels: int) -> int:

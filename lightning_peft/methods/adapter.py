@@ -68,7 +68,7 @@ class Adapter(Method):
     backbone_mode: Literal["train", "eval"] = "train"
 
     kind: ClassVar[str] = "modules"
-    trains: ClassVar[str] = "bottleneck networks inside the blocks, and the norms"
+    trains: ClassVar[str] = "bottleneck networks in the blocks (houlsby, pfeiffer, parallel), and the norms"
     paper: ClassVar[str] = "Houlsby et al. 2019, arXiv 1902.00751"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init_std", "zero_up"}
 

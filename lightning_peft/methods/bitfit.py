@@ -96,7 +96,7 @@ class BitFit(Method):
     backbone_mode: Literal["train", "eval"] = "train"
 
     kind: ClassVar[str] = "biases"
-    trains: ClassVar[str] = "the biases of the backbone"
+    trains: ClassVar[str] = "the biases, or a subset by role"
     paper: ClassVar[str] = "Ben Zaken et al. 2022, arXiv 2106.10199"
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

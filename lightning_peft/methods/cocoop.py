@@ -145,7 +145,7 @@ class CoCoOp(Method):
     tokenizer: str | None = None
 
     kind: ClassVar[str] = "prompt"
-    trains: ClassVar[str] = "a context in the texts of a two-tower model, shifted by the image"
+    trains: ClassVar[str] = "a context in the texts of CLIP or SigLIP, shifted by the image"
     paper: ClassVar[str] = "Zhou et al. 2022, arXiv 2203.05557"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "chunk", "share_prefix", "tokenizer"}
 

@@ -61,7 +61,7 @@ class CoOp(Method):
     tokenizer: str | None = None
 
     kind: ClassVar[str] = "prompt"
-    trains: ClassVar[str] = "a context in the texts of a two-tower model"
+    trains: ClassVar[str] = "a context in the texts of CLIP or SigLIP"
     paper: ClassVar[str] = "Zhou et al. 2021, arXiv 2109.01134"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "share_prefix", "tokenizer"}
 

@@ -60,7 +60,7 @@ class DAPL(Method):
     share_prefix: bool = True
 
     kind: ClassVar[str] = "prompt"
-    trains: ClassVar[str] = "contexts of two domains in the texts of a two-tower model"
+    trains: ClassVar[str] = "contexts of two domains in the texts of CLIP or SigLIP"
     paper: ClassVar[str] = "Ge et al. 2022, arXiv 2202.06687"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"share_prefix"}
 

@@ -27,7 +27,7 @@ class FullFineTuning(Method):
     keep_fp32: bool = False
 
     kind: ClassVar[str] = "all"
-    trains: ClassVar[str] = "every parameter"
+    trains: ClassVar[str] = "every parameter: the baseline"
     paper: ClassVar[str] = "Devlin et al. 2019, arXiv 1810.04805"
     keeps_originals: ClassVar[bool] = False
 

@@ -74,7 +74,7 @@ class LoRA(MergingMethod):
     lora_plus_ratio: float | None = None
 
     kind: ClassVar[str] = "weights"
-    trains: ClassVar[str] = "low-rank updates of weight matrices"
+    trains: ClassVar[str] = "low-rank updates of weight matrices (also DoRA, rsLoRA, LoRA+, PiSSA, OLoRA)"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout", "svd_iterations", "lora_plus_ratio"}
 

@@ -29,6 +29,7 @@ class PTuningV2(PrefixMethod):
 
     backbone_mode: Literal["train", "eval"] = "train"
 
+    trains: ClassVar[str] = "keys and values before those of the text, without a network, and the task head"
     paper: ClassVar[str] = "Liu et al. 2022, arXiv 2110.07602"
     std: ClassVar[float] = 0.02
 

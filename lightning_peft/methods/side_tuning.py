@@ -104,7 +104,7 @@ class SideTuning(Method):
     alpha_init: float = 0.0
 
     kind: ClassVar[str] = "side network"
-    trains: ClassVar[str] = "a small network beside the backbone"
+    trains: ClassVar[str] = "a small network beside the backbone, blended in"
     paper: ClassVar[str] = "Zhang et al. 2020, arXiv 1912.13503"
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.FEATURES})
     breaks: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.FEATURES})

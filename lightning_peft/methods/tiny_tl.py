@@ -138,7 +138,7 @@ class TinyTL(Method):
     image_size: int | None = None
 
     kind: ClassVar[str] = "modules"
-    trains: ClassVar[str] = "the biases, and small convolutions beside the blocks"
+    trains: ClassVar[str] = "the biases, and small convolutions beside the blocks of an image model"
     paper: ClassVar[str] = "Cai et al. 2020, arXiv 2007.11622"
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
 

@@ -18,8 +18,9 @@ import lightning_peft
 from lightning_peft.commands import agreement, fail, sentence
 from lightning_peft.core.delta import read_delta
 from lightning_peft.core.errors import TuningError
-from lightning_peft.reports import PredictionWriter, TuningReport
+from lightning_peft.reports.predictions import PredictionWriter
 from lightning_peft.reports.preflight import Preflight
+from lightning_peft.reports.tuning_report import TuningReport
 from lightning_peft.training.method import Method
 from lightning_peft.training.rebuild import methods_of
 

@@ -7,7 +7,7 @@ QUANTIZED := $(VENV)/.quantized
 # The demo model is real, and all of it is in its package: nothing is looked up on a hub.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install quickstart test test-slow test-slurm lint types benchmarks compare compare-text clean
+.PHONY: help install quickstart test test-slow test-slurm lint types readme benchmarks compare compare-text clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ lint: $(INSTALLED)  ## check style and formatting
 
 types: $(INSTALLED)  ## check types
 	$(BIN)/mypy
+
+readme: $(INSTALLED)  ## write the README's table of methods, from what the classes say
+	$(BIN)/python -m tests.readme
 
 benchmarks: $(INSTALLED)  ## time a step of the methods against HF PEFT and the floor
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.step

@@ -18,12 +18,13 @@ import lightning_peft
 from lightning_peft.commands import agreement, fail, sentence
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
-from lightning_peft.reports import PredictionWriter, TuningReport
+from lightning_peft.reports.predictions import PredictionWriter
 from lightning_peft.reports.preflight import Preflight
+from lightning_peft.reports.tuning_report import TuningReport
 from lightning_peft.training.method import Method
 from lightning_peft.training.rebuild import methods_of
 
-for _name in lightning_peft.__all__:  # jsonargparse knows by their short names the classes that have been imported
+for _name in dir(lightning_peft):  # jsonargparse knows by their short names the classes that have been imported
     getattr(lightning_peft, _name)
 
 

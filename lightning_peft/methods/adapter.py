@@ -28,7 +28,7 @@ from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.bottleneck import AroundNorm, Bottleneck, Parallel, ParallelResidual, Serial
 
 FORMS = ("houlsby", "pfeiffer", "parallel")
@@ -68,7 +68,7 @@ class Adapter(Method):
     backbone_mode: Literal["train", "eval"] = "train"
 
     kind: ClassVar[str] = "modules"
-    trains: ClassVar[str] = "bottleneck networks inside the blocks, and the norms"
+    trains: ClassVar[str] = "bottleneck networks in the blocks (houlsby, pfeiffer, parallel), and the norms"
     paper: ClassVar[str] = "Houlsby et al. 2019, arXiv 1902.00751"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init_std", "zero_up"}
 
@@ -185,10 +185,7 @@ class Adapter(Method):
                 yield name, (inside[name], kind, _width(inside[name]))
 
 
-class AdapterMixin(MethodMixin):
-    """For a LightningModule that is tuned by adapters: set ``self.method`` to change their arguments."""
-
-    default_method = Adapter
+AdapterMixin = TunedBy[Adapter]
 
 
 def _beside(

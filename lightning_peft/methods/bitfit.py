@@ -22,7 +22,7 @@ from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 ROLES = ("query", "key", "value", "attention_output", "intermediate", "ffn_output", "norm")
 _PARTS = ("query", "key", "value")
@@ -96,7 +96,7 @@ class BitFit(Method):
     backbone_mode: Literal["train", "eval"] = "train"
 
     kind: ClassVar[str] = "biases"
-    trains: ClassVar[str] = "the biases of the backbone"
+    trains: ClassVar[str] = "the biases, or a subset by role"
     paper: ClassVar[str] = "Ben Zaken et al. 2022, arXiv 2106.10199"
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
@@ -182,10 +182,7 @@ class BitFit(Method):
         attach(host, BiasPart(last, values, part, heads), self.name)
 
 
-class BitFitMixin(MethodMixin):
-    """For a LightningModule that is tuned by BitFit: set ``self.method = BitFit(...)`` to change arguments."""
-
-    default_method = BitFit
+BitFitMixin = TunedBy[BitFit]
 
 
 def _without_bias(backbone: nn.Module, owners: dict[str, str]) -> dict[str, nn.Module]:

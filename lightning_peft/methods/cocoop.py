@@ -22,7 +22,7 @@ from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import initial_rows, text_tower, two_towers, word_table
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 DEFAULT_LENGTH = 4
 
@@ -147,7 +147,7 @@ class CoCoOp(Method):
     tokenizer: str | None = None
 
     kind: ClassVar[str] = "prompt"
-    trains: ClassVar[str] = "a context in the texts of a two-tower model, shifted by the image"
+    trains: ClassVar[str] = "a context in the texts of CLIP or SigLIP, shifted by the image"
     paper: ClassVar[str] = "Zhou et al. 2022, arXiv 2203.05557"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "chunk", "share_prefix", "tokenizer"}
 
@@ -176,7 +176,4 @@ class CoCoOp(Method):
         return ()
 
 
-class CoCoOpMixin(MethodMixin):
-    """For a LightningModule that is tuned by a context for each image: set ``self.method`` to change its arguments."""
-
-    default_method = CoCoOp
+CoCoOpMixin = TunedBy[CoCoOp]

@@ -32,7 +32,7 @@ from lightning_peft.towers.contexts import (
 )
 from lightning_peft.towers.text_towers import initial_rows, nearest_words, text_tower, word_table
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 DEFAULT_LENGTH = 16
 
@@ -62,7 +62,7 @@ class CoOp(Method):
     tokenizer: str | None = None
 
     kind: ClassVar[str] = "prompt"
-    trains: ClassVar[str] = "a context in the texts of a two-tower model"
+    trains: ClassVar[str] = "a context in the texts of CLIP or SigLIP"
     paper: ClassVar[str] = "Zhou et al. 2021, arXiv 2109.01134"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "share_prefix", "tokenizer"}
 
@@ -112,12 +112,10 @@ class CoOp(Method):
         return torch.cat([rows, *(torch.empty_like(rows).normal_(std=0.02) for _ in range(classes - 1))])
 
 
-class CoOpMixin(MethodMixin):
+class CoOpMixin(TunedBy[CoOp]):
     """For a LightningModule that is tuned by a context: set ``self.method`` to change its arguments."""
-
-    default_method = CoOp
 
     def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return, for each token of the context, the k words of least Euclidean distance, with it."""
-        assert isinstance(self.method, CoOp)
-        return self.method.nearest_words(self, k)  # type: ignore[arg-type]
+        method, module = self._owned()
+        return method.nearest_words(module, k)

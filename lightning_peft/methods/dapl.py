@@ -18,7 +18,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import STANDARD_DEVIATION, text_tower, word_table
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 class DomainTokens(ContextTokens):
@@ -60,7 +60,7 @@ class DAPL(Method):
     share_prefix: bool = True
 
     kind: ClassVar[str] = "prompt"
-    trains: ClassVar[str] = "contexts of two domains in the texts of a two-tower model"
+    trains: ClassVar[str] = "contexts of two domains in the texts of CLIP or SigLIP"
     paper: ClassVar[str] = "Ge et al. 2022, arXiv 2202.06687"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"share_prefix"}
 
@@ -93,7 +93,4 @@ class DAPL(Method):
         return torch.cat([first, -1 - common - own.expand(-1, first.shape[1], -1)], dim=2)
 
 
-class DAPLMixin(MethodMixin):
-    """For a LightningModule that is tuned by contexts of two domains: set ``self.method`` to change its arguments."""
-
-    default_method = DAPL
+DAPLMixin = TunedBy[DAPL]

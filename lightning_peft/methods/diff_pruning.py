@@ -33,7 +33,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, grafts
 from lightning_peft.training import checks
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 from lightning_peft.training.param_groups import schedulers_in
 from lightning_peft.updates.sparse_difference import Gates, Noise, SparseDifference, Twin, draw, readers
 
@@ -284,15 +284,13 @@ class DiffPruning(Method):
                 raise TuningError(f"{name}={value} leaves no time to learn what to keep: take 1 or more.")
 
 
-class DiffPruningMixin(MethodMixin):
+class DiffPruningMixin(TunedBy[DiffPruning]):
     """For a LightningModule that is tuned by diff-pruning: set ``self.method`` to change its arguments."""
-
-    default_method = DiffPruning
 
     def sparsity(self) -> float:
         """Return the share of entries that differ from the pretrained ones, as is expected while gates are trained."""
-        assert isinstance(self.method, DiffPruning)
-        return self.method.achieved(self)  # type: ignore[arg-type]
+        method, module = self._owned()
+        return method.achieved(module)
 
 
 def _magnitudes(graft: SparseDifference, name: str) -> Tensor:

@@ -22,7 +22,7 @@ from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import attach
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates import in_place
 
 _LINEAR = (nn.Linear, Conv1D)
@@ -157,10 +157,7 @@ class IA3(MergingMethod):
         return self.without_excluded(found)
 
 
-class IA3Mixin(MethodMixin):
-    """For a LightningModule that is tuned by IA3: set ``self.method = IA3(...)`` to change arguments."""
-
-    default_method = IA3
+IA3Mixin = TunedBy[IA3]
 
 
 def _features(host: nn.Module) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.towers.deep_prompts import Prompts, check_depth, device_of, graft_prompts, random_rows, vision_tower
 from lightning_peft.towers.text_towers import initial_rows, text_tower, two_towers, word_table
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 DEFAULT_LENGTH = 4
 
@@ -67,7 +67,4 @@ class IVLP(Method):
         return ()
 
 
-class IVLPMixin(MethodMixin):
-    """For a LightningModule that is tuned by prompts in both towers: set ``self.method`` to change its arguments."""
-
-    default_method = IVLP
+IVLPMixin = TunedBy[IVLP]

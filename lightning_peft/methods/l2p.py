@@ -32,7 +32,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.vision import tower
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 class ChosenPrompts(Graft):
@@ -343,12 +343,10 @@ def _position_table(embeddings: nn.Module) -> str:
     raise TuningError(f"{type(embeddings).__name__} has no learned positions to copy: take layout='prepend'.")
 
 
-class L2PMixin(MethodMixin):
+class L2PMixin(TunedBy[L2P]):
     """For a LightningModule that is tuned by L2P: set ``self.method`` to change its arguments."""
-
-    default_method = L2P
 
     def selection_counts(self) -> Tensor:
         """Return how often each prompt has been chosen in training, [M]."""
-        assert isinstance(self.method, L2P)
-        return self.method.selection_counts(self)  # type: ignore[arg-type]
+        method, module = self._owned()
+        return method.selection_counts(module)

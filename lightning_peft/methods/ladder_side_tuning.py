@@ -22,7 +22,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 class Rung(Graft):
@@ -177,7 +177,4 @@ class LadderSideTuning(Method):
         return ()
 
 
-class LadderSideTuningMixin(MethodMixin):
-    """For a LightningModule with a ladder: set ``self.method = LadderSideTuning(...)`` to change its arguments."""
-
-    default_method = LadderSideTuning
+LadderSideTuningMixin = TunedBy[LadderSideTuning]

@@ -20,7 +20,7 @@ from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.features import heads
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -68,7 +68,4 @@ class LinearProbe(CachingMethod):
         return ()
 
 
-class LinearProbeMixin(MethodMixin):
-    """For a LightningModule whose head alone is trained."""
-
-    default_method = LinearProbe
+LinearProbeMixin = TunedBy[LinearProbe]

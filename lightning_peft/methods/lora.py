@@ -27,7 +27,7 @@ from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, overrides
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.low_rank import GRAFTS, LowRankWeights, shape_of
 from lightning_peft.updates.low_rank_init import Init
 from lightning_peft.updates.targets import Target, targets
@@ -74,7 +74,7 @@ class LoRA(MergingMethod):
     lora_plus_ratio: float | None = None
 
     kind: ClassVar[str] = "weights"
-    trains: ClassVar[str] = "low-rank updates of weight matrices"
+    trains: ClassVar[str] = "low-rank updates of weight matrices (also DoRA, rsLoRA, LoRA+, PiSSA, OLoRA)"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout", "svd_iterations", "lora_plus_ratio"}
 
@@ -164,10 +164,7 @@ class LoRA(MergingMethod):
         return every
 
 
-class LoRAMixin(MethodMixin):
-    """For a LightningModule that is tuned by LoRA: set ``self.method = LoRA(...)`` to change arguments."""
-
-    default_method = LoRA
+LoRAMixin = TunedBy[LoRA]
 
 
 def _by_name(pattern: dict[str, Any], names: Iterable[str], default: Any, argument: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from lightning_peft.towers.text_towers import (
     word_table,
 )
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -98,7 +98,4 @@ def split_words(tokenizer: Any, words: str, count: int) -> tuple[list[int], str]
     )
 
 
-class MaPLeMixin(MethodMixin):
-    """For a LightningModule that is tuned by coupled prompts: set ``self.method`` to change its arguments."""
-
-    default_method = MaPLe
+MaPLeMixin = TunedBy[MaPLe]

@@ -18,7 +18,7 @@ from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.features import heads
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 class HiddenLayers(Graft):
@@ -90,7 +90,4 @@ class MLPHead(CachingMethod):
         return ()
 
 
-class MLPHeadMixin(MethodMixin):
-    """For a LightningModule with a head of several layers on frozen features."""
-
-    default_method = MLPHead
+MLPHeadMixin = TunedBy[MLPHead]

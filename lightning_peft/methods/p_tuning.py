@@ -25,7 +25,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach
 from lightning_peft.prompting import Template
 from lightning_peft.prompts.virtual_tokens import PromptRows, is_widened, word_rows
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 ENCODERS = ("lstm_half", "lstm", "mlp", "none")
 
@@ -202,19 +202,15 @@ class PTuning(PromptMethod):
         return torch.randn(self.num_virtual_tokens, weight.shape[1])
 
 
-class PTuningMixin(MethodMixin):
+class PTuningMixin(TunedBy[PTuning]):
     """For a LightningModule that is tuned by P-Tuning: set ``self.method`` to change its arguments."""
-
-    default_method = PTuning
 
     def fold(self) -> None:
         """Keep the rows that the encoder gives and drop it."""
-        assert isinstance(self.method, PTuning)
-        assert isinstance(self, nn.Module)
-        self.method.fold(self)
+        method, module = self._owned()
+        method.fold(module)
 
     def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return, for each virtual token, the k words of highest cosine, with it."""
-        assert isinstance(self.method, PTuning)
-        assert isinstance(self, nn.Module)
-        return self.method.nearest_words(self, k)
+        method, module = self._owned()
+        return method.nearest_words(module, k)

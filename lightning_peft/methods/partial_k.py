@@ -17,7 +17,7 @@ from torch import nn
 from lightning_peft.bases.caching import CachingMethod
 from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -109,10 +109,7 @@ class PartialK(CachingMethod):
         return names
 
 
-class PartialKMixin(MethodMixin):
-    """For a LightningModule whose last blocks are trained: set ``self.method = PartialK(k=2)`` for more of them."""
-
-    default_method = PartialK
+PartialKMixin = TunedBy[PartialK]
 
 
 def _at_or_after(names: list[str], name: str, first: str) -> bool:

@@ -23,7 +23,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.prompts import infix
 from lightning_peft.prompts.virtual_tokens import VirtualTokens, is_widened
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -96,13 +96,10 @@ class PrefixTuning(PrefixMethod):
             )
 
 
-class PrefixTuningMixin(MethodMixin):
+class PrefixTuningMixin(TunedBy[PrefixTuning]):
     """For a LightningModule that is tuned by a prefix: set ``self.method`` to change its arguments."""
-
-    default_method = PrefixTuning
 
     def fold(self) -> None:
         """Keep the prefix that the network gives and drop the network."""
-        assert isinstance(self.method, PrefixTuning)
-        assert isinstance(self, nn.Module)
-        self.method.fold(self)
+        method, module = self._owned()
+        method.fold(module)

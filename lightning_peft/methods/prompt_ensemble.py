@@ -23,7 +23,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.prompts.virtual_tokens import VirtualTokens, insert
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 class Ballot(Graft):
@@ -169,5 +169,4 @@ class PromptEnsemble(Method):
         return rows[0].float()
 
 
-class PromptEnsembleMixin(MethodMixin):
-    """For a LightningModule that answers by a vote of prompts: set ``self.method`` to a PromptEnsemble."""
+PromptEnsembleMixin = TunedBy[PromptEnsemble]

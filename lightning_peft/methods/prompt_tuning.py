@@ -23,7 +23,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.prompts.virtual_tokens import frequent_ids, insert, random_rows, word_rows
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 INITS = ("random_uniform", "sampled_vocab", "text", "class_labels")
 
@@ -136,13 +136,10 @@ class PromptTuning(PromptMethod):
         return ids
 
 
-class PromptTuningMixin(MethodMixin):
+class PromptTuningMixin(TunedBy[PromptTuning]):
     """For a LightningModule that is tuned by a soft prompt: set ``self.method`` to change its arguments."""
-
-    default_method = PromptTuning
 
     def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return, for each virtual token, the k words of highest cosine, with it."""
-        assert isinstance(self.method, PromptTuning)
-        assert isinstance(self, nn.Module)
-        return self.method.nearest_words(self, k)
+        method, module = self._owned()
+        return method.nearest_words(module, k)

@@ -25,7 +25,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 BLENDS = ("auto", "pooler_output", "last_hidden_state", "first_token")
 _INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner")
@@ -104,7 +104,7 @@ class SideTuning(Method):
     alpha_init: float = 0.0
 
     kind: ClassVar[str] = "side network"
-    trains: ClassVar[str] = "a small network beside the backbone"
+    trains: ClassVar[str] = "a small network beside the backbone, blended in"
     paper: ClassVar[str] = "Zhang et al. 2020, arXiv 1912.13503"
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.FEATURES})
     breaks: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.FEATURES})
@@ -153,15 +153,13 @@ class SideTuning(Method):
         return "pooler_output" if pooled else "last_hidden_state"
 
 
-class SideTuningMixin(MethodMixin):
+class SideTuningMixin(TunedBy[SideTuning]):
     """For a LightningModule with a side network: set ``self.method = SideTuning(...)`` to choose it."""
-
-    default_method = SideTuning
 
     def alpha(self) -> float:
         """Return the share of the backbone in the blend."""
-        assert isinstance(self.method, SideTuning)
-        return self.method.alpha(self)  # type: ignore[arg-type]
+        method, module = self._owned()
+        return method.alpha(module)
 
 
 def narrow(base: nn.Module, reduction: int, layers: int | None, pooled: bool) -> tuple[nn.Module, tuple[int, int]]:

@@ -29,7 +29,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach, is_compiled
 from lightning_peft.features.activation_memory import Kept, tensors_in
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 _EPS = 1e-5
 
@@ -140,7 +140,7 @@ class TinyTL(Method):
     image_size: int | None = None
 
     kind: ClassVar[str] = "modules"
-    trains: ClassVar[str] = "the biases, and small convolutions beside the blocks"
+    trains: ClassVar[str] = "the biases, and small convolutions beside the blocks of an image model"
     paper: ClassVar[str] = "Cai et al. 2020, arXiv 2007.11622"
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
 
@@ -272,10 +272,7 @@ class TinyTL(Method):
         return (self.image_size, self.image_size) if self.image_size else structure.image_size(config)
 
 
-class TinyTLMixin(MethodMixin):
-    """For a LightningModule that is tuned by biases and lite residuals."""
-
-    default_method = TinyTL
+TinyTLMixin = TunedBy[TinyTL]
 
 
 def _norm_groups(channels: int) -> int:

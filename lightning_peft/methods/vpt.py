@@ -25,7 +25,7 @@ from lightning_peft.core.graft import Graft, attach, detach, owned_by
 from lightning_peft.towers.vision import Tower, tower
 from lightning_peft.towers.window_prompts import PromptRows, attach_windows
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 class TokenPrompt(PromptRows):
@@ -308,7 +308,4 @@ def _width(block: nn.Module) -> int:
     return next(int(m.normalized_shape[0]) for m in block.modules() if isinstance(m, nn.LayerNorm))
 
 
-class VPTMixin(MethodMixin):
-    """For a LightningModule that is tuned by VPT: set ``self.method`` to change its arguments."""
-
-    default_method = VPT
+VPTMixin = TunedBy[VPT]

@@ -25,7 +25,7 @@ from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.prompting import Template
 from lightning_peft.prompts.virtual_tokens import word_rows
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 INITS = ("normal", "mask", "text")
 
@@ -130,13 +130,10 @@ class WARP(PromptMethod):
         return word_rows(table, [tokenizer.mask_token_id] * count)
 
 
-class WARPMixin(MethodMixin):
+class WARPMixin(TunedBy[WARP]):
     """For a LightningModule that is tuned by WARP: set ``self.method`` to change its arguments."""
-
-    default_method = WARP
 
     def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return, for each prompt token, the k words of highest cosine, with it."""
-        assert isinstance(self.method, WARP)
-        assert isinstance(self, nn.Module)
-        return self.method.nearest_words(self, k)
+        method, module = self._owned()
+        return method.nearest_words(module, k)

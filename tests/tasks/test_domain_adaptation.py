@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_peft import DAPL, IVLP, ColouredShapes, CoOp, DomainAdaptation, DomainData, LoRA, TuningError, collect
 from lightning_peft.data.domain_data import PairsOfBatches
-from lightning_peft.reports import ResultRows, read_rows
+from lightning_peft.reports.rows import ResultRows, read_rows
 from lightning_peft.towers import clip
 from tests import two_towers
 from tests.modules import trainer

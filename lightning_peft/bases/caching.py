@@ -22,6 +22,7 @@ import lightning as L
 from torch import nn
 
 from lightning_peft.core import structure
+from lightning_peft.core.arguments import positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.features import heads
@@ -40,7 +41,7 @@ class CachingMethod(Method):
     """
 
     cache_features: bool = False
-    cache_limit: float = 4.0
+    cache_limit: float = positive(4.0, "is no amount of memory")
 
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"cache_features", "cache_limit"}
 
@@ -53,7 +54,7 @@ class CachingMethod(Method):
             frozen: names of the blocks before it.
 
         Raises:
-            TuningError: the frozen part would not be in eval mode, or the limit is no size.
+            TuningError: the frozen part would not be in eval mode.
         """
         if not self.cache_features:
             return
@@ -62,8 +63,6 @@ class CachingMethod(Method):
                 f"cache_features=True keeps what dropout would change in each epoch with backbone_mode="
                 f"{self.backbone_mode!r}: use backbone_mode='eval'."
             )
-        if not self.cache_limit > 0:
-            raise TuningError(f"cache_limit={self.cache_limit} is no amount of memory: give GiB.")
         name = f"{self.name}_cache"
         rows = Rows(int(self.cache_limit * 2**30))
         base = structure.base_model_of(backbone)

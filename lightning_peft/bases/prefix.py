@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core import attention, select, structure
+from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.attention import Attention
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, detach, grafts
 from lightning_peft.core.hub import tokenizer_of
-from lightning_peft.prompts.prefix import KINDS, Prefix, PrefixNetwork, ShiftedRotary, ShiftedTable
+from lightning_peft.prompts.prefix import Prefix, PrefixNetwork, ShiftedRotary, ShiftedTable
 from lightning_peft.training.method import Method
 
 
@@ -36,15 +37,15 @@ class PrefixMethod(Method):
         init_from: a delta of this method whose prefix to start from, e.g. one that was trained on several tasks.
     """
 
-    num_virtual_tokens: int = 20
-    mid_dim: int | None = None
-    sets: list[Literal["encoder", "decoder", "cross"]] | None = None
+    num_virtual_tokens: int = natural(20, "is no prefix")
+    mid_dim: int | None = natural(None, "is no width of a network")
+    sets: list[Literal["encoder", "decoder", "cross"]] | None = choice(None, "names no attentions")
     layers: list[int] | None = None
     positions: Literal["shifted", "unshifted"] = "shifted"
-    init: Literal["random", "text"] = "random"
+    init: Literal["random", "text"] = choice("random", "is no initial value of a prefix")
     text: str | None = None
     tokenizer: str | None = None
-    dropout: float | None = None
+    dropout: float | None = rate(None)
     init_from: str | None = None
 
     kind: ClassVar[str] = "prefix"
@@ -55,7 +56,6 @@ class PrefixMethod(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach a prefix to each attention and let positions count from P."""
-        self._check()
         words = self._words(backbone)
         if words is not None:
             self.num_virtual_tokens = len(words)
@@ -122,20 +122,6 @@ class PrefixMethod(Method):
         for network in self.own_grafts(model, PrefixNetwork):
             detach(network.host, network.name)
         self.mid_dim = applied.mid_dim = None
-
-    def _check(self) -> None:
-        if self.num_virtual_tokens < 1:
-            raise TuningError(f"num_virtual_tokens={self.num_virtual_tokens} is no prefix: take 1 or more.")
-        if self.mid_dim is not None and self.mid_dim < 1:
-            raise TuningError(f"mid_dim={self.mid_dim} is no width of a network: take 1 or more, or none.")
-        if self.sets is not None and (not self.sets or not set(self.sets) <= set(KINDS)):
-            raise TuningError(f"sets={self.sets} names no attentions: take some of {', '.join(KINDS)}.")
-        if self.positions not in ("shifted", "unshifted"):
-            raise TuningError(f"positions={self.positions!r} is unknown: take 'shifted' or 'unshifted'.")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise TuningError(f"dropout={self.dropout} is no probability below 1.")
-        if self.init not in ("random", "text"):
-            raise TuningError(f"init={self.init!r} is no initial value of a prefix: take 'random' or 'text'.")
 
     def _dropout(self, backbone: nn.Module) -> float:
         return self.dropout or 0.0

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core import compatibility, select, structure
+from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.hub import tokenizer_of
@@ -26,7 +27,7 @@ class PromptMethod(Method):
         tokenizer: folder or hub id of the tokenizer; None: that of the backbone.
     """
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: int = natural(20, "is no prompt")
     tokenizer: str | None = None
 
     kind: ClassVar[str] = "prompt"
@@ -128,14 +129,6 @@ class PromptMethod(Method):
         if not ids:
             raise TuningError(f"text={text!r} has no tokens: give the words of the prompt.")
         return ids
-
-    def _check_count(self) -> None:
-        if self.num_virtual_tokens < 1:
-            raise TuningError(f"num_virtual_tokens={self.num_virtual_tokens} is no prompt: take 1 or more.")
-
-    def _check_choice(self, name: str, choices: Sequence[str], of: str) -> None:
-        if getattr(self, name) not in choices:
-            raise TuningError(f"{name}={getattr(self, name)!r} is no {of}: take one of {', '.join(choices)}.")
 
     def _check_ids(self, ids: Tensor) -> None:
         highest = int(-1 - ids.min())

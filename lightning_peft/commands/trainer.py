@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 import lightning_peft
 from lightning_peft.commands import agreement, fail, sentence
+from lightning_peft.core import arguments
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.reports.predictions import PredictionWriter
@@ -79,8 +80,11 @@ class TuningCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        found = [callback for callback in [*methods, *callbacks] if isinstance(callback, Method)]
+        for method in found:
+            arguments.check(method)  # before the data are prepared, which may take long
         delta = Path(str(self._get(self.config_init, "ckpt_path")))
-        if delta.is_file() and not any(isinstance(callback, Method) for callback in [*methods, *callbacks]):
+        if delta.is_file() and not found:
             methods = methods_of(read_delta(delta)[1])
         trainer = self._instantiate_trainer(config, methods)
         if self.tells:

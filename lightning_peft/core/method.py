@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, master_weights, select, structure
+from lightning_peft.core import arguments, compatibility, master_weights, select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, Grafted, grafts, is_compiled, owned_by
 from lightning_peft.core.tuning import Tuning
@@ -96,8 +96,10 @@ class TuningMethod:
         """Freeze the backbone of ``model`` and add what this method trains. On any error nothing has changed.
 
         Raises:
-            TuningError: it is applied already, the model is compiled, or the method does not fit the backbone.
+            TuningError: an argument is out of range, the method is applied already or does not fit the backbone, or the
+                model is compiled.
         """
+        arguments.check(self)
         backbone = select.backbone_of(model, self.backbone)
         tuning = Tuning.of(backbone) or Tuning.begin(backbone)
         if self.name in tuning.methods:

@@ -6,7 +6,7 @@ std, and zero biases (He et al. 2022, arXiv 2111.06377); 'model' leaves them as 
 """
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -74,17 +74,6 @@ def last_linear(backbone: nn.Module, method: str) -> tuple[str, nn.Linear]:
             "classifier, e.g. by AutoModelForSequenceClassification or AutoModelForImageClassification."
         )
     return next(reversed(found.items()))
-
-
-def check_init(how: str) -> None:
-    """See that there is such a way to initialise a head.
-
-    Raises:
-        TuningError: there is none.
-    """
-    if how not in get_args(HeadInit):
-        ways = ", ".join(repr(way) for way in get_args(HeadInit))
-        raise TuningError(f"head_init={how!r} is no initial value of a head: take one of {ways}.")
 
 
 @torch.no_grad()

@@ -25,13 +25,12 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from lightning_peft.core import select, structure
+from lightning_peft.core.arguments import choice, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.bottleneck import AroundNorm, Bottleneck, Parallel, ParallelResidual, Serial
-
-FORMS = ("houlsby", "pfeiffer", "parallel")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -54,13 +53,13 @@ class Adapter(Method):
         backbone_mode: whether dropout of the frozen backbone is active in training.
     """
 
-    form: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
-    bottleneck: int | list[int] = 64
-    reduction: float | None = None
+    form: Literal["houlsby", "pfeiffer", "parallel"] = choice("houlsby", "is no form of adapter")
+    bottleneck: int | list[int] = natural(64, "is no size of a bottleneck")
+    reduction: float | None = positive(None)
     activation: str | None = None
-    init_std: float = 1e-2
+    init_std: float = positive(1e-2, "leaves D at zero, so that nothing but a bias would learn")
     zero_up: bool = True
-    scale: float = 1.0
+    scale: float = positive(1.0)
     train_norms: bool | None = None
     leave_out: list[int] = field(default_factory=list)
     cross_attention: bool = False
@@ -96,14 +95,8 @@ class Adapter(Method):
         return {"weight_decay": 0.0} if free else {}
 
     def _check(self) -> None:
-        if self.form not in FORMS:
-            raise TuningError(f"form={self.form!r} is no form of adapter: take one of {', '.join(FORMS)}.")
         if self.activation is not None and self.activation not in ACT2FN:
             raise TuningError(f"activation={self.activation!r} is unknown{select.near(self.activation, ACT2FN)}.")
-        if not self.init_std > 0:
-            raise TuningError(
-                f"init_std={self.init_std} leaves D at zero, so that nothing but a bias would learn: take e.g. 0.01."
-            )
         if self.target_modules is not None and self.form != "houlsby":
             raise TuningError(
                 f"target_modules names hosts of serial adapters, form={self.form!r} finds its own: leave one of them."
@@ -120,7 +113,7 @@ class Adapter(Method):
                 raise TuningError(
                     f"leave_out has {layer}, but {type(backbone).__name__} has blocks 0 to {longest - 1}."
                 )
-        if isinstance(self.bottleneck, list) and any(len(e) != len(self.bottleneck) for e in lists.values()):
+        if not isinstance(self.bottleneck, int) and any(len(e) != len(self.bottleneck) for e in lists.values()):
             sizes = ", ".join(str(len(entries)) for entries in lists.values())
             raise TuningError(
                 f"bottleneck has {len(self.bottleneck)} sizes, {type(backbone).__name__} {sizes} blocks: "
@@ -137,15 +130,14 @@ class Adapter(Method):
         return kept
 
     def _size(self, index: int | None, width: int, backbone: nn.Module) -> int:
-        if self.reduction is not None:
-            size = int(width // self.reduction) if self.reduction > 0 else 0
-            given = f"reduction={self.reduction} of width {width}"
-        else:
-            size = self.bottleneck[index or 0] if isinstance(self.bottleneck, list) else self.bottleneck
-            given = f"bottleneck={self.bottleneck}"
-        if size < 1:
-            raise TuningError(f"{given} is no size of a bottleneck in {type(backbone).__name__}: take 1 or more.")
-        return size
+        if self.reduction is None:
+            return self.bottleneck if isinstance(self.bottleneck, int) else self.bottleneck[index or 0]
+        if width < self.reduction:
+            raise TuningError(
+                f"reduction={self.reduction} of width {width} is no size of a bottleneck in {type(backbone).__name__}: "
+                f"take up to {width}."
+            )
+        return int(width // self.reduction)
 
     def _places(
         self, backbone: nn.Module, indices: dict[str, int]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core import structure
+from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
@@ -139,10 +140,10 @@ class CoCoOp(Method):
         tokenizer: folder or hub id of the tokenizer of ``init``; None: that of the backbone.
     """
 
-    num_virtual_tokens: int | None = None
+    num_virtual_tokens: int | None = natural(None, "is no context")
     init: str | None = "a photo of a"
     reduction: int = 16
-    chunk: int | None = None
+    chunk: int | None = natural(None)
     share_prefix: bool = True
     tokenizer: str | None = None
 
@@ -161,8 +162,6 @@ class CoCoOp(Method):
         features = structure.out_features_of(source) or structure.config_of(source).hidden_size
         if not 1 <= self.reduction <= features:
             raise TuningError(f"reduction={self.reduction} is out of range: an image feature has {features} numbers.")
-        if self.chunk is not None and self.chunk < 1:
-            raise TuningError(f"chunk={self.chunk} is out of range: take 1 or more.")
         rows = initial_rows(
             backbone, word_table(tower), self.num_virtual_tokens, self.init, self.tokenizer, DEFAULT_LENGTH
         )

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import select
+from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.towers.contexts import (
-    POSITIONS,
     Call,
     ContextTokens,
     Position,
@@ -53,11 +53,11 @@ class CoOp(Method):
         tokenizer: folder or hub id of the tokenizer of ``init``; None: that of the backbone.
     """
 
-    num_virtual_tokens: int | None = None
+    num_virtual_tokens: int | None = natural(None, "is no context")
     init: str | None = None
-    position: Position = "end"
+    position: Position = choice("end", "is no place of a name")
     class_specific: bool = False
-    num_classes: int | None = None
+    num_classes: int | None = natural(None)
     share_prefix: bool = True
     tokenizer: str | None = None
 
@@ -68,8 +68,6 @@ class CoOp(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the context to the text tower."""
-        if self.position not in POSITIONS:
-            raise TuningError(f"position={self.position!r} is no place of a name: take one of {', '.join(POSITIONS)}.")
         if self.class_specific != (self.num_classes is not None):
             raise TuningError(
                 f"class_specific={self.class_specific} and num_classes={self.num_classes} do not go together: "
@@ -105,8 +103,6 @@ class CoOp(Method):
         return nearest_words(backbone, rows, tokenizer_of(backbone, self.tokenizer, "nearest_words"), k)
 
     def _of_each_class(self, rows: Tensor, classes: int) -> Tensor:
-        if classes < 1:
-            raise TuningError(f"num_classes={classes} is out of range: take 1 or more.")
         if self.init is not None:
             return rows.repeat(classes, 1)
         return torch.cat([rows, *(torch.empty_like(rows).normal_(std=0.02) for _ in range(classes - 1))])

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_peft.core import select, structure
+from lightning_peft.core.arguments import bounded, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, grafts
 from lightning_peft.training import checks
@@ -56,15 +57,15 @@ class DiffPruning(Method):
     """
 
     backbone_mode: Literal["train", "eval"] = "train"
-    sparsity: float = 0.005
-    penalty_weight: float = 1.25e-7
+    sparsity: float = bounded(0.005, "is no share of the entries", above=0, below=1)
+    penalty_weight: float = bounded(1.25e-7, at_least=0)
     structured: bool = True
     alpha: float = 5.0
-    alpha_lr: float | None = 0.1
+    alpha_lr: float | None = positive(0.1)
     low: float = -1.5
     high: float = 1.5
-    prune_steps: int | None = None
-    prune_epochs: int | None = None
+    prune_steps: int | None = natural(None, "leaves no time to learn what to keep")
+    prune_epochs: int | None = natural(None, "leaves no time to learn what to keep")
 
     kind: ClassVar[str] = "weights"
     trains: ClassVar[str] = "a sparse difference to all weights"
@@ -272,16 +273,10 @@ class DiffPruning(Method):
                 yield place_.graft, name
 
     def _check(self) -> None:
-        if not 0 < self.sparsity < 1:
-            raise TuningError(f"sparsity={self.sparsity} is no share of the entries: take more than 0 and less than 1.")
         if not self.low < 0 or not self.high > 1:
             raise TuningError(f"low={self.low}, high={self.high} must be below 0 and above 1: gates close and open.")
         if self.prune_steps is not None and self.prune_epochs is not None:
             raise TuningError("prune_steps and prune_epochs both say when to choose the entries: give one.")
-        for name in ("prune_steps", "prune_epochs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TuningError(f"{name}={value} leaves no time to learn what to keep: take 1 or more.")
 
 
 class DiffPruningMixin(TunedBy[DiffPruning]):

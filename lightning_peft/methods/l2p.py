@@ -28,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_peft.core import compatibility, structure
+from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.vision import tower
@@ -237,10 +238,10 @@ class L2P(Method):
         cache_queries: compute the query of an image once; the images must look alike in every epoch.
     """
 
-    pool_size: int = 10
-    prompt_length: int = 5
-    top_n: int = 5
-    pull: float = 0.5
+    pool_size: int = natural(10)
+    prompt_length: int = natural(5)
+    top_n: int = natural(5)
+    pull: float = positive(0.5, "leaves the keys without a gradient")
     layout: Literal["prepend", "after_cls"] = "prepend"
     diversify: bool = False
     batchwise: Literal["never", "train", "always"] = "never"
@@ -254,7 +255,8 @@ class L2P(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the pool to the vision tower and the place of the prompts to its embeddings."""
-        self._check_arguments()
+        if self.top_n > self.pool_size:
+            raise TuningError(f"top_n={self.top_n} is more than the {self.pool_size} prompts of the pool: take fewer.")
         found = tower(backbone)
         name = type(backbone).__name__
         if found.windowed or not found.has_cls:
@@ -322,18 +324,6 @@ class L2P(Method):
                 f"cache_queries has kept {len(cache.queries)} queries and found none again: it needs images that look "
                 "alike in every epoch, without random changes."
             )
-
-    def _check_arguments(self) -> None:
-        for name in ("pool_size", "prompt_length", "top_n"):
-            if getattr(self, name) < 1:
-                raise TuningError(f"{name}={getattr(self, name)} is out of range: take 1 or more.")
-        if self.top_n > self.pool_size:
-            raise TuningError(f"top_n={self.top_n} is more than the {self.pool_size} prompts of the pool: take fewer.")
-        if self.pull <= 0:
-            raise TuningError(f"pull={self.pull} leaves the keys without a gradient: take more than 0.")
-        for name, known in (("layout", ("prepend", "after_cls")), ("batchwise", ("never", "train", "always"))):
-            if getattr(self, name) not in known:
-                raise TuningError(f"{name}={getattr(self, name)!r} is unknown: take one of {', '.join(known)}.")
 
 
 def _position_table(embeddings: nn.Module) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import compatibility, structure
+from lightning_peft.core.arguments import natural, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
@@ -138,10 +139,10 @@ class LadderSideTuning(Method):
         temperature: T of the gates; the paper has 0.1.
     """
 
-    reduction: int = 8
-    every: int = 1
-    dropout: float = 0.0
-    temperature: float = 0.1
+    reduction: int = natural(8)
+    every: int = natural(1)
+    dropout: float = rate(0.0)
+    temperature: float = positive(0.1)
 
     kind: ClassVar[str] = "side network"
     trains: ClassVar[str] = "a narrow transformer that reads the backbone's blocks"
@@ -152,10 +153,6 @@ class LadderSideTuning(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the ladder to the base model."""
-        if self.reduction < 1 or self.every < 1:
-            raise TuningError(f"reduction={self.reduction} and every={self.every} must be 1 or more.")
-        if not self.temperature > 0 or not 0 <= self.dropout < 1:
-            raise TuningError(f"temperature={self.temperature} must be above 0, dropout={self.dropout} 0 to below 1.")
         base = base_of(backbone)
         config, lists = structure.config_of(base), structure.block_lists(base)
         if len(lists) != 1 or not isinstance(structure.setting(config, "num_attention_heads"), int):
@@ -164,6 +161,8 @@ class LadderSideTuning(Method):
                 "use SideTuning."
             )
         count = len(next(iter(lists.values())))
+        if self.every > count:
+            raise TuningError(f"every={self.every} is out of range: {type(base).__name__} has {count} blocks.")
         rungs = list(range(count - 1, -1, -self.every))[::-1]
         width, heads = config.hidden_size, max(1, config.num_attention_heads // self.reduction)
         narrow = max(1, width // self.reduction // heads) * heads

@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_peft.bases.caching import CachingMethod
 from lightning_peft.core import select, structure
+from lightning_peft.core.arguments import choice
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.features import heads
@@ -35,7 +36,7 @@ class LinearProbe(CachingMethod):
     """
 
     batch_norm: bool = False
-    head_init: heads.HeadInit = "model"
+    head_init: heads.HeadInit = choice("model", "is no initial value of a head")
 
     kind: ClassVar[str] = "head"
     trains: ClassVar[str] = "the task head"
@@ -60,7 +61,6 @@ class LinearProbe(CachingMethod):
             )
         if self.batch_norm or self.head_init != "model":
             heads.last_linear(backbone, f"batch_norm={self.batch_norm}, head_init={self.head_init!r}")
-            heads.check_init(self.head_init)
         self.cache(backbone)
         if self.batch_norm:
             first = next(iter(heads.head_linears(backbone).values()))

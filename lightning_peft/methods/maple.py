@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.towers.deep_prompts import (
@@ -50,7 +51,7 @@ class MaPLe(Method):
         tokenizer: folder or hub id of the tokenizer of ``init``; None: that of the backbone.
     """
 
-    num_virtual_tokens: int = 2
+    num_virtual_tokens: int = natural(2, "is no prompt")
     depth: int = 9
     init: str | None = "a photo of a"
     share_prefix: bool = True
@@ -85,8 +86,6 @@ def split_words(tokenizer: Any, words: str, count: int) -> tuple[list[int], str]
     Raises:
         TuningError: there are fewer tokens, or the last of them ends within a word.
     """
-    if count < 1:
-        raise TuningError(f"num_virtual_tokens={count} is no prompt: take 1 or more.")
     every, parts = word_ids(tokenizer, words), words.split()
     for i in range(1, len(parts) + 1):
         ids = word_ids(tokenizer, " ".join(parts[:i]))

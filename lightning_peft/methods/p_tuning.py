@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from lightning_peft.bases.prompt import PromptMethod, cut_to
 from lightning_peft.core import structure
+from lightning_peft.core.arguments import choice, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach
 from lightning_peft.prompting import Template
 from lightning_peft.prompts.virtual_tokens import PromptRows, is_widened, word_rows
 from lightning_peft.training.mixin import TunedBy
-
-ENCODERS = ("lstm_half", "lstm", "mlp", "none")
 
 
 class LSTM(nn.Module):
@@ -115,12 +114,12 @@ class PTuning(PromptMethod):
 
     num_virtual_tokens: int = 20
     template: str | None = None
-    encoder: Literal["lstm_half", "lstm", "mlp", "none"] = "lstm_half"
-    dropout: float = 0.0
-    init: Literal["random", "text"] = "random"
+    encoder: Literal["lstm_half", "lstm", "mlp", "none"] = choice("lstm_half", "is no prompt encoder")
+    dropout: float = rate(0.0)
+    init: Literal["random", "text"] = choice("random", "is no initial value of a prompt")
     text: str | None = None
     tune_backbone: bool = False
-    backbone_lr: float | None = 1e-5
+    backbone_lr: float | None = positive(1e-5)
     backbone_mode: Literal["train", "eval"] = "train"
 
     trains: ClassVar[str] = "virtual tokens anywhere in a template, through an LSTM"
@@ -186,11 +185,6 @@ class PTuning(PromptMethod):
                 raise TuningError(
                     f"the template {self.template!r} has no virtual tokens: write a slot such as {{v:3}}."
                 )
-        self._check_count()
-        self._check_choice("encoder", ENCODERS, "prompt encoder")
-        self._check_choice("init", ("random", "text"), "initial value of a prompt")
-        if not 0 <= self.dropout < 1:
-            raise TuningError(f"dropout={self.dropout} is no probability below 1.")
         width = next(iter(structure.word_tables(backbone).values())).embedding_dim
         if self.encoder == "lstm_half" and width % 2:  # type: ignore[operator]
             raise TuningError(f"encoder='lstm_half' halves the embeddings, which are {width} wide: take 'lstm'.")

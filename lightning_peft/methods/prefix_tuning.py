@@ -47,7 +47,6 @@ class PrefixTuning(PrefixMethod):
         """Attach a prefix to each attention, or an infix to the word table and each projection of keys and values."""
         if self.form == "prefix":
             return super().graft(backbone)
-        self._check()
         self._check_infix(backbone)
         count, call = self.num_virtual_tokens, infix.Call()
         (table,) = structure.word_tables(backbone).values()
@@ -81,8 +80,6 @@ class PrefixTuning(PrefixMethod):
         return batch
 
     def _check_infix(self, backbone: nn.Module) -> None:
-        if self.form != "infix":
-            raise TuningError(f"form={self.form!r} is unknown: take 'prefix' or 'infix'.")
         if self.mid_dim is not None or self.init != "random" or self.init_from or self.sets or self.layers is not None:
             raise TuningError(
                 "form='infix' trains numbers of its own in every layer: give mid_dim=None, and none of sets, layers, "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import structure
+from lightning_peft.core.arguments import choice
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
@@ -104,7 +105,7 @@ class PromptEnsemble(Method):
     """
 
     prompts: list[str] = field(default_factory=list)
-    vote: Literal["majority", "mean"] = "majority"
+    vote: Literal["majority", "mean"] = choice("majority", "is no form of a vote")
 
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "nothing: trained prompts of one task vote"
@@ -114,8 +115,6 @@ class PromptEnsemble(Method):
         """Attach all prompts to the word table, and the vote to the model."""
         if not self.prompts:
             raise TuningError("an ensemble without prompts answers nothing: give prompts=, the deltas of one or more.")
-        if self.vote not in ("majority", "mean"):
-            raise TuningError(f"vote={self.vote!r} is no form of a vote: take 'majority' or 'mean'.")
         tables = structure.word_tables(backbone)
         table = next(iter(tables.values()))
         rows = [self._read(path, table.embedding_dim) for path in self.prompts]  # type: ignore[arg-type]

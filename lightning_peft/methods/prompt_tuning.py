@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from lightning_peft.bases.prompt import PromptMethod, cut_to
 from lightning_peft.core import structure
+from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.prompts.virtual_tokens import frequent_ids, insert, random_rows, word_rows
 from lightning_peft.training.mixin import TunedBy
-
-INITS = ("random_uniform", "sampled_vocab", "text", "class_labels")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -42,11 +41,13 @@ class PromptTuning(PromptMethod):
         seed: of the drawing; None: the global generator.
     """
 
-    num_prompts: int = 1
-    init: Literal["random_uniform", "sampled_vocab", "text", "class_labels"] = "sampled_vocab"
+    num_prompts: int = natural(1, "is no number of prompts")
+    init: Literal["random_uniform", "sampled_vocab", "text", "class_labels"] = choice(
+        "sampled_vocab", "is no initial value of a prompt"
+    )
     text: str | None = None
     class_labels: list[str] | None = None
-    top_words: int = 5000
+    top_words: int = natural(5000, "leaves no words to draw from")
     seed: int | None = None
 
     paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691"
@@ -56,10 +57,6 @@ class PromptTuning(PromptMethod):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the prompt."""
-        self._check_count()
-        self._check_choice("init", INITS, "initial value of a prompt")
-        if self.num_prompts < 1:
-            raise TuningError(f"num_prompts={self.num_prompts} is no number of prompts: take 1 or more.")
         table = next(iter(structure.word_tables(backbone).values()))
         rows = torch.cat([self._initial_rows(backbone, table) for _ in range(self.num_prompts)])
         weight = nn.Parameter(rows.to(table.weight.device))  # type: ignore[arg-type]
@@ -106,8 +103,6 @@ class PromptTuning(PromptMethod):
         return rows
 
     def _sampled(self, backbone: nn.Module, vocabulary: int) -> list[int]:
-        if self.top_words < 1:
-            raise TuningError(f"top_words={self.top_words} leaves no words to draw from: take 1 or more.")
         tokenizer = tokenizer_of(backbone, self.tokenizer, f"init={self.init!r}")
         draw = random.Random(self.seed if self.seed is not None else torch.randint(2**31, ()).item())
         frequent, count = frequent_ids(tokenizer, vocabulary, self.top_words), self.num_virtual_tokens

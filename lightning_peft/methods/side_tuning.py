@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import compatibility, structure
+from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
-BLENDS = ("auto", "pooler_output", "last_hidden_state", "first_token")
 _INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner")
 _LEFT_OUT = ("past_key_values", "use_cache", "output_hidden_states", "output_attentions", "return_dict", "labels")
 
@@ -98,9 +98,11 @@ class SideTuning(Method):
 
     side: str | None = None
     side_args: dict[str, Any] = field(default_factory=dict)
-    reduction: int = 4
-    side_layers: int | None = None
-    blend: Literal["auto", "pooler_output", "last_hidden_state", "first_token"] = "auto"
+    reduction: int = natural(4, "makes no narrow copy")
+    side_layers: int | None = natural(None)
+    blend: Literal["auto", "pooler_output", "last_hidden_state", "first_token"] = choice(
+        "auto", "is no output to blend"
+    )
     alpha_init: float = 0.0
 
     kind: ClassVar[str] = "side network"
@@ -112,10 +114,6 @@ class SideTuning(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the side network to the base model."""
-        if self.blend not in BLENDS:
-            raise TuningError(f"blend={self.blend!r} is no output to blend: take one of {', '.join(BLENDS)}.")
-        if self.side is None and self.reduction < 1:
-            raise TuningError(f"reduction={self.reduction} makes no narrow copy: take 1 or more.")
         base = base_of(backbone)
         blend = self._blend(backbone, base)
         device = next(base.parameters()).device
@@ -174,6 +172,8 @@ def narrow(base: nn.Module, reduction: int, layers: int | None, pooled: bool) ->
     try:
         widths = _shrink(config, reduction)
         if layers is not None:
+            if layers > config.num_hidden_layers:
+                raise ValueError(f"it has {config.num_hidden_layers} blocks")
             config.num_hidden_layers = layers
             if structure.setting(config, "layer_types"):
                 config.layer_types = config.layer_types[:layers]

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core import compatibility, select, sharded, structure
+from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach, is_compiled
 from lightning_peft.features.activation_memory import Kept, tensors_in
@@ -132,12 +133,12 @@ class TinyTL(Method):
         image_size: height and width of the images [pixels]; None: that of the backbone's configuration, or 224.
     """
 
-    kernel_size: int = 5
-    groups: int = 2
-    expand: float = 1.0
+    kernel_size: int = natural(5)
+    groups: int = natural(2)
+    expand: float = positive(1.0)
     biases: bool = True
     target_modules: list[str] | str | None = None
-    image_size: int | None = None
+    image_size: int | None = natural(None)
 
     kind: ClassVar[str] = "modules"
     trains: ClassVar[str] = "the biases, and small convolutions beside the blocks of an image model"
@@ -146,10 +147,6 @@ class TinyTL(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach a residual to each block; return the names of the biases."""
-        if min(self.kernel_size, self.groups) < 1 or not self.expand > 0:
-            raise TuningError(
-                f"kernel_size={self.kernel_size}, groups={self.groups} and expand={self.expand} must be above 0."
-            )
         if structure.main_input_of(backbone) not in (None, "pixel_values"):
             raise TuningError(
                 f"{type(backbone).__name__} takes no images, and TinyTL's residuals are convolutions: use Adapter."

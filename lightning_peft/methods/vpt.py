@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import attention, compatibility, select, structure
+from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach, owned_by
 from lightning_peft.towers.vision import Tower, tower
@@ -153,13 +154,13 @@ class VPT(Method):
             patches. The prompts are never part of it.
     """
 
-    num_virtual_tokens: int = 10
+    num_virtual_tokens: int = natural(10, "is no prompt")
     deep: bool = True
     num_deep_layers: int | None = None
-    deep_from: Literal["bottom", "top"] = "bottom"
-    projection: int | None = None
-    dropout: float | None = None
-    pool: Literal["model", "cls", "mean"] = "model"
+    deep_from: Literal["bottom", "top"] = choice("bottom", "is no end of the blocks")
+    projection: int | None = natural(None, "is no width")
+    dropout: float | None = rate(None, "is no share")
+    pool: Literal["model", "cls", "mean"] = choice("model", "is no pooling")
 
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "tokens among the patches of an image, in the first or in every block"
@@ -169,7 +170,8 @@ class VPT(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the prompts to the embeddings or blocks of the vision tower."""
-        self._check_arguments()
+        if not self.deep and (self.num_deep_layers is not None or self.deep_from == "top"):
+            raise TuningError("deep=False has prompts in the input alone: leave num_deep_layers and deep_from out.")
         found = tower(backbone)
         chosen = self._layers(len(found.blocks), type(backbone).__name__)
         self._check_fit(backbone, found)
@@ -237,20 +239,6 @@ class VPT(Method):
         if not 1 <= deep <= count:
             raise TuningError(f"num_deep_layers={deep}, but {name} has {count} blocks: take 1 to {count}.")
         return list(range(deep)) if self.deep_from == "bottom" else list(range(count - deep, count))
-
-    def _check_arguments(self) -> None:
-        if self.num_virtual_tokens < 1:
-            raise TuningError(f"num_virtual_tokens={self.num_virtual_tokens} is no prompt: take 1 or more.")
-        if self.deep_from not in ("bottom", "top"):
-            raise TuningError(f"deep_from={self.deep_from!r} is no end of the blocks: take 'bottom' or 'top'.")
-        if not self.deep and (self.num_deep_layers is not None or self.deep_from == "top"):
-            raise TuningError("deep=False has prompts in the input alone: leave num_deep_layers and deep_from out.")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise TuningError(f"dropout={self.dropout} is no share: take 0 or more, and less than 1.")
-        if self.projection is not None and self.projection < 1:
-            raise TuningError(f"projection={self.projection} is no width: take 1 or more.")
-        if self.pool not in ("model", "cls", "mean"):
-            raise TuningError(f"pool={self.pool!r} is no pooling: take 'model', 'cls' or 'mean'.")
 
     def _check_fit(self, backbone: nn.Module, found: Tower) -> None:
         name = type(backbone).__name__

@@ -19,15 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.bases.prompt import PromptMethod, cut_to
-from lightning_peft.core import structure
+from lightning_peft.core import arguments, structure
+from lightning_peft.core.arguments import choice
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.prompting import Template
 from lightning_peft.prompts.virtual_tokens import word_rows
 from lightning_peft.training.mixin import TunedBy
-
-INITS = ("normal", "mask", "text")
 
 
 class ClassRows(Graft):
@@ -67,7 +66,7 @@ class WARP(PromptMethod):
 
     words: list[str] = field(default_factory=list)
     template: str | None = None
-    init: Literal["normal", "mask", "text"] = "normal"
+    init: Literal["normal", "mask", "text"] = choice("normal", "is no initial value of a prompt")
     text: str | None = None
 
     trains: ClassVar[str] = "prompt tokens in the input and a row for each class"
@@ -78,8 +77,7 @@ class WARP(PromptMethod):
         """Attach the prompt tokens and the rows of the classes."""
         if self.template is not None:
             self.num_virtual_tokens = Template(self.template).num_virtual_tokens
-        self._check_count()
-        self._check_choice("init", INITS, "initial value of a prompt")
+            arguments.check(self)
         decoder = structure.output_embeddings_of(backbone)
         if not isinstance(decoder, nn.Linear) or not structure.is_encoder(backbone):
             raise TuningError(

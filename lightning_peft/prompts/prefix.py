@@ -17,8 +17,6 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.sharded import is_part, whole
 
-KINDS = ("encoder", "decoder", "cross")
-
 
 class PrefixNetwork(Graft):
     """The part of the reparametrisation that attentions of one kind share: ``tanh(U E + b)``, [P, mid].

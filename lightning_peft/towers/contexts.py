@@ -24,7 +24,6 @@ from lightning_peft.towers.packing import pack
 from lightning_peft.towers.text_towers import ends_of, positions_of, reads_end, two_towers, word_table
 
 Position = Literal["end", "middle", "front"]
-POSITIONS = ("end", "middle", "front")
 
 
 class Call:

@@ -79,10 +79,8 @@ def initial_rows(
         TuningError: ``init`` has another number of tokens than ``count``, or there is no tokenizer.
     """
     if init is None:
-        count = default if count is None else count
-        if count < 1:
-            raise TuningError(f"num_virtual_tokens={count} is no context: take 1 or more.")
-        return torch.empty(count, table.embedding_dim, dtype=torch.float32).normal_(std=STANDARD_DEVIATION)
+        shape = (default if count is None else count, table.embedding_dim)
+        return torch.empty(shape, dtype=torch.float32).normal_(std=STANDARD_DEVIATION)
     ids = word_ids(tokenizer_of(backbone, tokenizer, f"init={init!r}"), init)
     if count not in (None, len(ids)):
         raise TuningError(

@@ -20,6 +20,7 @@ from lightning_peft.core.delta import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.reports import PredictionWriter, TuningReport
 from lightning_peft.reports.preflight import Preflight
+from lightning_peft.training import patches
 from lightning_peft.training.method import Method
 from lightning_peft.training.rebuild import methods_of
 
@@ -94,7 +95,8 @@ class TuningCLI(LightningCLI):
         """
         if self._get(self.config_init, "optimizer"):
             build = partial(super()._add_configure_optimizers_method_to_model, subcommand)
-            vars(self.model)["configure_optimizers"] = partial(_build_optimizer, self.model, build)
+            hook = partial(_build_optimizer, self.model, build)
+            patches.Patches.of(self.model).patch(self.model, "configure_optimizers", hook)
 
 
 class CheckingCLI(TuningCLI):
@@ -165,11 +167,9 @@ def _torch_first(words: list[str]) -> list[str]:
 
 
 def _build_optimizer(model: L.LightningModule, build: Any) -> Optimizer:
-    extended = vars(model).pop("configure_optimizers")
-    build()
-    optimizer = vars(model).pop("configure_optimizers")()
-    vars(model)["configure_optimizers"] = extended
-    return optimizer
+    with patches.patched(model, "configure_optimizers"):
+        build()
+        return model.configure_optimizers()
 
 
 def _names(parser: LightningArgumentParser) -> list[str]:

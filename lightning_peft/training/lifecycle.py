@@ -9,7 +9,7 @@ still pickles and deep-copies, and Lightning sees that the hook is overridden (w
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
 from torch import nn
@@ -19,10 +19,13 @@ from lightning_peft.core import select
 from lightning_peft.core.delta import META, canonical, check, complete, delta_names, meta_of, metadata
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.tuning import tunings
-from lightning_peft.training import precision, strategy
+from lightning_peft.training import patches, precision, strategy
 from lightning_peft.training.loaders import gather, random_state, set_random_state
 from lightning_peft.training.param_groups import schedulers_in, split_groups
 from lightning_peft.training.weights import on_meta
+
+if TYPE_CHECKING:
+    from lightning_peft.training.method import Method
 
 _ATTRIBUTE = "_lightning_peft_life"
 
@@ -52,7 +55,7 @@ class Life:
             the first epoch of manual optimization.
     """
 
-    methods: list[Any] = field(default_factory=list)
+    methods: list["Method"] = field(default_factory=list)
     resumed: dict[str, Any] | None = None
     pause: Pause | None = None
     validation_random: dict[str, Any] | None = None
@@ -69,13 +72,19 @@ class Life:
                 ("on_save_checkpoint", _on_save_checkpoint),
                 ("on_load_checkpoint", _on_load_checkpoint),
             ):
-                vars(module)[hook] = partial(extend, module, vars(module).get(hook))
+                patches.Patches.of(module).patch(module, hook, partial(extend, module, vars(module).get(hook)))
         return life
 
-    def await_backbone(self, module: L.LightningModule) -> None:
+    def await_backbone(self, module: L.LightningModule, trainer: L.Trainer) -> None:
         """Apply the methods when ``configure_model`` has built the backbone; the extension then removes itself."""
-        if not isinstance(vars(module).get("configure_model"), partial):
-            vars(module)["configure_model"] = partial(_configure_model, module, vars(module).get("configure_model"))
+        hook = vars(module).get("configure_model")
+        if not isinstance(hook, partial) or hook.func is not _configure_model:
+            patches.of_run(trainer).patch(module, "configure_model", partial(_configure_model, module, hook))
+
+    def end_run(self) -> None:
+        """Forget what concerns one run: an exception may have ended it before a checkpoint was restored."""
+        self.resumed = self.pause = self.validation_random = None
+        self.gradients = {}
 
     def apply(self, module: L.LightningModule) -> None:
         """Apply each method whose backbone is there, and freeze again what something else may have thawed."""
@@ -162,12 +171,10 @@ def _previous(module: L.LightningModule, instance_hook: Callable[..., Any] | Non
 
 
 def _configure_model(module: L.LightningModule, instance_hook: Callable[..., Any] | None) -> None:
-    if instance_hook is None:
-        del vars(module)["configure_model"]
-    else:
-        vars(module)["configure_model"] = instance_hook
-    module.configure_model()
     trainer = _trainer(module)
+    if trainer is not None:
+        patches.of_run(trainer).undo(module, "configure_model")
+    _previous(module, instance_hook, "configure_model")()
     strategy.split(module, trainer)
     if on_meta(module):
         strategy.shard(module, trainer)  # its weights come shard by shard; methods may look at them

@@ -13,6 +13,7 @@ from lightning_peft.core.delta import load_delta, meta_of, read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import quiet_loading
 from lightning_peft.core.storage import read_torch
+from lightning_peft.training import patches
 from lightning_peft.training.lifecycle import Life
 from lightning_peft.training.method import Method
 
@@ -110,9 +111,6 @@ def _built_class(cls: type[L.LightningModule], checkpoint: Mapping[str, Any]) ->
 @contextmanager
 def _applying(cls: type[L.LightningModule], methods: list[Method]) -> Iterator[None]:
     """Apply the methods between the building of a module of this class and the loading of its weights."""
-    inherited = cls.on_load_checkpoint
-    own = "on_load_checkpoint" in vars(cls)
-
     def on_load_checkpoint(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         life = Life.of(module)
         life.methods.extend(methods)
@@ -121,14 +119,5 @@ def _applying(cls: type[L.LightningModule], methods: list[Method]) -> Iterator[N
         restore()
         module.on_load_checkpoint(checkpoint)
 
-    def restore() -> None:
-        if own:
-            setattr(cls, "on_load_checkpoint", inherited)  # noqa: B010
-        elif vars(cls).get("on_load_checkpoint") is on_load_checkpoint:
-            del cls.on_load_checkpoint
-
-    setattr(cls, "on_load_checkpoint", on_load_checkpoint)  # noqa: B010
-    try:
+    with patches.patched(cls, "on_load_checkpoint", on_load_checkpoint) as restore:
         yield
-    finally:
-        restore()

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from torch.optim import Optimizer
 
 import lightning_peft
 from lightning_peft.commands import agreement, fail, sentence
@@ -166,7 +165,7 @@ def _torch_first(words: list[str]) -> list[str]:
     return words
 
 
-def _build_optimizer(model: L.LightningModule, build: Any) -> Optimizer:
+def _build_optimizer(model: L.LightningModule, build: Any) -> Any:
     with patches.patched(model, "configure_optimizers"):
         build()
         return model.configure_optimizers()

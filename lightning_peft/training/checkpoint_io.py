@@ -97,13 +97,12 @@ class OrderedAsyncCheckpointIO(AsyncCheckpointIO):
 
 def install(trainer: L.Trainer) -> None:
     """Let the trainer use `AtomicCheckpointIO` where it would use Lightning's default; a user's own stays."""
-    chosen, ours = trainer.strategy.checkpoint_io, None
+    chosen, ours = trainer.strategy.checkpoint_io, AtomicCheckpointIO()
+    table = patches.of_run(trainer)
     if type(chosen) is TorchCheckpointIO:
-        ours = AtomicCheckpointIO()
+        table.patch(trainer.strategy, "checkpoint_io", ours, lasting=True)
     elif type(chosen) is AsyncCheckpointIO and type(chosen.checkpoint_io) is TorchCheckpointIO:
-        ours = OrderedAsyncCheckpointIO(AtomicCheckpointIO())
-    if ours is not None:
-        patches.of_run(trainer).patch(trainer.strategy, "checkpoint_io", ours, lasting=True)
+        table.patch(trainer.strategy, "checkpoint_io", OrderedAsyncCheckpointIO(ours), lasting=True)
 
 
 class Claim:

@@ -117,6 +117,22 @@ def restore(trainer: L.Trainer) -> None:
     Patches.of(trainer).restore()
 
 
+def extend(table: Patches, module: L.LightningModule, name: str, function: Callable[..., Any]) -> None:
+    """Let a function of a module, the hook of the instance or None, and the arguments stand in for a hook of it.
+
+    It is a `functools.partial`: the module still pickles and deep-copies, and Lightning sees that the hook is
+    overridden (with `functools.wraps` it would not). A hook that the function extends already stays as it is.
+    """
+    hook = vars(module).get(name)
+    if not isinstance(hook, partial) or hook.func is not function:
+        table.patch(module, name, partial(function, module, hook))
+
+
+def inherited(module: L.LightningModule, instance_hook: Callable[..., Any] | None, name: str) -> Callable[..., Any]:
+    """Return the hook that a function given to `extend` extends."""
+    return instance_hook or partial(getattr(type(module), name), module)
+
+
 def once(owner: Any, name: str, function: Callable[..., Any]) -> None:
     """Let a function be called in the place of a hook, one time; the hook is back when it is called."""
     Patches.of(owner).patch(owner, name, partial(_once, owner, name, function))

@@ -13,8 +13,7 @@ from lightning_peft.core.delta import load_delta, meta_of, read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import quiet_loading
 from lightning_peft.core.storage import read_torch
-from lightning_peft.training import patches
-from lightning_peft.training.lifecycle import Life
+from lightning_peft.training import lifecycle, patches
 from lightning_peft.training.method import Method
 
 M = TypeVar("M", bound=L.LightningModule)
@@ -111,11 +110,11 @@ def _built_class(cls: type[L.LightningModule], checkpoint: Mapping[str, Any]) ->
 @contextmanager
 def _applying(cls: type[L.LightningModule], methods: list[Method]) -> Iterator[None]:
     """Apply the methods between the building of a module of this class and the loading of its weights."""
+
     def on_load_checkpoint(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        life = Life.of(module)
-        life.methods.extend(methods)
-        life.apply(module)
-        # The instance's hook, which Life.of has put there, calls the class's again: that must be the user's by then.
+        lifecycle.extend(module).methods.extend(methods)
+        lifecycle.apply(module)
+        # The instance's hook, which is extended by now, calls the class's again: that must be the user's by then.
         restore()
         module.on_load_checkpoint(checkpoint)
 

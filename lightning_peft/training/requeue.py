@@ -19,8 +19,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.training import patches, signals, slurm
-from lightning_peft.training.lifecycle import Life, Pause
 from lightning_peft.training.loaders import random_state
+from lightning_peft.training.record import Life, Pause
 
 EXIT = 75
 """The exit code of a run that stopped to be continued (EX_TEMPFAIL)."""

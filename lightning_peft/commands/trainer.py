@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from torch.optim import Optimizer
 
 import lightning_peft
 from lightning_peft.commands import agreement, fail, sentence
@@ -22,6 +21,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.reports.predictions import PredictionWriter
 from lightning_peft.reports.preflight import Preflight
 from lightning_peft.reports.tuning_report import TuningReport
+from lightning_peft.training import patches
 from lightning_peft.training.method import Method
 from lightning_peft.training.rebuild import methods_of
 
@@ -99,7 +99,8 @@ class TuningCLI(LightningCLI):
         """
         if self._get(self.config_init, "optimizer"):
             build = partial(super()._add_configure_optimizers_method_to_model, subcommand)
-            vars(self.model)["configure_optimizers"] = partial(_build_optimizer, self.model, build)
+            hook = partial(_build_optimizer, self.model, build)
+            patches.Patches.of(self.model).patch(self.model, "configure_optimizers", hook)
 
 
 class CheckingCLI(TuningCLI):
@@ -169,12 +170,10 @@ def _torch_first(words: list[str]) -> list[str]:
     return words
 
 
-def _build_optimizer(model: L.LightningModule, build: Any) -> Optimizer:
-    extended = vars(model).pop("configure_optimizers")
-    build()
-    optimizer = vars(model).pop("configure_optimizers")()
-    vars(model)["configure_optimizers"] = extended
-    return optimizer
+def _build_optimizer(model: L.LightningModule, build: Any) -> Any:
+    with patches.patched(model, "configure_optimizers"):
+        build()
+        return model.configure_optimizers()
 
 
 def _names(parser: LightningArgumentParser) -> list[str]:

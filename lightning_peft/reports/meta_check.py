@@ -23,7 +23,6 @@ from lightning_peft.features.activation_memory import tensors_in
 from lightning_peft.reports.live_memory import LiveBytes
 from lightning_peft.reports.memory import Memory, before_step, whole
 from lightning_peft.training import checks, lifecycle, precision
-from lightning_peft.training.lifecycle import Life
 from lightning_peft.training.method import Method
 
 COLUMNS = 512
@@ -114,13 +113,13 @@ def build(module: L.LightningModule, trainer: L.Trainer) -> list[Optimizer]:
             f"{type(module).__name__} has {real} on the {module.get_parameter(real).device.type}: let it take "
             "torch.get_default_device() and build its model by from_config there, or check without --meta."
         )
-    life, own = Life.of(module), module.configure_callbacks()
+    life, own = lifecycle.extend(module), module.configure_callbacks()
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.extend([own] if isinstance(own, L.Callback) else own)
     life.methods.extend(callback for callback in callbacks if isinstance(callback, Method))
     if not life.methods:
         raise TuningError("no method is given, and the task has none: give --method.")
-    life.apply(module)
+    lifecycle.apply(module)
     plugin = trainer.precision_plugin
     if isinstance(plugin, HalfPrecision):
         precision.convert_module(module, plugin.convert_module, all(method.keep_fp32 for method in life.methods))

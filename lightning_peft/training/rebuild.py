@@ -13,7 +13,7 @@ from lightning_peft.core.delta_file import meta_of, read_checkpoint, read_delta
 from lightning_peft.core.delta_load import load_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import load_model, model_class
-from lightning_peft.training.lifecycle import Life
+from lightning_peft.training import lifecycle, patches
 from lightning_peft.training.method import Method
 
 M = TypeVar("M", bound=L.LightningModule)
@@ -114,25 +114,13 @@ def _built_class(cls: type[L.LightningModule], checkpoint: Mapping[str, Any]) ->
 @contextmanager
 def _applying(cls: type[L.LightningModule], methods: list[Method]) -> Iterator[None]:
     """Apply the methods between the building of a module of this class and the loading of its weights."""
-    inherited = cls.on_load_checkpoint
-    own = "on_load_checkpoint" in vars(cls)
 
     def on_load_checkpoint(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        life = Life.of(module)
-        life.methods.extend(methods)
-        life.apply(module)
-        # The instance's hook, which Life.of has put there, calls the class's again: that must be the user's by then.
+        lifecycle.extend(module).methods.extend(methods)
+        lifecycle.apply(module)
+        # The instance's hook, which is extended by now, calls the class's again: that must be the user's by then.
         restore()
         module.on_load_checkpoint(checkpoint)
 
-    def restore() -> None:
-        if own:
-            setattr(cls, "on_load_checkpoint", inherited)  # noqa: B010
-        elif vars(cls).get("on_load_checkpoint") is on_load_checkpoint:
-            del cls.on_load_checkpoint
-
-    setattr(cls, "on_load_checkpoint", on_load_checkpoint)  # noqa: B010
-    try:
+    with patches.patched(cls, "on_load_checkpoint", on_load_checkpoint) as restore:
         yield
-    finally:
-        restore()

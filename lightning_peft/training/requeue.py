@@ -20,9 +20,9 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.training import signals, slurm
-from lightning_peft.training.lifecycle import Life, Pause
+from lightning_peft.training import patches, signals, slurm
 from lightning_peft.training.loaders import random_state
+from lightning_peft.training.record import Life, Pause
 
 EXIT = 75
 """The exit code of a run that stopped to be continued (EX_TEMPFAIL)."""
@@ -55,7 +55,8 @@ class SafeRequeue(L.Callback):
         signals.install()
         # Its handlers call collectives. The connector has no public switch;
         # tests/training/test_requeue.py fails if it moves.
-        vars(trainer._signal_connector)["register_signal_handlers"] = _leave_signals
+        table = patches.of_run(trainer)
+        table.patch(trainer._signal_connector, "register_signal_handlers", _leave_signals)
         _fits["begun"] += 1
         self._saved, self._decision = time.monotonic(), ""
         # torchrun may count restarts otherwise on another node: what rank 0 sees holds.
@@ -65,7 +66,7 @@ class SafeRequeue(L.Callback):
         if found and restarts > 0:
             rank_zero_info(f"restart {restarts}: going on from {found}")
             connector = trainer._checkpoint_connector
-            vars(connector)["resume_start"] = partial(_resume, type(connector).resume_start, connector, found)
+            table.patch(connector, "resume_start", partial(_resume, type(connector).resume_start, connector, found))
         elif found:
             raise TuningError(
                 f"{found} is there although this job has not been restarted, so it belongs to an earlier cluster's job "
@@ -123,11 +124,6 @@ class SafeRequeue(L.Callback):
         if trainer.is_global_zero:
             for path in (self._path, _beside(self._path, "new"), _beside(self._path, "old")):
                 _remove(path)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the trainer's connectors as they were."""
-        vars(trainer._signal_connector).pop("register_signal_handlers", None)
-        vars(trainer._checkpoint_connector).pop("resume_start", None)
 
     def _agree(self, trainer: L.Trainer, save: bool = True) -> None:
         """Decide together: one rank that got a signal is enough, and the clock is that of rank 0."""
@@ -191,7 +187,10 @@ def install(trainer: L.Trainer) -> None:
         )
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(callback, SafeRequeue) for callback in callbacks):
-        callbacks.append(SafeRequeue())
+        added = SafeRequeue()
+        callbacks.append(added)
+        # It is there until the next run, since its on_fit_end comes when the strategy's teardown is over.
+        patches.of_run(trainer).record(callbacks, "SafeRequeue", partial(_leave, callbacks, added), lasting=True)
 
 
 def environment_of(trainer: L.Trainer) -> ClusterEnvironment | None:
@@ -203,6 +202,10 @@ def own_file(folder: str | Path, fit: int) -> Path:
     """Return the path of the file of the ``fit``-th fit of this process, step, array task and job in ``folder``."""
     step = os.environ.get("SLURM_STEP_ID", "0")
     return Path(folder) / f"requeue-{slurm.job_id()}.{step}-{fit}.ckpt"
+
+
+def _leave(callbacks: list[L.Callback], added: L.Callback) -> None:
+    callbacks[:] = [callback for callback in callbacks if callback is not added]
 
 
 def _leave_signals() -> None:

@@ -7,6 +7,8 @@ import lightning as L
 from lightning.pytorch.callbacks import ThroughputMonitor
 from torch import Tensor
 
+from lightning_peft.training import patches
+
 _TOKENS = ("input_ids", "decoder_input_ids")
 
 
@@ -37,13 +39,8 @@ class Throughput(ThroughputMonitor):
 
     def _update(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, iter_num: int) -> None:
         if self._own:
-            vars(pl_module)["flops_per_batch"] = length(batch) * self._per_token
+            patches.of_run(trainer).patch(pl_module, "flops_per_batch", length(batch) * self._per_token)
         super()._update(trainer, pl_module, batch, iter_num)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
-        if self._own:
-            vars(pl_module).pop("flops_per_batch", None)
 
 
 def rows(batch: Any) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_peft"
 LAYERS = [
-    ["errors", "training.signals", "features.activation_memory"],
+    ["errors", "cache_argument", "training.signals", "features.activation_memory"],
     ["prompting", "features.kept_rows"],
     ["encoding"],
     ["graft", "files", "training.param_groups", "training.loaders", "training.slurm"],

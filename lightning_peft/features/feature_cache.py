@@ -23,6 +23,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_peft import cache_argument
 from lightning_peft.errors import TuningError
 from lightning_peft.features import heads
 from lightning_peft.features.kept_rows import Rows, identify
@@ -70,7 +71,7 @@ class FrozenPart(Graft):
                 "backbone_mode='eval', and outside of a Trainer call eval() on it."
             )
         config = getattr(host, "config", None)
-        for name in ("output_hidden_states", "output_attentions", "past_key_values"):
+        for name in ("output_hidden_states", "output_attentions", *cache_argument.NAMES):
             value = given.get(name)
             asked = value if value is not None else getattr(config, name, False)
             if asked:

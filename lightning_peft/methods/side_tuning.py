@@ -20,7 +20,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import select
+from lightning_peft import cache_argument, select
 from lightning_peft.errors import TuningError
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
 from lightning_peft.graft import attach, grafts
@@ -30,7 +30,7 @@ from lightning_peft.training import together
 
 BLENDS = ("auto", "pooler_output", "last_hidden_state", "first_token")
 _INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner")
-_LEFT_OUT = ("past_key_values", "use_cache", "output_hidden_states", "output_attentions", "return_dict", "labels")
+_LEFT_OUT = (*cache_argument.NAMES, "use_cache", "output_hidden_states", "output_attentions", "return_dict", "labels")
 
 
 class Side(BesideFrozen):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import cache_argument, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 from lightning_peft.features.cached_rows import Rows, identify
@@ -52,7 +52,7 @@ class FrozenPart(Graft):
                 "backbone_mode='eval', and outside of a Trainer call eval() on it."
             )
         config = structure.config_of(host)
-        for name in ("output_hidden_states", "output_attentions", "past_key_values"):
+        for name in ("output_hidden_states", "output_attentions", *cache_argument.NAMES):
             value = given.get(name)
             asked = value if value is not None else structure.setting(config, name)
             if asked:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import structure
+from lightning_peft.core.cache_argument import cache_in
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 
@@ -29,7 +30,7 @@ class BesideFrozen(Graft):
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return what `beside` makes of the host's output."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        cache = given.get("past_key_values")
+        cache = cache_in(given)
         if cache is not None and cache.get_seq_length() > 0:
             raise TuningError(
                 "a side network reads the whole text, not the tokens since the last call: generate with "

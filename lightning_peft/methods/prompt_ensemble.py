@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core import structure
 from lightning_peft.core.arguments import choice
+from lightning_peft.core.cache_argument import cache_in
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
@@ -51,9 +52,9 @@ class Ballot(Graft):
         """
         names = structure.arguments_of(host)
         inputs = dict(zip(names, args, strict=False)) | kwargs
-        if inputs.get("past_key_values") is not None:
+        if cache_in(inputs) is not None:
             raise TuningError("an ensemble votes on whole texts: call generate() with use_cache=False.")
-        inputs.update({"past_key_values": None, "use_cache": False} if "use_cache" in names else {})
+        inputs.update({"use_cache": False} if "use_cache" in names else {})
         out = forward(**self._each(inputs))
         out.logits = self._count(self._text_only(out.logits, inputs["input_ids"]))
         return out

@@ -20,7 +20,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, structure
+from lightning_peft.core import cache_argument, compatibility, structure
 from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
@@ -29,7 +29,7 @@ from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
 _INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner")
-_LEFT_OUT = ("past_key_values", "use_cache", "output_hidden_states", "output_attentions", "return_dict", "labels")
+_LEFT_OUT = (*cache_argument.NAMES, "use_cache", "output_hidden_states", "output_attentions", "return_dict", "labels")
 
 
 class Side(BesideFrozen):

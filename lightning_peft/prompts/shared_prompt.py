@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_peft.core import structure
+from lightning_peft.core import cache_argument, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.prompts.virtual_tokens import PromptRows
 
@@ -31,6 +31,9 @@ class SharedPrompt(PromptRows):
         super().__init__(weight)
         self.count = count
         self._names = tuple(inspect.signature(host.forward).parameters)
+        name = cache_argument.name_in(host.forward)
+        assert name is not None
+        self._cache = name
 
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Compute the outputs of the text with the prompt before it, [B, N, d].
@@ -41,16 +44,17 @@ class SharedPrompt(PromptRows):
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
         text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         assert isinstance(text, Tensor)
-        cache = inputs.get("past_key_values")
+        cache = cache_argument.cache_in(inputs)
+        inputs = cache_argument.with_cache(inputs, self._cache, cache)
         cached = cache.get_seq_length() if cache is not None else 0
         self._widen_mask(inputs, text, cached or self.count)
         if cached:
             return forward(**inputs)
         if torch.compiler.is_compiling() or _is_checkpointed(host) or _is_sharded(host):  # none of them takes a cache
             return self._in_front(forward, host, inputs)
-        out = forward(**inputs | {"past_key_values": self._computed(forward, host, text.shape[0], cache)})
+        out = forward(**inputs | {self._cache: self._computed(forward, host, text.shape[0], cache)})
         if inputs.get("use_cache") is False:  # generate() would take it for its own and go on from it
-            out.past_key_values = None
+            setattr(out, self._cache, None)
         return out
 
     def _widen_mask(self, inputs: dict[str, Any], text: Tensor, cached: int) -> None:
@@ -76,9 +80,9 @@ class SharedPrompt(PromptRows):
                 f"a soft prompt needs room in the cache, which {type(cache).__name__} of fixed size has not: "
                 "use the default cache of generate()."
             )
-        once = forward(inputs_embeds=self._embedded(host)[None], use_cache=True, return_dict=True).past_key_values
+        once = forward(inputs_embeds=self._embedded(host)[None], use_cache=True, return_dict=True)
         cache = DynamicCache() if cache is None else cache
-        for i, layer in enumerate(once.layers):
+        for i, layer in enumerate(cache_argument.cache_in(once).layers):
             cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
         return cache
 
@@ -117,8 +121,8 @@ def decoder_of(backbone: nn.Module) -> nn.Module | None:
     windows = set(structure.setting(config, "layer_types") or ()) - {"full_attention"}
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or structure.setting(config, "sliding_window") or windows:
         return None
-    takes = {"input_ids", "inputs_embeds", "attention_mask", "past_key_values"}
-    if structure.is_encoder(backbone) or not takes <= set(inspect.signature(decoder.forward).parameters):
+    takes = {"input_ids", "inputs_embeds", "attention_mask"} <= set(inspect.signature(decoder.forward).parameters)
+    if structure.is_encoder(backbone) or not takes or cache_argument.name_in(decoder.forward) is None:
         return None
     return decoder
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import lightning as L
 from torch import nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.features import heads
@@ -65,7 +66,7 @@ class CachingMethod(Method):
             raise TuningError(f"cache_limit={self.cache_limit} is no amount of memory: give GiB.")
         name = f"{self.name}_cache"
         rows = Rows(int(self.cache_limit * 2**30))
-        base = getattr(backbone, "base_model", backbone)
+        base = structure.base_model_of(backbone)
         head = heads.head_modules(backbone)
         if first is not None:
             rows.trained = [0]

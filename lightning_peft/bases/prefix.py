@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import attention, select
+from lightning_peft.core import attention, select, structure
 from lightning_peft.core.attention import Attention
 from lightning_peft.core.delta import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, detach, grafts
-from lightning_peft.core.hub import load_tokenizer
+from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.prompts.prefix import KINDS, Prefix, PrefixNetwork, ShiftedRotary, ShiftedTable
 from lightning_peft.training.method import Method
 
@@ -80,7 +80,7 @@ class PrefixMethod(Method):
             attach(place.module, prefixes[place.path].to(device), self.name)
         if self.positions == "shifted":
             self._shift(backbone, found, prefixes)
-        self._limit = select.max_positions(backbone)
+        self._limit = structure.max_positions(backbone)
         if self._limit is not None and count >= self._limit:
             raise TuningError(
                 f"num_virtual_tokens={count} leaves no room in the {self._limit} positions of "
@@ -145,7 +145,7 @@ class PrefixMethod(Method):
             return None
         if not self.text:
             raise TuningError("init='text' needs the words of the prefix: give text=.")
-        tokenizer = load_tokenizer(backbone, self.tokenizer, "init='text'")
+        tokenizer = tokenizer_of(backbone, self.tokenizer, "init='text'")
         words: list[int] = tokenizer(self.text, add_special_tokens=False)["input_ids"]
         if not words:
             raise TuningError(f"text={self.text!r} has no tokens: give the words of the prefix.")
@@ -160,7 +160,7 @@ class PrefixMethod(Method):
 
     def _shift(self, backbone: nn.Module, found: Sequence[Attention], prefixes: Mapping[str, Prefix]) -> None:
         stacks = {prefix.kind for prefix in prefixes.values()}
-        for path, table in select.position_tables(backbone).items():
+        for path, table in structure.position_tables(backbone).items():
             if "self" in stacks or ("decoder" if "decoder" in path.split(".") else "encoder") in stacks:
                 attach(table, ShiftedTable(self.num_virtual_tokens), self.name)
         for module in list(backbone.modules()):
@@ -192,9 +192,7 @@ def _named(place: Any) -> list[tuple[str, nn.Parameter]]:
 
 
 def _width(backbone: nn.Module) -> int:
-    config: Any = backbone.config
-    sizes = (getattr(c, "hidden_size", None) for c in (config, getattr(config, "text_config", None)))
-    width = next((size for size in sizes if size is not None), None)
+    width = structure.width_of(backbone)
     if width is None:
         raise TuningError(f"{type(backbone).__name__} states no hidden_size: train the prefix itself by mid_dim=None.")
     return width
@@ -203,11 +201,10 @@ def _width(backbone: nn.Module) -> int:
 def _states(backbone: nn.Module, places: list[Attention], words: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the keys and values [H, P, d] that the frozen model has for words, by the path of the attention."""
     ids = torch.tensor([words], device=next(backbone.parameters()).device)
-    encoder_decoder = getattr(backbone.config, "is_encoder_decoder", False)
     training = backbone.training
     with torch.no_grad(), attention.recorded(places) as seen:
         backbone.eval()
-        backbone(input_ids=ids, **({"decoder_input_ids": ids} if encoder_decoder else {}))
+        backbone(input_ids=ids, **({"decoder_input_ids": ids} if structure.is_encoder_decoder(backbone) else {}))
     backbone.train(training)
     return {path: (key[0].float(), value[0].float()) for path, (key, value) in seen.items()}
 

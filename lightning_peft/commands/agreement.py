@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.training import slurm
+from lightning_peft.training.requeue import environment_of
 
 PLACES = ("accelerator", "strategy", "devices", "num_nodes", "plugins")
 """The arguments of a Trainer that say which ranks there are."""
@@ -44,7 +45,7 @@ def tell(trainer_class: Callable[..., L.Trainer], settings: Mapping[str, Any], p
     """
     given = {name: value for name, value in settings.items() if value is not None}
     trainer = trainer_class(**given, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    environment = getattr(trainer.strategy, "cluster_environment", None)
+    environment = environment_of(trainer)
     started = environment is not None and environment.creates_processes_externally
     if trainer.world_size > 1 and (started or trainer.num_nodes > 1 or "LOCAL_RANK" in os.environ):
         install(trainer, problem)

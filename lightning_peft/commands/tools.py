@@ -15,8 +15,10 @@ from rich.table import Column, Table
 from lightning_peft.core.delta import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import merge
+from lightning_peft.core.hub import load_tokenizer
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.select import near
+from lightning_peft.core.structure import name_or_path
 from lightning_peft.methods import every_method
 from lightning_peft.reports.parameters import count, dtypes, size
 
@@ -147,20 +149,18 @@ def merge_files(file: str, folder: str, backbone: str | None = None) -> None:
         folder: where to write the model.
         backbone: folder or hub id of the backbone; the one that the delta was trained on if left out.
     """
-    from transformers import AutoTokenizer
-
     from lightning_peft.training.rebuild import from_delta
 
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise TuningError(f"{folder} is not empty: give a new folder.")
     model = from_delta(file, backbone)
-    origin = backbone or model.config._name_or_path  # type: ignore[union-attr]
+    origin = backbone or name_or_path(model)
     merge(model)
     model.save_pretrained(folder)  # type: ignore[operator]
     try:
-        AutoTokenizer.from_pretrained(origin).save_pretrained(folder)
+        load_tokenizer(origin).save_pretrained(folder)
         kept = "with its tokenizer"
-    except (OSError, ValueError):
+    except TuningError:
         kept = f"without a tokenizer: {origin} has none"
     Console(soft_wrap=True).print(f"{type(model).__name__} written to {folder}, {kept}.", highlight=False)
 

@@ -17,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.fingerprint import fingerprint_of
+from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import graft_prefixes, grafts
 from lightning_peft.core.select import near
 from lightning_peft.core.sharded import gathered, is_folder, like, read_folder, whole
@@ -81,7 +83,7 @@ def keep_fingerprints(module: nn.Module) -> None:
 def metadata(module: nn.Module) -> dict[str, Any]:
     """Return what a delta file says of itself, primitives only: methods, backbones with fingerprints, versions."""
     for place in grafts(module):
-        if getattr(place.graft, "merged", False):
+        if isinstance(place.graft, Folding) and place.graft.merged:
             raise TuningError(
                 f"{place.name} is merged into the weights of {place.path}, which are not those of the backbone now: "
                 "unmerge it first."
@@ -256,14 +258,12 @@ def _goes_along(module: nn.Module, buffer: str, in_backbone: bool) -> bool:
 
 
 def _identity(backbone: nn.Module) -> dict[str, Any]:
-    config = getattr(backbone, "config", None)
-    settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     kinds = (kind.__name__ for kind in type(backbone).__mro__)
     return {
         "class": next(name for name in kinds if not name.startswith("FSDP")),  # sharding puts a class before its own
-        "name_or_path": getattr(config, "_name_or_path", ""),
+        "name_or_path": structure.name_or_path(backbone),
         "parameters": sum(p.numel() for p in backbone.parameters()),
-        "config": json.loads(json.dumps(settings, default=str)),
+        "config": json.loads(json.dumps(structure.settings_of(backbone), default=str)),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.quantized import unpacked
 from lightning_peft.core.sharded import gathered, whole
 from lightning_peft.core.tuning import Tuning
@@ -65,8 +66,7 @@ def fingerprint_of(backbone: nn.Module, skip: Iterable[str]) -> str:
 
 def _function(backbone: nn.Module) -> dict[str, Any]:
     """Return what of the configuration changes the function that the weights compute; dropout rates do not."""
-    config = getattr(backbone, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
+    settings = structure.settings_of(backbone)
+    if not settings:
         return {"class": type(backbone).__name__}
-    settings = config.to_dict()
     return {k: v for k, v in settings.items() if k not in _WITHOUT_EFFECT and "drop" not in k and "attn_impl" not in k}

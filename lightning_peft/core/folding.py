@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, Grafted, detach, grafts, overrides
 from lightning_peft.core.master_weights import MasterWeights
-from lightning_peft.core.quantized import dense, is_quantized, with_float_weight
+from lightning_peft.core.quantized import dense, has_quantized_weight, is_quantized, with_float_weight
 from lightning_peft.core.tuning import tunings
 
 _log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def merge(module: nn.Module, dequantize: bool = False) -> nn.Module:
     places, worst, layers = foldable(module, dequantize), 0.0, dict(module.named_modules())
     for path, host, name, graft in [*places, *masters]:
         error = None
-        if isinstance(graft, Folding) and dequantize and is_quantized(getattr(host, "weight", torch.empty(0))):
+        if isinstance(graft, Folding) and dequantize and has_quantized_weight(host):
             layer, error = graft.merge_as_float(host)
             if layer is not host:
                 parent, _, leaf = path.rpartition(".")
@@ -183,10 +183,10 @@ def foldable(module: nn.Module, dequantize: bool = False, owner: str | None = No
                 f"the weight of {place.path} is tied to that of another module, which would change with it: "
                 "keep the delta beside the backbone."
             )
-        weight = getattr(place.host, "weight", None)
-        if isinstance(weight, Tensor) and is_quantized(weight) and not dequantize:
+        if has_quantized_weight(place.host) and not dequantize:
+            kind = type(place.host.weight).__name__
             raise TuningError(
-                f"the weight of {place.path} is quantised ({type(weight).__name__}), so it cannot take in an update: "
+                f"the weight of {place.path} is quantised ({kind}), so it cannot take in an update: "
                 "merge(model, dequantize=True) makes these layers floats, or keep the delta beside the backbone."
             )
     # A layer runs with its changed weights; what scales its input scales these with all that others have added to them.

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import takewhile
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from torch import Tensor, nn
@@ -227,7 +228,7 @@ def is_compiled(module: nn.Module) -> bool:
     Neither form has a public test (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py and
     ``torch/_dynamo/eval_frame.py`` name these attributes); ``tests/core/test_graft.py`` fails when they change.
     """
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def _surround(host: nn.Module) -> None:
@@ -262,4 +263,5 @@ def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def overrides(graft: Graft, joint: str) -> bool:
     """Tell whether the graft takes part in this joint."""
-    return getattr(type(graft), joint, None) is not getattr(Graft, joint, None)
+    own = takewhile(lambda kind: kind is not Graft, type(graft).__mro__)
+    return any(joint in vars(kind) for kind in own)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.delta import delta_names
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.fingerprint import fingerprint
@@ -157,7 +158,7 @@ def _converter(method: TuningMethod) -> Converter:
 
 
 def _base(backbone: Any) -> dict[str, Any]:
-    return {"base_model_name_or_path": getattr(backbone.config, "_name_or_path", "") or None}
+    return {"base_model_name_or_path": structure.name_or_path(backbone) or None}
 
 
 def _task(names: Names, modules: list[str], peft_type: str) -> dict[str, Any]:

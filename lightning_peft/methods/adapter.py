@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from transformers.activations import ACT2FN
 
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.training.method import Method
@@ -87,7 +87,7 @@ class Adapter(Method):
             attach(host, kind(host, width, size, activation, self.init_std, self.zero_up, self.scale), self.name)
         self._norms: set[str] = set()
         if self.train_norms if self.train_norms is not None else self.form == "houlsby":
-            self._norms = set(select.norm_names(backbone))
+            self._norms = set(structure.norm_names(backbone))
         return self._norms
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Adapter(Method):
 
     def _indices(self, backbone: nn.Module) -> dict[str, int]:
         """Return the name of each block that gets an adapter with its index in its list."""
-        lists = select.blocks(backbone)
+        lists = structure.blocks(backbone)
         if not lists:
             raise TuningError(f"{type(backbone).__name__} has no list of blocks, so there is no place for adapters.")
         longest = max(len(entries) for entries in lists.values())
@@ -153,7 +153,7 @@ class Adapter(Method):
         """Yield the name of each host with the host, the kind of its adapter and the width that it works on."""
         inside = {
             name: module
-            for name, module in select.without_grafts(backbone).items()
+            for name, module in structure.without_grafts(backbone).items()
             if _block_of(indices, name) is not None
             and (self.cross_attention or not any(select.has_role(p, "cross_attention") for p in _parts(name)))
         }
@@ -219,8 +219,5 @@ def _parts(name: str) -> list[str]:
 
 def _width(module: nn.Module) -> int:
     """Return the size of the last dimension of a module's output: of a projection, a norm or a scale; 0 if unknown."""
-    for attribute in ("out_features", "nf"):
-        if isinstance(getattr(module, attribute, None), int):
-            return int(getattr(module, attribute))
     own = list(module.parameters(recurse=False))
-    return own[0].shape[0] if own and own[0].ndim == 1 else 0
+    return structure.out_features_of(module) or (own[0].shape[0] if own and own[0].ndim == 1 else 0)

@@ -8,14 +8,15 @@ batch is one pass, equal to that loop. What the prompts of an image have in comm
 bounds how many are in memory. The context has the name at its end and is the same for all classes, as there.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
@@ -65,7 +66,8 @@ class ConditionalContext(TextContext):
                 "CoCoOp's prompts depend on the image: call the model with input_ids and pixel_values, or give "
                 "images= to lightning_peft.towers.clip.text_features."
             )
-        self.call.shift = getattr(word_table(host), self.tokens).shift(self.call.images)
+        tokens = cast(ConditionalTokens, word_table(host).get_submodule(self.tokens))
+        self.call.shift = tokens.shift(self.call.images)
         try:
             return super().around(forward, host, *args, **kwargs)
         finally:
@@ -111,7 +113,7 @@ class OwnTexts(Graft):
             out = forward(*args, **kwargs)
         finally:
             self.call.listens, self.call.images = False, None
-        per_image = getattr(out, "logits_per_image", None)  # [B, B C]
+        per_image = out.get("logits_per_image") if isinstance(out, Mapping) else None  # [B, B C]
         if per_image is None:
             raise TuningError(
                 f"{type(host).__name__} changes what the two-tower model gives, so CoCoOp cannot keep the logits of "
@@ -153,10 +155,10 @@ class CoCoOp(Method):
         """Attach the context, and what brings it the image."""
         tower, call = text_tower(backbone, type(self).__name__), Call()
         model = two_towers(backbone)
-        source = getattr(model, "visual_projection", None) or getattr(model, "vision_model", None)
+        source = structure.part(model, "visual_projection") or structure.part(model, "vision_model")
         if source is None:
             raise TuningError(f"{type(backbone).__name__} reads no images, which CoCoOp needs: give a CLIPModel.")
-        features = getattr(source, "out_features", None) or source.config.hidden_size
+        features = structure.out_features_of(source) or structure.config_of(source).hidden_size
         if not 1 <= self.reduction <= features:
             raise TuningError(f"reduction={self.reduction} is out of range: an image feature has {features} numbers.")
         if self.chunk is not None and self.chunk < 1:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.towers.contexts import (
     POSITIONS,
     Call,
@@ -29,7 +30,7 @@ from lightning_peft.towers.contexts import (
     graft_context,
     plain_layout,
 )
-from lightning_peft.towers.text_towers import initial_rows, nearest_words, text_tower, tokenizer_of, word_table
+from lightning_peft.towers.text_towers import initial_rows, nearest_words, text_tower, word_table
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 

@@ -19,7 +19,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
@@ -28,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, grafts
 from lightning_peft.training import checks
@@ -78,7 +78,7 @@ class DiffPruning(Method):
         """Give each parameter of the backbone but those of the head a difference."""
         self._check()
         others = {id(p) for place_ in grafts(backbone) for p in place_.graft.parameters()} | {
-            id(backbone.get_parameter(name)) for name in select.head_names(backbone)
+            id(backbone.get_parameter(name)) for name in structure.head_names(backbone)
         }
         every = backbone.named_parameters(remove_duplicate=False)
         kept = self._kept(name for name, p in every if id(p) not in others and p.is_floating_point())
@@ -199,7 +199,7 @@ class DiffPruning(Method):
         super().on_train_start(trainer, pl_module)
         backbone = select.backbone_of(pl_module, self.backbone)
         self._is_dense, self._project_at = self.is_dense(backbone), self._step_of_projection(trainer)
-        getattr(backbone, f"{self.name}_noise").is_given = True
+        self._noise(backbone).is_given = True
         total = trainer.estimated_stepping_batches
         if self._is_dense and not self._project_at < total:
             raise TuningError(
@@ -218,19 +218,21 @@ class DiffPruning(Method):
         if trainer.global_step >= self._project_at:
             self._exchange(trainer, pl_module, backbone)
             return
-        noise: Noise = getattr(backbone, f"{self.name}_noise")
         value = draw()
-        noise.give(trainer.strategy.broadcast(value) if trainer.world_size > 1 else value)
+        self._noise(backbone).give(trainer.strategy.broadcast(value) if trainer.world_size > 1 else value)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let the noise be drawn in the forward pass again, and say so if the fit ended before the projection."""
         backbone = select.backbone_of(pl_module, self.backbone)
-        getattr(backbone, f"{self.name}_noise").is_given = False
+        self._noise(backbone).is_given = False
         if self.is_dense(backbone):
             rank_zero_warn(
                 "the fit ended before the entries to keep were chosen, so the delta is dense: resume it, or call "
                 "project."
             )
+
+    def _noise(self, backbone: nn.Module) -> Noise:
+        return cast(Noise, backbone.get_submodule(f"{self.name}_noise"))
 
     def _exchange(self, trainer: L.Trainer, module: L.LightningModule, backbone: nn.Module) -> None:
         """Train the values of what is kept in place of w and the gates: new optimizers, at the old place of the run."""

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, select
+from lightning_peft.core import compatibility, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.vision import tower
@@ -259,7 +259,7 @@ class L2P(Method):
         name = type(backbone).__name__
         if found.windowed or not found.has_cls:
             raise TuningError(f"L2P asks by the [CLS] token, which {name} has not: take a ViT, DeiT, DINOv2 or CLIP.")
-        if hasattr(found.module, "out_features") or not select.head_names(backbone):
+        if structure.gives_feature_maps(found.module) or not structure.head_names(backbone):
             raise TuningError(f"L2P gives a task head the mean of the prompts, and {name} has none: take a classifier.")
         start = 0 if self.layout == "prepend" else found.prefix
         position = _position_table(found.embeddings) if self.layout == "after_cls" else None
@@ -299,12 +299,12 @@ class L2P(Method):
         """Take the choices of the earlier tasks as the frequencies that ``diversify`` goes by."""
         pool = self.pool(pl_module)
         pool.begin_task()
-        self._before = {**getattr(self, "_before", {}), task: pool.counts.tolist()}
+        self._before = {**vars(self).get("_before", {}), task: pool.counts.tolist()}
 
     def result_rows(self, module: nn.Module) -> list[dict[str, Any]]:
         """Return how often each prompt was chosen as rows of results, by task as far as this process saw them begin."""
         now = self.pool(module).counts.tolist()
-        before: dict[int, list[int]] = getattr(self, "_before", {})
+        before: dict[int, list[int]] = vars(self).get("_before", {})
         if list(before) != list(range(len(before))) or not before:
             return [{"metric": "selection_count", "prompt": i, "value": count} for i, count in enumerate(now)]
         return [

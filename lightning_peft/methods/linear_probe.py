@@ -16,7 +16,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft.bases.caching import CachingMethod
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.features import heads
@@ -53,8 +53,7 @@ class LinearProbe(CachingMethod):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Add nothing, or a BatchNorm: the head is trained beside every method, here it stands alone."""
-        lm_head = getattr(backbone, "get_output_embeddings", lambda: None)
-        if lm_head() is not None and self.also_train is None:
+        if structure.output_embeddings_of(backbone) is not None and self.also_train is None:
             raise TuningError(
                 f"{type(backbone).__name__} has no task head but that of a language model: take a classifier, or name "
                 "what to train with also_train= (a regex)."

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from lightning_peft.bases.merging import MergingMethod
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, overrides
 from lightning_peft.training.method import Method
@@ -86,7 +86,7 @@ class LoRA(MergingMethod):
             raise TuningError(f"exclude={self.exclude!r} leaves nothing of the target modules: let it name fewer.")
         ranks = _by_name(self.rank_pattern, chosen, self.r, "rank_pattern")
         alphas = _by_name(self.alpha_pattern, chosen, self.alpha, "alpha_pattern")
-        keeps_output = not any(getattr(module, "inplace", False) for module in backbone.modules())
+        keeps_output = not structure.computes_in_place(backbone)
         read: dict[nn.Module, dict[str, dict[str, Any]]] = {}
         for name, target in chosen.items():
             r, alpha = ranks[name], alphas[name]

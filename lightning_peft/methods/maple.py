@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.towers.deep_prompts import (
     Prompts,
     check_depth,
@@ -28,7 +29,6 @@ from lightning_peft.towers.text_towers import (
     initial_rows,
     rows_of,
     text_tower,
-    tokenizer_of,
     two_towers,
     word_ids,
     word_table,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.bases.prompt import PromptMethod, cut_to
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach
 from lightning_peft.prompting import Template
@@ -134,7 +134,7 @@ class PTuning(PromptMethod):
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the virtual tokens and what computes them."""
         self._check(backbone)
-        table = next(iter(select.word_tables(backbone).values()))
+        table = next(iter(structure.word_tables(backbone).values()))
         weight: Tensor = table.weight  # type: ignore[assignment]
         rows = self._initial_rows(backbone, table).to(weight.device)
         source: nn.Parameter | PromptEncoder = nn.Parameter(rows)
@@ -191,7 +191,7 @@ class PTuning(PromptMethod):
         self._check_choice("init", ("random", "text"), "initial value of a prompt")
         if not 0 <= self.dropout < 1:
             raise TuningError(f"dropout={self.dropout} is no probability below 1.")
-        width = next(iter(select.word_tables(backbone).values())).embedding_dim
+        width = next(iter(structure.word_tables(backbone).values())).embedding_dim
         if self.encoder == "lstm_half" and width % 2:  # type: ignore[operator]
             raise TuningError(f"encoder='lstm_half' halves the embeddings, which are {width} wide: take 'lstm'.")
 

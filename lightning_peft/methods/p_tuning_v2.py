@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from lightning_peft.bases.prefix import PrefixMethod
+from lightning_peft.core import structure
 from lightning_peft.training.mixin import TunedBy
 
 
@@ -37,8 +38,7 @@ class PTuningV2(PrefixMethod):
         if self.dropout is not None:
             return self.dropout
         names = ("hidden_dropout_prob", "dropout", "resid_pdrop", "dropout_rate")
-        found = (getattr(backbone.config, name, None) for name in names)
-        return next((p for p in found if isinstance(p, float)), 0.0)
+        return float(structure.setting(structure.config_of(backbone), *names) or 0.0)
 
 
 class PTuningV2Mixin(TunedBy[PTuningV2]):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.bases.prefix import PrefixMethod
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.prompts import infix
@@ -50,7 +50,7 @@ class PrefixTuning(PrefixMethod):
         self._check()
         self._check_infix(backbone)
         count, call = self.num_virtual_tokens, infix.Call()
-        (table,) = select.word_tables(backbone).values()
+        (table,) = structure.word_tables(backbone).values()
         width: int = table.embedding_dim  # type: ignore[assignment]
         device = table.weight.device
         attach(table, VirtualTokens(nn.Parameter(torch.randn(count, width, device=device))), self.name)  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ class PrefixTuning(PrefixMethod):
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in projections):
             attach(backbone.get_submodule(owner), infix.InfixAttention(call), self.name)
         attach(backbone.get_decoder(), infix.InfixDecoder(call), self.name)  # type: ignore[operator]
-        self._limit = select.max_positions(backbone)
+        self._limit = structure.max_positions(backbone)
         return ()
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -88,7 +88,8 @@ class PrefixTuning(PrefixMethod):
                 "form='infix' trains numbers of its own in every layer: give mid_dim=None, and none of sets, layers, "
                 "init and init_from."
             )
-        if select.is_encoder(backbone) or getattr(getattr(backbone, "config", None), "is_encoder_decoder", True):
+        other = structure.is_encoder(backbone) or structure.is_encoder_decoder(backbone)
+        if other or structure.config_of(backbone) is None:
             raise TuningError(
                 f"form='infix' stands between source and target of one text, and {type(backbone).__name__} is no "
                 "decoder-only model: take form='prefix'."

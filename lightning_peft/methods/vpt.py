@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import attention, compatibility, select
+from lightning_peft.core import attention, compatibility, select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach, owned_by
 from lightning_peft.towers.vision import Tower, tower
@@ -254,7 +254,7 @@ class VPT(Method):
 
     def _check_fit(self, backbone: nn.Module, found: Tower) -> None:
         name = type(backbone).__name__
-        if hasattr(found.module, "out_features"):
+        if structure.gives_feature_maps(found.module):
             raise TuningError(
                 f"{name} gives the hidden states of its blocks, and prompts would be among them: take the model "
                 "without that (AutoModel), or LoRA."
@@ -263,7 +263,7 @@ class VPT(Method):
             raise TuningError(f"the blocks of {name} have several widths: leave projection out.")
         if self.pool == "cls" and not found.has_cls:
             raise TuningError(f"pool='cls', but {name} has no [CLS] token: take pool='mean' or 'model'.")
-        if self.pool != "model" and not select.head_names(backbone):
+        if self.pool != "model" and not structure.head_names(backbone):
             raise TuningError(f"pool={self.pool!r} is for a task head, and {name} has none: take pool='model'.")
 
     def _drawn(self, bound: float, dim: int, found: Tower) -> nn.Parameter:

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.bases.prompt import PromptMethod, cut_to
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
-from lightning_peft.core.hub import load_tokenizer
+from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.prompting import Template
 from lightning_peft.prompts.virtual_tokens import word_rows
 from lightning_peft.training.mixin import TunedBy
@@ -80,14 +80,14 @@ class WARP(PromptMethod):
             self.num_virtual_tokens = Template(self.template).num_virtual_tokens
         self._check_count()
         self._check_choice("init", INITS, "initial value of a prompt")
-        decoder = backbone.get_output_embeddings() if hasattr(backbone, "get_output_embeddings") else None  # type: ignore[operator]
-        if not isinstance(decoder, nn.Linear) or not select.is_encoder(backbone):
+        decoder = structure.output_embeddings_of(backbone)
+        if not isinstance(decoder, nn.Linear) or not structure.is_encoder(backbone):
             raise TuningError(
                 f"{type(backbone).__name__} is no masked language model, whose decoder WARP scores the classes by: "
                 "load it with its masked language modelling head."
             )
         ids = self._word_ids(backbone)
-        table = next(iter(select.word_tables(backbone).values()))
+        table = next(iter(structure.word_tables(backbone).values()))
         rows = self._initial_rows(backbone, table)
         self.place(backbone, nn.Parameter(rows.to(decoder.weight.device)), anywhere=True)
         weight = decoder.weight.detach()[ids].float()
@@ -102,7 +102,7 @@ class WARP(PromptMethod):
     def _word_ids(self, backbone: nn.Module) -> Tensor:
         if len(self.words) < 2:
             raise TuningError(f"words={self.words} leaves no choice: give a word for each of two classes or more.")
-        tokenizer = load_tokenizer(backbone, self.tokenizer, "the words of the classes")
+        tokenizer = tokenizer_of(backbone, self.tokenizer, "the words of the classes")
         found: list[int] = []
         for word in self.words:
             # As the verbalizer does: BPE vocabularies know a word by the blank before it.
@@ -124,7 +124,7 @@ class WARP(PromptMethod):
             return values.mean(0).cpu() + spread.cpu() * torch.randn(count, weight.shape[1])
         if self.init == "text":
             return word_rows(table, cut_to(self.ids_of(backbone, self.text), count))
-        tokenizer = load_tokenizer(backbone, self.tokenizer, "init='mask'")
+        tokenizer = tokenizer_of(backbone, self.tokenizer, "init='mask'")
         if tokenizer.mask_token_id is None:
             raise TuningError("init='mask' needs a mask token, which this tokenizer has not: take init='normal'.")
         return word_rows(table, [tokenizer.mask_token_id] * count)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.sharded import is_part
 from lightning_peft.prompts.virtual_tokens import PromptRows
 
 
@@ -94,7 +94,7 @@ class SharedPrompt(PromptRows):
             inputs["position_ids"] = torch.cat((before, inputs["position_ids"]), 1)
         out = forward(**inputs)
         out.last_hidden_state = out.last_hidden_state[:, count:]
-        if getattr(out, "hidden_states", None) is not None:
+        if out.hidden_states is not None:
             out.hidden_states = tuple(hidden[:, count:] for hidden in out.hidden_states)
         return out
 
@@ -108,29 +108,27 @@ def decoder_of(backbone: nn.Module) -> nn.Module | None:
 
     It must be causal, take embeddings and a cache of keys and values, and attend to all that came before.
     """
-    config = getattr(backbone, "config", None)
-    if config is None or config.is_encoder_decoder or not hasattr(backbone, "get_decoder"):
+    config = structure.config_of(backbone)
+    if config is None or structure.is_encoder_decoder(backbone) or not hasattr(backbone, "get_decoder"):
         return None
     decoder: nn.Module = backbone.get_decoder()  # type: ignore[operator]
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "sliding_window", None) or windows:
+    windows = set(structure.setting(config, "layer_types") or ()) - {"full_attention"}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or structure.setting(config, "sliding_window") or windows:
         return None
     takes = {"input_ids", "inputs_embeds", "attention_mask", "past_key_values"}
-    if select.is_encoder(backbone) or not takes <= set(inspect.signature(decoder.forward).parameters):
+    if structure.is_encoder(backbone) or not takes <= set(inspect.signature(decoder.forward).parameters):
         return None
     return decoder
 
 
 def _is_checkpointed(host: nn.Module) -> bool:
     """Tell whether activations are computed anew in the backward pass, by transformers or by torch's wrapper."""
-    return host.training and any(
-        getattr(module, "gradient_checkpointing", False) or type(module).__name__ == "CheckpointWrapper"
-        for module in host.modules()
-    )
+    wrapped = any(type(module).__name__ == "CheckpointWrapper" for module in host.modules())
+    return host.training and (wrapped or structure.recomputes_activations(host))
 
 
 def _is_sharded(host: nn.Module) -> bool:
     """Tell whether FSDP2 has parted the weights, which it gathers for a layer once on the way back."""
-    return any(isinstance(parameter, DTensor) for parameter in host.parameters())
+    return any(is_part(parameter) for parameter in host.parameters())

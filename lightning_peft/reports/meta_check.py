@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import HalfPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.attention import inputs_on_meta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.tuning import tunings
@@ -149,7 +149,7 @@ def run(module: L.LightningModule, optimizers: list[Optimizer], rows: int, colum
         TuningError: a method does not fit such a batch.
     """
     path, backbone = next((path, backbone) for path, backbone, _ in tunings(module))
-    limit = select.max_positions(backbone)
+    limit = structure.max_positions(backbone)
     columns = columns or min(COLUMNS, (limit or 2 * COLUMNS) // 2)
     try:
         peak, fed = 0, ""

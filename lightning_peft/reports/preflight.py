@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.delta import canonical, collect, read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.tuning import tunings
@@ -25,11 +25,13 @@ from lightning_peft.reports.probe import STEPS, TOLERANCE, Finding, Probe
 from lightning_peft.training import strategy
 from lightning_peft.training.method import Method
 from lightning_peft.training.shard_units import plan, wrap_policy
+from lightning_peft.training.strategy import FullyShard
 
 
 class Preflight(L.Trainer):
     """A Trainer that looks instead of training; `Preflight.of` makes it from the arguments of the one to be checked."""
 
+    datamodule: L.LightningDataModule | None
     asked: dict[str, Any]
     probe: Probe
     folder: "tempfile.TemporaryDirectory[str]"
@@ -41,7 +43,8 @@ class Preflight(L.Trainer):
         Args:
             asked: the arguments of the Trainer that is to be checked.
         """
-        recompute = getattr(asked.get("strategy"), "activation_checkpointing", False)
+        strategy = asked.get("strategy")
+        recompute = isinstance(strategy, FullyShard) and strategy.activation_checkpointing
         probe, folder = Probe(recompute), tempfile.TemporaryDirectory(prefix="preflight-")
         kept = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "deterministic")
         given = {name: asked[name] for name in kept if asked.get(name) is not None}
@@ -212,9 +215,9 @@ class Preflight(L.Trainer):
     def _positions(self, model: L.LightningModule, limit: int | None = None) -> list[Finding]:
         found = []
         for path, backbone, _ in tunings(model):
-            most, longest = select.max_positions(backbone), self.probe.longest.get(canonical(path), 0)
+            most, longest = structure.max_positions(backbone), self.probe.longest.get(canonical(path), 0)
             if most is not None and longest:
-                if limit is None and hasattr(self, "datamodule"):
+                if limit is None:
                     limit = getattr(self.datamodule, "max_length", None)
                 needs = max(longest, limit) if isinstance(limit, int) else longest
                 seen = f"{needs} of {most} positions, virtual tokens included"
@@ -244,7 +247,7 @@ class Preflight(L.Trainer):
         ]
         found.append(Finding("bytes of a checkpoint are as predicted", near, seen, "see what on_save_checkpoint adds"))
         for callback in _listed(self.asked.get("callbacks")):
-            folder = getattr(callback, "dirpath", None) if isinstance(callback, ModelCheckpoint) else None
+            folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
             if folder:
                 found.append(_writable(Path(folder), written))
         return found

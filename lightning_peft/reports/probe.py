@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.delta import canonical
 from lightning_peft.core.tuning import tunings
 from lightning_peft.reports.live_memory import LiveBytes, extrapolate
@@ -70,7 +70,7 @@ class Probe(L.Callback):
 
     def watch_positions(self, path: str, backbone: nn.Module) -> None:
         """Note how many positions the backbone at ``path`` looks up."""
-        for table in select.position_tables(backbone).values():
+        for table in structure.position_tables(backbone).values():
             self._handles.append(table.register_forward_pre_hook(self._looked_up(canonical(path))))
 
     def on_train_batch_start(

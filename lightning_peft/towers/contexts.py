@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, grafts
 from lightning_peft.prompts.virtual_tokens import VirtualTokens
@@ -87,6 +88,9 @@ class TextContext(Graft):
         chunk: at most that many prompts at a time, computed anew in the backward pass; None: all at once.
         call: shared with the other grafts of the method.
     """
+
+    conditional = False
+    """Whether the prompts depend on the image."""
 
     def __init__(
         self,
@@ -302,7 +306,7 @@ def can_pack(tower: nn.Module, kwargs: dict[str, Any]) -> bool:
 @contextmanager
 def frozen(backbone: nn.Module) -> Iterator[None]:
     """Let the backbone compute what it computed before methods came, as far as they put contexts and prompts in."""
-    found = [getattr(place.graft, "call", None) for place in grafts(backbone)]
+    found = [vars(place.graft).get("call") for place in grafts(backbone)]
     calls = [call for call in found if isinstance(call, Call)]
     for call in calls:
         call.active = False
@@ -315,13 +319,13 @@ def frozen(backbone: nn.Module) -> Iterator[None]:
 
 def context_of(backbone: nn.Module) -> TextContext | None:
     """Return the context that a method has put into the texts of the backbone, if any."""
-    tower = getattr(two_towers(backbone), "text_model", None)
-    children = tower.children() if isinstance(tower, nn.Module) else ()
+    tower = structure.part(two_towers(backbone), "text_model")
+    children = tower.children() if tower is not None else ()
     return next((child for child in children if isinstance(child, TextContext)), None)
 
 
 def _implementation(tower: nn.Module) -> str:
-    return getattr(tower.config, "_attn_implementation", None) or "eager"
+    return structure.attention_implementation(tower) or "eager"
 
 
 def _mask(tower: nn.Module, visible: Tensor) -> Tensor:

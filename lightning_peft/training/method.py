@@ -8,7 +8,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.method import TuningMethod
@@ -171,7 +171,7 @@ class Method(TuningMethod, L.Callback):
 
     def _assert_checkpointing(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         backbone = select.backbone_of(module, self.backbone)
-        on = any(getattr(child, "gradient_checkpointing", False) for child in backbone.modules())
+        on = structure.recomputes_activations(backbone)
         if on and not self._trains_frozen(trainer):
             raise TuningError(
                 f"{type(backbone).__name__} has gradient checkpointing on, which transformers does in training mode "

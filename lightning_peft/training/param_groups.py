@@ -84,7 +84,7 @@ def _scale(group: dict[str, Any], ratio: float, optimizer: Optimizer, schedulers
     for scheduler in schedulers:
         if scheduler.optimizer is optimizer:
             for name in _RATE_LISTS:
-                rates = getattr(scheduler, name, None)
+                rates = vars(scheduler).get(name)
                 if isinstance(rates, list):
                     rates[index] = rates[index] * ratio
 
@@ -94,7 +94,7 @@ def _extend(schedulers: list[Any], optimizer: Optimizer, index: int) -> None:
     for scheduler in schedulers:
         if scheduler.optimizer is optimizer:
             for name in _LISTS:
-                values = getattr(scheduler, name, None)
+                values = vars(scheduler).get(name)
                 if isinstance(values, list):
                     values.append(values[index])
 
@@ -114,5 +114,5 @@ def schedulers_in(configured: Any) -> Iterator[LRScheduler]:
 def _unwrapped(scheduler: Any) -> Iterator[Any]:
     """Yield a scheduler and those that it chains."""
     yield scheduler
-    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR and ChainedScheduler have no public list
+    for inner in vars(scheduler).get("_schedulers", ()):  # SequentialLR and ChainedScheduler have no public list
         yield from _unwrapped(inner)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_peft.core.delta import load_delta, meta_of, read_delta
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.hub import quiet_loading
+from lightning_peft.core.hub import load_model, model_class
 from lightning_peft.core.storage import read_torch
 from lightning_peft.training.lifecycle import Life
 from lightning_peft.training.method import Method
@@ -76,17 +76,14 @@ def from_delta(path: str | Path, backbone: nn.Module | str | None = None) -> nn.
 
 
 def _pretrained(identity: Mapping[str, Any], name: str | None, source: str) -> nn.Module:
-    import transformers
-
-    kind = getattr(transformers, identity["class"], None)
+    kind = model_class(identity["class"])
     name = name or identity["name_or_path"]
     if kind is None or not name:
         raise TuningError(f"{source} does not say where its {identity['class']} came from: give backbone=.")
     labels = {k: identity["config"][k] for k in ("id2label", "label2id") if identity["config"].get(k)}
     if "id2label" in labels:
         labels["id2label"] = {int(k): v for k, v in labels["id2label"].items()}
-    with quiet_loading():  # the delta brings the head
-        return kind.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+    return load_model(kind, name, **labels)  # the delta brings the head
 
 
 def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_peft.core.errors import TuningError
@@ -150,8 +152,8 @@ class SafeRequeue(L.Callback):
 
     def _stop(self, trainer: L.Trainer, what: str) -> None:
         """Requeue the job and end this process, on all ranks together."""
-        environment = trainer.strategy.cluster_environment if hasattr(trainer.strategy, "cluster_environment") else None
-        wanted = self.requeue and getattr(environment, "auto_requeue", True)
+        environment = environment_of(trainer)
+        wanted = self.requeue and (not isinstance(environment, SLURMEnvironment) or environment.auto_requeue)
         problem = ""
         if trainer.is_global_zero:
             problem = slurm.requeue() if wanted else "requeue is off"
@@ -176,7 +178,7 @@ def install(trainer: L.Trainer) -> None:
             "torchrun's restarted processes would look for each other where those before them were: "
             "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun."
         )
-    environment = getattr(trainer.strategy, "cluster_environment", None)
+    environment = environment_of(trainer)
     if isinstance(environment, SLURMEnvironment):
         slurm.check_sizes(trainer.num_nodes, trainer.num_devices)
     elif not isinstance(environment, TorchElasticEnvironment) and trainer.world_size > 1:
@@ -190,6 +192,11 @@ def install(trainer: L.Trainer) -> None:
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(callback, SafeRequeue) for callback in callbacks):
         callbacks.append(SafeRequeue())
+
+
+def environment_of(trainer: L.Trainer) -> ClusterEnvironment | None:
+    """Return what started the processes of a Trainer; None where its strategy has one process."""
+    return trainer.strategy.cluster_environment if isinstance(trainer.strategy, ParallelStrategy) else None
 
 
 def own_file(folder: str | Path, fit: int) -> Path:

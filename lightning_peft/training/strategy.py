@@ -139,7 +139,7 @@ def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
     if getattr(trainer.strategy, "activation_checkpointing", False):
         checkpoint_activations(module, on=True)
     mesh, tensors = (module.device_mesh[name] for name in ("data_parallel", tensor_parallel.MESH))  # type: ignore[index]
-    options: dict[str, Any] = getattr(trainer.strategy, "options", {})
+    options: dict[str, Any] = trainer.strategy.options if isinstance(trainer.strategy, FullyShard) else {}
     split = tensor_parallel.split_grafts(module, tensors) if tensors.size() > 1 else set()
     if tensors.size() > 1:
         vars(trainer.precision_plugin)["clip_grad_by_norm"] = partial(
@@ -201,7 +201,7 @@ def split(module: L.LightningModule, trainer: L.Trainer | None) -> None:
     if size < 2 or tensor_parallel.is_split(module):
         return
     assert trainer is not None
-    plan = getattr(trainer.strategy, "tensor_parallel_plan", None)
+    plan = trainer.strategy.tensor_parallel_plan if isinstance(trainer.strategy, FullyShard) else None
     if plan is None:
         raise TuningError(
             f"tensor_parallel_size={size} needs a plan which tensors to split: take strategy FullyShard, which has "

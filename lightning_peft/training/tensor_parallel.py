@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_peft.core import select, sharded
+from lightning_peft.core import select, sharded, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, Grafted, grafts, overrides
 from lightning_peft.updates.low_rank import LowRank
@@ -51,7 +51,7 @@ def parallelize(module: nn.Module, mesh: Any, plan: Plan) -> None:
     Raises:
         TuningError: there is no plan, it names nothing, or a layer cannot be split evenly.
     """
-    backbones = select.pretrained_models(module) or {"": module}
+    backbones = structure.pretrained_models(module) or {"": module}
     for path, backbone in backbones.items():
         where = f"{type(backbone).__name__} at {path}" if path else type(backbone).__name__
         rules = dict(_own_plan(backbone, where) if plan == "auto" else plan)
@@ -110,7 +110,7 @@ def clip_by_norm(plugin: Any, optimizer: torch.optim.Optimizer, clip_val: float)
     kinds: dict[Any, list[Tensor]] = {}
     for parameter in plugin.main_params(optimizer):
         if parameter.grad is not None:
-            kinds.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+            kinds.setdefault(parameter.device_mesh if sharded.is_part(parameter) else None, []).append(parameter)
     grads = ([p.grad for p in parameters] for parameters in kinds.values())
     norms = [sharded.whole(torch.nn.utils.get_total_norm(group)) for group in grads]  # type: ignore[arg-type]
     total = torch.linalg.vector_norm(torch.stack(norms))
@@ -143,9 +143,9 @@ def _matches(backbone: nn.Module, pattern: str) -> dict[str, nn.Module]:
 
 
 def _check_heads(backbone: Any, where: str, size: int) -> None:
-    config = getattr(backbone, "config", None)
+    config = structure.config_of(backbone)
     for name in _HEADS:
-        heads = getattr(config, name, None)
+        heads = structure.setting(config, name)
         if isinstance(heads, int) and heads % size:
             raise TuningError(
                 f"{name}={heads} of {where} cannot be split between tensor_parallel_size={size} ranks: take a divisor."

@@ -25,7 +25,7 @@ class Throughput(ThroughputMonitor):
     def __init__(self, window_size: int = 20) -> None:
         super().__init__(batch_size_fn=rows, length_fn=length, window_size=window_size)
         self.window_size = window_size
-        self._per_token = 0
+        self._per_token, self._own = 0, False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the parameters; a module that states its own ``flops_per_batch`` is believed."""
@@ -42,7 +42,7 @@ class Throughput(ThroughputMonitor):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
-        if getattr(self, "_own", False):
+        if self._own:
             vars(pl_module).pop("flops_per_batch", None)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.core import structure
 from lightning_peft.core.folding import Folding
 from lightning_peft.core.quantized import dense
 from lightning_peft.core.sharded import is_part, joined, summed, whole
@@ -101,7 +102,7 @@ class LowRank(Factors, Folding):
     def _rescaled(self, out: Tensor, host: nn.Module, free: bool) -> Tensor:
         """Return ``b + c (out - b)``."""
         assert self.m is not None
-        bias: Tensor | None = getattr(host, "bias", None)
+        bias: Tensor | None = structure.bias_of(host)
         if free and torch.is_grad_enabled() and self.keeps_output:
             return in_place.rescale(out, bias, self.m, self.norm(self.matrix(dense(host), host), keep=True))
         ratio = self._ratio(host)
@@ -111,7 +112,7 @@ class LowRank(Factors, Folding):
         return (scaled if bias is None else scaled + self._along(bias * (1 - ratio.flatten()))).to(out.dtype)
 
     def _dropped(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
-        bias: Tensor | None = getattr(host, "bias", None)
+        bias: Tensor | None = structure.bias_of(host)
         ratio = self._ratio(host)
         base = type(host).forward(host, x)
         base = base if bias is None else base - self._along(bias)
@@ -229,7 +230,7 @@ class LowRankWeights(Folding):
     def __init__(self, host: nn.Module, updates: dict[str, dict[str, Any]]) -> None:
         super().__init__()
         self.weights = self.folds = tuple(updates)
-        self.transposed = bool(getattr(host, "is_transposed", False))  # of the experts of transformers: [in, out]
+        self.transposed = structure.is_transposed(host)
         for name, arguments in updates.items():
             weight = host.get_parameter(name)
             matrix = self.matrix(weight.detach())

@@ -173,7 +173,7 @@ class SparseDifference(Folding):
 
     def _forget(self, name: str) -> None:
         for part in ("w", "alpha", "group", "values", "indices"):
-            if hasattr(self, _key(name, part)):
+            if self.part(name, part) is not None:
                 delattr(self, _key(name, part))
 
 

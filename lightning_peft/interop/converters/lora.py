@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Grafted
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, refuse
@@ -101,7 +101,7 @@ class LoRAConverter(Converter):
             )
         found = _found(parts, names)
         _check_targets(parts, names, found)
-        head = set(select.head_names(names.model))
+        head = set(structure.head_names(names.model))
         in_head = [target for target in found if f"{target}.weight" in head]
         if in_head:
             raise TuningError(
@@ -231,7 +231,7 @@ def _found(parts: Parts, names: Names) -> dict[str, tuple[str, tuple[int, ...]]]
             own = ["in_proj_weight"]  # which is refused
         for name, key in _keys(path, module, own).items() if own else ():
             shape = tuple(module.get_parameter(name).shape)
-            if getattr(module, "is_transposed", False):
+            if structure.is_transposed(module):
                 shape = (*shape[:-2], shape[-1], shape[-2])
             found[f"{path}.{name}"] = (key, shape)
     return found

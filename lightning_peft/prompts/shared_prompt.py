@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_peft.core import cache_argument, structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.sharded import is_part
 from lightning_peft.prompts.virtual_tokens import PromptRows
 
 
@@ -135,4 +135,4 @@ def _is_checkpointed(host: nn.Module) -> bool:
 
 def _is_sharded(host: nn.Module) -> bool:
     """Tell whether FSDP2 has parted the weights, which it gathers for a layer once on the way back."""
-    return any(isinstance(parameter, DTensor) for parameter in host.parameters())
+    return any(is_part(parameter) for parameter in host.parameters())

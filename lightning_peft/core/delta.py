@@ -35,8 +35,8 @@ _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_
 def delta_names(module: nn.Module) -> list[str]:
     """Return the names of the delta in the state dict of ``module``, each tied tensor once.
 
-    A buffer belongs to the delta when it lies in a graft or its own module trains its parameters; outside of the
-    backbones, when the nearest module around it that has parameters trains one.
+    A graft's persistent buffers belong to it. Another buffer does when its own module trains its parameters; outside of
+    the backbones, when the nearest module around it that has parameters trains one.
     """
     backbones = tuple(f"{name}." if name else "" for name, _, _ in tunings(module))
     inside_grafts = graft_prefixes(module)
@@ -81,7 +81,7 @@ def keep_fingerprints(module: nn.Module) -> None:
 def metadata(module: nn.Module) -> dict[str, Any]:
     """Return what a delta file says of itself, primitives only: methods, backbones with fingerprints, versions."""
     for place in grafts(module):
-        if getattr(place.graft, "merged", False):
+        if place.graft.merged:
             raise TuningError(
                 f"{place.name} is merged into the weights of {place.path}, which are not those of the backbone now: "
                 "unmerge it first."

@@ -120,7 +120,7 @@ def images_are_frozen(model: nn.Module) -> bool:
     projection = getattr(model, "visual_projection", None)
     parts = [part for part in (model.vision_model, projection) if isinstance(part, nn.Module)]
     trained = any(p.requires_grad for part in parts for p in part.parameters())
-    grafted = any(not getattr(place.graft, "listens_only", False) for part in parts for place in grafts(part))
+    grafted = any(not place.graft.listens_only for part in parts for place in grafts(part))
     return not trained and not grafted
 
 

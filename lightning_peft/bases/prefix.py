@@ -117,7 +117,7 @@ class PrefixMethod(Method):
         """
         applied = self.applied_to(model)
         for place in self.own_grafts(model, Prefix):
-            if place.graft._network[0] is not None:
+            if place.graft.network is not None:
                 place.graft.fold()
         for network in self.own_grafts(model, PrefixNetwork):
             detach(network.host, network.name)
@@ -156,7 +156,7 @@ class PrefixMethod(Method):
         with_bias = [place for place in found if getattr(place.module, "has_relative_attention_bias", False)]
         tables = {place.kind: place.module for place in with_bias}
         for prefix in prefixes.values():
-            prefix._bias_from = (tables.get(prefix.kind),)
+            prefix.refer(bias_table=tables.get(prefix.kind))
 
     def _continue(self, backbone: nn.Module, path: str) -> None:
         """Start from the prefix of a delta; its heads, which are those of other tasks, are left there."""

@@ -15,7 +15,6 @@ from lightning_peft.core import structure
 from lightning_peft.core.delta_file import FORMAT, versions, write_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.fingerprint import fingerprint_of
-from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import graft_prefixes, grafts
 from lightning_peft.core.sharded import gathered, whole
 from lightning_peft.core.tuning import tunings
@@ -26,8 +25,8 @@ _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_
 def delta_names(module: nn.Module) -> list[str]:
     """Return the names of the delta in the state dict of ``module``, each tied tensor once.
 
-    A buffer belongs to the delta when it lies in a graft or its own module trains its parameters; outside of the
-    backbones, when the nearest module around it that has parameters trains one.
+    A graft's persistent buffers belong to it. Another buffer does when its own module trains its parameters; outside of
+    the backbones, when the nearest module around it that has parameters trains one.
     """
     backbones = tuple(f"{name}." if name else "" for name, _, _ in tunings(module))
     inside_grafts = graft_prefixes(module)
@@ -72,7 +71,7 @@ def keep_fingerprints(module: nn.Module) -> None:
 def metadata(module: nn.Module) -> dict[str, Any]:
     """Return what a delta file says of itself, primitives only: methods, backbones with fingerprints, versions."""
     for place in grafts(module):
-        if isinstance(place.graft, Folding) and place.graft.merged:
+        if place.graft.merged:
             raise TuningError(
                 f"{place.name} is merged into the weights of {place.path}, which are not those of the backbone now: "
                 "unmerge it first."

@@ -26,13 +26,7 @@ class Folding(Graft):
 
     def __init__(self) -> None:
         super().__init__()
-        self._merged = False
         self._originals: dict[str, Tensor] = {}
-
-    @property
-    def merged(self) -> bool:
-        """Tell whether the effect is in the parameters of the host."""
-        return self._merged
 
     def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
         """Return ``value``, of fp32 or more, with the effect in it; it may be written to."""
@@ -58,7 +52,7 @@ class Folding(Graft):
         Raises:
             TuningError: a weight is quantised.
         """
-        if self._merged:
+        if self.merged:
             return 0.0
         parameters = {name: host.get_parameter(name) for name in self.folded(host)}
         for parameter in parameters.values():
@@ -72,7 +66,7 @@ class Folding(Graft):
             if keep:
                 self._originals[name] = parameter.detach().clone()
             worst = max(worst, self._write(name, parameter, parameter.detach(), host))
-        self._merged = True
+        self.merged = True
         return worst
 
     @torch.no_grad()
@@ -82,7 +76,7 @@ class Folding(Graft):
         Raises:
             TuningError: they were not kept.
         """
-        if self._merged and not self._originals:
+        if self.merged and not self._originals:
             raise TuningError(
                 f"{type(self).__name__} was merged into {type(host).__name__} without keeping the weights: load the "
                 "backbone anew, or merge with keep=True."
@@ -91,7 +85,7 @@ class Folding(Graft):
             parameter = host.get_parameter(name)
             parameter.copy_(original.to(parameter.device))
         self._originals.clear()
-        self._merged = False
+        self.merged = False
 
     @torch.no_grad()
     def merge_as_float(self, host: nn.Module) -> tuple[nn.Module, float]:
@@ -112,7 +106,7 @@ class Folding(Graft):
         for name in self.folded(layer):
             if name != "weight":
                 error = max(error, self._write(name, layer.get_parameter(name), layer.get_parameter(name), host))
-        self._merged = True
+        self.merged = True
         return layer, error
 
     def _write(self, name: str, parameter: nn.Parameter, value: Tensor, host: nn.Module) -> float:
@@ -149,7 +143,7 @@ def merge(module: nn.Module, dequantize: bool = False) -> nn.Module:
                 parent, _, leaf = path.rpartition(".")
                 setattr(layers[parent], leaf, layer)
         else:
-            error = graft.merge(host)  # type: ignore[operator]
+            error = graft.merge(host)
         worst = max(worst, error or 0.0)
         detach(host, name)
     for _, backbone, tuning in list(tunings(module)):
@@ -173,7 +167,7 @@ def foldable(module: nn.Module, dequantize: bool = False, owner: str | None = No
     places = [place for place in grafts(module, owner) if not isinstance(place.graft, MasterWeights)]
     owners = Counter(id(p) for child in module.modules() for p in child.parameters(recurse=False))
     for place in places:
-        if not hasattr(place.graft, "merge"):
+        if not overrides(place.graft, "merge"):
             raise TuningError(
                 f"{type(place.graft).__name__} at {place.path or 'the root'} computes what no weight can, so it cannot "
                 "be merged: keep the delta beside the backbone."

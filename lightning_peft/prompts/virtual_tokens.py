@@ -29,22 +29,21 @@ class PromptRows(Graft):
         weight: the rows, [P, d], shared between the tied tables of a model; or a module that computes them.
     """
 
+    encoder: nn.Module | None
+
     def __init__(self, weight: nn.Parameter | nn.Module) -> None:
         super().__init__()
-        # Such a module is a child of the backbone; in a tuple it is none of each table.
-        self._encoder = (weight,) if isinstance(weight, nn.Module) else ()
+        self.refer(encoder=weight if isinstance(weight, nn.Module) else None)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
 
     def rows(self) -> Tensor:
         """Return the rows of virtual tokens 0, 1 ..., [P, d]."""
-        for encoder in self._encoder:
-            return encoder()
-        return self.weight
+        return self.weight if self.encoder is None else self.encoder()
 
     def fold(self, weight: nn.Parameter) -> None:
         """Keep rows in place of the module that computed them."""
-        self._encoder, self.weight = (), weight
+        self.encoder, self.weight = None, weight
 
 
 class VirtualTokens(PromptRows):

@@ -121,7 +121,7 @@ def images_are_frozen(model: nn.Module) -> bool:
     """Tell whether nothing that a method does reaches the features of an image."""
     parts = [part for n in ("vision_model", "visual_projection") if (part := structure.part(model, n)) is not None]
     trained = any(p.requires_grad for part in parts for p in part.parameters())
-    grafted = any(not getattr(place.graft, "listens_only", False) for part in parts for place in grafts(part))
+    grafted = any(not place.graft.listens_only for part in parts for place in grafts(part))
     return not trained and not grafted
 
 

@@ -8,6 +8,7 @@ computed as ``s ((B - B₀) A + B₀ (A - A₀))``, so that it is zero at the st
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,8 @@ class LowRank(Factors, Folding):
         iterations: of a randomised singular value decomposition; None: the exact one.
         keeps_output: whether DoRA may keep the layer's output for the backward pass, which then nobody may overwrite.
     """
+
+    splits: Mapping[int, Mapping[str, int]] = {0: {"B": 0, "B0": 0, "m": 0}, 1: {"A": 1, "A0": 1}}
 
     def __init__(
         self,
@@ -158,6 +161,8 @@ class LowRankEmbedding(LowRank):
     An embedding that scales its rows (``embed_scale`` of Gemma or BART in transformers) scales the update alike.
     """
 
+    splits: Mapping[int, Mapping[str, int]] = {}
+
     def reset_parameters(self, init: Init) -> None:
         """Set A to zero and draw B from N(0, 1), whatever the init, as the authors' code and PEFT do."""
         nn.init.zeros_(self.A)
@@ -178,6 +183,8 @@ class LowRankEmbedding(LowRank):
 
 class LowRankConv2d(LowRank):
     """Adds ``scale * B * A * x`` (two convolutions): A [r, in, kh, kw], B [out, r, 1, 1]."""
+
+    splits: Mapping[int, Mapping[str, int]] = {}
 
     def shapes(self, shape: tuple[int, ...], r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A [r, in, kh, kw] and B [out, r, 1, 1]."""
@@ -255,7 +262,7 @@ class LowRankWeights(Folding):
 
     def weight(self, w: Tensor, name: str) -> Tensor:
         """Return the changed weight, computed in fp32, in the dtype of ``w``."""
-        return w if self._merged else self._changed(w, name).to(w.dtype)
+        return w if self.merged else self._changed(w, name).to(w.dtype)
 
     def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
         """Return the changed weight."""

@@ -3,8 +3,8 @@
 The rows of a batch are told by a hash of all that the frozen part is given, so that it works in any module, whatever
 the batches and their order, for training and validation rows alike. What is kept for a row is the input of the part
 that is trained: a head's (one vector, in most models), or a block's (one vector a token). When all rows of a batch are
-known, the frozen part is left out. Without augmentation training on the cache gives what training without it gives, bit
-for bit as far as the kernels of the frozen part give a row the same numbers in another batch.
+known, the frozen part is left out. Without augmentation training on the cache gives what training without it gives, up
+to rounding: a row is kept as its first batch gave it, and a batch of another size or order is rounded otherwise.
 
 A text row is the same row with more padding at its end, if what is kept is one vector; the first time that a row comes
 with other padding it is computed again and compared. Kept tokens are used again for the same padding alone: pad to a

@@ -4,8 +4,8 @@ v_m(x) = v_m + h(x) for m = 1 .. M, h = Linear(p, p / 16), ReLU, Linear(p / 16, 
 p numbers; every image then has prompts of its own, [B, C] of them.
 
 Source: Zhou et al. 2022, arXiv 2203.05557, and its released code, which runs the images one by one: here a
-batch is one pass, equal to that loop. What the prompts of an image have in common is computed once, and ``chunk``
-bounds how many are in memory. The context has the name at its end and is the same for all classes, as there.
+batch is one pass, equal to that loop up to rounding. What the prompts of an image have in common is computed once, and
+``chunk`` bounds how many are in memory. The context has the name at its end and is the same for all classes, as there.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -7,8 +7,8 @@ Source: Zhou et al. 2021, arXiv 2109.01134, section 3. The paper has one context
 each class, and the name at the end or in the middle; the released code adds the front. The released code counts words
 where it means tokens, so that of words of several tokens some stay fixed: we count tokens. It runs all 77 positions of
 every class; we compute the start token and a common context once and nothing behind the end of a text, which gives the
-same features (`share_prefix`). SigLIP has no start token and is read at its last position, so its context comes first
-and the padding stays as it is.
+same features up to rounding (`share_prefix`). SigLIP has no start token and is read at its last position, so its
+context comes first and the padding stays as it is.
 """
 
 from collections.abc import Iterable

@@ -235,7 +235,8 @@ class L2P(Method):
         diversify: in training, choose less what earlier tasks chose often; tasks begin by `on_task_start`.
         batchwise: 'never'; 'train': a training batch votes on one choice for all its images; 'always': in the test,
             too, which gives away which task a batch is from.
-        cache_queries: compute the query of an image once; the images must look alike in every epoch.
+        cache_queries: compute the query of an image once, in its first batch: up to rounding that of any other; the
+            images must look alike in every epoch.
     """
 
     pool_size: int = natural(10)

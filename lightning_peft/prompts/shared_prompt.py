@@ -2,7 +2,8 @@
 
 What stands before the text does not see it: the prompt's keys and values are the same for every row. So they are
 computed at batch size 1, forward and backward, and all rows attend to them. The outputs are those of the text's tokens,
-as if the prompt had been in the input and its outputs cut off. ``generate`` puts the prompt into its cache.
+up to rounding as if the prompt had been in the input and its outputs cut off. ``generate`` puts the prompt into its
+cache.
 """
 
 import inspect

@@ -1,10 +1,10 @@
 """How likely a language model finds each of a few continuations: what is common to them is computed once.
 
 A causal model reads the demonstrations once, for as long as they stay the same, each query once, and then the tokens of
-each label; keys and values are handed on (transformers' public ``DynamicCache``), so that the scores are those of the
-whole sequences. Demonstrations on the left, padding between them and the query hidden by the mask, positions given
-explicitly. An encoder is run once a query for all labels. A masked model sees the masks and their surroundings at once,
-and only the masks of one label at a time if a label has several tokens.
+each label; keys and values are handed on (transformers' public ``DynamicCache``), so that the scores are, up to
+rounding, those of the whole sequences. Demonstrations on the left, padding between them and the query hidden by the
+mask, positions given explicitly. An encoder is run once a query for all labels. A masked model sees the masks and their
+surroundings at once, and only the masks of one label at a time if a label has several tokens.
 
 Models whose cache is more than keys and values of all tokens (sliding windows, recurrent states) are run in full.
 

@@ -363,7 +363,7 @@ def test_a_mixed_batch_is_one_run_a_task(method: Method | None, valley: Valley) 
         for number in range(2):
             rows = batch["task_ids"] == number
             alone = task({name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)})
-            torch.testing.assert_close(mixed[rows], alone, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(mixed[rows], alone, atol=1e-5, rtol=1e-5)
             assert (mixed[rows][:, task.owner != number] == -torch.inf).all()
             assert mixed[rows][:, task.owner == number].isfinite().all()
     with pytest.raises(TuningError, match=r"task id 2 is out of range: the tasks are 0 to 1 \(form, opinion\)"):

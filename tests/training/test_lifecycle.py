@@ -524,7 +524,7 @@ def test_gradient_checkpointing_needs_training_mode(tmp_path: Path) -> None:
     module.model.activation_checkpointing_enable()
     with pytest.raises(TuningError, match=r"gradient checkpointing on.*backbone_mode='train'"):
         trainer(tmp_path, LoRA(r=2, backbone_mode="eval")).fit(module, loader("bert"))
-    plain, checkpointed = Tuned(), Tuned()
+    plain, checkpointed = Tuned(optimizer="SGD"), Tuned(optimizer="SGD")
     checkpointed.model.activation_checkpointing_enable()
     for one in (plain, checkpointed):
         torch.manual_seed(3)

@@ -9,9 +9,6 @@ import lightning as L
 import pytest
 import torch
 import transformers as hf
-from lightning_peft.features.feature_cache import FrozenPart
-from lightning_peft.features.kept_rows import identify
-from lightning_peft.graft import grafts
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 

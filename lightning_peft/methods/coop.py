@@ -22,14 +22,8 @@ from lightning_peft.core import select
 from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
-from lightning_peft.towers.contexts import (
-    Call,
-    ContextTokens,
-    Position,
-    TextContext,
-    graft_context,
-    plain_layout,
-)
+from lightning_peft.towers.context_tokens import Call, ContextTokens
+from lightning_peft.towers.contexts import Position, TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import initial_rows, nearest_words, text_tower, word_table
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy

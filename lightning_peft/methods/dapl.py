@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.arguments import bounded, natural
 from lightning_peft.core.errors import TuningError
-from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
+from lightning_peft.towers.context_tokens import Call, ContextTokens
+from lightning_peft.towers.contexts import TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import STANDARD_DEVIATION, text_tower, word_table
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy

@@ -16,7 +16,6 @@ The noise of a step is one sample for all processes, whatever the rest of their 
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -26,7 +25,6 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_peft.core import select, structure
 from lightning_peft.core.arguments import bounded, natural, positive
@@ -35,7 +33,7 @@ from lightning_peft.core.graft import attach, grafts
 from lightning_peft.training import checks
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
-from lightning_peft.training.param_groups import schedulers_in
+from lightning_peft.training.param_groups import advance
 from lightning_peft.updates.sparse_difference import Gates, Noise, SparseDifference, Twin, draw, readers
 
 
@@ -255,7 +253,7 @@ class DiffPruning(Method):
         old = [config.scheduler for config in strategy.lr_scheduler_configs]
         strategy.setup_optimizers(trainer)
         for before, now in zip(old, strategy.lr_scheduler_configs, strict=True):
-            _advance(before, now.scheduler)
+            advance(before, now.scheduler)
         checks.check_optimizers(module, trainer.optimizers)
         self._seen_gradients = self._is_dense = False
 
@@ -292,13 +290,3 @@ def _magnitudes(graft: SparseDifference, name: str) -> Tensor:
     delta = graft.delta(name)
     assert delta is not None
     return delta.reshape(-1).abs()
-
-
-def _advance(before: Any, now: Any) -> None:
-    """Bring a new scheduler to the step that an old one stands at."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # this optimizer has made none
-        for old, new in zip(schedulers_in(before), schedulers_in(now), strict=True):
-            if not isinstance(new, ReduceLROnPlateau):
-                for _ in range(old.last_epoch - new.last_epoch):
-                    new.step()

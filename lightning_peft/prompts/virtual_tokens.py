@@ -96,12 +96,10 @@ def insert(
     widened["attention_mask"] = _widen(mask, source, virtual, 1)
     ids = torch.where(virtual, -1 - (columns - start + first), tokens.gather(1, source))
     widened["input_ids"] = ids.to(tokens.dtype)
-    for name, fill in _FILL.items():
+    for name in _FILL.keys() - {"attention_mask", "labels" if targets else ""}:
         value = batch.get(name)
-        if name == "attention_mask" or (name == "labels" and targets):
-            continue
         if isinstance(value, Tensor) and value.shape == tokens.shape:
-            widened[name] = _widen(value, source, virtual, fill)
+            widened[name] = _widen(value, source, virtual, _FILL[name])
     if isinstance(batch.get("position_ids"), Tensor):
         widened["position_ids"] = (widened["attention_mask"].cumsum(1) - 1).clamp(min=0)
     for name in ("start_positions", "end_positions"):

@@ -15,7 +15,8 @@ from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.sharded import whole
-from lightning_peft.towers.contexts import Call, context_of
+from lightning_peft.towers.context_tokens import Call
+from lightning_peft.towers.contexts import context_of
 from lightning_peft.towers.text_towers import positions_of, reads_end
 
 

@@ -4,12 +4,13 @@ A method states them by `Method.optimizer_options`. The groups of the optimizer 
 scheduler keeps per group is kept for the new group too, so the module's ``configure_optimizers`` needs no change.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_peft.core.errors import TuningError
 
@@ -109,6 +110,16 @@ def schedulers_in(configured: Any) -> Iterator[LRScheduler]:
     elif isinstance(configured, (list, tuple)):
         for entry in configured:
             yield from schedulers_in(entry)
+
+
+def advance(before: Any, now: Any) -> None:
+    """Bring a new scheduler to the step that an old one stands at."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # this optimizer has made none
+        for old, new in zip(schedulers_in(before), schedulers_in(now), strict=True):
+            if not isinstance(new, ReduceLROnPlateau):
+                for _ in range(old.last_epoch - new.last_epoch):
+                    new.step()
 
 
 def _unwrapped(scheduler: Any) -> Iterator[Any]:

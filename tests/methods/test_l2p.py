@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_peft import L2P, TuningError, collect
-from lightning_peft.methods.l2p import PromptPool
+from lightning_peft.towers.prompt_pool import PromptPool
 from lightning_peft.towers.vision import tower
 from tests.contract import MethodContract, assert_near, gradients, output, shake
 from tests.models import HEADS, HIDDEN, batch, meta, tiny

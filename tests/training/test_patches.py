@@ -5,6 +5,7 @@ import copy
 import pickle
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 import lightning_peft
-from lightning_peft import LoRA, LoRAMixin, SafeRequeue, TuningError, read_delta
+from lightning_peft import FullyShard, LoRA, LoRAMixin, SafeRequeue, TuningError, read_delta
 from lightning_peft.training import patches, signals
 from lightning_peft.training.checkpoint_io import AtomicCheckpointIO
 from lightning_peft.training.patches import Patches
@@ -33,9 +34,8 @@ PLACES = ("setup", "configure_model", "configure_optimizers", "training_step", "
 class Failing(Tuned):
     """Raises an error in one of its hooks, as often as it is asked to."""
 
-    def __init__(self, place: str = "", error: BaseException | None = None) -> None:
-        super().__init__("bert")
-        self.place, self.error = place, error
+    place: str
+    error: BaseException | None
 
     def _fail(self, place: str) -> None:
         if place == self.place and self.error is not None:
@@ -81,6 +81,12 @@ class FailingToSave(L.Callback):
         raise OSError("no space")
 
 
+def failing(place: str = "", error: BaseException | None = None) -> Failing:
+    module = Failing("bert")  # whose arguments are hyper-parameters, which go into checkpoints
+    module.place, module.error = place, error
+    return module
+
+
 def double(owner: Part) -> str:
     return 2 * type(owner).hook(owner)
 
@@ -115,7 +121,7 @@ STAY = {("SingleDeviceStrategy", "connect")} | {
 def test_whatever_ends_a_run_the_trainer_is_as_before(tmp_path: Path, place: str, error: BaseException) -> None:
     saving = ModelCheckpoint(tmp_path / "best")
     run = trainer(tmp_path, SafeRequeue(), LoRA(r=2), saving, precision="bf16-true", max_epochs=1)
-    module = Failing(place, error)
+    module = failing(place, error)
     before = functions(run, module)
     with pytest.raises((ValueError, SystemExit)):
         run.fit(module, loader("bert"), loader("bert"))
@@ -132,7 +138,7 @@ def test_whatever_ends_a_run_the_trainer_is_as_before(tmp_path: Path, place: str
 @pytest.mark.parametrize("place", ["", *PLACES])
 def test_the_same_trainer_runs_again(tmp_path: Path, place: str) -> None:
     run = trainer(tmp_path, LoRA(r=2), ModelCheckpoint(tmp_path / "best"), precision="bf16-true", max_epochs=1)
-    module = Failing(place, ValueError("failed"))
+    module = failing(place, ValueError("failed"))
     before = functions(run, module)
     if place:
         with pytest.raises(ValueError, match="failed"):
@@ -149,7 +155,7 @@ def test_the_same_trainer_runs_again(tmp_path: Path, place: str) -> None:
 
 
 def test_an_error_of_the_method_itself(tmp_path: Path) -> None:
-    run, module = trainer(tmp_path, LoRA(r=2, target_modules=["nope"]), precision="bf16-true"), Failing()
+    run, module = trainer(tmp_path, LoRA(r=2, target_modules=["nope"]), precision="bf16-true"), failing()
     before = functions(run, module)
     with pytest.raises(TuningError, match="nope"):
         run.fit(module, loader("bert"))
@@ -184,7 +190,7 @@ def test_a_checkpoint_of_an_exception_holds_the_delta(tmp_path: Path, plugin: An
     callbacks = (LoRA(r=2), OnExceptionCheckpoint(tmp_path, "failed"))
     run = trainer(tmp_path, *callbacks, plugins=own, enable_checkpointing=True)
     with pytest.raises(ValueError, match="failed"):
-        run.fit(Failing("training_step", error), loader("bert"))
+        run.fit(failing("training_step", error), loader("bert"))
     # A thread may have written it: the strategy that waits for the thread is torn down before it is as it was.
     assert len(read_delta(tmp_path / "failed.ckpt")[0]) == 10
     patches.restore(run)
@@ -192,16 +198,30 @@ def test_a_checkpoint_of_an_exception_holds_the_delta(tmp_path: Path, plugin: An
 
 
 def test_the_next_run_begins_with_an_empty_table(tmp_path: Path) -> None:
-    saving, failing = ModelCheckpoint(tmp_path / "best"), FailingToSave()
-    run, module = trainer(tmp_path, LoRA(r=2), saving, failing, max_epochs=1), Failing("training_step", ValueError())
+    saving, fails = ModelCheckpoint(tmp_path / "best"), FailingToSave()
+    run, module = trainer(tmp_path, LoRA(r=2), saving, fails, max_epochs=1), failing("training_step", ValueError())
     with pytest.raises(OSError, match="no space"):
         run.fit(module, loader("bert"))
     assert "process_dataloader" in vars(run.strategy)
-    run.callbacks = [failing]
+    run.callbacks = [fails]
     run.validate(Tuned("bert"), loader("bert"), verbose=False)
     assert not Patches.of(run)
     assert not (tmp_path / "best" / ".in-use").exists()
     assert not functions(run, Tuned("bert"))
+
+
+@pytest.mark.parametrize("place", ["", "configure_optimizers", "training_step"])
+def test_a_strategy_that_shards_saves_the_delta_afterwards(tmp_path: Path, place: str) -> None:
+    strategy, module = FullyShard(process_group_backend="gloo"), failing(place, ValueError("failed"))
+    run = trainer(tmp_path, LoRA(r=2), strategy=strategy, precision="bf16-true", max_epochs=1)
+    with pytest.raises(ValueError, match="failed") if place else nullcontext():
+        run.fit(module, loader("bert"))
+    saves = {("FullyShard", name) for name in ("connect", "lightning_module_state_dict", "optimizer_state")}
+    assert functions(run, module) == {hook for hook in STAY if hook[0] == "Failing"} | saves
+    run.save_checkpoint(tmp_path / "delta.ckpt")
+    assert len(read_delta(tmp_path / "delta.ckpt")[0]) == 10
+    patches.restore(run)
+    assert not {hook for hook in functions(run, module) if hook[0] == "FullyShard"}
 
 
 def test_a_trainer_pickles_after_fit(tmp_path: Path) -> None:

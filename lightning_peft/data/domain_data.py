@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.data.batches import Batches, ResumableLoader
+from lightning_peft.data.batches import Batches, BatchesLoader
 from lightning_peft.data.image_data import ImageData, Images
 from lightning_peft.data.resuming import ResumingData
 
@@ -83,7 +83,7 @@ class DomainData(ResumingData):
         share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         source, target = (len(images[0]), self.source.batch_size), (len(images[1]), self.target.batch_size)
         workers = self.source.num_workers
-        loader = ResumableLoader(
+        loader = BatchesLoader(
             BothDomains(*images),
             sampler=PairsOfBatches(source, target, mode=self.mode, seed=self.source.seed, **share or {}),
             batch_size=None,

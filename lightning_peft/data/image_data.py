@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.select import near
-from lightning_peft.data.batches import Batches, ResumableLoader
+from lightning_peft.data.batches import Batches, BatchesLoader
 from lightning_peft.data.classes import check_columns, class_names
 from lightning_peft.data.resuming import ResumingData
 
@@ -212,13 +212,13 @@ class ImageData(ResumingData):
         """Return the images to predict in their own order."""
         return self.plain_loader(self.images("predict"))
 
-    def loader(self, images: "Images", shuffle: bool = False) -> ResumableLoader:
+    def loader(self, images: "Images", shuffle: bool = False) -> BatchesLoader:
         """Return batches of these images, shared out to the processes of the Trainer."""
         share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         batches = _Drawn(
             np.ones(len(images), "int8"), self.batch_size, shuffle, bucket=False, seed=self.seed, **share or {}
         )
-        return ResumableLoader(images, sampler=batches, batch_size=None, **self._common())
+        return BatchesLoader(images, sampler=batches, batch_size=None, **self._common())
 
     def plain_loader(self, images: "Images") -> DataLoader[Any]:
         """Return batches of these images in their own order, which Lightning may share out as it likes."""

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import lightning as L
 from torch.utils.data import DataLoader
 
-from lightning_peft.data.batches import ResumableLoader
+from lightning_peft.data.batches import BatchesLoader
 
 Loader = TypeVar("Loader", bound=DataLoader[Any])
 
@@ -22,12 +22,12 @@ class ResumingData(L.LightningDataModule):
         self._forget()
 
     def _forget(self) -> None:
-        self._train_loader: ResumableLoader | None = None
+        self._train_loader: BatchesLoader | None = None
         self._resume: Mapping[str, int] | None = None
 
     def resuming(self, loader: Loader) -> Loader:
         """Return the loader of the training batches, at the place where a checkpoint has left them."""
-        if isinstance(loader, ResumableLoader):
+        if isinstance(loader, BatchesLoader):
             self._train_loader = loader
             if self._resume is not None:
                 loader.load_state_dict(self._resume)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import resolve
-from lightning_peft.data.batches import Batches, ResumableLoader
+from lightning_peft.data.batches import Batches, BatchesLoader
 from lightning_peft.data.classes import check_columns
 from lightning_peft.data.padding import Padder
 from lightning_peft.data.resuming import ResumingData
@@ -160,7 +160,7 @@ class TokenData(ResumingData):
         rows = self._split(split)
         share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         sampler = self.batches(split, shuffle, **share or {})
-        return ResumableLoader(rows, sampler=sampler, batch_size=None, **self._common(split))
+        return BatchesLoader(rows, sampler=sampler, batch_size=None, **self._common(split))
 
     def _plain_loader(self, split: str) -> DataLoader[Any]:
         return DataLoader(self._split(split), batch_size=self.batch_size, **self._common(split))

@@ -384,7 +384,7 @@ def test_the_handler_needs_the_standard_library_alone() -> None:
 
 def test_a_loader_is_still_the_loader_that_it_is_made_of() -> None:
     inner = loader("bert")
-    outer = ResumableLoader(inner, lambda: 0)
+    outer = ResumableLoader(inner)
     assert outer.dataset is inner.dataset
     assert len(outer) == len(inner)
     assert outer.batch_size == 4

@@ -1,4 +1,4 @@
-"""Which rows make which batch: shuffled and bucketed by length, shared out to processes, resumable inside an epoch."""
+"""Batch samplers (shuffled, bucketed by length, distributed, multi-task), and a loader that resumes inside an epoch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -142,7 +142,7 @@ class TaskBatches(Batches):
         return [np.concatenate(groups)] if self.mixed else [rows.copy() for rows in groups]
 
 
-class BatchesLoader(Resumable, DataLoader[Any]):
+class BatchesLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # its __iter__ is a generator
     """A loader over `Batches` that goes on with the batch that is next, without reading those before it.
 
     Build it with ``sampler=Batches(...), batch_size=None``. A state holds for the epoch that it was saved in: another
@@ -170,4 +170,5 @@ class BatchesLoader(Resumable, DataLoader[Any]):
 
     def position(self, batches: int) -> dict[str, Any]:
         """Return the epoch, how many of its batches have been taken, and how many it has."""
-        return {"epoch": self.sampler.epoch, "batches": batches, "of": len(self.sampler)}
+        of = len(self.sampler)
+        return {"epoch": self.sampler.epoch, "batches": batches % of, "of": of}  # the shorter of two is begun anew

@@ -1,7 +1,7 @@
 """The names of arguments that the package writes are names that those have who shall take them.
 
-A forward pass of transformers takes any keyword and drops what it does not know, so that a new name for an old argument is
-no error but another result.
+A forward pass of transformers takes any keyword and drops what it does not know, so that a new name for an old argument
+is no error but another result.
 """
 
 import ast

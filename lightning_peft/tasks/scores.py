@@ -160,8 +160,8 @@ class Rouge(Metric):
         return dict(zip(_ROUGE, self.totals / self.rows, strict=True))
 
 
-class ExactMatch(Metric):
-    """The share of texts that equal one of their references, but for white space at the ends."""
+class _Share(Metric):
+    """The share of rows that are right."""
 
     full_state_update = False
     higher_is_better = True
@@ -173,15 +173,28 @@ class ExactMatch(Metric):
         self.add_state("right", torch.zeros((), dtype=torch.long), "sum")
         self.add_state("rows", torch.zeros((), dtype=torch.long), "sum")
 
+    def compute(self) -> Tensor:
+        """Return the share."""
+        return self.right / self.rows
+
+
+class Accuracy(_Share):
+    """The share of rows whose likeliest class is right, however many classes there are."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add logits [B, C] and classes [B]."""
+        self.right = self.right + (preds.argmax(1) == target).sum()
+        self.rows = self.rows + len(target)
+
+
+class ExactMatch(_Share):
+    """The share of texts that equal one of their references, but for white space at the ends."""
+
     def update(self, preds: Sequence[str], target: Sequence[Sequence[str]]) -> None:
         """Add texts and the references of each."""
         equal = [text.strip() in {t.strip() for t in texts} for text, texts in zip(preds, target, strict=True)]
         self.right = self.right + sum(equal)
         self.rows = self.rows + len(equal)
-
-    def compute(self) -> Tensor:
-        """Return the share."""
-        return self.right / self.rows
 
 
 class Answers(Metric):

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoTokenizer
 from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import quiet_loading, resolve
+from lightning_peft.data.protocols import Truncated
 from lightning_peft.tasks.optimizer import Shapes, adamw, parameter_groups, shapes_of
-from lightning_peft.tasks.protocols import Truncated
 from lightning_peft.training.mixin import MethodMixin
 
 Split = Literal["val", "test"]

@@ -1,6 +1,7 @@
 """Writes the prompts of rows that are to be classified, and those that tell how likely labels are without a row."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_peft.core.errors import TuningError
@@ -49,6 +50,7 @@ class Prompt:
         self.input_ids, self.shared, self.which, self.words, self.text = input_ids, shared, which, words, text
 
 
+@dataclass
 class ClassPrompts:
     """Writes the prompts of rows whose label is one of a verbalizer's words.
 
@@ -62,20 +64,18 @@ class ClassPrompts:
         pmi: whether words are compared with their likelihood after an empty input.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        lm: Style,
-        templates: Sequence[Template],
-        verbalizer: Verbalizer,
-        several: bool,
-        content_free: Sequence[str],
-        pmi: bool,
-    ) -> None:
-        self.tokenizer, self.lm, self.templates = tokenizer, lm, templates
-        self.content_free, self.pmi = tuple(content_free), pmi
-        self.options = [own[0] for own in verbalizer.of.values()]
-        self.word_ids = [verbalizer_ids(verbalizer, tokenizer, template.lead, several) for template in templates]
+    tokenizer: Any
+    lm: Style
+    templates: Sequence[Template]
+    verbalizer: Verbalizer
+    several: bool
+    content_free: Sequence[str]
+    pmi: bool
+
+    def __post_init__(self) -> None:
+        self.options = [own[0] for own in self.verbalizer.of.values()]
+        leads = [template.lead for template in self.templates]
+        self.word_ids = [verbalizer_ids(self.verbalizer, self.tokenizer, lead, self.several) for lead in leads]
 
     def length(self, template: int, fields: Mapping[str, Any]) -> int:
         """Return how many tokens a row takes without demonstrations, with the longest word."""

@@ -10,9 +10,9 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.protocols import Labelled
 from lightning_peft.tasks.base import Split, Task
-from lightning_peft.tasks.protocols import Labelled
-from lightning_peft.tasks.scores import CrossEntropy
+from lightning_peft.tasks.metrics import CrossEntropy
 
 
 class ClassScores(Task):

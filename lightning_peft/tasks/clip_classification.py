@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.protocols import FeatureStore
 from lightning_peft.tasks.base import Split
 from lightning_peft.tasks.base_to_new import harmonic_mean
 from lightning_peft.tasks.class_scores import likeliest
-from lightning_peft.tasks.protocols import FeatureStore
-from lightning_peft.tasks.scores import Accuracy, CrossEntropy
+from lightning_peft.tasks.metrics import Accuracy, CrossEntropy
 from lightning_peft.tasks.two_towers import TwoTowerTask
 from lightning_peft.towers import clip
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.protocols import MaskedGaps, StyledGaps
 from lightning_peft.prompting.encoding import verbalizer_ids
 from lightning_peft.prompting.verbalizer import Combine, Verbalizer
 from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.class_scores import ClassScores
-from lightning_peft.tasks.protocols import MaskedGaps, StyledGaps
-from lightning_peft.tasks.scoring import masked_scores
+from lightning_peft.tasks.likelihoods import combined, masked_scores
 
 LMStyle = Literal["masked", "causal"]
 
@@ -93,8 +93,6 @@ class ClozeClassification(GapTask, ClassScores):
         **kwargs: as in `GapTask` and `Task`.
     """
 
-    owners: Tensor
-
     def __init__(
         self,
         model: str,
@@ -109,7 +107,6 @@ class ClozeClassification(GapTask, ClassScores):
         self.fill = fill
         self.tokens_of = verbalizer_ids(self.verbalizer, self.tokenizer, self.lead, multi_token=True)
         self.masks = max(map(len, self.tokens_of))
-        self.register_buffer("owners", torch.tensor(self.verbalizer.owners), persistent=False)
         self.score_classes(self.verbalizer.labels)
 
     def check(self, data: L.LightningDataModule | None, stage: str) -> None:
@@ -127,13 +124,7 @@ class ClozeClassification(GapTask, ClassScores):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the scores of the labels in fp32, [B, labels]."""
-        words = self.word_scores(batch)
-        label = torch.arange(len(self.labels), device=words.device)
-        own = self.owners.eq(label.unsqueeze(1))
-        if self.verbalizer.combine == "mean":
-            return words @ (own / own.sum(1, keepdim=True)).to(words.dtype).t()
-        spread = words.unsqueeze(1).masked_fill(~own, -torch.inf)
-        return spread.amax(2) if self.verbalizer.combine == "max" else spread.logsumexp(2)
+        return combined(self.word_scores(batch), self.verbalizer.owners, self.verbalizer.combine)
 
     def word_scores(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the log-likelihood of each word in the gap, [B, words]."""

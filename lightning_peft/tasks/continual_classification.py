@@ -12,10 +12,10 @@ from torchmetrics import MeanMetric
 
 from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.protocols import TaskSequence
 from lightning_peft.tasks.base import Split
 from lightning_peft.tasks.continual_metrics import average_accuracy, backward_transfer, forgetting, learning_accuracy
 from lightning_peft.tasks.image_classification import ImageClassification
-from lightning_peft.tasks.protocols import TaskSequence
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
 from lightning_peft.tasks.base import Split
 from lightning_peft.tasks.class_scores import likeliest
-from lightning_peft.tasks.scores import Accuracy, CrossEntropy
+from lightning_peft.tasks.metrics import Accuracy, CrossEntropy
 from lightning_peft.tasks.two_towers import TwoTowerTask
 from lightning_peft.towers import clip
 from lightning_peft.towers.contexts import context_of, frozen

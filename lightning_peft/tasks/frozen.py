@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.fields import as_fields
+from lightning_peft.data.protocols import LabelledRows, Reencodable, Rows
 from lightning_peft.tasks.base import Task
-from lightning_peft.tasks.protocols import LabelledRows, Reencodable, Rows
 
 
 class FrozenTask(Task):

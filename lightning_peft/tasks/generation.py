@@ -10,7 +10,7 @@ from torchmetrics.text import CHRFScore, Perplexity, SacreBLEUScore
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.base import Split, Task
-from lightning_peft.tasks.scores import IGNORED, CrossEntropy, ExactMatch, Rouge
+from lightning_peft.tasks.metrics import IGNORED, CrossEntropy, ExactMatch, Rouge
 
 Generate = Literal["never", "test", "validation and test"]
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.protocols import Candidates
 from lightning_peft.prompting.encoding import word_ids
 from lightning_peft.tasks.base import Split
 from lightning_peft.tasks.cloze import GapTask
-from lightning_peft.tasks.protocols import Candidates
-from lightning_peft.tasks.scores import CrossEntropy
+from lightning_peft.tasks.metrics import CrossEntropy
 
 
 class KnowledgeProbing(GapTask):

@@ -1,57 +1,46 @@
 """How likely a language model finds the labels of a verbalizer in prompts: run, combined, calibrated."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.prompting.encoding import Style, mask_id, sentinel_id
-from lightning_peft.prompting.template import Mask, Template
-from lightning_peft.prompting.verbalizer import Verbalizer
-from lightning_peft.tasks import scoring
-from lightning_peft.tasks.class_prompts import NULL, Key, Prompt
+from lightning_peft.prompting.encoding import mask_id, sentinel_id
+from lightning_peft.prompting.template import Mask
+from lightning_peft.tasks import likelihoods
+from lightning_peft.tasks.class_prompts import NULL, ClassPrompts, Key, Prompt
 
 Normalise = Literal["sum", "mean", "pmi"]
 
 
+@dataclass
 class LabelScores:
     """Scores the labels in the prompts of a batch; what depends on the template alone is kept until `forget`.
 
     Args:
-        tokenizer: of the model.
-        lm: what sort of language model it is.
-        templates: those that the prompts are made of.
-        verbalizer: the words of the labels.
+        prompts: what wrote them.
         normalise: what makes the score of a word of those of its tokens.
-        calibrate: whether labels are divided by what content-free inputs give.
         decoding: how a masked model fills several masks.
         share_prefix: compute the keys and values of demonstrations once.
         at_once: how many prompts the model is fed together.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        lm: Style,
-        templates: Sequence[Template],
-        verbalizer: Verbalizer,
-        normalise: Normalise,
-        calibrate: bool,
-        decoding: scoring.Decoding,
-        share_prefix: bool,
-        at_once: int,
-    ) -> None:
-        self.tokenizer, self.lm, self.templates, self.verbalizer = tokenizer, lm, templates, verbalizer
-        self.normalise, self.calibrate, self.decoding = normalise, calibrate, decoding
-        self.share_prefix, self.at_once = share_prefix, at_once
+    prompts: ClassPrompts
+    normalise: Normalise
+    decoding: likelihoods.Decoding
+    share_prefix: bool
+    at_once: int
+
+    def __post_init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
         """Forget what was computed of prompts without content, and of prefixes: it depends on the weights."""
         self.without_row: dict[Key, Tensor] = {}
         """Log p of the words after PMI's empty input, and of the labels after the inputs that calibrate."""
-        self._shared: dict[tuple[int, ...], scoring.Shared | None] = {}
+        self._shared: dict[tuple[int, ...], likelihoods.Shared | None] = {}
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Return log p of the labels, for each row and template, [B, templates, C]."""
@@ -71,9 +60,9 @@ class LabelScores:
                 free.setdefault((first.template, first.front.text), []).append(score)
         for key, scores in free.items():
             labels = torch.stack([self._labels(score, key[0]) for score in scores])
-            self.without_row[key] = scoring.content_free_prior(labels)
+            self.without_row[key] = likelihoods.content_free_prior(labels)
         scores = [self._calibrated(*found[key], key[1]) for key in sorted(found)]
-        return torch.stack(scores).unflatten(0, (-1, len(self.templates)))
+        return torch.stack(scores).unflatten(0, (-1, len(self.prompts.templates)))
 
     def _words(self, model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
         """Return log p of the words of each prompt, summed or averaged over their tokens."""
@@ -81,7 +70,7 @@ class LabelScores:
         found: list[Tensor] = [torch.empty(0)] * len(prompts)
         alike: dict[Any, list[int]] = {}
         for i, prompt in enumerate(prompts):
-            same = tuple(map(tuple, prompt.words)) if self.lm == "masked" else ()
+            same = tuple(map(tuple, prompt.words)) if self.prompts.lm == "masked" else ()
             alike.setdefault((prompt.shared, same, prompt.template), []).append(i)
         for group in alike.values():
             for start in range(0, len(group), self.at_once):
@@ -98,37 +87,38 @@ class LabelScores:
         ids, mask = ids[:, used], mask[:, used]
         first: Prompt = batch["prompts"][rows[0]]
         words = [batch["prompts"][i].words for i in rows]
-        if self.lm == "masked":
+        if self.prompts.lm == "masked":
             inputs = {"input_ids": ids, "attention_mask": mask}
-            return scoring.masked_scores(model, inputs, mask_id(self.tokenizer), words[0], self.decoding)
-        if self.lm == "seq2seq":
-            template = self.templates[first.template]
+            return likelihoods.masked_scores(model, inputs, mask_id(self.prompts.tokenizer), words[0], self.decoding)
+        if self.prompts.lm == "seq2seq":
+            template = self.prompts.templates[first.template]
             gap = template.slot is not None and isinstance(template.parts[template.slot], Mask)
-            opening = [sentinel_id(self.tokenizer)] if gap else []
-            return scoring.seq2seq_scores(model, ids, mask, words, opening)
+            opening = [sentinel_id(self.prompts.tokenizer)] if gap else []
+            return likelihoods.seq2seq_scores(model, ids, mask, words, opening)
         shared = self._read(model, first.shared) if first.shared and self.share_prefix else None
         if self.share_prefix and (shared is not None or not first.shared):
-            return scoring.causal_scores(model, ids, mask, words, shared)
-        return scoring.recomputed_scores(model, ids, mask, words, first.shared)
+            return likelihoods.causal_scores(model, ids, mask, words, shared)
+        return likelihoods.recomputed_scores(model, ids, mask, words, first.shared)
 
-    def _read(self, model: nn.Module, front: tuple[int, ...]) -> scoring.Shared | None:
+    def _read(self, model: nn.Module, front: tuple[int, ...]) -> likelihoods.Shared | None:
         """Return the keys and values of demonstrations; those of the last few are kept."""
         if front not in self._shared:
-            while len(self._shared) > len(self.templates):
+            while len(self._shared) > len(self.prompts.templates):
                 self._shared.pop(next(iter(self._shared)))
-            self._shared[front] = scoring.read(model, front)
+            self._shared[front] = likelihoods.read(model, front)
         return self._shared[front]
 
     def _labels(self, words: Tensor, template: int) -> Tensor:
         if self.normalise == "pmi":
             words = words - self.without_row[template, None]
-        return scoring.combined(words, self.verbalizer.owners, self.verbalizer.combine)
+        verbalizer = self.prompts.verbalizer
+        return likelihoods.combined(words, verbalizer.owners, verbalizer.combine)
 
     def _calibrated(self, words: Tensor, front: str, template: int) -> Tensor:
         scores = self._labels(words, template)
-        return (
-            scoring.calibrated(scores, self.without_row[template, front]) if self.calibrate else scores.log_softmax(-1)
-        )
+        if not self.prompts.content_free:
+            return scores.log_softmax(-1)
+        return likelihoods.calibrated(scores, self.without_row[template, front])
 
 
 def grouped(prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -1,7 +1,6 @@
 """Several text classifications on one backbone, each with a head of its own."""
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
@@ -12,9 +11,9 @@ from transformers import AutoModel
 
 from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.protocols import Labelled
 from lightning_peft.tasks.base import Split, Task
-from lightning_peft.tasks.protocols import Labelled
-from lightning_peft.tasks.scores import TaskScores
+from lightning_peft.tasks.metrics import TaskScores
 
 
 class MultiTask(Task):
@@ -68,11 +67,6 @@ class MultiTask(Task):
         self.register_buffer("start", torch.tensor([0, *counts]).cumsum(0)[:-1], persistent=False)
         self.score_by({"tasks": TaskScores(list(labels))})
 
-    @cached_property
-    def names(self) -> list[str]:
-        """The names of the tasks, in the order of their numbers."""
-        return list(self.labels)
-
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return logits in fp32, [B, classes of all tasks]; those of other tasks than the row's are -inf.
 
@@ -113,7 +107,8 @@ class MultiTask(Task):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Return ``task`` and ``labels``, the name of a row's task and of its likeliest class."""
         guesses = (self(batch).argmax(1) - self.start[batch["task_ids"]]).tolist()
-        tasks = [self.names[task] for task in batch["task_ids"].tolist()]
+        names = list(self.labels)
+        tasks = [names[task] for task in batch["task_ids"].tolist()]
         labels = [self.labels[task][guess] for task, guess in zip(tasks, guesses, strict=True)]
         return {"task": tasks, "labels": labels}
 

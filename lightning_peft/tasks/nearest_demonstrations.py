@@ -11,11 +11,11 @@ from transformers import AutoModel
 from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.classes import class_numbers
+from lightning_peft.data.protocols import TextColumns
 from lightning_peft.tasks.base import Dtype
 from lightning_peft.tasks.class_scores import ClassScores
 from lightning_peft.tasks.embedding import Embedder, nearest
 from lightning_peft.tasks.frozen import FrozenTask
-from lightning_peft.tasks.protocols import TextColumns
 
 
 class NearestDemonstrations(FrozenTask, ClassScores):

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.classes import class_numbers
+from lightning_peft.data.protocols import Rows
 from lightning_peft.prompting.verbalizer import Combine, Verbalizer
-from lightning_peft.tasks import scoring
+from lightning_peft.tasks import likelihoods
 from lightning_peft.tasks.base import Split
 from lightning_peft.tasks.class_prompts import ClassPrompts, Prompt
 from lightning_peft.tasks.class_scores import ClassScores, class_metrics
 from lightning_peft.tasks.label_scores import LabelScores, Normalise, grouped
 from lightning_peft.tasks.prompted import PromptedTask
-from lightning_peft.tasks.protocols import Rows
 from lightning_peft.tasks.template_scores import TemplateScores
 
 _CONTENT_FREE = ("N/A", "[MASK]", "")
@@ -64,7 +64,7 @@ class PromptedClassification(PromptedTask, ClassScores):
         calibrate: bool = False,
         content_free: Sequence[str] = _CONTENT_FREE,
         multi_token: bool = False,
-        decoding: scoring.Decoding = "confident",
+        decoding: likelihoods.Decoding = "confident",
         best_on_validation: bool = True,
         share_prefix: bool = True,
         prompts_at_once: int = 32,
@@ -80,9 +80,11 @@ class PromptedClassification(PromptedTask, ClassScores):
             raise TuningError("there are no labels: give words= or labels=.")
         self.verbalizer = Verbalizer(own, combine).ordered(labels or list(own))
         self.best_on_validation = best_on_validation
-        asked, free = (self.tokenizer, self.lm, self.templates, self.verbalizer), content_free if calibrate else ()
-        self.prompts = ClassPrompts(*asked, multi_token or self.lm != "masked", free, normalise == "pmi")
-        self.label_scores = LabelScores(*asked, normalise, calibrate, decoding, share_prefix, prompts_at_once)
+        self.prompts = ClassPrompts(
+            self.tokenizer, self.lm, self.templates, self.verbalizer, multi_token or self.lm != "masked",
+            tuple(content_free) if calibrate else (), normalise == "pmi",
+        )  # fmt: skip
+        self.label_scores = LabelScores(self.prompts, normalise, decoding, share_prefix, prompts_at_once)
         self.score_classes(self.verbalizer.labels)
         names = [template.name for template in self.templates]
         self.by_template = TemplateScores(names, class_metrics(len(self.labels)), "accuracy")

@@ -21,9 +21,9 @@ from lightning_peft.prompting.reasoning import (
 )
 from lightning_peft.tasks.base import Split
 from lightning_peft.tasks.generation_prompts import GenerationPrompts
+from lightning_peft.tasks.metrics import ExactMatch
 from lightning_peft.tasks.prompted import PromptedTask, padded
 from lightning_peft.tasks.sampling import Sampler
-from lightning_peft.tasks.scores import ExactMatch
 from lightning_peft.tasks.template_scores import TemplateScores
 
 Reasoning = Literal["none", "zero_shot"]

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForQuestionAnswering
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.protocols import Windows
 from lightning_peft.tasks.base import Split, Task
-from lightning_peft.tasks.protocols import Windows
-from lightning_peft.tasks.scores import Answers, CrossEntropy
+from lightning_peft.tasks.metrics import Answers, CrossEntropy
 
 
 class QuestionAnswering(Task):

@@ -1,5 +1,6 @@
 """What a frozen model writes after prompts: the likeliest text, or several sampled ones."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from lightning_peft.prompting.encoding import Style
 
 
+@dataclass(slots=True)
 class Written:
     """What a model wrote for one prompt.
 
@@ -17,12 +19,11 @@ class Written:
         score: the mean log-likelihood of a token.
     """
 
-    __slots__ = ("ids", "score")
-
-    def __init__(self, ids: list[int], score: float) -> None:
-        self.ids, self.score = ids, score
+    ids: list[int]
+    score: float
 
 
+@dataclass
 class Sampler:
     """Lets a model write.
 
@@ -36,19 +37,13 @@ class Sampler:
         stop: a text ends before these words.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        lm: Style,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        repetition_penalty: float,
-        stop: str | None,
-    ) -> None:
-        self.tokenizer, self.lm, self.stop = tokenizer, lm, stop
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self.repetition_penalty = repetition_penalty
+    tokenizer: Any
+    lm: Style
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    stop: str | None
 
     def write(self, model: Any, ids: Tensor, mask: Tensor, most: int, paths: int) -> list[Written]:
         """Return what the model writes after each row, at most ``most`` tokens: ``paths`` sampled texts; 0: one."""

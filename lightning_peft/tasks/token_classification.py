@@ -12,7 +12,7 @@ from transformers import AutoModelForTokenClassification
 from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.base import Split, Task
 from lightning_peft.tasks.class_scores import check_names, class_config
-from lightning_peft.tasks.scores import IGNORED, CrossEntropy, SpanF1
+from lightning_peft.tasks.metrics import IGNORED, CrossEntropy, SpanF1
 
 
 class TokenClassification(Task):

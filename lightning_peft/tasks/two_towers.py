@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModel
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.protocols import ClassSets, Labelled
 from lightning_peft.tasks.base import Dtype, Task
-from lightning_peft.tasks.protocols import ClassSets, Labelled
 from lightning_peft.towers import clip
 from lightning_peft.towers.contexts import context_of
 

@@ -70,7 +70,8 @@ from lightning_peft.reports.rows import ResultRows as ResultRows
 from lightning_peft.reports.tuning_report import TuningReport as TuningReport
 from lightning_peft.tasks.causal_lm import CausalLM as CausalLM
 from lightning_peft.tasks.clip_classification import CLIPClassification as CLIPClassification
-from lightning_peft.tasks.cloze import ClozeClassification as ClozeClassification, KnowledgeProbing as KnowledgeProbing
+from lightning_peft.tasks.cloze import ClozeClassification as ClozeClassification
+from lightning_peft.tasks.knowledge_probing import KnowledgeProbing as KnowledgeProbing
 from lightning_peft.tasks.continual_classification import ContinualClassification as ContinualClassification
 from lightning_peft.tasks.domain_adaptation import DomainAdaptation as DomainAdaptation
 from lightning_peft.tasks.image_classification import ImageClassification as ImageClassification

@@ -34,6 +34,7 @@ from lightning_peft import (
     TokenClassificationData,
     TuningError,
 )
+from lightning_peft.tasks.optimizer import shapes_of
 from tests import models
 from tests.modules import trainer
 from tests.valley import set_up
@@ -413,11 +414,11 @@ def test_several_tasks_mistakes(valley: Valley, tmp_path: Path) -> None:
 def test_matrices_decay_after_a_strategy_has_flattened_them(valley: Valley) -> None:
     task, _ = tags(valley)
     LoRA(r=2).apply(task.backbone)
-    task._shapes = task._note_shapes()
-    names = {g["name"]: sum(p.numel() for p in g["params"]) for g in task._groups()}
+    task._shapes = shapes_of(task, task.backbone)
+    names = {g["name"]: sum(p.numel() for p in g["params"]) for g in task.parameter_groups()}
     for parameter in task.parameters():  # as FSDP1 does
         parameter.data = parameter.data.flatten()
-    assert {g["name"]: sum(p.numel() for p in g["params"]) for g in task._groups()} == names
+    assert {g["name"]: sum(p.numel() for p in g["params"]) for g in task.parameter_groups()} == names
     assert names.keys() == {"delta", "head", "head without decay"}
 
 

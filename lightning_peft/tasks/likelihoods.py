@@ -67,7 +67,7 @@ def causal_scores(
         words: the ids of the W continuations of each row.
         shared: what all rows begin with.
     """
-    size, count = len(ids), len(words[0])
+    size = len(ids)
     before = torch.ones(size, shared.length if shared else 0, dtype=mask.dtype, device=mask.device)
     whole = torch.cat([before, mask], 1)
     longest = max(len(word) for row in words for word in row)
@@ -88,10 +88,16 @@ def causal_scores(
     cache = _shareable(model, out)
     if cache is None:
         return recomputed_scores(model, ids, mask, words)
-    flat, filled, inside = _pad([list(word) for row in words for word in row], ids.device)
+    return total + _rest_scores(model, whole, words, cache)
+
+
+def _rest_scores(model: nn.Module, whole: Tensor, words: Sequence[Sequence[Sequence[int]]], cache: Any) -> Tensor:
+    """Return the summed log p of the second and further tokens of the words [B, W], after the prompts in a cache."""
+    size, count = len(words), len(words[0])
+    flat, filled, inside = _pad([list(word) for row in words for word in row], whole.device)
     cache.batch_repeat_interleave(count)
     whole = torch.cat([whole.repeat_interleave(count, 0), filled[:, :-1].to(whole.dtype)], 1)
-    place = (whole.cumsum(1) - 1)[:, -(longest - 1) :]
+    place = (whole.cumsum(1) - 1)[:, 1 - flat.shape[1] :]
     logits = model(
         input_ids=flat[:, :-1],
         attention_mask=whole,
@@ -100,7 +106,7 @@ def causal_scores(
         use_cache=True,
     ).logits
     rest = _log_softmax(logits).gather(2, flat[:, 1:].unsqueeze(2)).squeeze(2) * inside[:, 1:]
-    return total + rest.sum(1).unflatten(0, (size, count))
+    return rest.sum(1).unflatten(0, (size, count))
 
 
 def recomputed_scores(
@@ -209,8 +215,7 @@ def _filled_one_by_one(
 
 def combined(words: Tensor, owners: Sequence[int], how: str) -> Tensor:
     """Return the scores of labels [..., C] from those of their words [..., W]: their mean, max, or log of the sum."""
-    owner = torch.tensor(list(owners), device=words.device)
-    of = [words[..., owner == label] for label in range(int(owner.max()) + 1)]
+    of = [words[..., [i for i, owner in enumerate(owners) if owner == label]] for label in range(max(owners) + 1)]
     reduce: dict[str, Callable[[Tensor], Tensor]] = {
         "mean": lambda own: own.mean(-1),
         "max": lambda own: own.amax(-1),

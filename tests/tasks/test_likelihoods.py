@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_peft.tasks.scoring import (
+from lightning_peft.tasks.likelihoods import (
     calibrated,
     causal_scores,
     combined,

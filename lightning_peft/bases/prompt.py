@@ -103,11 +103,16 @@ class PromptMethod(Method):
         """Return, for each virtual token, the k words of highest cosine, with it.
 
         Source: Lester et al. 2021, arXiv 2104.08691, section 7.
+
+        Raises:
+            TuningError: there are not so many, or k is below 1.
         """
         backbone = select.backbone_of(model, self.backbone)
         table = next(iter(select.word_tables(backbone).values()))
         with torch.no_grad():
             words = F.normalize(table.weight.float(), dim=1)  # type: ignore[arg-type]
+            if not 1 <= k <= len(words):
+                raise TuningError(f"k={k} is out of range: {type(backbone).__name__} has {len(words)} words.")
             cosine = F.normalize(self.rows(backbone).float(), dim=1) @ words.t()
         values, ids = cosine.topk(k, dim=1)
         tokenizer = load_tokenizer(backbone, self.tokenizer, "nearest_words")

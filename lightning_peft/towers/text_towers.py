@@ -122,8 +122,14 @@ def rows_of(table: nn.Embedding, ids: Sequence[int]) -> Tensor:
 
 
 def nearest_words(backbone: nn.Module, rows: Tensor, tokenizer: Any, k: int) -> list[list[tuple[str, float]]]:
-    """Return, for each token of a context, the k words of least Euclidean distance, with it."""
+    """Return, for each token of a context, the k words of least Euclidean distance, with it.
+
+    Raises:
+        TuningError: there are not so many, or k is below 1.
+    """
     table = word_table(two_towers(backbone).text_model)  # type: ignore[arg-type]
+    if not 1 <= k <= table.num_embeddings:
+        raise TuningError(f"k={k} is out of range: {type(backbone).__name__} has {table.num_embeddings} words.")
     with torch.no_grad():
         distances = torch.cdist(rows.float(), table.weight.float())
     values, ids = distances.topk(k, dim=1, largest=False)

@@ -14,7 +14,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.hub import load_tokenizer
 from lightning_peft.prompts.shared_prompt import SharedPrompt, decoder_of
-from lightning_peft.prompts.virtual_tokens import PromptRows, VirtualTokens, insert, is_widened
+from lightning_peft.prompts.virtual_tokens import PromptRows, VirtualTokens, insert, is_widened, nearest
 from lightning_peft.training.method import Method
 
 
@@ -103,23 +103,13 @@ class PromptMethod(Method):
         """Return, for each virtual token, the k words of highest cosine, with it.
 
         Source: Lester et al. 2021, arXiv 2104.08691, section 7.
-
-        Raises:
-            TuningError: there are not so many, or k is below 1.
         """
         backbone = select.backbone_of(model, self.backbone)
         table = next(iter(select.word_tables(backbone).values()))
         with torch.no_grad():
             words = F.normalize(table.weight.float(), dim=1)  # type: ignore[arg-type]
-            if not 1 <= k <= len(words):
-                raise TuningError(f"k={k} is out of range: {type(backbone).__name__} has {len(words)} words.")
             cosine = F.normalize(self.rows(backbone).float(), dim=1) @ words.t()
-        values, ids = cosine.topk(k, dim=1)
-        tokenizer = load_tokenizer(backbone, self.tokenizer, "nearest_words")
-        return [
-            list(zip(tokenizer.convert_ids_to_tokens(row.tolist()), value.tolist(), strict=True))
-            for row, value in zip(ids, values, strict=True)
-        ]
+        return nearest(cosine, k, load_tokenizer(backbone, self.tokenizer, "nearest_words"))
 
     def ids_of(self, backbone: nn.Module, text: str | None) -> list[int]:
         """Return the token ids of the words that a prompt starts from.

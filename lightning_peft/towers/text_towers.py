@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.prompts.virtual_tokens import nearest
 
 STANDARD_DEVIATION = 0.02
 """Of the random initial values of a context."""
@@ -122,21 +123,11 @@ def rows_of(table: nn.Embedding, ids: Sequence[int]) -> Tensor:
 
 
 def nearest_words(backbone: nn.Module, rows: Tensor, tokenizer: Any, k: int) -> list[list[tuple[str, float]]]:
-    """Return, for each token of a context, the k words of least Euclidean distance, with it.
-
-    Raises:
-        TuningError: there are not so many, or k is below 1.
-    """
+    """Return, for each token of a context, the k words of least Euclidean distance, with it."""
     table = word_table(two_towers(backbone).text_model)  # type: ignore[arg-type]
-    if not 1 <= k <= table.num_embeddings:
-        raise TuningError(f"k={k} is out of range: {type(backbone).__name__} has {table.num_embeddings} words.")
     with torch.no_grad():
         distances = torch.cdist(rows.float(), table.weight.float())
-    values, ids = distances.topk(k, dim=1, largest=False)
-    return [
-        list(zip(tokenizer.convert_ids_to_tokens(row.tolist()), value.tolist(), strict=True))
-        for row, value in zip(ids, values, strict=True)
-    ]
+    return nearest(distances, k, tokenizer, largest=False)
 
 
 def _is_known(tower: nn.Module) -> bool:

@@ -202,7 +202,7 @@ def test_nearest_words(tmp_path: Path) -> None:
     assert [words[0][0] for words in nearest] == ["a", "photo", "of", "a"]
     assert all(words[0][1] < 1e-3 < words[1][1] for words in nearest)
     for k in (0, 101):
-        with pytest.raises(TuningError, match=f"k={k} is out of range: TwoTowers has 100 words"):
+        with pytest.raises(TuningError, match=f"k={k} is out of range: the model has 100 words"):
             method.nearest_words(model, k=k)
 
 

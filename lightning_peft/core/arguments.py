@@ -29,10 +29,10 @@ _KEY = "bounds"
 class Bounds:
     """Which numbers a field takes, and what is said of a value that it does not take."""
 
+    otherwise: str = ""
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
-    otherwise: str = ""
 
     def hold(self, number: float) -> bool:
         """Tell whether a number is within the bounds."""
@@ -44,16 +44,9 @@ class Bounds:
         return " and ".join(text.format(bound) for bound, text in parts if bound is not None) or "a finite number"
 
 
-def bounded(
-    default: T,
-    otherwise: str = "",
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> T:
-    """Return a field of a dataclass whose numbers have bounds; ``otherwise`` is said of others, as in "is no size"."""
-    return field(default=default, metadata={_KEY: Bounds(at_least, above, below, otherwise)})
+def bounded(default: T, otherwise: str = "", **ends: float) -> T:
+    """Return a field whose numbers have `Bounds`; ``otherwise`` is said of other values, as in "is no size"."""
+    return field(default=default, metadata={_KEY: Bounds(otherwise, **ends)})
 
 
 def natural(default: T, otherwise: str = "") -> T:
@@ -83,7 +76,10 @@ def check(method: Any) -> None:
         TuningError: one is not.
     """
     kind = type(method)
-    hints = get_type_hints(kind)
+    try:
+        hints = get_type_hints(kind)
+    except NameError:  # a class may postpone annotations and import what they name for type checkers alone
+        hints = {each.name: Any if isinstance(each.type, str) else each.type for each in fields(method)}
     for each in fields(method):
         value = getattr(method, each.name)
         problem = _problem(value, hints[each.name], bounds_of(kind, each.name), hints[each.name])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_peft.bases.prompt import PromptMethod, cut_to
 from lightning_peft.core import structure
-from lightning_peft.core.arguments import choice, natural
+from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.prompts.virtual_tokens import frequent_ids, insert, random_rows, word_rows
@@ -42,9 +42,7 @@ class PromptTuning(PromptMethod):
     """
 
     num_prompts: int = natural(1, "is no number of prompts")
-    init: Literal["random_uniform", "sampled_vocab", "text", "class_labels"] = choice(
-        "sampled_vocab", "is no initial value of a prompt"
-    )
+    init: Literal["random_uniform", "sampled_vocab", "text", "class_labels"] = "sampled_vocab"
     text: str | None = None
     class_labels: list[str] | None = None
     top_words: int = natural(5000, "leaves no words to draw from")

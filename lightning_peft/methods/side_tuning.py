@@ -100,9 +100,7 @@ class SideTuning(Method):
     side_args: dict[str, Any] = field(default_factory=dict)
     reduction: int = natural(4, "makes no narrow copy")
     side_layers: int | None = natural(None)
-    blend: Literal["auto", "pooler_output", "last_hidden_state", "first_token"] = choice(
-        "auto", "is no output to blend"
-    )
+    blend: Literal["auto", "pooler_output", "last_hidden_state", "first_token"] = choice("auto", "is no output")
     alpha_init: float = 0.0
 
     kind: ClassVar[str] = "side network"

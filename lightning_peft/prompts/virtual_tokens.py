@@ -141,6 +141,19 @@ def frequent_ids(tokenizer: Any, vocab_size: int, most: int) -> list[int]:
     return found
 
 
+def nearest(scores: Tensor, k: int, tokenizer: Any, largest: bool = True) -> list[list[tuple[str, float]]]:
+    """Return, for each row of scores [P, words], the k words of the greatest or the least, with these.
+
+    Raises:
+        TuningError: k is below 1, or there are not so many words.
+    """
+    if not 1 <= k <= scores.shape[1]:
+        raise TuningError(f"k={k} is out of range: the model has {scores.shape[1]} words.")
+    values, ids = scores.topk(k, dim=1, largest=largest)
+    words = (tokenizer.convert_ids_to_tokens(row.tolist()) for row in ids)
+    return [list(zip(row, value.tolist(), strict=True)) for row, value in zip(words, values, strict=True)]
+
+
 def _widen(value: Tensor, source: Tensor, virtual: Tensor, fill: int) -> Tensor:
     return value.gather(1, source).masked_fill(virtual, fill)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.prompts.virtual_tokens import nearest
 
 STANDARD_DEVIATION = 0.02
 """Of the random initial values of a context."""
@@ -111,11 +112,7 @@ def nearest_words(backbone: nn.Module, rows: Tensor, tokenizer: Any, k: int) -> 
     table = word_table(two_towers(backbone).text_model)  # type: ignore[arg-type]
     with torch.no_grad():
         distances = torch.cdist(rows.float(), table.weight.float())
-    values, ids = distances.topk(k, dim=1, largest=False)
-    return [
-        list(zip(tokenizer.convert_ids_to_tokens(row.tolist()), value.tolist(), strict=True))
-        for row, value in zip(ids, values, strict=True)
-    ]
+    return nearest(distances, k, tokenizer, largest=False)
 
 
 def _is_known(tower: nn.Module) -> bool:

@@ -201,6 +201,9 @@ def test_nearest_words(tmp_path: Path) -> None:
     nearest = method.nearest_words(model, k=2)
     assert [words[0][0] for words in nearest] == ["a", "photo", "of", "a"]
     assert all(words[0][1] < 1e-3 < words[1][1] for words in nearest)
+    for k in (0, 101):
+        with pytest.raises(TuningError, match=f"k={k} is out of range: the model has 100 words"):
+            method.nearest_words(model, k=k)
 
 
 def test_copies_have_contexts_of_their_own() -> None:

@@ -335,6 +335,9 @@ def test_an_untrained_word_is_nearest_to_itself(tokenizer: Path) -> None:
     assert [row[0][0] for row in nearest] == ["river", "tree"]
     assert [row[0][1] for row in nearest] == pytest.approx([1, 1])
     assert all(row[0][1] > row[1][1] >= row[2][1] for row in nearest)
+    for k in (0, VOCABULARY + 1):
+        with pytest.raises(TuningError, match=f"k={k} is out of range: the model has {VOCABULARY} words"):
+            method.nearest_words(model, k=k)
 
 
 # What does not fit.

@@ -78,13 +78,11 @@ def encode(
     head = _encode_parts(template, tokenizer, texts, fields, options, -bool(front))
     # Behind the answer of a causal model an empty field ends the text, which ends with no blank.
     tail = _encode_parts(template, tokenizer, after, fields, options, len(before), joins=bool(texts), ends=causal)
-    closing = [] if causal else closing
-    total = len(opening) + len(head) + len(gap) + len(tail) + len(closing)
+    total = len(opening) + len(head) + len(gap) + len(tail) + (0 if causal else len(closing))
     if dropped := max(0, total - (max_length or total)):
         head, tail = _cut(template, head, tail, dropped, max_length or total)
     ids, rest = [*opening, *_ids(head)], _ids(tail)
-    whole = ids if causal else [*ids, *gap, *rest, *closing]
-    return Encoded(whole, len(ids), rest if causal else [], dropped)
+    return Encoded(ids if causal else [*ids, *gap, *rest, *closing], len(ids), rest if causal else [], dropped)
 
 
 def _ids(tokens: _Tokens) -> list[int]:

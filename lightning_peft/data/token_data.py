@@ -6,10 +6,9 @@ from typing import Any, TypeAlias
 
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.hub import resolve
+from lightning_peft.core.hub import load_tokenizer
 from lightning_peft.data.batches import Batches
 from lightning_peft.data.classes import check_columns
 from lightning_peft.data.module import SPLITS, DataModule, check_least
@@ -92,11 +91,7 @@ class TokenData(DataModule):
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer; one without a padding token pads with its end-of-sequence token, which the mask hides."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer_name))
-        except (OSError, ValueError, KeyError) as error:
-            why = str(error).splitlines()[0].rstrip(".")
-            raise TuningError(f"no tokenizer at {self.tokenizer_name!r} ({why}): give its folder or hub id.") from None
+        tokenizer = load_tokenizer(self.tokenizer_name)
         if self.max_length > tokenizer.model_max_length:
             raise TuningError(
                 f"max_length={self.max_length} is longer than the {tokenizer.model_max_length} tokens of "

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -12,15 +11,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import MetricCollection
-from transformers import AutoConfig, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.delta import canonical
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.hub import quiet_loading, resolve
+from lightning_peft.core.hub import load_model, load_tokenizer, model_without_weights, resolve
 from lightning_peft.training.mixin import MethodMixin
 
-_ABSENT = " that this machine has; what a login node downloads into an HF_HOME on the shared disk, all nodes have"
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
@@ -75,29 +73,14 @@ class Task(MethodMixin, L.LightningModule):
             TuningError: there is no such model, or none for this task.
         """
         name = self.model_name
-        try:
-            if torch.get_default_device().type == "meta":  # `check --meta true`: the configuration alone is read
-                return self._without_weights(AutoConfig.from_pretrained(name, **config))
-            with quiet_loading():
-                model, info = self.auto.from_pretrained(
-                    name, dtype=self.dtype_name, ignore_mismatched_sizes=True, output_loading_info=True, **config
-                )
-        except (OSError, ValueError, KeyError) as error:
-            why = str(error).splitlines()[0].rstrip(".")
-            more = "" if Path(name).is_dir() else _ABSENT
-            raise TuningError(
-                f"no {self.what} can be made of {name!r} ({why}): give a folder or hub id{more}."
-            ) from None
+        if torch.get_default_device().type == "meta":  # `check --meta true`: the configuration alone is read
+            return model_without_weights(self.auto, name, self.what, self.dtype_name, **config).train()
+        model, info = load_model(self.auto, name, self.what, dtype=self.dtype_name, output_loading_info=True, **config)
         self.check_loaded(model, info)
         if getattr(model.config, "pad_token_id", 0) is None:  # a vision model has no such entry
             model.config.pad_token_id = _padding(name, model.config)
         trained: nn.Module = model.train()
         return trained
-
-    def _without_weights(self, config: Any) -> nn.Module:
-        dtype = (config.dtype or "float32") if self.dtype_name == "auto" else self.dtype_name
-        model: nn.Module = self.auto.from_config(config, dtype=dtype)
-        return model.train()
 
     def check_loaded(self, model: nn.Module, info: Mapping[str, Any]) -> None:
         """Warn of tensors outside of the head that the saved model has no weights for."""
@@ -110,11 +93,7 @@ class Task(MethodMixin, L.LightningModule):
         Raises:
             TuningError: it has none.
         """
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.model_name)
-        except (OSError, ValueError, KeyError) as error:
-            why = str(error).splitlines()[0].rstrip(".")
-            raise TuningError(f"{self.model_name} has no tokenizer ({why}): save one in the folder.") from None
+        tokenizer = load_tokenizer(self.model_name, "save one in the folder")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -148,7 +127,7 @@ class Task(MethodMixin, L.LightningModule):
         """
         data = getattr(self.trainer, "datamodule", None)
         self.check(data, stage)
-        limit, length = select.max_positions(self.backbone), getattr(data, "max_length", 0)
+        limit, length = structure.max_positions(self.backbone), getattr(data, "max_length", 0)
         if limit is not None and length > limit:
             raise TuningError(
                 f"max_length={length} of the data is beyond the {limit} positions of the model: lower it."
@@ -186,7 +165,7 @@ class Task(MethodMixin, L.LightningModule):
 
         The head is that of the backbone, and all that lies outside of it.
         """
-        heads = {f"backbone.{name}" for name in select.head_names(self.backbone)}
+        heads = {f"backbone.{name}" for name in structure.head_names(self.backbone)}
         return {
             canonical(name): (parameter.ndim, name in heads or not name.startswith("backbone."))
             for name, parameter in self.named_parameters()
@@ -234,7 +213,7 @@ def _can_fuse(parameter: Tensor) -> bool:
 
 def _warn_of_missing(model: nn.Module, name: str, info: Mapping[str, Any]) -> None:
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
-    missing = sorted((set(info["missing_keys"]) | mismatched) - set(select.head_names(model)))
+    missing = sorted((set(info["missing_keys"]) | mismatched) - set(structure.head_names(model)))
     if missing:
         rank_zero_warn(
             f"{name} has no weights for {len(missing)} tensors of {type(model).__name__} outside of its head, e.g. "
@@ -245,8 +224,8 @@ def _warn_of_missing(model: nn.Module, name: str, info: Mapping[str, Any]) -> No
 def _padding(name: str, config: Any) -> int | None:
     """Return the id of the tokenizer's padding token, or where it has none, of its end-of-sequence token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError):
+        tokenizer = load_tokenizer(name)
+    except TuningError:
         end = config.eos_token_id
         return end[0] if isinstance(end, list) else end
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from transformers import AutoModel
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.scores import TaskScores
@@ -56,11 +56,11 @@ class MultiTask(Task):
         config: Any = self.backbone.config
         if config.is_encoder_decoder:
             raise TuningError(f"{model} is an encoder-decoder: multi-task heads need an encoder or a decoder alone.")
-        self.pool = pool or ("first" if select.is_encoder(self.backbone) else "last")
+        self.pool = pool or ("first" if structure.is_encoder(self.backbone) else "last")
         counts = [len(names) for names in self.labels.values()]
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.Linear(config.hidden_size, sum(counts))
-        nn.init.normal_(self.heads.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.normal_(self.heads.weight, std=structure.initializer_range(self.backbone))
         nn.init.zeros_(self.heads.bias)
         owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         self.register_buffer("owner", owner, persistent=False)

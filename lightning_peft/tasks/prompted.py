@@ -10,17 +10,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
 )
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.hub import quiet_loading, resolve
+from lightning_peft.core.hub import load_config, load_model, load_tokenizer
 from lightning_peft.data.fields import as_fields
 from lightning_peft.prompting.demonstrations import Order, Select
 from lightning_peft.prompting.encoding import Style
@@ -184,7 +182,7 @@ class PromptedTask(FrozenTask):
     @property
     def room(self) -> int:
         """The most tokens of a prompt with its answer."""
-        limits = [self._max_length, select.max_positions(self.backbone), self.tokenizer.model_max_length]
+        limits = [self._max_length, structure.max_positions(self.backbone), self.tokenizer.model_max_length]
         return min(limit for limit in (*limits, _LONGEST) if limit is not None)
 
     def check_loaded(self, model: nn.Module, info: Mapping[str, Any]) -> None:
@@ -274,17 +272,10 @@ def load_embedder(name: str, device: Any = "cpu", max_length: int = 256) -> Embe
     Raises:
         TuningError: there is no such model.
     """
-    folder = resolve(name)
-    try:
-        with quiet_loading():
-            model = AutoModel.from_pretrained(folder, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).splitlines()[0].rstrip(".")
-        raise TuningError(f"no embedder can be made of {name!r} ({why}): give a folder or hub id.") from None
+    model, tokenizer = load_model(AutoModel, name, "embedder", dtype="float32"), load_tokenizer(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    limit = select.max_positions(model) or max_length
+    limit = structure.max_positions(model) or max_length
     return Embedder(model.to(device).eval().requires_grad_(False), tokenizer, min(max_length, limit))
 
 
@@ -294,13 +285,9 @@ def _saved_as(name: str) -> Style:
     Raises:
         TuningError: it is none, or does not say.
     """
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).splitlines()[0].rstrip(".")
-        raise TuningError(f"no language model can be made of {name!r} ({why}): give a folder or hub id.") from None
-    saved = list(getattr(config, "architectures", None) or [])
-    if getattr(config, "is_encoder_decoder", False):
+    config = load_config(name, "language model")
+    saved = list(config.architectures or [])
+    if config.is_encoder_decoder:
         return "seq2seq"
     for architecture in saved:
         for ending, kind in _SAVED_AS.items():

@@ -12,7 +12,8 @@ from lightning_peft.data.classes import class_numbers
 from lightning_peft.data.padding import Padder
 from lightning_peft.prompting.encoding import encode, mask_id, sentinel_id, special_ids, text_ids, verbalizer_ids
 from lightning_peft.prompting.instructions import over_templates
-from lightning_peft.prompting.template import Mask, Template
+from lightning_peft.prompting.template import Template
+from lightning_peft.prompting.template_parts import Mask
 from lightning_peft.prompting.verbalizer import Combine, Verbalizer
 from lightning_peft.tasks import scoring
 from lightning_peft.tasks.in_context import Front

@@ -15,7 +15,7 @@ import lightning as L
 import numpy
 import torch
 
-from lightning_peft.training import signals
+from lightning_peft.training import patches, signals
 
 
 class Resumable:
@@ -142,13 +142,8 @@ def install(trainer: L.Trainer, on_validation: Callable[[dict[str, Any]], None])
         trainer: its strategy is asked by Lightning to process each loader.
         on_validation: is told the state of the random generators before a validation makes an iterator.
     """
-    if not isinstance(vars(trainer.strategy).get("process_dataloader"), partial):
-        vars(trainer.strategy)["process_dataloader"] = partial(_process, trainer, on_validation)
-
-
-def uninstall(trainer: L.Trainer) -> None:
-    """Leave the strategy as it was."""
-    vars(trainer.strategy).pop("process_dataloader", None)
+    hook = partial(_process, trainer, on_validation)
+    patches.of_run(trainer).patch(trainer.strategy, "process_dataloader", hook)
 
 
 def _process(trainer: L.Trainer, on_validation: Callable[[dict[str, Any]], None], loader: Any) -> Any:

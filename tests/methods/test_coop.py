@@ -140,7 +140,7 @@ def test_what_follows_the_end_matters_to_siglip_alone() -> None:
             wider = torch.nn.functional.pad(model.texts, (0, 9))
             mask = (torch.arange(6) < torch.tensor([[4], [5], [6]])).long()
             for ids, kwargs in ((other, {}), (wider, {}), (model.texts, {"attention_mask": mask})):
-                assert_near({"": base}, {"": features(model, ids, **kwargs)}, 1e-6)
+                assert_near({"": base}, {"": features(model, ids, **kwargs)}, 1e-5)
         else:
             shorter = features(model, model.texts[:, :-4])
             mask = features(model, attention_mask=(model.texts != 1).long())

@@ -40,7 +40,7 @@ class TestLadderSideTuning(MethodContract):
         model.activation_checkpointing_enable({"use_reentrant": False})
         checkpointed, more = count_calls(model, lambda: gradients(model, kind, method))
         assert more == once
-        assert_near(plain, checkpointed, 1e-6)
+        assert_near(plain, checkpointed, 1e-5)
 
 
 def test_it_is_the_formula() -> None:

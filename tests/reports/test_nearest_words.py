@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lightning_peft import BitFit, PromptTuning, TuningError
-from lightning_peft.reports import NearestWords
+from lightning_peft.reports.nearest_words import NearestWords
 from tests.models import save_tokenizer
 from tests.modules import Tuned, loader, trainer
 

@@ -1,7 +1,7 @@
 """Finds the cache of keys and values among a model's inputs, or in its output, by either name that transformers has.
 
-Argument and output field are called `cache` since transformers 5.24, and were `past_key_values` before. Until 5.40 a model
-renames the old name inside its ``forward``, where a graft around it does not see that:
+Argument and output field are called `cache` since transformers 5.24, and were `past_key_values` before. Until 5.40 a
+model renames the old name inside its ``forward``, where a graft around it does not see that:
 https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/utils/generic.py (``ModelOutput``).
 """
 

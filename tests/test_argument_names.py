@@ -1,7 +1,7 @@
 """Every name of an argument that the package writes as a string or keyword is one that its model takes.
 
-The forward passes of transformers take any keyword and drop those that they do not know: renaming an argument is then no
-error but another result.
+The forward passes of transformers take any keyword and drop those that they do not know: renaming an argument is then
+no error but another result.
 """
 
 import ast

@@ -1,7 +1,7 @@
-"""The names of arguments that the package writes are names that those have who shall take them.
+"""Every name of an argument that the package writes as a string or keyword is one that its model takes.
 
-A forward pass of transformers takes any keyword and drops what it does not know, so that a new name for an old argument
-is no error but another result.
+The forward passes of transformers take any keyword and drop those that they do not know: renaming an argument is then
+no error but another result.
 """
 
 import ast

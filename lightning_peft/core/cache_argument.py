@@ -1,8 +1,8 @@
-"""Finds the keys and values of earlier tokens among a model's arguments, by either name that transformers has for them.
+"""Finds the cache of keys and values among a model's inputs, or in its output, by either name that transformers has.
 
-The argument, and the field of a model's output, is `cache` since transformers 5.24 and `past_key_values` before; the
-old name is understood until 5.40. A decorator renames it inside of a model's ``forward``, so that a graft around it may
-be called with either: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/utils/generic.py
+Argument and output field are called `cache` since transformers 5.24, and were `past_key_values` before. Until 5.40 a
+model renames the old name inside its ``forward``, where a graft around it does not see that:
+https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/utils/generic.py (``ModelOutput``).
 """
 
 import inspect

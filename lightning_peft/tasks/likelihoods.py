@@ -238,7 +238,7 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool = False
 
 
 def _shareable(model: nn.Module, out: Mapping[str, Any]) -> DynamicCache | None:
-    """Return the cache in a model's output if it is keys and values of all tokens that it takes back, or None."""
+    """Return the cache in a model's output, or None if it is more than keys and values, or the model takes none."""
     cache = cache_in(out)
     if name_in(type(model).forward) is None or not isinstance(cache, DynamicCache):
         return None

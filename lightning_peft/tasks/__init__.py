@@ -1,4 +1,4 @@
-"""LightningModules: what is trained for."""
+"""Tasks: the LightningModules that the command line trains and tests."""
 
 from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.causal_lm import CausalLM

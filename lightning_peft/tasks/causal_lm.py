@@ -1,4 +1,4 @@
-"""Continuing a text, by any ``AutoModelForCausalLM``."""
+"""Causal language modelling: trains any ``AutoModelForCausalLM`` to continue a text."""
 
 from collections.abc import Mapping
 from typing import Any

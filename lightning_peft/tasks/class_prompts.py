@@ -1,4 +1,4 @@
-"""Writes the prompts of rows that are to be classified, and those that tell how likely labels are without a row."""
+"""Writes the prompts of rows to classify, and the content-free ones that labels are compared with."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

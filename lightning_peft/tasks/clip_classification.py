@@ -1,4 +1,4 @@
-"""One class for each image, by the names of the classes, with a two-tower model (CLIP, SigLIP)."""
+"""Image classification by the names of the classes, with a two-tower model (CLIP, SigLIP)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

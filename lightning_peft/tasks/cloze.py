@@ -1,4 +1,4 @@
-"""Classes as words that a language model says in a gap, without a head."""
+"""Cloze classification: classes as words that a language model puts into a gap, without a head."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

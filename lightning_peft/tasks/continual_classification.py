@@ -1,4 +1,4 @@
-"""Images of classes that come one task after another, with scores of what is forgotten."""
+"""Class-incremental image classification, with scores of what is forgotten."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable

@@ -1,4 +1,4 @@
-"""Scores of a sequence of tasks, from A[i, t], the accuracy on task i after training on task t.
+"""Metrics of continual learning, from A[i, t], the accuracy on task i after training on task t.
 
 Source: Lopez-Paz and Ranzato 2017, arXiv 1706.08840, section 2 (backward transfer); Chaudhry et al. 2018, arXiv
 1801.10112, section 3 (forgetting, here with the last task among those that may be best, as in the code of L2P, so that

@@ -1,4 +1,4 @@
-"""From a labelled domain of images to an unlabelled one, by the names of the classes, with a two-tower model."""
+"""Domain adaptation of a two-tower model: pseudo labels stand for those of the target domain."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

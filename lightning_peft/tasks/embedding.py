@@ -1,4 +1,4 @@
-"""Texts as vectors, to find the rows that are nearest to another."""
+"""Embeds texts, and finds the rows that are nearest to another."""
 
 from collections.abc import Sequence
 from typing import Any

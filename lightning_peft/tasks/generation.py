@@ -1,4 +1,4 @@
-"""Texts that a model writes: how they are generated, and how they are scored."""
+"""The base class of tasks whose model generates texts: decoding, and metrics of texts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

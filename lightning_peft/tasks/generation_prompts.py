@@ -1,4 +1,4 @@
-"""Writes the prompts that a frozen model goes on from, and those that ask for the answer after its rationale."""
+"""Writes the prompts that a frozen model continues, and those that ask for the answer after a rationale."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

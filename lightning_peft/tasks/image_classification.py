@@ -1,4 +1,4 @@
-"""One class for each image, by any ``AutoModelForImageClassification``."""
+"""Image classification with any ``AutoModelForImageClassification``."""
 
 from transformers import AutoModelForImageClassification
 

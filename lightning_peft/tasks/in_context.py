@@ -1,4 +1,4 @@
-"""Solved training rows in front of a question: chosen, ordered, and as many as the model's context holds."""
+"""In-context learning: selects, orders and fits the demonstrations in front of a question."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

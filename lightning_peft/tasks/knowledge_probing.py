@@ -1,4 +1,4 @@
-"""Facts as words that a language model says in a gap (LAMA)."""
+"""Knowledge probing (LAMA): facts as words that a language model puts into a gap."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""How likely a language model finds the labels of a verbalizer in prompts: run, combined, calibrated."""
+"""Scores the labels of a verbalizer with a language model: log-likelihoods, combined and calibrated."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How likely a language model finds each of a few continuations: what is common to them is computed once.
+"""Log-likelihoods of continuations under a language model; what is common to them is computed once.
 
 A causal model reads the demonstrations once, for as long as they stay the same, each query once, and then the tokens of
 each label; keys and values are handed on (transformers' public ``DynamicCache``), so that the scores are, up to

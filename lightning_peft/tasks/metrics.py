@@ -1,4 +1,4 @@
-"""Scores as sums over the rows of all processes, where torchmetrics has none that is right with unlike many rows."""
+"""Metrics as sums over the rows of all processes, where torchmetrics has none that is right with unlike many rows."""
 
 import importlib.util
 from collections.abc import Sequence

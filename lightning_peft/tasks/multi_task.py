@@ -1,4 +1,4 @@
-"""Several text classifications on one backbone, each with a head of its own."""
+"""Multi-task text classification on one backbone, with a head for each task."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""Classes by the nearest solved rows: what a frozen encoder without a language-model head can do without training."""
+"""Nearest-neighbour classification by the embeddings of a frozen encoder, without training."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Classes as words that a frozen language model finds likely in a prompt: cloze and in-context learning."""
+"""Classification by the likelihood of label words in a prompt, with a frozen language model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

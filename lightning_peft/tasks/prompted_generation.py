@@ -1,4 +1,4 @@
-"""Answers that a frozen language model writes: directly, after a rationale, or by a vote over several rationales."""
+"""Answers that a frozen language model generates: directly, by chain of thought, by self-consistency."""
 
 import zlib
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Answers that stand in a text, by any ``AutoModelForQuestionAnswering``."""
+"""Extractive question answering with any ``AutoModelForQuestionAnswering``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

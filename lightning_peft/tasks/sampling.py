@@ -1,4 +1,4 @@
-"""What a frozen model writes after prompts: the likeliest text, or several sampled ones."""
+"""Generates texts with a frozen model: greedily, or several samples of a prompt."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""From a text to another, by any ``AutoModelForSeq2SeqLM``."""
+"""Sequence-to-sequence tasks with any ``AutoModelForSeq2SeqLM``, and its language-model adaptation."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""One class for each text, by any ``AutoModelForSequenceClassification``."""
+"""Text classification with any ``AutoModelForSequenceClassification``."""
 
 from transformers import AutoModelForSequenceClassification
 

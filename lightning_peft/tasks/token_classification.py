@@ -1,4 +1,4 @@
-"""A tag for each word, by any ``AutoModelForTokenClassification``."""
+"""Token classification (tagging) with any ``AutoModelForTokenClassification``."""
 
 from collections.abc import Mapping
 from typing import Any

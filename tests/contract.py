@@ -82,8 +82,10 @@ class MethodContract:
         model = tiny(kind)
         method = self.applied(model)
         before, frozen = copy_of(model.state_dict()), frozen_names(model)
-        first = descend(model, kind, method, steps=1)
-        assert first > descend(model, kind, method, steps=1)
+        first = loss_of(model, kind, method).item()
+        adam = torch.optim.Adam  # whose steps do not hang on the scale of a gradient: SigLIP's are tiny
+        last = descend(model, kind, method, steps=4, lr=1e-2, optimizer=adam)
+        assert last < 0.999 * first, "a fall by less could be rounding"
         after = model.state_dict()
         assert_same({name: before[name] for name in frozen}, {name: after[name] for name in frozen})
         assert any(not torch.equal(before[name], after[name]) for name in collect(model))
@@ -200,7 +202,7 @@ class MethodContract:
         checkpointed, more = count_calls(model, lambda: gradients(model, kind, method))
         assert more > once, "nothing was checkpointed"
         # T5's decoder layers add up their gradients of the encoder output in another order.
-        assert_near(plain, checkpointed, 1e-6)
+        assert_near(plain, checkpointed, 1e-5)
 
     def test_a_half_precision_backbone(self, kind: str) -> None:
         frozen, model = half(tiny(kind)).requires_grad_(False), half(tiny(kind))
@@ -320,14 +322,21 @@ def gradients(model: nn.Module, kind: str, method: Method) -> dict[str, Tensor]:
     return found
 
 
-def descend(model: nn.Module, kind: str, method: Method | None, steps: int, lr: float = 1e-3) -> float:
-    """Take SGD steps and return the last loss before its step."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+def descend(
+    model: nn.Module,
+    kind: str,
+    method: Method | None,
+    steps: int,
+    lr: float = 1e-3,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+) -> float:
+    """Take steps of the optimizer and return the last loss before its step."""
+    stepper = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
     for _ in range(steps):
-        optimizer.zero_grad()
+        stepper.zero_grad()
         loss = loss_of(model, kind, method)
         loss.backward()
-        optimizer.step()
+        stepper.step()
     return loss.item()
 
 

@@ -38,7 +38,7 @@ def _serve() -> None:
 
     import lightning_peft
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the same sums as in the process that compares
     for name in lightning_peft.__all__:
         getattr(lightning_peft, name)
     assert transformers.PreTrainedModel

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from examples import compare_clip, pretrain_clip, pretrain_vit, vision
-from lightning_peft.reports import read_rows
+from lightning_peft.reports.rows import read_rows
 
 pytestmark = pytest.mark.slow
 

@@ -3,8 +3,8 @@
 The rows of a batch are told by a hash of all that the frozen part is given, so that it works in any module, whatever
 the batches and their order, for training and validation rows alike. What is kept for a row is the input of the part
 that is trained: a head's (one vector, in most models), or a block's (one vector a token). When all rows of a batch are
-known, the frozen part is left out. Without augmentation training on the cache gives what training without it gives, bit
-for bit as far as the kernels of the frozen part give a row the same numbers in another batch.
+known, the frozen part is left out. Without augmentation training on the cache gives what training without it gives, up
+to rounding: a row is kept as its first batch gave it, and a batch of another size or order is rounded otherwise.
 
 A text row is the same row with more padding at its end, if what is kept is one vector; the first time that a row comes
 with other padding it is computed again and compared. Kept tokens are used again for the same padding alone: pad to a
@@ -21,6 +21,8 @@ from typing import Any, ClassVar
 import lightning as L
 from torch import nn
 
+from lightning_peft.core import structure
+from lightning_peft.core.arguments import positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.features import heads
@@ -39,7 +41,7 @@ class CachingMethod(Method):
     """
 
     cache_features: bool = False
-    cache_limit: float = 4.0
+    cache_limit: float = positive(4.0, "is no amount of memory")
 
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"cache_features", "cache_limit"}
 
@@ -52,7 +54,7 @@ class CachingMethod(Method):
             frozen: names of the blocks before it.
 
         Raises:
-            TuningError: the frozen part would not be in eval mode, or the limit is no size.
+            TuningError: the frozen part would not be in eval mode.
         """
         if not self.cache_features:
             return
@@ -61,11 +63,9 @@ class CachingMethod(Method):
                 f"cache_features=True keeps what dropout would change in each epoch with backbone_mode="
                 f"{self.backbone_mode!r}: use backbone_mode='eval'."
             )
-        if not self.cache_limit > 0:
-            raise TuningError(f"cache_limit={self.cache_limit} is no amount of memory: give GiB.")
         name = f"{self.name}_cache"
         rows = Rows(int(self.cache_limit * 2**30))
-        base = getattr(backbone, "base_model", backbone)
+        base = structure.base_model_of(backbone)
         head = heads.head_modules(backbone)
         if first is not None:
             rows.trained = [0]

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import attention, select
+from lightning_peft.core import attention, select, structure
+from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.attention import Attention
-from lightning_peft.core.delta import read_delta
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, detach, grafts
-from lightning_peft.core.hub import load_tokenizer
-from lightning_peft.prompts.prefix import KINDS, Prefix, PrefixNetwork, ShiftedRotary, ShiftedTable
+from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.prompts.prefix import Prefix, PrefixNetwork, ShiftedRotary, ShiftedTable
 from lightning_peft.training.method import Method
 
 
@@ -36,15 +37,15 @@ class PrefixMethod(Method):
         init_from: a delta of this method whose prefix to start from, e.g. one that was trained on several tasks.
     """
 
-    num_virtual_tokens: int = 20
-    mid_dim: int | None = None
-    sets: list[Literal["encoder", "decoder", "cross"]] | None = None
+    num_virtual_tokens: int = natural(20, "is no prefix")
+    mid_dim: int | None = natural(None, "is no width of a network")
+    sets: list[Literal["encoder", "decoder", "cross"]] | None = choice(None, "names no attentions")
     layers: list[int] | None = None
     positions: Literal["shifted", "unshifted"] = "shifted"
-    init: Literal["random", "text"] = "random"
+    init: Literal["random", "text"] = choice("random", "is no initial value of a prefix")
     text: str | None = None
     tokenizer: str | None = None
-    dropout: float | None = None
+    dropout: float | None = rate(None)
     init_from: str | None = None
 
     kind: ClassVar[str] = "prefix"
@@ -55,7 +56,6 @@ class PrefixMethod(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach a prefix to each attention and let positions count from P."""
-        self._check()
         words = self._words(backbone)
         if words is not None:
             self.num_virtual_tokens = len(words)
@@ -80,7 +80,7 @@ class PrefixMethod(Method):
             attach(place.module, prefixes[place.path].to(device), self.name)
         if self.positions == "shifted":
             self._shift(backbone, found, prefixes)
-        self._limit = select.max_positions(backbone)
+        self._limit = structure.max_positions(backbone)
         if self._limit is not None and count >= self._limit:
             raise TuningError(
                 f"num_virtual_tokens={count} leaves no room in the {self._limit} positions of "
@@ -117,25 +117,11 @@ class PrefixMethod(Method):
         """
         applied = self.applied_to(model)
         for place in self.own_grafts(model, Prefix):
-            if place.graft._network[0] is not None:
+            if place.graft.network is not None:
                 place.graft.fold()
         for network in self.own_grafts(model, PrefixNetwork):
             detach(network.host, network.name)
         self.mid_dim = applied.mid_dim = None
-
-    def _check(self) -> None:
-        if self.num_virtual_tokens < 1:
-            raise TuningError(f"num_virtual_tokens={self.num_virtual_tokens} is no prefix: take 1 or more.")
-        if self.mid_dim is not None and self.mid_dim < 1:
-            raise TuningError(f"mid_dim={self.mid_dim} is no width of a network: take 1 or more, or none.")
-        if self.sets is not None and (not self.sets or not set(self.sets) <= set(KINDS)):
-            raise TuningError(f"sets={self.sets} names no attentions: take some of {', '.join(KINDS)}.")
-        if self.positions not in ("shifted", "unshifted"):
-            raise TuningError(f"positions={self.positions!r} is unknown: take 'shifted' or 'unshifted'.")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise TuningError(f"dropout={self.dropout} is no probability below 1.")
-        if self.init not in ("random", "text"):
-            raise TuningError(f"init={self.init!r} is no initial value of a prefix: take 'random' or 'text'.")
 
     def _dropout(self, backbone: nn.Module) -> float:
         return self.dropout or 0.0
@@ -145,7 +131,7 @@ class PrefixMethod(Method):
             return None
         if not self.text:
             raise TuningError("init='text' needs the words of the prefix: give text=.")
-        tokenizer = load_tokenizer(backbone, self.tokenizer, "init='text'")
+        tokenizer = tokenizer_of(backbone, self.tokenizer, "init='text'")
         words: list[int] = tokenizer(self.text, add_special_tokens=False)["input_ids"]
         if not words:
             raise TuningError(f"text={self.text!r} has no tokens: give the words of the prefix.")
@@ -160,7 +146,7 @@ class PrefixMethod(Method):
 
     def _shift(self, backbone: nn.Module, found: Sequence[Attention], prefixes: Mapping[str, Prefix]) -> None:
         stacks = {prefix.kind for prefix in prefixes.values()}
-        for path, table in select.position_tables(backbone).items():
+        for path, table in structure.position_tables(backbone).items():
             if "self" in stacks or ("decoder" if "decoder" in path.split(".") else "encoder") in stacks:
                 attach(table, ShiftedTable(self.num_virtual_tokens), self.name)
         for module in list(backbone.modules()):
@@ -170,7 +156,7 @@ class PrefixMethod(Method):
         with_bias = [place for place in found if getattr(place.module, "has_relative_attention_bias", False)]
         tables = {place.kind: place.module for place in with_bias}
         for prefix in prefixes.values():
-            prefix._bias_from = (tables.get(prefix.kind),)
+            prefix.refer(bias_table=tables.get(prefix.kind))
 
     def _continue(self, backbone: nn.Module, path: str) -> None:
         """Start from the prefix of a delta; its heads, which are those of other tasks, are left there."""
@@ -192,9 +178,7 @@ def _named(place: Any) -> list[tuple[str, nn.Parameter]]:
 
 
 def _width(backbone: nn.Module) -> int:
-    config: Any = backbone.config
-    sizes = (getattr(c, "hidden_size", None) for c in (config, getattr(config, "text_config", None)))
-    width = next((size for size in sizes if size is not None), None)
+    width = structure.width_of(backbone)
     if width is None:
         raise TuningError(f"{type(backbone).__name__} states no hidden_size: train the prefix itself by mid_dim=None.")
     return width
@@ -203,11 +187,10 @@ def _width(backbone: nn.Module) -> int:
 def _states(backbone: nn.Module, places: list[Attention], words: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the keys and values [H, P, d] that the frozen model has for words, by the path of the attention."""
     ids = torch.tensor([words], device=next(backbone.parameters()).device)
-    encoder_decoder = getattr(backbone.config, "is_encoder_decoder", False)
     training = backbone.training
     with torch.no_grad(), attention.recorded(places) as seen:
         backbone.eval()
-        backbone(input_ids=ids, **({"decoder_input_ids": ids} if encoder_decoder else {}))
+        backbone(input_ids=ids, **({"decoder_input_ids": ids} if structure.is_encoder_decoder(backbone) else {}))
     backbone.train(training)
     return {path: (key[0].float(), value[0].float()) for path, (key, value) in seen.items()}
 

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, select
+from lightning_peft.core import compatibility, select, structure
+from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
-from lightning_peft.core.hub import load_tokenizer
+from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.prompts.shared_prompt import SharedPrompt, decoder_of
-from lightning_peft.prompts.virtual_tokens import PromptRows, VirtualTokens, insert, is_widened
+from lightning_peft.prompts.virtual_tokens import PromptRows, VirtualTokens, insert, is_widened, nearest
 from lightning_peft.training.method import Method
 
 
@@ -26,7 +27,7 @@ class PromptMethod(Method):
         tokenizer: folder or hub id of the tokenizer; None: that of the backbone.
     """
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: int = natural(20, "is no prompt")
     tokenizer: str | None = None
 
     kind: ClassVar[str] = "prompt"
@@ -47,12 +48,12 @@ class PromptMethod(Method):
         if decoder is not None:
             attach(decoder, SharedPrompt(weight, self.num_virtual_tokens, decoder), self.name)
         else:
-            for table in select.word_tables(backbone).values():
+            for table in structure.word_tables(backbone).values():
                 attach(table, VirtualTokens(weight), self.name)
         self._in_batch = decoder is None
-        self._after = 1 if select.is_encoder(backbone) else 0
-        self._targets = bool(getattr(getattr(backbone, "config", None), "is_encoder_decoder", False))
-        self._limit = select.max_positions(backbone)
+        self._after = 1 if structure.is_encoder(backbone) else 0
+        self._targets = structure.is_encoder_decoder(backbone)
+        self._limit = structure.max_positions(backbone)
         if self._limit is not None and self.num_virtual_tokens >= self._limit:
             raise TuningError(
                 f"num_virtual_tokens={self.num_virtual_tokens} leaves no room in the {self._limit} positions of "
@@ -104,16 +105,11 @@ class PromptMethod(Method):
         Source: Lester et al. 2021, arXiv 2104.08691, section 7.
         """
         backbone = select.backbone_of(model, self.backbone)
-        table = next(iter(select.word_tables(backbone).values()))
+        table = next(iter(structure.word_tables(backbone).values()))
         with torch.no_grad():
             words = F.normalize(table.weight.float(), dim=1)  # type: ignore[arg-type]
             cosine = F.normalize(self.rows(backbone).float(), dim=1) @ words.t()
-        values, ids = cosine.topk(k, dim=1)
-        tokenizer = load_tokenizer(backbone, self.tokenizer, "nearest_words")
-        return [
-            list(zip(tokenizer.convert_ids_to_tokens(row.tolist()), value.tolist(), strict=True))
-            for row, value in zip(ids, values, strict=True)
-        ]
+        return nearest(cosine, k, tokenizer_of(backbone, self.tokenizer, "nearest_words"))
 
     def ids_of(self, backbone: nn.Module, text: str | None) -> list[int]:
         """Return the token ids of the words that a prompt starts from.
@@ -123,19 +119,11 @@ class PromptMethod(Method):
         """
         if not text:
             raise TuningError("init='text' needs the words of the prompt: give text=.")
-        tokenizer = load_tokenizer(backbone, self.tokenizer, "init='text'")
+        tokenizer = tokenizer_of(backbone, self.tokenizer, "init='text'")
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise TuningError(f"text={text!r} has no tokens: give the words of the prompt.")
         return ids
-
-    def _check_count(self) -> None:
-        if self.num_virtual_tokens < 1:
-            raise TuningError(f"num_virtual_tokens={self.num_virtual_tokens} is no prompt: take 1 or more.")
-
-    def _check_choice(self, name: str, choices: Sequence[str], of: str) -> None:
-        if getattr(self, name) not in choices:
-            raise TuningError(f"{name}={getattr(self, name)!r} is no {of}: take one of {', '.join(choices)}.")
 
     def _check_ids(self, ids: Tensor) -> None:
         highest = int(-1 - ids.min())

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.training import slurm
+from lightning_peft.training import patches, slurm
+from lightning_peft.training.requeue import environment_of
 
 PLACES = ("accelerator", "strategy", "devices", "num_nodes", "plugins")
 """The arguments of a Trainer that say which ranks there are."""
@@ -28,7 +29,7 @@ def install(trainer: L.Trainer, problem: str = "") -> None:
         problem: of this rank; '' for none.
     """
     if trainer.world_size > 1:
-        vars(trainer.strategy)["setup_environment"] = partial(_meet, trainer, problem)
+        patches.once(trainer.strategy, "setup_environment", partial(_meet, trainer, problem))
 
 
 def tell(trainer_class: Callable[..., L.Trainer], settings: Mapping[str, Any], problem: str) -> None:
@@ -44,7 +45,7 @@ def tell(trainer_class: Callable[..., L.Trainer], settings: Mapping[str, Any], p
     """
     given = {name: value for name, value in settings.items() if value is not None}
     trainer = trainer_class(**given, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    environment = getattr(trainer.strategy, "cluster_environment", None)
+    environment = environment_of(trainer)
     started = environment is not None and environment.creates_processes_externally
     if trainer.world_size > 1 and (started or trainer.num_nodes > 1 or "LOCAL_RANK" in os.environ):
         install(trainer, problem)
@@ -62,9 +63,7 @@ class _Absent(L.LightningModule):
 
 
 def _meet(trainer: L.Trainer, problem: str) -> None:
-    strategy = trainer.strategy
-    del vars(strategy)["setup_environment"]
-    strategy.setup_environment()
+    trainer.strategy.setup_environment()
     if not torch.distributed.is_initialized():
         return
     said, where = [""] * trainer.world_size, f"rank {trainer.global_rank} on {slurm.node()}"

@@ -1,24 +1,26 @@
-"""``methods``, ``templates``, ``info``, ``merge`` and ``plot``: commands that need files but no Trainer."""
+"""``methods``, ``templates``, ``info``, ``merge`` and ``plot``: commands that need files but no Trainer.
+
+What only one of them needs is imported there: ``info`` wants torch, and neither lightning nor transformers.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import docstring_parser
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-import lightning_peft
-from lightning_peft.core.delta import read_delta
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import merge
+from lightning_peft.core.hub import load_tokenizer
+from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.select import near
-from lightning_peft.prompting.instruction_files import read_instructions
+from lightning_peft.core.structure import name_or_path
+from lightning_peft.methods import every_method
 from lightning_peft.reports.parameters import count, dtypes, size
-from lightning_peft.training.method import Method
-from lightning_peft.training.rebuild import from_delta
 
 
 def run_tool(command: str, arguments: Sequence[str]) -> None:
@@ -46,8 +48,7 @@ def methods(name: str | None = None) -> None:
     Args:
         name: a method, to see its arguments.
     """
-    exported = ((n, getattr(lightning_peft, n)) for n in lightning_peft.__all__)
-    every = {n: m for n, m in exported if isinstance(m, type) and issubclass(m, Method) and m is not Method}
+    every = every_method()
     if name is not None and name not in every:
         raise TuningError(f"{name!r} is no method{near(name, every)}.")
     if name is not None:
@@ -56,15 +57,22 @@ def methods(name: str | None = None) -> None:
     table = Table(title="Methods", title_justify="left")
     for column in ("method", "kind", "trains", "paper"):
         table.add_column(column, overflow="fold")
-    for each in sorted(every, key=str.lower):
-        table.add_row(each, every[each].kind, every[each].trains, every[each].paper.split(", arXiv")[0])
+    for each, method in every.items():
+        table.add_row(each, *row_of(method))
     console = Console()
     console.print(table)
     console.print("lightning-peft methods NAME shows the arguments of one, with its paper.", highlight=False)
 
 
-def _describe(name: str, method: type[Method]) -> None:
+def row_of(method: type[TuningMethod]) -> tuple[str, str, str]:
+    """Return what a table says of a method: its kind, what it trains, and authors and year of its paper."""
+    return method.kind, method.trains, method.paper.split(", arXiv")[0]
+
+
+def _describe(name: str, method: type[TuningMethod]) -> None:
     """Print a method's first line, its paper, and its arguments with their defaults and meanings."""
+    import docstring_parser
+
     console = Console()
     console.print(f"[bold]{name}[/bold]: {(method.__doc__ or '').splitlines()[0]}", highlight=False)
     console.print(method.paper, highlight=False)
@@ -87,6 +95,8 @@ def templates(file: str) -> None:
     Args:
         file: a YAML file of templates.
     """
+    from lightning_peft.prompting.instruction_files import read_instructions
+
     found = read_instructions(file, count=None)
     table = Table(title=found.task, title_justify="left")
     for column in ("template", "scored", "text"):
@@ -139,18 +149,18 @@ def merge_files(file: str, folder: str, backbone: str | None = None) -> None:
         folder: where to write the model.
         backbone: folder or hub id of the backbone; the one that the delta was trained on if left out.
     """
-    from transformers import AutoTokenizer
+    from lightning_peft.training.rebuild import from_delta
 
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise TuningError(f"{folder} is not empty: give a new folder.")
     model = from_delta(file, backbone)
-    origin = backbone or model.config._name_or_path  # type: ignore[union-attr]
+    origin = backbone or name_or_path(model)
     merge(model)
     model.save_pretrained(folder)  # type: ignore[operator]
     try:
-        AutoTokenizer.from_pretrained(origin).save_pretrained(folder)
+        load_tokenizer(origin).save_pretrained(folder)
         kept = "with its tokenizer"
-    except (OSError, ValueError):
+    except TuningError:
         kept = f"without a tokenizer: {origin} has none"
     Console(soft_wrap=True).print(f"{type(model).__name__} written to {folder}, {kept}.", highlight=False)
 

@@ -12,18 +12,20 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from torch.optim import Optimizer
 
 import lightning_peft
 from lightning_peft.commands import agreement, fail, sentence
-from lightning_peft.core.delta import read_delta
+from lightning_peft.core import arguments
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
-from lightning_peft.reports import PredictionWriter, TuningReport
+from lightning_peft.reports.predictions import PredictionWriter
 from lightning_peft.reports.preflight import Preflight
+from lightning_peft.reports.tuning_report import TuningReport
+from lightning_peft.training import patches
 from lightning_peft.training.method import Method
 from lightning_peft.training.rebuild import methods_of
 
-for _name in lightning_peft.__all__:  # jsonargparse knows by their short names the classes that have been imported
+for _name in dir(lightning_peft):  # jsonargparse knows by their short names the classes that have been imported
     getattr(lightning_peft, _name)
 
 
@@ -78,8 +80,11 @@ class TuningCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        found = [callback for callback in [*methods, *callbacks] if isinstance(callback, Method)]
+        for method in found:
+            arguments.check(method)  # before the data are prepared, which may take long
         delta = Path(str(self._get(self.config_init, "ckpt_path")))
-        if delta.is_file() and not any(isinstance(callback, Method) for callback in [*methods, *callbacks]):
+        if delta.is_file() and not found:
             methods = methods_of(read_delta(delta)[1])
         trainer = self._instantiate_trainer(config, methods)
         if self.tells:
@@ -94,7 +99,8 @@ class TuningCLI(LightningCLI):
         """
         if self._get(self.config_init, "optimizer"):
             build = partial(super()._add_configure_optimizers_method_to_model, subcommand)
-            vars(self.model)["configure_optimizers"] = partial(_build_optimizer, self.model, build)
+            hook = partial(_build_optimizer, self.model, build)
+            patches.Patches.of(self.model).patch(self.model, "configure_optimizers", hook)
 
 
 class CheckingCLI(TuningCLI):
@@ -164,12 +170,10 @@ def _torch_first(words: list[str]) -> list[str]:
     return words
 
 
-def _build_optimizer(model: L.LightningModule, build: Any) -> Optimizer:
-    extended = vars(model).pop("configure_optimizers")
-    build()
-    optimizer = vars(model).pop("configure_optimizers")()
-    vars(model)["configure_optimizers"] = extended
-    return optimizer
+def _build_optimizer(model: L.LightningModule, build: Any) -> Any:
+    with patches.patched(model, "configure_optimizers"):
+        build()
+        return model.configure_optimizers()
 
 
 def _names(parser: LightningArgumentParser) -> list[str]:

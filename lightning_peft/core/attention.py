@@ -6,7 +6,6 @@ cross-attention, with and without a cache, under gradient checkpointing, in all 
 AttentionInterface (https://huggingface.co/docs/transformers/en/attention_interface).
 """
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, grafts, overrides
 
@@ -43,7 +43,7 @@ def join(backbone: nn.Module) -> list[Attention]:
     Raises:
         TuningError: the model computes no attention through the interface, or by a kernel that takes no wider mask.
     """
-    implementation = _implementation(backbone)
+    implementation = structure.attention_implementation(backbone)
     if implementation is None:
         raise TuningError(
             f"{type(backbone).__name__} is no transformers model, so its keys and values cannot be reached: "
@@ -72,7 +72,7 @@ def join(backbone: nn.Module) -> list[Attention]:
 
 def leave(backbone: nn.Module) -> None:
     """Give the model its own attention back when no graft takes part in the joint any more."""
-    implementation = _implementation(backbone) or ""
+    implementation = structure.attention_implementation(backbone) or ""
     if implementation.startswith(_GRAFTED) and not any(overrides(p.graft, "key_value") for p in grafts(backbone)):
         _set(backbone, implementation.removeprefix(_GRAFTED))
 
@@ -170,10 +170,6 @@ def _no_mask(*_: Any, **__: Any) -> None:
     """Stand in for the making of a mask, which looks at values that the probe has not."""
 
 
-def _implementation(backbone: nn.Module) -> str | None:
-    return getattr(getattr(backbone, "config", None), "_attn_implementation", None)
-
-
 def _set(backbone: nn.Module, name: str) -> None:
     from lightning_peft.core.hub import quiet_loading
 
@@ -217,17 +213,14 @@ def inputs_on_meta(
         source: how many tokens a text has.
         target: how many tokens an encoder-decoder's target has.
     """
-    config: Any = backbone.config
     inputs: dict[str, Tensor] = {}
-    vision = getattr(config, "vision_config", config)
-    takes = set(inspect.signature(backbone.forward).parameters)
-    if "pixel_values" in takes and hasattr(vision, "image_size"):
-        size = vision.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        inputs["pixel_values"] = torch.empty(rows, vision.num_channels, height, width, device="meta")
+    config, takes = structure.config_of(backbone), structure.arguments_of(backbone)
+    size = structure.image_size(config)
+    if "pixel_values" in takes and size is not None:
+        inputs["pixel_values"] = torch.empty(rows, structure.image_channels(config), *size, device="meta")
     if "input_ids" in takes:
         inputs["input_ids"] = torch.empty(rows, source, dtype=torch.long, device="meta")
         inputs["attention_mask"] = torch.empty(rows, source, dtype=torch.long, device="meta")
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
+    if structure.is_encoder_decoder(backbone) and "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = torch.empty(rows, target, dtype=torch.long, device="meta")
     return inputs

@@ -1,4 +1,9 @@
-"""A hash that tells one frozen backbone from another."""
+"""A fingerprint tells one frozen backbone from another: every weight of it counts.
+
+It has three parts, each a hash over the configuration and, of every tensor, its name, its shape and the checksum of its
+values: as they are stored, rounded to bfloat16, and rounded to float16. So a copy in another precision is recognised by
+the part that both have: a float16 copy has the float16 part of its float32 original.
+"""
 
 import hashlib
 import json
@@ -8,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.quantized import unpacked
-from lightning_peft.core.sharded import gathered, whole
+from lightning_peft.core import structure
+from lightning_peft.core.checksums import sums
+from lightning_peft.core.sharded import gathered
 from lightning_peft.core.tuning import Tuning
 
-_SAMPLE = 64
+_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _WITHOUT_EFFECT = {  # on what the weights compute at inference
     *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
     *("id2label", "label2id", "num_labels", "problem_type"),
@@ -20,37 +26,36 @@ _WITHOUT_EFFECT = {  # on what the weights compute at inference
 
 
 def fingerprint(backbone: nn.Module, skip: Iterable[str] = ()) -> str:
-    """Return a SHA-256 over the configuration and, of every tensor, its name, shape and 64 evenly spaced values.
+    """Return ``dtypes:stored:bfloat16:float16``: the dtypes of the floating tensors, and three hashes of a backbone.
 
-    Values are rounded to bf16, so an fp32 and a bf16 copy of a backbone agree. One changed weight may go unseen: the
-    hash tells backbones apart, it does not sign them. ``skip`` names the tensors that are not frozen.
+    Args:
+        backbone: on any device, sharded or not; of tensors on the meta device names and shapes alone count.
+        skip: names of tensors that are left out, since they are not frozen.
     """
-    digest = hashlib.sha256(json.dumps(_function(backbone), sort_keys=True, default=str).encode())
+    start = json.dumps(_function(backbone), sort_keys=True, default=str).encode()
+    digests = [hashlib.sha256(start) for _ in range(1 + len(_HALVES))]
     # The scales of a quantised weight are no buffers, and change form when it is packed for a device.
-    tensors = {
-        n
-        for n, _ in (
-            *backbone.named_parameters(remove_duplicate=False),
-            *backbone.named_buffers(remove_duplicate=False),
-        )
-    }
-    left_out = set(skip)
-    parameters = dict(backbone.named_parameters(remove_duplicate=False))
-    for name, tensor in sorted(backbone.state_dict().items()):
-        if name in left_out or name not in tensors:
-            continue
-        live = parameters.get(name, tensor)
-        with gathered([live]):
-            _add(digest, name, live.detach())
-    return digest.hexdigest()
+    live: dict[str, Tensor] = dict(backbone.named_parameters(remove_duplicate=False))
+    live |= dict(backbone.named_buffers(remove_duplicate=False))
+    dtypes = set()
+    for name in sorted(live.keys() & backbone.state_dict().keys() - set(skip)):
+        with gathered([live[name]]):
+            tensor = live[name].detach()
+            found = [(0, 0)] * len(digests) if tensor.is_meta else sums(tensor, *_HALVES.values())
+        if tensor.is_floating_point():
+            dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        for digest, pair in zip(digests, found, strict=True):
+            digest.update(f"{name}{list(tensor.shape)}{pair}".encode())
+    return ":".join(["+".join(sorted(dtypes)), *(digest.hexdigest()[:32] for digest in digests)])
 
 
-def _add(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name}{list(tensor.shape)}".encode())
-    if tensor.numel() and not tensor.is_meta:
-        flat = unpacked(whole(tensor)).reshape(-1)
-        places = torch.arange(_SAMPLE, device=flat.device) * (flat.numel() - 1) // (_SAMPLE - 1)
-        digest.update(flat[places].to(torch.bfloat16).float().cpu().numpy().tobytes())
+def same_weights(one: str, other: str) -> bool:
+    """Tell whether two fingerprints are of one backbone, or of a backbone and its copy in half precision."""
+    (dtype, stored, *halves), (other_dtype, other_stored, *other_halves) = one.split(":"), other.split(":")
+    if dtype == other_dtype:
+        return stored == other_stored
+    pairs = zip(_HALVES, halves, other_halves, strict=True)
+    return any(name in (dtype, other_dtype) and mine == theirs for name, mine, theirs in pairs)
 
 
 def fingerprint_of(backbone: nn.Module, skip: Iterable[str]) -> str:
@@ -65,8 +70,7 @@ def fingerprint_of(backbone: nn.Module, skip: Iterable[str]) -> str:
 
 def _function(backbone: nn.Module) -> dict[str, Any]:
     """Return what of the configuration changes the function that the weights compute; dropout rates do not."""
-    config = getattr(backbone, "config", None)
-    if config is None or not hasattr(config, "to_dict"):
+    settings = structure.settings_of(backbone)
+    if not settings:
         return {"class": type(backbone).__name__}
-    settings = config.to_dict()
     return {k: v for k, v in settings.items() if k not in _WITHOUT_EFFECT and "drop" not in k and "attn_impl" not in k}

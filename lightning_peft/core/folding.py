@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, Grafted, detach, grafts, overrides
 from lightning_peft.core.master_weights import MasterWeights
-from lightning_peft.core.quantized import dense, is_quantized, with_float_weight
+from lightning_peft.core.quantized import dense, has_quantized_weight, is_quantized, with_float_weight
 from lightning_peft.core.tuning import tunings
 
 _log = logging.getLogger(__name__)
@@ -26,13 +26,7 @@ class Folding(Graft):
 
     def __init__(self) -> None:
         super().__init__()
-        self._merged = False
         self._originals: dict[str, Tensor] = {}
-
-    @property
-    def merged(self) -> bool:
-        """Tell whether the effect is in the parameters of the host."""
-        return self._merged
 
     def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
         """Return ``value``, of fp32 or more, with the effect in it; it may be written to."""
@@ -58,7 +52,7 @@ class Folding(Graft):
         Raises:
             TuningError: a weight is quantised.
         """
-        if self._merged:
+        if self.merged:
             return 0.0
         parameters = {name: host.get_parameter(name) for name in self.folded(host)}
         for parameter in parameters.values():
@@ -72,7 +66,7 @@ class Folding(Graft):
             if keep:
                 self._originals[name] = parameter.detach().clone()
             worst = max(worst, self._write(name, parameter, parameter.detach(), host))
-        self._merged = True
+        self.merged = True
         return worst
 
     @torch.no_grad()
@@ -82,7 +76,7 @@ class Folding(Graft):
         Raises:
             TuningError: they were not kept.
         """
-        if self._merged and not self._originals:
+        if self.merged and not self._originals:
             raise TuningError(
                 f"{type(self).__name__} was merged into {type(host).__name__} without keeping the weights: load the "
                 "backbone anew, or merge with keep=True."
@@ -91,7 +85,7 @@ class Folding(Graft):
             parameter = host.get_parameter(name)
             parameter.copy_(original.to(parameter.device))
         self._originals.clear()
-        self._merged = False
+        self.merged = False
 
     @torch.no_grad()
     def merge_as_float(self, host: nn.Module) -> tuple[nn.Module, float]:
@@ -112,7 +106,7 @@ class Folding(Graft):
         for name in self.folded(layer):
             if name != "weight":
                 error = max(error, self._write(name, layer.get_parameter(name), layer.get_parameter(name), host))
-        self._merged = True
+        self.merged = True
         return layer, error
 
     def _write(self, name: str, parameter: nn.Parameter, value: Tensor, host: nn.Module) -> float:
@@ -143,13 +137,13 @@ def merge(module: nn.Module, dequantize: bool = False) -> nn.Module:
     places, worst, layers = foldable(module, dequantize), 0.0, dict(module.named_modules())
     for path, host, name, graft in [*places, *masters]:
         error = None
-        if isinstance(graft, Folding) and dequantize and is_quantized(getattr(host, "weight", torch.empty(0))):
+        if isinstance(graft, Folding) and dequantize and has_quantized_weight(host):
             layer, error = graft.merge_as_float(host)
             if layer is not host:
                 parent, _, leaf = path.rpartition(".")
                 setattr(layers[parent], leaf, layer)
         else:
-            error = graft.merge(host)  # type: ignore[operator]
+            error = graft.merge(host)
         worst = max(worst, error or 0.0)
         detach(host, name)
     for _, backbone, tuning in list(tunings(module)):
@@ -173,7 +167,7 @@ def foldable(module: nn.Module, dequantize: bool = False, owner: str | None = No
     places = [place for place in grafts(module, owner) if not isinstance(place.graft, MasterWeights)]
     owners = Counter(id(p) for child in module.modules() for p in child.parameters(recurse=False))
     for place in places:
-        if not hasattr(place.graft, "merge"):
+        if not overrides(place.graft, "merge"):
             raise TuningError(
                 f"{type(place.graft).__name__} at {place.path or 'the root'} computes what no weight can, so it cannot "
                 "be merged: keep the delta beside the backbone."
@@ -183,10 +177,10 @@ def foldable(module: nn.Module, dequantize: bool = False, owner: str | None = No
                 f"the weight of {place.path} is tied to that of another module, which would change with it: "
                 "keep the delta beside the backbone."
             )
-        weight = getattr(place.host, "weight", None)
-        if isinstance(weight, Tensor) and is_quantized(weight) and not dequantize:
+        if has_quantized_weight(place.host) and not dequantize:
+            kind = type(place.host.weight).__name__
             raise TuningError(
-                f"the weight of {place.path} is quantised ({type(weight).__name__}), so it cannot take in an update: "
+                f"the weight of {place.path} is quantised ({kind}), so it cannot take in an update: "
                 "merge(model, dequantize=True) makes these layers floats, or keep the delta beside the backbone."
             )
     # A layer runs with its changed weights; what scales its input scales these with all that others have added to them.

@@ -19,10 +19,11 @@ True
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import takewhile
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from torch import Tensor, nn
@@ -45,12 +46,22 @@ class Graft(nn.Module):
     Hooks are bound methods of the graft, so a deep copy of the host calls the copy of the graft. They compute through
     the graft's own ``__call__``, so a sharding wrapper may treat the graft as a unit of its own. A graft keeps no
     tensor between two calls of its host.
+
+    Its parameters and its buffers, with those of its children, belong to the delta; what can be computed anew is
+    registered with ``persistent=False``. A module that belongs elsewhere is kept by `refer`.
     """
 
     weights: tuple[str, ...] = ()
     """The parameters that the joint `weight` sees, by their names below the host."""
     owner: str = ""
     """The name under which a backbone's record has the method that attached it; '' where none did."""
+    splits: Mapping[int, Mapping[str, int]] = {}
+    """How it is split between ranks, as its host is: dimension of the host's weight -> name of a tensor of the graft ->
+    which dimension of it; its other tensors are whole. A host that is split along a dimension left out is refused."""
+    merged: bool = False
+    """Whether its effect is in the parameters of the host, so that its joints return what they get."""
+    listens_only: bool = False
+    """Whether it changes nothing of what its host computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,6 +87,17 @@ class Graft(nn.Module):
         The host is an attention that `attention.join` has found.
         """
         raise NotImplementedError
+
+    def merge(self, host: nn.Module) -> float | None:
+        """Put the effect into the parameters of the host for good; override it where parameters can take it in."""
+        raise NotImplementedError
+
+    def refer(self, **modules: nn.Module | None) -> None:
+        """Keep modules of elsewhere in the backbone as attributes, and not as children of this graft.
+
+        So each has one place and its tensors one name; a copy of the backbone refers to the copies.
+        """
+        vars(self).update(modules)
 
     def forward(self, joint: str, *args: Any, **kwargs: Any) -> Any:
         """Run one joint; the hooks come through here so that hooks on the graft itself run too."""
@@ -227,7 +249,7 @@ def is_compiled(module: nn.Module) -> bool:
     Neither form has a public test (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py and
     ``torch/_dynamo/eval_frame.py`` name these attributes); ``tests/core/test_graft.py`` fails when they change.
     """
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def _surround(host: nn.Module) -> None:
@@ -262,4 +284,5 @@ def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def overrides(graft: Graft, joint: str) -> bool:
     """Tell whether the graft takes part in this joint."""
-    return getattr(type(graft), joint, None) is not getattr(Graft, joint, None)
+    own = takewhile(lambda kind: kind is not Graft, type(graft).__mro__)
+    return any(joint in vars(kind) for kind in own)

@@ -1,4 +1,4 @@
-"""Opens what is named by a folder, a hub id or an installed package: tokenizers, models, files."""
+"""Opens what a folder, a hub id or an installed package holds: tokenizers, image processors, configurations, models."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -10,23 +10,102 @@ from torch import nn
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.storage import first_line
+from lightning_peft.core.structure import name_or_path
+
+_ABSENT = " that this machine has; what a login node downloads into an HF_HOME on the shared disk, all nodes have"
 
 
-def load_tokenizer(backbone: nn.Module, name: str | None, reason: str) -> Any:
+def load_tokenizer(name: str, remedy: str = "give its folder or hub id") -> Any:
+    """Return the tokenizer of a folder, hub id or ``package://NAME/FOLDER``.
+
+    Raises:
+        TuningError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    with _opening(f"no tokenizer at {name!r}", remedy):
+        return AutoTokenizer.from_pretrained(resolve(name))
+
+
+def tokenizer_of(backbone: nn.Module, name: str | None, reason: str) -> Any:
     """Return the tokenizer of a folder or hub id, or else the one that lies beside the backbone's weights.
 
     Raises:
         TuningError: none is found; ``reason`` says what it was wanted for.
     """
-    from transformers import AutoTokenizer
-
-    place = name or getattr(getattr(backbone, "config", None), "_name_or_path", "")
+    place = name or name_or_path(backbone)
     if not place:
         raise TuningError(f"{reason} needs the words of the model: give tokenizer= (a folder or hub id).")
+    return load_tokenizer(place, "give tokenizer=")
+
+
+def load_image_processor(name: str) -> Any:
+    """Return the image processor, which computes by PIL, of a folder, hub id or ``package://NAME/FOLDER``.
+
+    Raises:
+        TuningError: there is none.
+    """
+    from transformers import AutoImageProcessor
+
+    with _opening(f"{name!r} has no image processor", "give a vision model, or image_size="):
+        return AutoImageProcessor.from_pretrained(resolve(name), backend="pil")
+
+
+def load_config(name: str, what: str = "model", **entries: Any) -> Any:
+    """Return the configuration of a folder, hub id or ``package://NAME/FOLDER``; ``entries`` override what it says.
+
+    Raises:
+        TuningError: there is no such model; ``what`` says what it was to be.
+    """
+    from transformers import AutoConfig
+
+    with _opening_model(name, what):
+        return AutoConfig.from_pretrained(resolve(name), **entries)
+
+
+def load_model(kind: Any, name: str, what: str | None = None, **options: Any) -> Any:
+    """Return the model of a folder, hub id or ``package://NAME/FOLDER``; a head of another shape than saved is new.
+
+    Raises:
+        TuningError: there is no such model, or none of this class; ``what`` says what it was to be.
+    """
+    with _opening_model(name, what or kind.__name__), quiet_loading():
+        return kind.from_pretrained(resolve(name), ignore_mismatched_sizes=True, **options)
+
+
+def model_without_weights(kind: Any, name: str, what: str, dtype: str, **entries: Any) -> Any:
+    """Return the model that a configuration describes, its weights in ``dtype`` ("auto": as saved) but not read.
+
+    Raises:
+        TuningError: there is no such model, or none of this class; ``what`` says what it was to be.
+    """
+    config = load_config(name, what, **entries)
+    with _opening_model(name, what):
+        return kind.from_config(config, dtype=(config.dtype or "float32") if dtype == "auto" else dtype)
+
+
+def model_class(name: str) -> Any:
+    """Return the class of transformers that has this name; None where none has it."""
+    import transformers
+
+    return getattr(transformers, name, None)
+
+
+@contextmanager
+def _opening(problem: str, remedy: str) -> Iterator[None]:
     try:
-        return AutoTokenizer.from_pretrained(resolve(place))
-    except (OSError, ValueError) as error:
-        raise TuningError(f"no tokenizer at {place!r} ({first_line(error)}): give tokenizer=.") from None
+        yield
+    except TuningError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise TuningError(f"{problem} ({first_line(error)}): {remedy}.") from None
+
+
+@contextmanager
+def _opening_model(name: str, what: str) -> Iterator[None]:
+    remedy = "give a folder or hub id" + ("" if Path(resolve(name)).is_dir() else _ABSENT)
+    with _opening(f"no {what} can be made of {name!r}", remedy):
+        yield
 
 
 def resolve(name: str) -> str:

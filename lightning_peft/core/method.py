@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, master_weights, select
+from lightning_peft.core import arguments, compatibility, master_weights, select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, Grafted, grafts, is_compiled, owned_by
 from lightning_peft.core.tuning import Tuning
@@ -90,14 +90,16 @@ class TuningMethod:
 
     def init_args(self) -> dict[str, Any]:
         """Return the arguments that rebuild this method, as plain values."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {field.name: vars(self)[field.name] for field in dataclasses.fields(self)}
 
     def apply(self, model: nn.Module) -> None:
         """Freeze the backbone of ``model`` and add what this method trains. On any error nothing has changed.
 
         Raises:
-            TuningError: it is applied already, the model is compiled, or the method does not fit the backbone.
+            TuningError: an argument is out of range, the method is applied already or does not fit the backbone, or the
+                model is compiled.
         """
+        arguments.check(self)
         backbone = select.backbone_of(model, self.backbone)
         tuning = Tuning.of(backbone) or Tuning.begin(backbone)
         if self.name in tuning.methods:
@@ -112,7 +114,7 @@ class TuningMethod:
             self._check_exclude(backbone)
             with owned_by(self.name):
                 own = set(self.graft(backbone))
-            trained = self._kept({*own, *select.head_names(backbone), *self._also(backbone)})
+            trained = self._kept({*own, *structure.head_names(backbone), *self._also(backbone)})
             tuning.add(backbone, self.name, self, trained, self.keeps_originals)
             compatibility.check(backbone, tuning)
         except BaseException:
@@ -170,7 +172,7 @@ class TuningMethod:
         """Tell whether the backbone is there already; some modules build it in ``configure_model``."""
         if self.backbone is not None:
             return self.backbone in dict(module.named_modules())
-        return bool(select.pretrained_models(module))
+        return bool(structure.pretrained_models(module))
 
     def without_excluded(self, modules: dict[str, M]) -> dict[str, M]:
         """Return the modules that ``exclude`` does not name."""

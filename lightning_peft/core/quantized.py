@@ -15,6 +15,12 @@ def is_quantized(weight: Tensor) -> bool:
     return not weight.is_floating_point() or _poses(weight)
 
 
+def has_quantized_weight(host: nn.Module) -> bool:
+    """Tell whether a layer has a weight that is stored in integers."""
+    weight = getattr(host, "weight", None)
+    return isinstance(weight, Tensor) and is_quantized(weight)
+
+
 def dense(host: nn.Module) -> Tensor:
     """Return the weight of a layer as floats, in its own layout; of a plain layer, the weight itself."""
     weight: Tensor = host.weight  # type: ignore[assignment]

@@ -1,17 +1,16 @@
-"""Finding things in a backbone by name and by kind: hosts, blocks, word tables, the position table, the task head.
+"""Chooses modules and parameters of a backbone by pattern, by role and by layer.
 
-Nothing here changes a model. No table lists architectures: a role (query, value ...) is one name pattern, a block is an
-entry of an outermost list of equal modules. Names are matched by whole dotted parts: ``"layers.1"`` is a substring
-of ``"layers.10"`` and ``relative_attention_bias.weight`` is no bias.
+No table lists architectures: a role (query, value ...) is one name pattern. Names are matched by whole dotted parts:
+``"layers.1"`` is a substring of ``"layers.10"`` and ``relative_attention_bias.weight`` is no bias.
 """
 
 import difflib
 import re
-import sys
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import graft_prefixes
 
@@ -46,25 +45,12 @@ def backbone_of(module: nn.Module, path: str | None = None) -> nn.Module:
         if path not in modules:
             raise TuningError(f"backbone={path!r} is no submodule of {type(module).__name__}{near(path, modules)}.")
         return modules[path]
-    found = pretrained_models(module)
+    found = structure.pretrained_models(module)
     if len(found) > 1:
         raise TuningError(
             f"{type(module).__name__} has {len(found)} pretrained models ({', '.join(found)}): name one with backbone=."
         )
     return next(iter(found.values()), module)
-
-
-def pretrained_models(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the outermost transformers models in ``module`` by name; none can exist while transformers is unused."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None:
-        return {}
-    found: dict[str, nn.Module] = {}
-    for name, child in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") or outer == "" for outer in found)
-        if isinstance(child, modeling.PreTrainedModel) and not inside:
-            found[name] = child
-    return found
 
 
 def match(names: Iterable[str], patterns: str | Sequence[str]) -> dict[str, list[str]]:
@@ -112,7 +98,7 @@ def hosts(
     Raises:
         TuningError: a pattern selects nothing, or a layer index is out of range.
     """
-    head = set(head_names(backbone))
+    head = set(structure.head_names(backbone))
     added = graft_prefixes(backbone)
     found = {
         name: module
@@ -122,7 +108,7 @@ def hosts(
         and not any(f"{name}.{p}" in head for p, _ in module.named_parameters(recurse=False))
     }
     if patterns == "all-linear":
-        lists = block_lists(backbone)
+        lists = structure.block_lists(backbone)
         chosen = {name for name, module in found.items() if block_index(lists, name) and _is_linear(module)}
         if not chosen:
             raise TuningError(f"'all-linear' finds no linear layer in a list of blocks of {type(backbone).__name__}.")
@@ -144,7 +130,7 @@ def by_role(backbone: nn.Module, roles: Iterable[str], kinds: tuple[type[nn.Modu
     Raises:
         TuningError: the backbone has no projection of these roles under a known name.
     """
-    lists = block_lists(backbone)
+    lists = structure.block_lists(backbone)
     inside = [n for n, module in backbone.named_modules() if isinstance(module, kinds) and block_index(lists, n)]
     for chosen in ([ROLES[role] for role in roles], [ROLES["fused_qkv"]]):
         regex = rf"(?:.*\.)?(?:{'|'.join(chosen)})"
@@ -154,65 +140,6 @@ def by_role(backbone: nn.Module, roles: Iterable[str], kinds: tuple[type[nn.Modu
         f"{type(backbone).__name__} has no {' or '.join(roles)} projection under a known name: give target_modules, "
         f"e.g. 'all-linear' or a list of suffixes."
     )
-
-
-def block_lists(backbone: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the outermost lists of equal modules by name: ``encoder.layer``, or T5's two lists ``*.block``."""
-    lists: dict[str, nn.ModuleList] = {}
-    added = graft_prefixes(backbone)
-    for name, module in backbone.named_modules():
-        if not isinstance(module, nn.ModuleList) or name.startswith((*(f"{outer}." for outer in lists), *added)):
-            continue
-        if len(module) > 0 and len({type(entry) for entry in module}) == 1:
-            lists[name] = module
-    return lists
-
-
-def blocks(backbone: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
-    """Return, for each of the ``block_lists``, its blocks in order, with their names; a stage counts as its blocks.
-
-    A stage (Swin, ResNet) is an entry with a list ``blocks`` or ``layers`` of equal modules of its own.
-    """
-    found: dict[str, list[tuple[str, nn.Module]]] = {}
-    for name, entries in block_lists(backbone).items():
-        found[name] = []
-        for i, entry in enumerate(entries):
-            inner = getattr(entry, "blocks", getattr(entry, "layers", None))
-            if isinstance(inner, (nn.ModuleList, nn.Sequential)) and len({type(block) for block in inner}) == 1:
-                part = "blocks" if hasattr(entry, "blocks") else "layers"
-                found[name] += [(f"{name}.{i}.{part}.{j}", block) for j, block in enumerate(inner)]
-            else:
-                found[name].append((f"{name}.{i}", entry))
-    return found
-
-
-def without_grafts(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Return all modules of a backbone by name, but for those that methods have added."""
-    added = graft_prefixes(backbone)
-    return {name: module for name, module in backbone.named_modules() if not f"{name}.".startswith(added)}
-
-
-def norm_names(backbone: nn.Module) -> list[str]:
-    """Return the parameter names of the norms that work on each token (LayerNorm, RMSNorm ...), the head's left out."""
-    head = set(head_names(backbone))
-    return [
-        full
-        for name, module in without_grafts(backbone).items()
-        if "Norm" in type(module).__name__ and "BatchNorm" not in type(module).__name__
-        for parameter, _ in module.named_parameters(recurse=False)
-        if (full := f"{name}.{parameter}") not in head
-    ]
-
-
-def bias_owners(backbone: nn.Module) -> dict[str, str]:
-    """Return the name of each module that has a bias, the head's left out, with the name of that bias."""
-    head = set(head_names(backbone))
-    return {
-        name: full
-        for name, module in without_grafts(backbone).items()
-        for last, _ in module.named_parameters(recurse=False)
-        if last in ("bias", "in_proj_bias") and (full := f"{name}.{last}".lstrip(".")) not in head
-    }
 
 
 def has_role(name: str, *roles: str) -> bool:
@@ -228,84 +155,13 @@ def block_index(lists: Iterable[str], name: str) -> tuple[str, int] | None:
     return None
 
 
-def word_tables(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Return the input embedding and its tied twins by name (T5 has three).
-
-    Raises:
-        TuningError: the backbone has no input embedding.
-    """
-    get = getattr(backbone, "get_input_embeddings", None)
-    table = get() if get is not None else None
-    if not isinstance(table, nn.Embedding):
-        raise TuningError(
-            f"{type(backbone).__name__} has no table of word embeddings: a soft prompt needs a text model."
-        )
-    return {
-        name: module
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.Embedding) and module.weight is table.weight
-    }
-
-
-def position_tables(backbone: nn.Module) -> dict[str, nn.Embedding]:
-    """Return the learned position tables of the text part by name; vision models count patches with theirs."""
-    vision = tuple(
-        f"{name}."
-        for name, m in backbone.named_modules()
-        if getattr(m, "main_input_name", "") == "pixel_values" and name
-    )
-    if getattr(backbone, "main_input_name", "") == "pixel_values":
-        return {}
-    return {
-        name: module
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.Embedding)
-        and re.fullmatch(r"wpe|position_embeddings?|embed_positions", name.rsplit(".", 1)[-1])
-        and not name.startswith(vision)
-    }
-
-
-def max_positions(backbone: nn.Module) -> int | None:
-    """Return the longest input [tokens] that a learned position table allows; None for relative or rotary positions."""
-    # RoBERTa starts at padding_idx + 1, OPT and BART carry the same shift as `offset`.
-    for table in position_tables(backbone).values():
-        offset = table.padding_idx + 1 if table.padding_idx is not None else getattr(table, "offset", 0)
-        return table.num_embeddings - offset
-    return None
-
-
-def head_names(backbone: nn.Module) -> list[str]:
-    """Return the parameter names of the task head: what lies outside the base model of a model without an LM head.
-
-    The head of a language model was pretrained with it, tied or not, so it is none: ``also_train`` can name it.
-    """
-    base = getattr(backbone, "base_model", None)
-    if base is backbone and type(backbone).__name__.endswith("ForImageClassification"):
-        # CLIP's and SigLIP's classifiers name a base model that they do not have; what they have is its image side.
-        base = next(iter(pretrained_models(nn.ModuleList(backbone.children())).values()), None)
-    if base is None or base is backbone or backbone.get_output_embeddings() is not None:  # type: ignore[operator]
-        return []
-    inside = {id(p) for p in base.parameters()}
-    return [name for name, p in backbone.named_parameters() if id(p) not in inside]
-
-
-def is_encoder(backbone: nn.Module) -> bool:
-    """Tell whether a transformers model is an encoder whose first token ([CLS]) may be pooled."""
-    config = getattr(backbone, "config", None)
-    if config is None or config.is_encoder_decoder or getattr(config, "is_decoder", False):
-        return False
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING
-
-    return type(config) in MODEL_FOR_MASKED_LM_MAPPING
-
-
 def in_layers(backbone: nn.Module, names: Iterable[str], layers: Sequence[int]) -> set[str]:
     """Return the names that lie in the blocks of these indices, negative ones counted from the end.
 
     Raises:
         TuningError: an index is out of range, or none of the names is left.
     """
-    sizes = {outer: len(blocks) for outer, blocks in block_lists(backbone).items()}
+    sizes = {outer: len(blocks) for outer, blocks in structure.block_lists(backbone).items()}
     longest = max(sizes.values(), default=0)
     for layer in layers:
         if not -longest <= layer < longest:

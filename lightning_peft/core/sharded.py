@@ -1,5 +1,9 @@
-"""Tensors of which each rank holds a part, and checkpoints that are folders with a file for each rank."""
+"""Tensors of which each rank holds a part, and checkpoints that are folders with a file for each rank.
 
+``torch.distributed.tensor`` takes as long to import as torch itself, and is imported where such a tensor is made.
+"""
+
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.storage import read_torch
@@ -23,13 +26,30 @@ def whole(tensor: Tensor) -> Tensor:
 
 def is_part(tensor: Any) -> bool:
     """Tell whether a tensor is a DTensor, of which each rank holds a part."""
-    return isinstance(tensor, DTensor)
+    made = sys.modules.get("torch.distributed.tensor")  # without it there are none
+    return made is not None and isinstance(tensor, made.DTensor)
+
+
+def leading_rows(tensor: Tensor) -> tuple[Tensor, int, Any] | None:
+    """Return this rank's rows of a tensor, the number of the first one, and the process group that has the rest.
+
+    Of a tensor that no other rank has a part of, these are all rows, 0 and None. None: it is split in another way.
+    """
+    if not is_part(tensor):
+        return tensor, 0, None
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if mesh.ndim > 1 or not placements[0].is_shard(0):
+        return None
+    rows = -(-tensor.shape[0] // mesh.size())  # torch gives each rank as many, and what is left to the last one
+    return tensor.to_local(), min(mesh.get_local_rank() * rows, tensor.shape[0]), mesh.get_group()  # type: ignore[attr-defined]
 
 
 def like(live: Tensor, tensor: Tensor) -> Tensor:
     """Return this rank's part of ``tensor`` if ``live`` is sharded, with the placement of ``live``."""
     if not is_part(live) or is_part(tensor):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     placed = tensor.to(live.device, live.dtype if tensor.is_floating_point() else tensor.dtype)
     # Each rank has read the file: nothing needs to be sent.
     return distribute_tensor(placed, live.device_mesh, live.placements, src_data_rank=None)  # type: ignore[attr-defined]
@@ -41,6 +61,8 @@ def joined(tensor: Tensor, shape: tuple[int, ...], mesh: Any) -> Tensor:
     Raises:
         TuningError: it is neither.
     """
+    from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
     placement: Placement = Replicate()
     for dimension, (here, there) in enumerate(zip(tensor.shape, shape, strict=True)):
         if here != there:
@@ -57,6 +79,8 @@ def summed(tensor: Tensor) -> Tensor:
     """Return a tensor of which the ranks hold summands as their sum, on each of them; others as they are."""
     if not is_part(tensor):
         return tensor
+    from torch.distributed.tensor import Replicate
+
     placements: Any = tensor.placements  # type: ignore[attr-defined]
     sums = [Replicate() if placement.is_partial() else placement for placement in placements]
     return tensor.redistribute(placements=sums)  # type: ignore[attr-defined]

@@ -48,7 +48,7 @@ def read_torch(path: str | Path, weights_only: bool = True, map_location: Any = 
             f"{path} holds more than tensors and plain values, or is damaged ({first_line(error)}): "
             "load it with weights_only=False only if you trust whoever wrote it."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a damaged pickle makes the reader do
         raise TuningError(f"{path} is truncated or damaged ({first_line(error)}): take another copy.") from None
     if not isinstance(loaded, dict):
         raise TuningError(f"{path} holds a {type(loaded).__name__}, not a checkpoint: give the path of a checkpoint.")

@@ -1,4 +1,4 @@
-"""LightningDataModules: what is trained on."""
+"""LightningDataModules for text and images."""
 
 from lightning_peft.data.clip_data import CLIPData
 from lightning_peft.data.cloze import ClozeClassificationData, KnowledgeProbingData

@@ -1,4 +1,4 @@
-"""Which rows make which batch: shuffled and bucketed by length, shared out to processes, resumable inside an epoch."""
+"""Batch samplers (shuffled, bucketed by length, distributed, multi-task), and a loader that resumes inside an epoch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.training.loaders import Resumable
 
 POOL = 50
 """How many batches are sorted by length together: more spares padding, fewer shuffles better."""
@@ -141,41 +142,33 @@ class TaskBatches(Batches):
         return [np.concatenate(groups)] if self.mixed else [rows.copy() for rows in groups]
 
 
-class ResumableLoader(DataLoader[Any]):
-    """A loader over `Batches` that goes on where it stood when its state was saved.
+class BatchesLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # its __iter__ is a generator
+    """A loader over `Batches` that goes on with the batch that is next, without reading those before it.
 
-    Build it with ``sampler=Batches(...), batch_size=None``. The state holds for the epoch that it was saved in: another
+    Build it with ``sampler=Batches(...), batch_size=None``. A state holds for the epoch that it was saved in: another
     epoch starts at its first batch.
     """
 
-    _yielded = 0
-    _resume: Mapping[str, int] | None = None
+    sampler: Batches
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield batches; a generator, since Lightning sets the epoch after it has made the iterator."""
+    def begin(self, state: Mapping[str, Any] | None) -> tuple[Iterator[Any], int]:
+        """Return an iterator over the batches that are left.
+
+        Raises:
+            TuningError: the epoch of the state had another number of batches.
+        """
         batches = self.sampler
-        assert isinstance(batches, Batches)
-        batches.start = self._yielded = self._first(batches)
-        for batch in super().__iter__():
-            self._yielded += 1
-            yield batch
+        batches.start = 0
+        if state is not None and state["epoch"] == batches.epoch:
+            if state["of"] != len(batches):
+                raise TuningError(
+                    f"the checkpoint was written after batch {state['batches']} of {state['of']}, now an epoch has "
+                    f"{len(batches)}: resume with the same data, batch size and number of processes."
+                )
+            batches.start = state["batches"]
+        return DataLoader.__iter__(self), batches.start
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch, how many of its batches have been given out, and how many it has."""
-        assert isinstance(self.sampler, Batches)
-        return {"epoch": self.sampler.epoch, "batches": self._yielded, "of": len(self.sampler)}
-
-    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on from a state when its epoch comes next."""
-        self._resume = state_dict
-
-    def _first(self, batches: Batches) -> int:
-        state, self._resume = self._resume, None
-        if state is None or state["epoch"] != batches.epoch:
-            return 0
-        if state["of"] != len(batches):
-            raise TuningError(
-                f"the checkpoint was written after batch {state['batches']} of {state['of']}, now an epoch has "
-                f"{len(batches)}: resume with the same data, batch size and number of processes."
-            )
-        return state["batches"]
+    def position(self, batches: int) -> dict[str, Any]:
+        """Return the epoch, how many of its batches have been taken, and how many it has."""
+        of = len(self.sampler)
+        return {"epoch": self.sampler.epoch, "batches": batches % of, "of": of}  # the shorter of two is begun anew

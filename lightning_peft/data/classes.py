@@ -1,4 +1,4 @@
-"""From the values of a label column to numbered classes."""
+"""Class names and class indices of a label column."""
 
 from collections.abc import Sequence
 from typing import Any

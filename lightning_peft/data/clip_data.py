@@ -1,8 +1,9 @@
-"""Images for a classifier that knows its classes by their names: other classes in the test, features kept."""
+"""Data for CLIP classifiers: base-to-new splits of the classes, and image features computed once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,10 +12,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.image_data import ImageData
-from lightning_peft.data.resuming import ResumingData
 
 
-class CLIPData(ResumingData):
+class CLIPData(L.LightningDataModule):
     """The images of ``data`` for `CLIPClassification`: all classes, or the base classes to train and the new ones, too.
 
     With ``base_to_new`` the first half of the classes (the larger one of an odd number) is trained, and the test scores
@@ -38,7 +38,7 @@ class CLIPData(ResumingData):
         self.base_to_new = base_to_new
         self.data = data.part("base") if base_to_new else data
         self.tested = {"base": self.data, "new": data.part("new")} if base_to_new else {"all": data}
-        self._features: dict[str, Features] = {}
+        self._features: dict[str, ImageFeatures] = {}
 
     @property
     def label_names(self) -> list[str]:
@@ -72,7 +72,7 @@ class CLIPData(ResumingData):
                 found.append(encoder(torch.stack(pixels)).float().cpu())
             if found:
                 assert images.labels is not None
-                self._features[split] = Features(torch.cat(found), images.labels)
+                self._features[split] = ImageFeatures(torch.cat(found), images.labels)
 
     def prepare_data(self) -> None:
         """Read in one process of each machine."""
@@ -89,16 +89,14 @@ class CLIPData(ResumingData):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches, in another order each epoch."""
-        if "train" not in self._features:
-            loader = self.data.train_dataloader()
-        else:
-            loader = self.data.loader(self._features["train"], shuffle=True)  # type: ignore[arg-type]
-        return self.resuming(loader)
+        if "train" in self._features:
+            return self.data.loader(self._features["train"], shuffle=True)
+        return self.data.train_dataloader()
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the validation batches, or none where there is no such split."""
         if "validation" in self._features:
-            return self.data.loader(self._features["validation"])  # type: ignore[arg-type]
+            return self.data.loader(self._features["validation"])
         return self.data.val_dataloader()
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
@@ -110,7 +108,7 @@ class CLIPData(ResumingData):
         return self.data.predict_dataloader()
 
 
-class Features(TorchDataset[dict[str, Tensor]]):
+class ImageFeatures(TorchDataset[dict[str, Tensor]]):
     """Features of images with their classes; a list of pairs ``(epoch, index)`` gives a batch.
 
     Args:

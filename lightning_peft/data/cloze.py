@@ -1,4 +1,4 @@
-"""Rows as gaps to fill: a template puts the row's fields around the place where a language model says the answer."""
+"""Data for cloze prompts: a template puts a row's fields around the gap where a language model says the answer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property

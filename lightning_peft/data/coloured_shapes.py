@@ -1,4 +1,4 @@
-"""Drawn pictures with names: a shape of a colour in a style, such as the outline of a red star.
+"""Synthetic images whose classes have names: a shape of a colour in a style, such as the outline of a red star.
 
 They stand in for photographs where there is no network: class names mean something ("red star"), styles are domains,
 and as many pictures as one likes can be drawn for a backbone to learn from before a method is tried on others.

@@ -1,18 +1,19 @@
-"""Classes that come one task after another."""
+"""Data for class-incremental learning: the classes come one task after another."""
 
 from functools import cached_property
 from typing import Any, Literal
 
+import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.select import near
-from lightning_peft.data.image_data import ImageData, Images
-from lightning_peft.data.resuming import ResumingData
+from lightning_peft.data.image_data import ImageData
+from lightning_peft.data.images import Images
 
 
-class ContinualData(ResumingData):
+class ContinualData(L.LightningDataModule):
     """The classes of ``data`` in a sequence of tasks: each is trained for some epochs and then seen no more.
 
     The Trainer needs ``reload_dataloaders_every_n_epochs=1`` and as many epochs as all tasks have together. Validation
@@ -111,8 +112,7 @@ class ContinualData(ResumingData):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches of the task that the current epoch belongs to."""
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        loader = self.data.loader(self.images("train", self.task_at(epoch)), shuffle=True)
-        return self.resuming(loader)
+        return self.data.loader(self.images("train", self.task_at(epoch)), shuffle=True)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return the images to score by of each task up to the current one."""

@@ -1,4 +1,4 @@
-"""Real images that scikit-learn brings along: handwritten digits."""
+"""The handwritten digits of scikit-learn as image data; nothing is downloaded."""
 
 import io
 from functools import cached_property

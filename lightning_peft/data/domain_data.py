@@ -1,21 +1,21 @@
-"""Labelled images of one domain and images without labels of another."""
+"""Data for domain adaptation: labelled images of a source domain, unlabelled images of a target domain."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import lightning as L
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.data.batches import Batches, ResumableLoader
-from lightning_peft.data.image_data import ImageData, Images
-from lightning_peft.data.resuming import ResumingData
+from lightning_peft.data.batches import Batches
+from lightning_peft.data.image_data import ImageData
+from lightning_peft.data.images import Images
 
 
-class DomainData(ResumingData):
+class DomainData(L.LightningDataModule):
     """Train on a labelled source and an unlabelled target, choose by the source, test on the target.
 
     A training batch is ``{"source": {pixel_values, labels}, "target": {pixel_values}}``. Labels of the target's
@@ -79,19 +79,10 @@ class DomainData(ResumingData):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of both domains, in another order each epoch."""
-        images = (self.source.images("train"), _without_labels(self.target.images("train")))
-        share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        source, target = (len(images[0]), self.source.batch_size), (len(images[1]), self.target.batch_size)
-        workers = self.source.num_workers
-        loader = ResumableLoader(
-            BothDomains(*images),
-            sampler=PairsOfBatches(source, target, mode=self.mode, seed=self.source.seed, **share or {}),
-            batch_size=None,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # without one, making an iterator draws from the global generator
-        )
-        return self.resuming(loader)
+        images = BothDomains(self.source.images("train"), self.target.images("train").without_labels())
+        source, target = (len(images.source), self.source.batch_size), (len(images.target), self.target.batch_size)
+        pairs = PairsOfBatches(source, target, mode=self.mode, seed=self.source.seed, **self.source.share)
+        return self.source.batches_loader(images, pairs)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the validation batches of the source, or none where it has no such split."""
@@ -166,7 +157,3 @@ class PairsOfBatches(Batches):
             batches.set_epoch(epoch)
             for rows in batches:
                 yield [(epoch, row) for row in rows]
-
-
-def _without_labels(images: Images) -> Images:
-    return Images(images.rows, images.column, None, images.transform, images.seed, images.keep)

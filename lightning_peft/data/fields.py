@@ -1,4 +1,4 @@
-"""Rows as they are, for a task that writes its own prompts."""
+"""Encodes rows as their raw columns, for a task that writes its own prompts."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,23 +6,23 @@ from typing import Any
 from datasets import Dataset
 
 from lightning_peft.data.classes import class_numbers
+from lightning_peft.data.protocols import LabelledRows, Rows
 
 
-def as_fields(data: Any, rows: Dataset, split: str) -> tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]:
+def as_fields(data: Rows, rows: Dataset, split: str) -> tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]:
     """Return the encoding by which a row of a batch is its columns, in ``fields``, and the number of its class, if any.
 
     Args:
-        data: a data module; one with classes has ``label`` and ``label_names``.
+        data: the data module of the rows.
         rows: of the split.
         split: 'train', 'validation', 'test' or 'predict'.
 
     Raises:
         TuningError: a row has a class that the training rows lack.
     """
-    label = getattr(data, "label", None)
-    labelled = split != "predict" and isinstance(label, str) and hasattr(data, "label_names")
-    numbers = class_numbers(rows, label, split, data.label_names) if labelled else None  # type: ignore[arg-type]
-    return _fields, {"label": label if labelled else None, "numbers": numbers}
+    if split == "predict" or not isinstance(data, LabelledRows):
+        return _fields, {"label": None, "numbers": None}
+    return _fields, {"label": data.label, "numbers": class_numbers(rows, data.label, split, list(data.label_names))}
 
 
 def _fields(

@@ -1,4 +1,4 @@
-"""Texts to write: a prompt and its continuation in one row of tokens, or a source and its target apart."""
+"""Data for text generation: prompts with continuations for causal models, sources with targets for seq2seq models."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -115,11 +115,9 @@ class CausalLMData(SourcedData):
             "max_length": self.max_length,
             "prefix": self.prefix,
             "separator": self.separator,
-            "predicts": split == "predict",
         }
-        if self.packing and split == "train":
-            return _packed, arguments
-        return _continued, arguments
+        function = _prompts if split == "predict" else _packed if self.packing and split == "train" else _continued
+        return function, arguments
 
     def padder(self, split: str) -> Callable[..., dict[str, Any]]:
         """Return what makes a batch of rows: training pads on the right, prompts to go on from end at the right."""
@@ -166,37 +164,30 @@ def _pairs(
     return encoded
 
 
-def _continued(
-    rows: Mapping[str, list[Any]],
-    tokenizer: Any,
-    names: tuple[str | None, str | None],
-    max_length: int,
-    prefix: str,
-    separator: str,
-    predicts: bool,
+def _prompts(
+    rows: Mapping[str, list[Any]], tokenizer: Any, max_length: int, prefix: str, **how: Any
 ) -> dict[str, list[Any]]:
-    prompt, target = names
-    count = len(rows[prompt or target or ""])
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    before = [prefix] * count if prompt is None else [f"{prefix}{text}{separator}" for text in rows[prompt]]
-    # A blank belongs to the word that follows it in most vocabularies: it goes over to the target.
-    stripped = [text.rstrip(" ") for text in before]
-    blanks = [text[len(short) :] for text, short in zip(before, stripped, strict=True)]
-    prompts = tokenizer(stripped, add_special_tokens=False)["input_ids"]
-    if predicts:
-        kept = begin + (tokenizer(prefix.rstrip(" "), add_special_tokens=False)["input_ids"] if prefix.strip() else [])
-        if len(kept) >= max_length:
-            raise TuningError(f"a prefix of {len(kept)} tokens leaves no room for its prompt: raise max_length.")
-        rows_of_ids = [begin + row for row in prompts]
-        # What is next to the continuation stays, and the control code.
-        ids = [r if len(r) <= max_length else r[: len(kept)] + r[len(kept) - max_length :] for r in rows_of_ids]
-        ids = [row or end or [tokenizer.pad_token_id] for row in ids]
-        return {"input_ids": ids, "attention_mask": [[1] * len(r) for r in ids], "length": [len(r) for r in ids]}
-    references = _references(rows[target or ""])
-    targets = tokenizer(
-        [f"{blank}{texts[0]}" for blank, texts in zip(blanks, references, strict=True)], add_special_tokens=False
-    )["input_ids"]
+    """Return the prompts alone, cut in the middle: what is next to the continuation stays, and the control code."""
+    begin, end = _ends(tokenizer)
+    kept = begin + (tokenizer(prefix.rstrip(" "), add_special_tokens=False)["input_ids"] if prefix.strip() else [])
+    if len(kept) >= max_length:
+        raise TuningError(f"a prefix of {len(kept)} tokens leaves no room for its prompt: raise max_length.")
+    prompts, _ = _before_targets(rows, tokenizer, prefix=prefix, **how)
+    long = [begin + row for row in prompts]
+    ids = [r if len(r) <= max_length else r[: len(kept)] + r[len(kept) - max_length :] for r in long]
+    ids = [row or end or [tokenizer.pad_token_id] for row in ids]
+    return {"input_ids": ids, "attention_mask": [[1] * len(r) for r in ids], "length": [len(r) for r in ids]}
+
+
+def _continued(
+    rows: Mapping[str, list[Any]], tokenizer: Any, names: tuple[str | None, str], max_length: int, **how: Any
+) -> dict[str, list[Any]]:
+    """Return prompts with their targets, of which the latter have labels."""
+    begin, end = _ends(tokenizer)
+    prompts, blanks = _before_targets(rows, tokenizer, names, **how)
+    references = _references(rows[names[1]])
+    texts = [f"{blank}{own[0]}" for blank, own in zip(blanks, references, strict=True)]
+    targets = tokenizer(texts, add_special_tokens=False)["input_ids"]
     out: dict[str, list[Any]] = {name: [] for name in ("input_ids", "attention_mask", "labels", "length")}
     for front, back in zip(prompts, targets, strict=True):
         front, back = begin + front, back + end
@@ -208,6 +199,27 @@ def _continued(
         out["labels"].append(([IGNORED_LABEL] * len(front) + back)[:max_length])
         out["length"].append(len(ids))
     return out | {"references": references}
+
+
+def _before_targets(
+    rows: Mapping[str, list[Any]], tokenizer: Any, names: tuple[str | None, str | None], prefix: str, separator: str
+) -> tuple[list[list[int]], list[str]]:
+    """Return the tokens before each target, and the blanks at their end.
+
+    A blank belongs to the word that follows it in most vocabularies: it goes over to the target.
+    """
+    prompt, target = names
+    count = len(rows[prompt or target or ""])
+    before = [prefix] * count if prompt is None else [f"{prefix}{text}{separator}" for text in rows[prompt]]
+    stripped = [text.rstrip(" ") for text in before]
+    blanks = [text[len(short) :] for text, short in zip(before, stripped, strict=True)]
+    return tokenizer(stripped, add_special_tokens=False)["input_ids"], blanks
+
+
+def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that a text begins and ends with."""
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return [] if begin is None else [begin], [] if end is None else [end]
 
 
 def _packed(rows: Mapping[str, list[Any]], max_length: int, **arguments: Any) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""Labelled images as batches of pixels: all that does not depend on where the images come from."""
+"""The base class of image data: classes, few-shot draws, transforms and loaders, wherever the images come from."""
 
 import copy
 import importlib.util
@@ -7,30 +7,26 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.select import near
-from lightning_peft.data.batches import Batches, ResumableLoader
 from lightning_peft.data.classes import check_columns, class_names
-from lightning_peft.data.resuming import ResumingData
+from lightning_peft.data.images import EpochBatches, Images
+from lightning_peft.data.module import SPLITS, DataModule, check_least
 
 if TYPE_CHECKING:
     from lightning_peft.data.image_transforms import ImageTransform
 
 AUGMENTATIONS = ("crop", "flip", "colour")
-_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 MOST_VALIDATION_SHOTS = 4
 """Validation images of each class in few-shot training, as in Zhou et al. 2021, arXiv 2109.01134, section 4.1."""
 
 
-class ImageData(ResumingData):
+class ImageData(DataModule):
     """Labelled images; a subclass says in `rows` where they come from and names the columns, ``image`` and ``label``.
 
     A batch is a dict of ``pixel_values`` [B, 3, H, W] and ``labels`` [B], except for prediction. The rows of a training
@@ -78,31 +74,16 @@ class ImageData(ResumingData):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if importlib.util.find_spec("PIL") is None:
-            raise TuningError("images need Pillow, which is not there: pip install 'lightning-peft[vision]'.")
-        for name, value, least in (
-            ("shots", shots, 1),
-            ("validation_shots", validation_shots, 1),
-            ("image_size", image_size, 1),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-        ):
-            if value is not None and value < least:
-                raise TuningError(f"{name}={value} is out of range: take {least} or more.")
-        if odd := [name for name in augment if name not in AUGMENTATIONS]:
-            raise TuningError(f"augment has {odd[0]!r}{near(odd[0], AUGMENTATIONS)}.")
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise TuningError(f"crop_scale={crop_scale} is no range of shares: give two numbers in 0 to 1.")
-        if classes not in ("all", "base", "new"):
-            raise TuningError(f"classes={classes!r} is no part of the classes: take 'all', 'base' or 'new'.")
+        check_least(1, shots=shots, validation_shots=validation_shots, image_size=image_size, batch_size=batch_size)
+        check_least(0, seed=seed)
+        _check(augment, crop_scale, classes)
         self.processor = processor
         self.image_size = image_size
         self.augment = tuple(augment)
         self.crop_scale = (crop_scale[0], crop_scale[1])
         self.shots = shots
-        self.validation_shots = validation_shots
-        if shots is not None and validation_shots is None:
-            self.validation_shots = min(shots, MOST_VALIDATION_SHOTS)
+        few = min(shots, MOST_VALIDATION_SHOTS) if shots is not None else None
+        self.validation_shots = validation_shots if validation_shots is not None else few
         self.classes = classes
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -110,16 +91,6 @@ class ImageData(ResumingData):
         self.skip_corrupt = skip_corrupt
         self.seed = seed
         self._images: dict[str, Images] = {}
-
-    def rows(self, split: str) -> Dataset | None:
-        """Return the rows of 'train', 'validation', 'test' or 'predict', or None where there is no such split."""
-        raise NotImplementedError
-
-    def all_classes(self) -> Dataset:
-        """Return rows among which every class occurs."""
-        rows = self.rows("train")
-        assert rows is not None
-        return rows
 
     @cached_property
     def all_label_names(self) -> list[str]:
@@ -150,7 +121,6 @@ class ImageData(ResumingData):
         """
         other = copy.copy(self)
         other.classes, other._images = classes, {}
-        other._forget()
         return other
 
     @property
@@ -166,11 +136,6 @@ class ImageData(ResumingData):
         processor = load_processor(self.processor, size)
         return ImageTransform(processor, self.augment if split == "train" else (), self.crop_scale)
 
-    def prepare_data(self) -> None:
-        """Read in one process of each machine; the others find what `datasets` keeps in its cache."""
-        if self.trainer is not None and self.trainer.state.fn is not None:
-            self.setup(self.trainer.state.fn.value)
-
     def setup(self, stage: str) -> None:
         """Find the images of the splits that 'fit', 'validate', 'test' or 'predict' needs.
 
@@ -178,10 +143,10 @@ class ImageData(ResumingData):
             TuningError: a split is empty, lacks a column, has a class that the training rows lack, or too few images of
                 a class for the shots.
         """
-        for split in _STAGES[stage]:
+        for split in SPLITS[stage]:
             self.images(split)
 
-    def images(self, split: str) -> "Images":
+    def images(self, split: str) -> Images:
         """Return the images of a split, prepared when they are asked for.
 
         Raises:
@@ -198,7 +163,7 @@ class ImageData(ResumingData):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches, in another order each epoch."""
-        return self.resuming(self._loader("train", shuffle=True))
+        return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the validation batches, or none where there is no such split."""
@@ -212,31 +177,17 @@ class ImageData(ResumingData):
         """Return the images to predict in their own order."""
         return self.plain_loader(self.images("predict"))
 
-    def loader(self, images: "Images", shuffle: bool = False) -> ResumableLoader:
-        """Return batches of these images, shared out to the processes of the Trainer."""
-        share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        batches = _Drawn(
-            np.ones(len(images), "int8"), self.batch_size, shuffle, bucket=False, seed=self.seed, **share or {}
-        )
-        return ResumableLoader(images, sampler=batches, batch_size=None, **self._common())
-
-    def plain_loader(self, images: "Images") -> DataLoader[Any]:
-        """Return batches of these images in their own order, which Lightning may share out as it likes."""
-        return DataLoader(images, batch_size=self.batch_size, **self._common())
+    def loader(self, images: Any, shuffle: bool = False) -> DataLoader[Any]:
+        """Return batches of these images, or of their features, shared out to the processes of the Trainer."""
+        lengths = np.ones(len(images), "int8")
+        batches = EpochBatches(lengths, self.batch_size, shuffle, bucket=False, seed=self.seed, **self.share)
+        return self.batches_loader(images, batches)
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
-        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            return self.plain_loader(self.images(split))
-        return self.loader(self.images(split), shuffle)
+        images = self.images(split)
+        return self.plain_loader(images) if self.overfits else self.loader(images, shuffle)
 
-    def _common(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "generator": torch.Generator(),  # without one, making an iterator draws from the global generator
-        }
-
-    def _chosen(self, rows: Dataset, split: str) -> "Images":
+    def _chosen(self, rows: Dataset, split: str) -> Images:
         labelled = split != "predict"
         check_columns(rows, split, [self.image, self.label] if labelled else [self.image])
         if not len(rows):
@@ -244,21 +195,24 @@ class ImageData(ResumingData):
         rows = rows.cast_column(self.image, ImageFeature(decode=False))
         if self.skip_corrupt:
             rows = self._readable(rows, split)
-        labels = None
-        if labelled:
-            labels = self._numbers(rows, split)
-            kept = np.flatnonzero(labels >= 0)
-            shots = {"train": self.shots, "validation": self.validation_shots}.get(split)
-            if shots is not None:
-                kept = self._few(labels, kept, shots, split)
-            if not len(kept):
-                raise TuningError(f"the {split} split has no images of the classes {', '.join(self.label_names)}.")
-            rows, labels = rows.select(kept), labels[kept]
-            if split == "train" and (absent := sorted(set(range(self.num_labels)) - set(labels.tolist()))):
-                names = ", ".join(self.label_names[number] for number in absent)
-                rank_zero_warn(f"there are no training images of {names}: they cannot be learnt.")
+        rows, labels = self._labelled(rows, split) if labelled else (rows, None)
         keep = self.keep_in_memory and self.num_workers == 0
         return Images(rows, self.image, labels, self.transform(split), self.seed, keep)
+
+    def _labelled(self, rows: Dataset, split: str) -> tuple[Dataset, np.ndarray]:
+        """Return the rows of the classes and shots that are asked for, and the numbers of their classes."""
+        labels = self._numbers(rows, split)
+        kept = np.flatnonzero(labels >= 0)
+        shots = {"train": self.shots, "validation": self.validation_shots}.get(split)
+        if shots is not None:
+            kept = self._few(labels, kept, shots, split)
+        if not len(kept):
+            raise TuningError(f"the {split} split has no images of the classes {', '.join(self.label_names)}.")
+        labels = labels[kept]
+        if split == "train" and (absent := sorted(set(range(self.num_labels)) - set(labels.tolist()))):
+            names = ", ".join(self.label_names[number] for number in absent)
+            rank_zero_warn(f"there are no training images of {names}: they cannot be learnt.")
+        return rows.select(kept), labels
 
     def _numbers(self, rows: Dataset, split: str) -> np.ndarray:
         """Return the number of each row's class, -1 for a class that is left out."""
@@ -302,80 +256,12 @@ class ImageData(ResumingData):
         return rows.select(kept) if skipped else rows
 
 
-class Images(TorchDataset[dict[str, Tensor]]):
-    """Images that are decoded and prepared when they are asked for.
-
-    An index gives one example, a list of pairs ``(epoch, index)`` a batch.
-
-    Args:
-        rows: their column ``column`` holds undecoded images.
-        column: the column of the image.
-        labels: numbers of the classes, or None.
-        transform: from an image to its pixels.
-        seed: of the random changes.
-        keep: keep the pixels where nothing about them is random.
-    """
-
-    def __init__(
-        self,
-        rows: Dataset | None,
-        column: str,
-        labels: np.ndarray | None,
-        transform: "ImageTransform | None",
-        seed: int,
-        keep: bool,
-    ) -> None:
-        self.rows = rows
-        self.column = column
-        self.labels = labels
-        self.transform = transform
-        self.seed = seed
-        self.keep = keep and transform is not None and not transform.augment
-        self._kept: dict[int, Tensor] = {}
-
-    @classmethod
-    def none(cls) -> "Images":
-        """Return no images."""
-        return cls(None, "", None, None, 0, False)
-
-    def __len__(self) -> int:
-        """Return how many images there are."""
-        return len(self.rows) if self.rows is not None else 0
-
-    def __getitem__(self, key: int | Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        """Return an example as epoch 0 has it, or a batch."""
-        if isinstance(key, int):
-            return {name: value[0] for name, value in self[[(0, key)]].items()}
-        batch = {"pixel_values": torch.stack([self.pixels(row, epoch) for epoch, row in key])}
-        if self.labels is not None:
-            batch["labels"] = torch.from_numpy(self.labels[[row for _, row in key]].astype("int64"))
-        return batch
-
-    def pixels(self, row: int, epoch: int = 0) -> Tensor:
-        """Return one image as the epoch has it, [3, H, W]."""
-        from lightning_peft.data.image_transforms import decode
-
-        if row in self._kept:
-            return self._kept[row]
-        assert self.rows is not None
-        assert self.transform is not None
-        draw = np.random.default_rng((self.seed, epoch, row)) if self.transform.augment else None
-        pixels = self.transform(decode(self.rows[row][self.column], row), draw)
-        if self.keep:
-            self._kept[row] = pixels
-        return pixels
-
-    def select(self, indices: Sequence[int] | np.ndarray) -> "Images":
-        """Return some of the images."""
-        assert self.rows is not None
-        labels = None if self.labels is None else self.labels[np.asarray(indices)]
-        return Images(self.rows.select(indices), self.column, labels, self.transform, self.seed, self.keep)
-
-
-class _Drawn(Batches):
-    """Batches whose rows come with the epoch, which worker processes would not know otherwise."""
-
-    def __iter__(self) -> Any:
-        """Yield batches as lists of ``(epoch, row)``."""
-        for batch in super().__iter__():
-            yield [(self.epoch, row) for row in batch]
+def _check(augment: Sequence[str], crop_scale: tuple[float, float], classes: str) -> None:
+    if importlib.util.find_spec("PIL") is None:
+        raise TuningError("images need Pillow, which is not there: pip install 'lightning-peft[vision]'.")
+    if odd := [name for name in augment if name not in AUGMENTATIONS]:
+        raise TuningError(f"augment has {odd[0]!r}{near(odd[0], AUGMENTATIONS)}.")
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise TuningError(f"crop_scale={crop_scale} is no range of shares: give two numbers in 0 to 1.")
+    if classes not in ("all", "base", "new"):
+        raise TuningError(f"classes={classes!r} is no part of the classes: take 'all', 'base' or 'new'.")

@@ -15,8 +15,9 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.hub import resolve
+from lightning_peft.core.hub import load_config, load_image_processor
 
 
 def decode(value: Mapping[str, Any], row: int | None = None) -> Image.Image:
@@ -122,21 +123,18 @@ def load_processor(name: str | None, image_size: int | None = None) -> Any:
     Raises:
         TuningError: neither is given, or there is nothing about images in that folder.
     """
-    from transformers import AutoConfig, AutoImageProcessor, ViTImageProcessorPil
+    from transformers import ViTImageProcessorPil
 
     if name is None:
         if image_size is None:
             raise TuningError("nothing says how large the images shall be: give processor= (a model) or image_size=.")
         return ViTImageProcessorPil(size={"height": image_size, "width": image_size})
-    folder = resolve(name)
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError, KeyError) as error:
-        size = image_size or _size_in_config(AutoConfig, folder)
+        processor = load_image_processor(name)
+    except TuningError:
+        size = image_size or _size_in_config(name)
         if size is None:
-            raise TuningError(
-                f"{name!r} has no image processor ({_reason(error)}): give a vision model, or image_size=."
-            ) from None
+            raise
         return ViTImageProcessorPil(size={"height": size, "width": size})
     if image_size is not None:
         square = {"height": image_size, "width": image_size}
@@ -145,13 +143,12 @@ def load_processor(name: str | None, image_size: int | None = None) -> Any:
     return processor
 
 
-def _size_in_config(auto: Any, folder: str) -> int | None:
+def _size_in_config(name: str) -> int | None:
     try:
-        config = auto.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
+        size = structure.image_size(load_config(name))
+    except TuningError:
         return None
-    size = getattr(getattr(config, "vision_config", config), "image_size", None)
-    return size if isinstance(size, int) else None
+    return size[0] if size is not None and size[0] == size[1] else None
 
 
 def _reason(error: BaseException) -> str:

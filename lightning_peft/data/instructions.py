@@ -1,7 +1,7 @@
-"""Instruction tuning: rows of several tasks, each put into a wording of its task that is drawn for it, as FLAN does."""
+"""Data for instruction tuning as in FLAN: a mixture of tasks, each row in a wording drawn from its task's templates."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,8 @@ from lightning_peft.data.generation import CausalLMData, Seq2SeqData
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.prompting.instruction_files import read_instructions
 from lightning_peft.prompting.instructions import CAP, TEMPLATES, Instructions, mixed, mixing_rates
-from lightning_peft.prompting.template import Template, options_text, words_of
+from lightning_peft.prompting.template import Template
+from lightning_peft.prompting.template_parts import options_text, words_of
 
 
 @dataclass
@@ -35,8 +36,21 @@ class InstructionTask:
     source: dict[str, Any] | None = None
 
 
-class _Mixed(SourcedData):
-    """Rows of ``prompt`` and ``target``, made of the rows of several tasks."""
+class Instructed(SourcedData):
+    """Rows of ``prompt`` and ``target``, made of the rows of several tasks.
+
+    Tasks are mixed in proportion to their rows, of which at most ``cap`` count; each row has a wording drawn by the
+    seed.
+
+    Args:
+        tokenizer: as in `TokenData`.
+        tasks: name -> task.
+        count: how many training rows are drawn; None: as many as the capped tasks have.
+        cap: as how many rows a task counts at most.
+        templates: how many wordings each task must have, the inverse ones included; None: any number.
+        seed: of the draws.
+        **kwargs: as in `TokenData`.
+    """
 
     def __init__(
         self,
@@ -133,67 +147,36 @@ class _Mixed(SourcedData):
         return " ".join(row[name] for name in names)
 
 
-class InstructionSeq2SeqData(_Mixed, Seq2SeqData):
+class InstructionSeq2SeqData(Instructed, Seq2SeqData):
     """Instructions and answers of several tasks for an encoder-decoder.
 
-    Tasks are mixed in proportion to their rows, of which at most ``cap`` count; each row has a wording drawn by the
-    seed. It is data like any other: any method trains on it with the task `Seq2Seq`, and `PromptedClassification`
-    scores the result over all wordings of one task.
+    Any method trains on it with the task `Seq2Seq`, and `PromptedClassification` scores the result over all wordings of
+    one task.
 
     Args:
         tokenizer: as in `TokenData`.
         tasks: name -> task.
-        count: how many training rows are drawn; None: as many as the capped tasks have.
-        cap: as how many rows a task counts at most.
-        templates: how many wordings each task must have, the inverse ones included; None: any number.
-        seed: of the draws.
-        **kwargs: as in `Seq2SeqData` and `TokenData`.
+        **kwargs: as in `Instructed`, `Seq2SeqData` and `TokenData`.
 
     Source: FLAN, Wei et al. 2021 (2109.01652), section 2.
     """
 
-    def __init__(
-        self,
-        tokenizer: str,
-        tasks: dict[str, InstructionTask],
-        count: int | None = None,
-        cap: int = CAP,
-        templates: int | None = TEMPLATES,
-        seed: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(tokenizer, tasks, count, cap, templates, seed, source="prompt", target="target", **kwargs)
-
-    def columns(self, split: str) -> Sequence[str]:
-        """Return the columns that the mixture makes."""
-        return ["prompt"] if split == "predict" else ["prompt", "target"]
+    def __init__(self, tokenizer: str, tasks: dict[str, InstructionTask], **kwargs: Any) -> None:
+        super().__init__(tokenizer, tasks, source="prompt", target="target", **kwargs)
 
 
-class InstructionCausalLMData(_Mixed, CausalLMData):
+class InstructionCausalLMData(Instructed, CausalLMData):
     """Instructions and answers of several tasks for a causal language model; only the answers are learned.
 
-    Mixed as in `InstructionSeq2SeqData`; any method trains on it with the task `CausalLM`.
+    Any method trains on it with the task `CausalLM`.
 
     Args:
         tokenizer: as in `TokenData`.
         tasks: name -> task.
-        count: how many training rows are drawn; None: as many as the capped tasks have.
-        cap: as how many rows a task counts at most.
-        templates: how many wordings each task must have, the inverse ones included; None: any number.
-        seed: of the draws.
-        **kwargs: as in `CausalLMData` and `TokenData`.
+        **kwargs: as in `Instructed`, `CausalLMData` and `TokenData`.
 
     Source: FLAN, Wei et al. 2021 (2109.01652), section 2.
     """
 
-    def __init__(
-        self,
-        tokenizer: str,
-        tasks: dict[str, InstructionTask],
-        count: int | None = None,
-        cap: int = CAP,
-        templates: int | None = TEMPLATES,
-        seed: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(tokenizer, tasks, count, cap, templates, seed, prompt="prompt", target="target", **kwargs)
+    def __init__(self, tokenizer: str, tasks: dict[str, InstructionTask], **kwargs: Any) -> None:
+        super().__init__(tokenizer, tasks, prompt="prompt", target="target", **kwargs)

@@ -1,4 +1,4 @@
-"""Plain text for the prefix-LM objective: what comes before goes in, what comes after comes out."""
+"""Data for the prefix-LM objective: plain text cut in two, the first part as input, the second as target."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence

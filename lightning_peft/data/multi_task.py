@@ -1,4 +1,4 @@
-"""Several text classifications at once: rows of all of them, each with the number of its task."""
+"""Data for multi-task text classification: rows of several tasks, each with the number of its task."""
 
 import inspect
 from collections.abc import Mapping
@@ -10,8 +10,9 @@ from datasets import Dataset, concatenate_datasets
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.select import near
 from lightning_peft.data.batches import Batches, TaskBatches
+from lightning_peft.data.module import SPLITS
 from lightning_peft.data.text_classification import TextClassificationData
-from lightning_peft.data.token_data import _STAGES, TokenData
+from lightning_peft.data.token_data import TokenData
 
 
 class MultiTaskData(TokenData):
@@ -60,7 +61,7 @@ class MultiTaskData(TokenData):
         Raises:
             TuningError: some tasks have a split and others have not, or rows of a task are wrong.
         """
-        for split in _STAGES[stage]:
+        for split in SPLITS[stage]:
             if split in self._encoded:
                 continue
             found = {name: part.rows(split) for name, part in self.parts.items()}

@@ -1,4 +1,4 @@
-"""Rows of unlike length as one batch."""
+"""Collates rows of unlike length into a padded batch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

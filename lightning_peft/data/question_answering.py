@@ -1,4 +1,4 @@
-"""Questions, contexts, and the answers as spans of tokens."""
+"""Data for extractive question answering in the form of SQuAD: windows of a context, and spans of tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -56,7 +56,7 @@ class QuestionAnsweringData(SourcedData):
         Raises:
             TuningError: an answer does not stand where it is said to stand, or questions leave no room for contexts.
         """
-        if not getattr(self.tokenizer, "is_fast", False):
+        if not self.tokenizer.is_fast:
             raise TuningError(f"{self.tokenizer_name} does not say where a token stands: take a fast tokenizer.")
         if split != "predict":
             for number, (context, answers) in enumerate(zip(rows[self.context], rows[self.answers], strict=True)):

@@ -1,4 +1,4 @@
-"""Real text that is on every machine: the docstrings of Python's standard library."""
+"""The docstrings of Python's standard library as text classification data; nothing is downloaded."""
 
 import ast
 import hashlib

@@ -1,4 +1,4 @@
-"""Rows that are made by rules, for every task, so that each runs where no data set can be downloaded.
+"""Synthetic rows for every text task, made by rules, so that each runs where nothing can be downloaded.
 
 All of it is about one made-up valley: who lives in which town, does which work, likes which food and keeps which
 animal. A small language model that was trained on ``corpus`` knows the valley's words and facts. What a rule has made,

@@ -1,4 +1,4 @@
-"""Texts and their classes from files or from the Hugging Face hub."""
+"""Data for text classification from files or from the Hugging Face hub."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Labelled texts as padded batches of token ids: all that does not depend on where the texts come from."""
+"""The base class of data for text classification, wherever the texts come from."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -25,12 +25,6 @@ class TextData(TokenData):
     """The columns of the text or of the pair of texts."""
     label: str = "label"
     """The column of the class."""
-
-    def all_classes(self) -> Dataset:
-        """Return rows among which every class occurs."""
-        rows = self.rows("train")
-        assert rows is not None
-        return rows
 
     @cached_property
     def label_names(self) -> list[str]:

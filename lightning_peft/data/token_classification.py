@@ -1,11 +1,11 @@
-"""Words and their tags, as token ids with one label a word."""
+"""Data for token classification (NER, tagging): lists of words with one tag a word."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, LargeList, List
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.select import near
@@ -36,9 +36,8 @@ class TokenClassificationData(SourcedData):
         """The tags, in the order of their numbers in a batch."""
         rows = self.all_classes()
         check_columns(rows, "train", [self.tags])
-        feature = getattr(rows.features[self.tags], "feature", None)
-        if isinstance(feature, ClassLabel):
-            return list(feature.names)
+        if (names := _tag_names(rows, self.tags)) is not None:
+            return list(names)
         _check_lists(rows, "train", self.tags)
         return sorted({str(tag) for tag in chain.from_iterable(rows[self.tags][:])}, key=lambda tag: (tag != "O", tag))
 
@@ -53,14 +52,13 @@ class TokenClassificationData(SourcedData):
             TuningError: a column holds no lists, a row has more tags than words, or a tag that the training rows lack.
         """
         _check_lists(rows, split, self.words)
-        if not getattr(self.tokenizer, "is_fast", False):
+        if not self.tokenizer.is_fast:
             raise TuningError(f"{self.tokenizer_name} does not say which word a token is of: take a fast tokenizer.")
         arguments = {"tokenizer": self.tokenizer, "words": self.words, "tags": None, "max_length": self.max_length}
         if split == "predict":
             return _tokenise, arguments
         _check_lists(rows, split, self.tags)
-        own = getattr(rows.features[self.tags], "feature", None)
-        names = own.names if isinstance(own, ClassLabel) else None
+        names = _tag_names(rows, self.tags)
         numbers = {}
         for number, (words, tags) in enumerate(zip(rows[self.words], rows[self.tags], strict=True)):
             if len(words) != len(tags):
@@ -73,6 +71,13 @@ class TokenClassificationData(SourcedData):
                     )
                 numbers[tag] = self.label_names.index(name)
         return _tokenise, arguments | {"tags": self.tags, "numbers": list(numbers.items())}
+
+
+def _tag_names(rows: Dataset, column: str) -> list[str] | None:
+    """Return the names of the tags where the column's type has them."""
+    feature = rows.features[column]
+    own = feature.feature if isinstance(feature, (List, LargeList)) else None
+    return own.names if isinstance(own, ClassLabel) else None
 
 
 def _check_lists(rows: Dataset, split: str, column: str) -> None:

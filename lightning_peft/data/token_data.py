@@ -1,27 +1,24 @@
-"""Rows of any kind as padded batches of token ids: all that does not depend on where they come from or what for."""
+"""The base class of text data: tokenises rows, caches them, and loads padded batches bucketed by length."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.hub import resolve
-from lightning_peft.data.batches import Batches, ResumableLoader
+from lightning_peft.core.hub import load_tokenizer
+from lightning_peft.data.batches import Batches
 from lightning_peft.data.classes import check_columns
+from lightning_peft.data.module import SPLITS, DataModule, check_least
 from lightning_peft.data.padding import Padder
-from lightning_peft.data.resuming import ResumingData
 
 Encoding: TypeAlias = Callable[[Dataset, str], tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]]
 """From rows and their split to a function of their columns, with its keyword arguments."""
-_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
 
-class TokenData(ResumingData):
+class TokenData(DataModule):
     """Tokenised rows; a subclass says in `rows` where they come from, and in `encoding` what they become.
 
     A batch is a dict. The rows of a training batch are a function of the seed and the epoch, and a training loader goes
@@ -53,9 +50,8 @@ class TokenData(ResumingData):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        for name, value, least in (("max_length", max_length, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-            if value < least:
-                raise TuningError(f"{name}={value} is out of range: take {least} or more.")
+        check_least(1, max_length=max_length, batch_size=batch_size)
+        check_least(0, seed=seed)
         self.tokenizer_name = tokenizer
         self.max_length = max_length
         self.batch_size = batch_size
@@ -65,10 +61,6 @@ class TokenData(ResumingData):
         self.seed = seed
         self._encoded: dict[str, Dataset] = {}
         self._encoding: Encoding | None = None
-
-    def rows(self, split: str) -> Dataset | None:
-        """Return the rows of 'train', 'validation', 'test' or 'predict', or None where there is no such split."""
-        raise NotImplementedError
 
     def columns(self, split: str) -> Sequence[str]:
         """Return the columns that the rows of a split must have; those to predict have no labels."""
@@ -99,11 +91,7 @@ class TokenData(ResumingData):
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer; one without a padding token pads with its end-of-sequence token, which the mask hides."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer_name))
-        except (OSError, ValueError, KeyError) as error:
-            why = str(error).splitlines()[0].rstrip(".")
-            raise TuningError(f"no tokenizer at {self.tokenizer_name!r} ({why}): give its folder or hub id.") from None
+        tokenizer = load_tokenizer(self.tokenizer_name)
         if self.max_length > tokenizer.model_max_length:
             raise TuningError(
                 f"max_length={self.max_length} is longer than the {tokenizer.model_max_length} tokens of "
@@ -116,18 +104,13 @@ class TokenData(ResumingData):
         tokenizer("", truncation=True, max_length=self.max_length)
         return tokenizer
 
-    def prepare_data(self) -> None:
-        """Read and tokenise in one process of each machine; the others find the result in the cache."""
-        if self.trainer is not None and self.trainer.state.fn is not None:
-            self.setup(self.trainer.state.fn.value)
-
     def setup(self, stage: str) -> None:
         """Read and tokenise the splits that 'fit', 'validate', 'test' or 'predict' needs.
 
         Raises:
             TuningError: a split is empty, lacks a column, or holds what cannot be encoded.
         """
-        for split in _STAGES[stage]:
+        for split in SPLITS[stage]:
             if split not in self._encoded:
                 rows = self.rows(split)
                 if rows is not None:
@@ -135,7 +118,7 @@ class TokenData(ResumingData):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches, in another order each epoch."""
-        return self.resuming(self._loader("train", shuffle=True))
+        return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the validation batches, or none where there is no such split."""
@@ -147,7 +130,7 @@ class TokenData(ResumingData):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the rows to predict in their own order."""
-        return self._plain_loader("predict")
+        return self.plain_loader(self._split("predict"), collate_fn=self._collate("predict"))
 
     def batches(self, split: str, shuffle: bool, **share: Any) -> Batches:
         """Return which rows make which batch; ``share`` says how many processes there are, and which this one is."""
@@ -155,23 +138,13 @@ class TokenData(ResumingData):
         return Batches(lengths, self.batch_size, shuffle, self.bucket, self.seed, **share)
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:
-        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            return self._plain_loader(split)
-        rows = self._split(split)
-        share = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        sampler = self.batches(split, shuffle, **share or {})
-        return ResumableLoader(rows, sampler=sampler, batch_size=None, **self._common(split))
+        rows, collate = self._split(split), self._collate(split)
+        if self.overfits:
+            return self.plain_loader(rows, collate_fn=collate)
+        return self.batches_loader(rows, self.batches(split, shuffle, **self.share), collate_fn=collate)
 
-    def _plain_loader(self, split: str) -> DataLoader[Any]:
-        return DataLoader(self._split(split), batch_size=self.batch_size, **self._common(split))
-
-    def _common(self, split: str) -> dict[str, Any]:
-        return {
-            "collate_fn": Padder({}) if self._encoding else self.padder(split),
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "generator": torch.Generator(),  # without one, making an iterator draws from the global generator
-        }
+    def _collate(self, split: str) -> Callable[..., dict[str, Any]]:
+        return Padder({}) if self._encoding else self.padder(split)
 
     def _split(self, split: str) -> Dataset:
         if split not in self._encoded:

@@ -1,12 +1,12 @@
 """Grafts that leave the frozen part of a model out for rows whose features are known."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core import cache_argument, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 from lightning_peft.features.cached_rows import Rows, identify
@@ -27,7 +27,7 @@ class FrozenPart(Graft):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the host, or a stub of it."""
-        names = list(inspect.signature(type(host).forward).parameters)[1:]
+        names = structure.arguments_of(host)
         given = dict(zip(names, args, strict=False)) | kwargs
         self._check(host, given)
         keys, shape = identify(given)
@@ -51,10 +51,10 @@ class FrozenPart(Graft):
                 "cache_features=True needs the frozen part in eval mode, and it is in training mode: use "
                 "backbone_mode='eval', and outside of a Trainer call eval() on it."
             )
-        config = getattr(host, "config", None)
-        for name in ("output_hidden_states", "output_attentions", "past_key_values"):
+        config = structure.config_of(host)
+        for name in ("output_hidden_states", "output_attentions", *cache_argument.NAMES):
             value = given.get(name)
-            asked = value if value is not None else getattr(config, name, False)
+            asked = value if value is not None else structure.setting(config, name)
             if asked:
                 raise TuningError(f"cache_features=True keeps no {name}: leave that out, or set cache_features=False.")
 

@@ -6,12 +6,12 @@ std, and zero biases (He et al. 2022, arXiv 2111.06377); 'model' leaves them as 
 """
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 
@@ -56,8 +56,8 @@ def head_linears(backbone: nn.Module) -> dict[str, nn.Linear]:
 
 def head_modules(backbone: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of the task head that have parameters of their own, by name, those of methods left out."""
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in select.head_names(backbone))
-    modules = select.without_grafts(backbone)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in structure.head_names(backbone))
+    modules = structure.without_grafts(backbone)
     return {name: modules[name] for name in owners if name in modules}
 
 
@@ -74,17 +74,6 @@ def last_linear(backbone: nn.Module, method: str) -> tuple[str, nn.Linear]:
             "classifier, e.g. by AutoModelForSequenceClassification or AutoModelForImageClassification."
         )
     return next(reversed(found.items()))
-
-
-def check_init(how: str) -> None:
-    """See that there is such a way to initialise a head.
-
-    Raises:
-        TuningError: there is none.
-    """
-    if how not in get_args(HeadInit):
-        ways = ", ".join(repr(way) for way in get_args(HeadInit))
-        raise TuningError(f"head_init={how!r} is no initial value of a head: take one of {ways}.")
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
 """What side networks need of the frozen model that they run beside: its inputs by name, its output, no graph in it."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core import structure
+from lightning_peft.core.cache_argument import cache_in
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 
@@ -20,7 +21,7 @@ class BesideFrozen(Graft):
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
-        self.names = list(inspect.signature(type(host).forward).parameters)[1:]
+        self.names = structure.arguments_of(host)
 
     def beside(self, out: Any, host: nn.Module, given: dict[str, Any]) -> Any:
         """Return what the callers of the host shall see, from its output and its inputs by name."""
@@ -29,7 +30,7 @@ class BesideFrozen(Graft):
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return what `beside` makes of the host's output."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        cache = given.get("past_key_values")
+        cache = cache_in(given)
         if cache is not None and cache.get_seq_length() > 0:
             raise TuningError(
                 "a side network reads the whole text, not the tokens since the last call: generate with "
@@ -46,9 +47,8 @@ def base_of(backbone: nn.Module) -> nn.Module:
     Raises:
         TuningError: it has none, as an encoder-decoder with a language model's head.
     """
-    base = getattr(backbone, "base_model", backbone)
-    head = getattr(backbone, "get_output_embeddings", lambda: None)()
-    if base is backbone and head is not None:
+    base = structure.base_model_of(backbone)
+    if base is backbone and structure.output_embeddings_of(backbone) is not None:
         raise TuningError(
             f"{type(backbone).__name__} has no base model of its own that gives hidden states, beside which a side "
             "network could run: take another model, or LoRA."

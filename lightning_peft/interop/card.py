@@ -68,7 +68,7 @@ def text(adapter: Adapter, method: TuningMethod, facts: Facts, name: str, profil
     rows = [
         ("method", f"`{repr_short(method)}`, {type(method).paper}"),
         ("base", f"`{base}`" if base else _UNKNOWN),
-        ("base weights", f"fingerprint `{adapter.header['fingerprint'][:16]}`"),
+        ("base weights", f"fingerprint `{adapter.header['fingerprint']}`"),
         ("task", adapter.config["task_type"] or "none that PEFT names"),
         ("tensors", f"{len(adapter.tensors)}, {count(adapter.tensors.values()):,} values, {_bytes(adapter)}"),
         ("data", facts.data or _UNKNOWN),

@@ -1,11 +1,13 @@
 """A tuned model as an adapter of PEFT."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.delta import delta_names
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.fingerprint import fingerprint
@@ -14,6 +16,7 @@ from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.tuning import tunings
 from lightning_peft.interop import adapter_config, card, folder, in_place, serving
 from lightning_peft.interop.converters import CONVERTERS, Converter
+from lightning_peft.interop.converters.base import Exported
 from lightning_peft.interop.folder import Adapter
 from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, compact
 
@@ -69,15 +72,8 @@ def adapter_of(backbone: nn.Module, method: TuningMethod, naming: str = "memory"
     found = in_place.in_place(names, exported.layers)
     config = {"peft_type": converter.peft_type} | exported.config | _base(backbone)
     if found.biases:
-        word = converter.config_of_bias(found.biases, exported.layers)
-        if word is None:
-            raise TuningError(
-                f"{converter.peft_type} of PEFT has no place for trained biases such as {min(found.biases)}: "
-                "exclude them, or tune with LoRA."
-            )
-        config["bias"] = word
-    every_bias = config.get("bias") == "all"
-    kept = in_place.tensors_of(names, found, every_bias)
+        config["bias"] = _bias(converter, found.biases, exported)
+    kept = in_place.tensors_of(names, found, every_bias=config.get("bias") == "all")
     config |= {"modules_to_save": found.modules or None} | _task(names, found.modules, converter.peft_type)
     if found.tied and "ensure_weight_tying" in adapter_config.DEFAULTS[converter.peft_type]:
         config["ensure_weight_tying"] = True
@@ -85,14 +81,7 @@ def adapter_of(backbone: nn.Module, method: TuningMethod, naming: str = "memory"
     if lost:
         raise TuningError(f"PEFT has no place for {min(lost)}, which is trained: exclude it, or keep the delta.")
     called = names.on_disk if naming == "disk" else {}
-    prefix = PROMPT_PREFIX if adapter_config.is_prompt(config) else PREFIX
-    tensors = dict(exported.bare)
-    for module, parts in exported.layers.items():
-        tensors |= {f"{prefix}{called.get(module, module)}.{part}": tensor for part, tensor in parts.items()}
-    for name, tensor in kept.items():
-        module, _, leaf = name.rpartition(".")
-        wrapped = f".{BASE_LAYER}" if module in exported.layers else ""
-        tensors[f"{prefix}{called.get(module, module)}{wrapped}.{leaf}"] = tensor
+    tensors = _named(exported, kept, called, PROMPT_PREFIX if adapter_config.is_prompt(config) else PREFIX)
     if called:
         config |= _renamed(config, called, names)
     header = {
@@ -102,6 +91,33 @@ def adapter_of(backbone: nn.Module, method: TuningMethod, naming: str = "memory"
         "versions": folder.versions(),
     }
     return Adapter(adapter_config.full(config), _plain(tensors), header)
+
+
+def _bias(converter: Converter, biases: set[str], exported: Exported) -> str:
+    """Return PEFT's word for the biases that are trained.
+
+    Raises:
+        TuningError: it has none.
+    """
+    word = converter.config_of_bias(biases, exported.layers)
+    if word is None:
+        raise TuningError(
+            f"{converter.peft_type} of PEFT has no place for trained biases such as {min(biases)}: "
+            "exclude them, or tune with LoRA."
+        )
+    return word
+
+
+def _named(exported: Exported, kept: dict[str, Tensor], called: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter by the names that they have in its file."""
+    tensors = dict(exported.bare)
+    for module, parts in exported.layers.items():
+        tensors |= {f"{prefix}{called.get(module, module)}.{part}": tensor for part, tensor in parts.items()}
+    for name, tensor in kept.items():
+        module, _, leaf = name.rpartition(".")
+        wrapped = f".{BASE_LAYER}" if module in exported.layers else ""
+        tensors[f"{prefix}{called.get(module, module)}{wrapped}.{leaf}"] = tensor
+    return tensors
 
 
 def skipped(names: Names, kept: dict[str, Tensor]) -> set[str]:
@@ -157,7 +173,7 @@ def _converter(method: TuningMethod) -> Converter:
 
 
 def _base(backbone: Any) -> dict[str, Any]:
-    return {"base_model_name_or_path": getattr(backbone.config, "_name_or_path", "") or None}
+    return {"base_model_name_or_path": structure.name_or_path(backbone) or None}
 
 
 def _task(names: Names, modules: list[str], peft_type: str) -> dict[str, Any]:

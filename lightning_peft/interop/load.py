@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
 from lightning_peft.core.delta import collect
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.fingerprint import fingerprint
+from lightning_peft.core.fingerprint import fingerprint, same_weights
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.tuning import Tuning
 from lightning_peft.interop import adapter_config, folder
@@ -157,7 +157,7 @@ def _check_base(adapter: Adapter, parts: Parts, names: Names) -> None:
     hint = "load that one, or allow_other_base=True"
     known = adapter.header.get("fingerprint")
     if known is not None:
-        if fingerprint(model, skipped(names, parts.in_place)) != known:
+        if not same_weights(fingerprint(model, skipped(names, parts.in_place)), known):
             base = adapter.config["base_model_name_or_path"]
             raise TuningError(
                 f"{adapter.source} was trained on another base{f' ({base})' if base else ''} than this "
@@ -168,7 +168,7 @@ def _check_base(adapter: Adapter, parts: Parts, names: Names) -> None:
     if kind not in (None, type(model).__name__):
         raise TuningError(f"{adapter.source} was trained on a {kind}, not a {type(model).__name__}: {hint}.")
     theirs = adapter.config["base_model_name_or_path"] or ""
-    ours = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+    ours = structure.name_or_path(model)
     if theirs and ours and _last(theirs) != _last(ours):
         raise TuningError(f"{adapter.source} was trained on {theirs}, and this model is {ours}: {hint}.")
 
@@ -179,7 +179,7 @@ def _last(name: str) -> str:
 
 def _heads(parts: Parts, names: Names, converter: Converter) -> dict[str, Any]:
     """Return the arguments that say which tensors of the base are trained besides."""
-    head = select.head_names(names.model)
+    head = structure.head_names(names.model)
     arguments: dict[str, Any] = {}
     absent = [name for name in head if name not in parts.in_place]
     if absent:  # PEFT has left the head alone, or trained its bias alone
@@ -246,19 +246,16 @@ def build(adapter: Adapter, backbone: str | None = None) -> nn.Module:
     Raises:
         TuningError: the adapter does not say what it was trained on.
     """
-    import transformers
-
-    from lightning_peft.core.hub import quiet_loading, resolve
+    from lightning_peft.core.hub import load_model, model_class
 
     name = backbone or adapter.config["base_model_name_or_path"]
     kind = (adapter.config["auto_mapping"] or {}).get("base_model_class")
     kind = kind or adapter_config.AUTO_CLASSES.get(adapter.config["task_type"] or "")
-    cls = getattr(transformers, kind or "", None)
+    cls = model_class(kind or "")
     if not name or cls is None:
         raise TuningError(f"{adapter.source} does not say what model it was trained on: give --backbone.")
     heads = [t for key, t in adapter.tensors.items() if key.endswith(".weight") and ".lora_" not in key and t.ndim == 2]
     labels: dict[str, Any] = {}
     if heads and adapter.config["task_type"] in ("SEQ_CLS", "TOKEN_CLS"):
         labels = {"num_labels": min(t.shape[0] for t in heads)}
-    with quiet_loading():  # the adapter brings the head
-        return cls.from_pretrained(resolve(name), ignore_mismatched_sizes=True, **labels)
+    return load_model(cls, name, **labels)  # the adapter brings the head

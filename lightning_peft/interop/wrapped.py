@@ -7,6 +7,7 @@ configuration of the adapter, without which alpha, say, is unknown.
 
 import re
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def _check_base(base: Mapping[str, Tensor], names: Names, source: str) -> None:
 def _config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(config, Mapping):
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        plain["peft_type"] = getattr(plain.get("peft_type"), "value", plain.get("peft_type"))
+        kind = plain.get("peft_type")
+        plain["peft_type"] = kind.value if isinstance(kind, Enum) else kind
         return adapter_config.checked(plain, "the configuration")
     path = Path(config)
     return adapter_config.read(path / adapter_config.FILE if path.is_dir() else path)

@@ -24,14 +24,13 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from transformers.activations import ACT2FN
 
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
+from lightning_peft.core.arguments import choice, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.bottleneck import AroundNorm, Bottleneck, Parallel, ParallelResidual, Serial
-
-FORMS = ("houlsby", "pfeiffer", "parallel")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -54,13 +53,13 @@ class Adapter(Method):
         backbone_mode: whether dropout of the frozen backbone is active in training.
     """
 
-    form: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
-    bottleneck: int | list[int] = 64
-    reduction: float | None = None
+    form: Literal["houlsby", "pfeiffer", "parallel"] = choice("houlsby", "is no form of adapter")
+    bottleneck: int | list[int] = natural(64, "is no size of a bottleneck")
+    reduction: float | None = positive(None)
     activation: str | None = None
-    init_std: float = 1e-2
+    init_std: float = positive(1e-2, "leaves D at zero, so that nothing but a bias would learn")
     zero_up: bool = True
-    scale: float = 1.0
+    scale: float = positive(1.0)
     train_norms: bool | None = None
     leave_out: list[int] = field(default_factory=list)
     cross_attention: bool = False
@@ -68,7 +67,7 @@ class Adapter(Method):
     backbone_mode: Literal["train", "eval"] = "train"
 
     kind: ClassVar[str] = "modules"
-    trains: ClassVar[str] = "bottleneck networks inside the blocks, and the norms"
+    trains: ClassVar[str] = "bottleneck networks in the blocks (houlsby, pfeiffer, parallel), and the norms"
     paper: ClassVar[str] = "Houlsby et al. 2019, arXiv 1902.00751"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init_std", "zero_up"}
 
@@ -87,7 +86,7 @@ class Adapter(Method):
             attach(host, kind(host, width, size, activation, self.init_std, self.zero_up, self.scale), self.name)
         self._norms: set[str] = set()
         if self.train_norms if self.train_norms is not None else self.form == "houlsby":
-            self._norms = set(select.norm_names(backbone))
+            self._norms = set(structure.norm_names(backbone))
         return self._norms
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
@@ -96,14 +95,8 @@ class Adapter(Method):
         return {"weight_decay": 0.0} if free else {}
 
     def _check(self) -> None:
-        if self.form not in FORMS:
-            raise TuningError(f"form={self.form!r} is no form of adapter: take one of {', '.join(FORMS)}.")
         if self.activation is not None and self.activation not in ACT2FN:
             raise TuningError(f"activation={self.activation!r} is unknown{select.near(self.activation, ACT2FN)}.")
-        if not self.init_std > 0:
-            raise TuningError(
-                f"init_std={self.init_std} leaves D at zero, so that nothing but a bias would learn: take e.g. 0.01."
-            )
         if self.target_modules is not None and self.form != "houlsby":
             raise TuningError(
                 f"target_modules names hosts of serial adapters, form={self.form!r} finds its own: leave one of them."
@@ -111,7 +104,7 @@ class Adapter(Method):
 
     def _indices(self, backbone: nn.Module) -> dict[str, int]:
         """Return the name of each block that gets an adapter with its index in its list."""
-        lists = select.blocks(backbone)
+        lists = structure.blocks(backbone)
         if not lists:
             raise TuningError(f"{type(backbone).__name__} has no list of blocks, so there is no place for adapters.")
         longest = max(len(entries) for entries in lists.values())
@@ -120,7 +113,7 @@ class Adapter(Method):
                 raise TuningError(
                     f"leave_out has {layer}, but {type(backbone).__name__} has blocks 0 to {longest - 1}."
                 )
-        if isinstance(self.bottleneck, list) and any(len(e) != len(self.bottleneck) for e in lists.values()):
+        if not isinstance(self.bottleneck, int) and any(len(e) != len(self.bottleneck) for e in lists.values()):
             sizes = ", ".join(str(len(entries)) for entries in lists.values())
             raise TuningError(
                 f"bottleneck has {len(self.bottleneck)} sizes, {type(backbone).__name__} {sizes} blocks: "
@@ -137,15 +130,14 @@ class Adapter(Method):
         return kept
 
     def _size(self, index: int | None, width: int, backbone: nn.Module) -> int:
-        if self.reduction is not None:
-            size = int(width // self.reduction) if self.reduction > 0 else 0
-            given = f"reduction={self.reduction} of width {width}"
-        else:
-            size = self.bottleneck[index or 0] if isinstance(self.bottleneck, list) else self.bottleneck
-            given = f"bottleneck={self.bottleneck}"
-        if size < 1:
-            raise TuningError(f"{given} is no size of a bottleneck in {type(backbone).__name__}: take 1 or more.")
-        return size
+        if self.reduction is None:
+            return self.bottleneck if isinstance(self.bottleneck, int) else self.bottleneck[index or 0]
+        if width < self.reduction:
+            raise TuningError(
+                f"reduction={self.reduction} of width {width} is no size of a bottleneck in {type(backbone).__name__}: "
+                f"take up to {width}."
+            )
+        return int(width // self.reduction)
 
     def _places(
         self, backbone: nn.Module, indices: dict[str, int]
@@ -153,7 +145,7 @@ class Adapter(Method):
         """Yield the name of each host with the host, the kind of its adapter and the width that it works on."""
         inside = {
             name: module
-            for name, module in select.without_grafts(backbone).items()
+            for name, module in structure.without_grafts(backbone).items()
             if _block_of(indices, name) is not None
             and (self.cross_attention or not any(select.has_role(p, "cross_attention") for p in _parts(name)))
         }
@@ -185,10 +177,7 @@ class Adapter(Method):
                 yield name, (inside[name], kind, _width(inside[name]))
 
 
-class AdapterMixin(MethodMixin):
-    """For a LightningModule that is tuned by adapters: set ``self.method`` to change their arguments."""
-
-    default_method = Adapter
+AdapterMixin = TunedBy[Adapter]
 
 
 def _beside(
@@ -222,8 +211,5 @@ def _parts(name: str) -> list[str]:
 
 def _width(module: nn.Module) -> int:
     """Return the size of the last dimension of a module's output: of a projection, a norm or a scale; 0 if unknown."""
-    for attribute in ("out_features", "nf"):
-        if isinstance(getattr(module, attribute, None), int):
-            return int(getattr(module, attribute))
     own = list(module.parameters(recurse=False))
-    return own[0].shape[0] if own and own[0].ndim == 1 else 0
+    return structure.out_features_of(module) or (own[0].shape[0] if own and own[0].ndim == 1 else 0)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 ROLES = ("query", "key", "value", "attention_output", "intermediate", "ffn_output", "norm")
 _PARTS = ("query", "key", "value")
@@ -58,7 +58,7 @@ class BiasPart(Graft):
     @torch.no_grad()
     def merge(self, host: nn.Module) -> None:
         """Add the shift to the bias."""
-        bias: Tensor = getattr(host, self.weights[0])
+        bias = host.get_parameter(self.weights[0])
         bias.copy_(bias.float() + self.whole())
 
 
@@ -96,12 +96,12 @@ class BitFit(Method):
     backbone_mode: Literal["train", "eval"] = "train"
 
     kind: ClassVar[str] = "biases"
-    trains: ClassVar[str] = "the biases of the backbone"
+    trains: ClassVar[str] = "the biases, or a subset by role"
     paper: ClassVar[str] = "Ben Zaken et al. 2022, arXiv 2106.10199"
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Return the names of the biases to train; add those that are missing, and shifts of parts of fused ones."""
-        owners = select.bias_owners(backbone)
+        owners = structure.bias_owners(backbone)
         bare = _without_bias(backbone, owners) if self.add_missing_bias else {}
         if not owners and not bare:
             raise TuningError(
@@ -169,7 +169,7 @@ class BitFit(Method):
     def _shift(self, backbone: nn.Module, name: str, bias: str, part: int) -> None:
         """Attach the shift of one part of a fused bias."""
         host, last = backbone.get_submodule(name), bias.rpartition(".")[2]
-        values: Tensor = getattr(host, last)
+        values = host.get_parameter(last)
         heads = 1
         if name.rpartition(".")[2] == "query_key_value":  # query, key and value of each head in turn
             heads = int(backbone.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
@@ -182,10 +182,7 @@ class BitFit(Method):
         attach(host, BiasPart(last, values, part, heads), self.name)
 
 
-class BitFitMixin(MethodMixin):
-    """For a LightningModule that is tuned by BitFit: set ``self.method = BitFit(...)`` to change arguments."""
-
-    default_method = BitFit
+BitFitMixin = TunedBy[BitFit]
 
 
 def _without_bias(backbone: nn.Module, owners: dict[str, str]) -> dict[str, nn.Module]:

@@ -4,24 +4,27 @@ v_m(x) = v_m + h(x) for m = 1 .. M, h = Linear(p, p / 16), ReLU, Linear(p / 16, 
 p numbers; every image then has prompts of its own, [B, C] of them.
 
 Source: Zhou et al. 2022, arXiv 2203.05557, and its released code, which runs the images one by one: here a
-batch is one pass, equal to that loop. What the prompts of an image have in common is computed once, and ``chunk``
-bounds how many are in memory. The context has the name at its end and is the same for all classes, as there.
+batch is one pass, equal to that loop up to rounding. What the prompts of an image have in common is computed once, and
+``chunk`` bounds how many are in memory. The context has the name at its end and is the same for all classes, as there.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.core import structure
+from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
-from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
+from lightning_peft.towers.context_tokens import Call, ContextTokens
+from lightning_peft.towers.contexts import TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import initial_rows, text_tower, two_towers, word_table
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 DEFAULT_LENGTH = 4
 
@@ -65,7 +68,8 @@ class ConditionalContext(TextContext):
                 "CoCoOp's prompts depend on the image: call the model with input_ids and pixel_values, or give "
                 "images= to lightning_peft.towers.clip.text_features."
             )
-        self.call.shift = getattr(word_table(host), self.tokens).shift(self.call.images)
+        tokens = cast(ConditionalTokens, word_table(host).get_submodule(self.tokens))
+        self.call.shift = tokens.shift(self.call.images)
         try:
             return super().around(forward, host, *args, **kwargs)
         finally:
@@ -111,7 +115,7 @@ class OwnTexts(Graft):
             out = forward(*args, **kwargs)
         finally:
             self.call.listens, self.call.images = False, None
-        per_image = getattr(out, "logits_per_image", None)  # [B, B C]
+        per_image = out.get("logits_per_image") if isinstance(out, Mapping) else None  # [B, B C]
         if per_image is None:
             raise TuningError(
                 f"{type(host).__name__} changes what the two-tower model gives, so CoCoOp cannot keep the logits of "
@@ -137,15 +141,15 @@ class CoCoOp(Method):
         tokenizer: folder or hub id of the tokenizer of ``init``; None: that of the backbone.
     """
 
-    num_virtual_tokens: int | None = None
+    num_virtual_tokens: int | None = natural(None, "is no context")
     init: str | None = "a photo of a"
     reduction: int = 16
-    chunk: int | None = None
+    chunk: int | None = natural(None)
     share_prefix: bool = True
     tokenizer: str | None = None
 
     kind: ClassVar[str] = "prompt"
-    trains: ClassVar[str] = "a context in the texts of a two-tower model, shifted by the image"
+    trains: ClassVar[str] = "a context in the texts of CLIP or SigLIP, shifted by the image"
     paper: ClassVar[str] = "Zhou et al. 2022, arXiv 2203.05557"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "chunk", "share_prefix", "tokenizer"}
 
@@ -153,14 +157,12 @@ class CoCoOp(Method):
         """Attach the context, and what brings it the image."""
         tower, call = text_tower(backbone, type(self).__name__), Call()
         model = two_towers(backbone)
-        source = getattr(model, "visual_projection", None) or getattr(model, "vision_model", None)
+        source = structure.part(model, "visual_projection") or structure.part(model, "vision_model")
         if source is None:
             raise TuningError(f"{type(backbone).__name__} reads no images, which CoCoOp needs: give a CLIPModel.")
-        features = getattr(source, "out_features", None) or source.config.hidden_size
+        features = structure.out_features_of(source) or structure.config_of(source).hidden_size
         if not 1 <= self.reduction <= features:
             raise TuningError(f"reduction={self.reduction} is out of range: an image feature has {features} numbers.")
-        if self.chunk is not None and self.chunk < 1:
-            raise TuningError(f"chunk={self.chunk} is out of range: take 1 or more.")
         rows = initial_rows(
             backbone, word_table(tower), self.num_virtual_tokens, self.init, self.tokenizer, DEFAULT_LENGTH
         )
@@ -174,7 +176,4 @@ class CoCoOp(Method):
         return ()
 
 
-class CoCoOpMixin(MethodMixin):
-    """For a LightningModule that is tuned by a context for each image: set ``self.method`` to change its arguments."""
-
-    default_method = CoCoOp
+CoCoOpMixin = TunedBy[CoCoOp]

@@ -7,8 +7,8 @@ Source: Zhou et al. 2021, arXiv 2109.01134, section 3. The paper has one context
 each class, and the name at the end or in the middle; the released code adds the front. The released code counts words
 where it means tokens, so that of words of several tokens some stay fixed: we count tokens. It runs all 77 positions of
 every class; we compute the start token and a common context once and nothing behind the end of a text, which gives the
-same features (`share_prefix`). SigLIP has no start token and is read at its last position, so its context comes first
-and the padding stays as it is.
+same features up to rounding (`share_prefix`). SigLIP has no start token and is read at its last position, so its
+context comes first and the padding stays as it is.
 """
 
 from collections.abc import Iterable
@@ -19,19 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import select
+from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.errors import TuningError
-from lightning_peft.towers.contexts import (
-    POSITIONS,
-    Call,
-    ContextTokens,
-    Position,
-    TextContext,
-    graft_context,
-    plain_layout,
-)
-from lightning_peft.towers.text_towers import initial_rows, nearest_words, text_tower, tokenizer_of, word_table
+from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.towers.context_tokens import Call, ContextTokens
+from lightning_peft.towers.contexts import Position, TextContext, graft_context, plain_layout
+from lightning_peft.towers.text_towers import initial_rows, nearest_words, text_tower, word_table
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 DEFAULT_LENGTH = 16
 
@@ -52,23 +47,21 @@ class CoOp(Method):
         tokenizer: folder or hub id of the tokenizer of ``init``; None: that of the backbone.
     """
 
-    num_virtual_tokens: int | None = None
+    num_virtual_tokens: int | None = natural(None, "is no context")
     init: str | None = None
-    position: Position = "end"
+    position: Position = choice("end", "is no place of a name")
     class_specific: bool = False
-    num_classes: int | None = None
+    num_classes: int | None = natural(None)
     share_prefix: bool = True
     tokenizer: str | None = None
 
     kind: ClassVar[str] = "prompt"
-    trains: ClassVar[str] = "a context in the texts of a two-tower model"
+    trains: ClassVar[str] = "a context in the texts of CLIP or SigLIP"
     paper: ClassVar[str] = "Zhou et al. 2021, arXiv 2109.01134"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "share_prefix", "tokenizer"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the context to the text tower."""
-        if self.position not in POSITIONS:
-            raise TuningError(f"position={self.position!r} is no place of a name: take one of {', '.join(POSITIONS)}.")
         if self.class_specific != (self.num_classes is not None):
             raise TuningError(
                 f"class_specific={self.class_specific} and num_classes={self.num_classes} do not go together: "
@@ -104,19 +97,15 @@ class CoOp(Method):
         return nearest_words(backbone, rows, tokenizer_of(backbone, self.tokenizer, "nearest_words"), k)
 
     def _of_each_class(self, rows: Tensor, classes: int) -> Tensor:
-        if classes < 1:
-            raise TuningError(f"num_classes={classes} is out of range: take 1 or more.")
         if self.init is not None:
             return rows.repeat(classes, 1)
         return torch.cat([rows, *(torch.empty_like(rows).normal_(std=0.02) for _ in range(classes - 1))])
 
 
-class CoOpMixin(MethodMixin):
+class CoOpMixin(TunedBy[CoOp]):
     """For a LightningModule that is tuned by a context: set ``self.method`` to change its arguments."""
-
-    default_method = CoOp
 
     def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return, for each token of the context, the k words of least Euclidean distance, with it."""
-        assert isinstance(self.method, CoOp)
-        return self.method.nearest_words(self, k)  # type: ignore[arg-type]
+        method, module = self._owned()
+        return method.nearest_words(module, k)

@@ -14,11 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.arguments import bounded, natural
 from lightning_peft.core.errors import TuningError
-from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
+from lightning_peft.towers.context_tokens import Call, ContextTokens
+from lightning_peft.towers.contexts import TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import STANDARD_DEVIATION, text_tower, word_table
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 class DomainTokens(ContextTokens):
@@ -52,24 +54,21 @@ class DAPL(Method):
         share_prefix: compute what texts have in common once and nothing behind their ends; False: every text in full.
     """
 
-    num_virtual_tokens: int = 16
-    num_domain_tokens: int = 16
-    domains: int = 2
+    num_virtual_tokens: int = natural(16)
+    num_domain_tokens: int = natural(16)
+    domains: int = bounded(2, at_least=2)
     class_specific: bool = False
-    num_classes: int | None = None
+    num_classes: int | None = natural(None)
     share_prefix: bool = True
 
     kind: ClassVar[str] = "prompt"
-    trains: ClassVar[str] = "contexts of two domains in the texts of a two-tower model"
+    trains: ClassVar[str] = "contexts of two domains in the texts of CLIP or SigLIP"
     paper: ClassVar[str] = "Ge et al. 2022, arXiv 2202.06687"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"share_prefix"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the contexts to the text tower."""
-        for name, least in (("num_virtual_tokens", 1), ("num_domain_tokens", 1), ("domains", 2)):
-            if getattr(self, name) < least:
-                raise TuningError(f"{name}={getattr(self, name)} is out of range: take {least} or more.")
-        if self.class_specific != (self.num_classes is not None) or (self.num_classes or 1) < 1:
+        if self.class_specific != (self.num_classes is not None):
             raise TuningError(
                 f"class_specific={self.class_specific} and num_classes={self.num_classes} do not go together: "
                 "give both for a context of each class, or neither."
@@ -93,7 +92,4 @@ class DAPL(Method):
         return torch.cat([first, -1 - common - own.expand(-1, first.shape[1], -1)], dim=2)
 
 
-class DAPLMixin(MethodMixin):
-    """For a LightningModule that is tuned by contexts of two domains: set ``self.method`` to change its arguments."""
-
-    default_method = DAPL
+DAPLMixin = TunedBy[DAPL]

@@ -16,25 +16,24 @@ The noise of a step is one sample for all processes, whatever the rest of their 
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
+from lightning_peft.core.arguments import bounded, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, grafts
 from lightning_peft.training import checks
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
-from lightning_peft.training.param_groups import schedulers_in
+from lightning_peft.training.mixin import TunedBy
+from lightning_peft.training.param_groups import advance
 from lightning_peft.updates.sparse_difference import Gates, Noise, SparseDifference, Twin, draw, readers
 
 
@@ -56,15 +55,15 @@ class DiffPruning(Method):
     """
 
     backbone_mode: Literal["train", "eval"] = "train"
-    sparsity: float = 0.005
-    penalty_weight: float = 1.25e-7
+    sparsity: float = bounded(0.005, "is no share of the entries", above=0, below=1)
+    penalty_weight: float = bounded(1.25e-7, at_least=0)
     structured: bool = True
     alpha: float = 5.0
-    alpha_lr: float | None = 0.1
+    alpha_lr: float | None = positive(0.1)
     low: float = -1.5
     high: float = 1.5
-    prune_steps: int | None = None
-    prune_epochs: int | None = None
+    prune_steps: int | None = natural(None, "leaves no time to learn what to keep")
+    prune_epochs: int | None = natural(None, "leaves no time to learn what to keep")
 
     kind: ClassVar[str] = "weights"
     trains: ClassVar[str] = "a sparse difference to all weights"
@@ -78,7 +77,7 @@ class DiffPruning(Method):
         """Give each parameter of the backbone but those of the head a difference."""
         self._check()
         others = {id(p) for place_ in grafts(backbone) for p in place_.graft.parameters()} | {
-            id(backbone.get_parameter(name)) for name in select.head_names(backbone)
+            id(backbone.get_parameter(name)) for name in structure.head_names(backbone)
         }
         every = backbone.named_parameters(remove_duplicate=False)
         kept = self._kept(name for name, p in every if id(p) not in others and p.is_floating_point())
@@ -199,7 +198,7 @@ class DiffPruning(Method):
         super().on_train_start(trainer, pl_module)
         backbone = select.backbone_of(pl_module, self.backbone)
         self._is_dense, self._project_at = self.is_dense(backbone), self._step_of_projection(trainer)
-        getattr(backbone, f"{self.name}_noise").is_given = True
+        self._noise(backbone).is_given = True
         total = trainer.estimated_stepping_batches
         if self._is_dense and not self._project_at < total:
             raise TuningError(
@@ -218,19 +217,21 @@ class DiffPruning(Method):
         if trainer.global_step >= self._project_at:
             self._exchange(trainer, pl_module, backbone)
             return
-        noise: Noise = getattr(backbone, f"{self.name}_noise")
         value = draw()
-        noise.give(trainer.strategy.broadcast(value) if trainer.world_size > 1 else value)
+        self._noise(backbone).give(trainer.strategy.broadcast(value) if trainer.world_size > 1 else value)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let the noise be drawn in the forward pass again, and say so if the fit ended before the projection."""
         backbone = select.backbone_of(pl_module, self.backbone)
-        getattr(backbone, f"{self.name}_noise").is_given = False
+        self._noise(backbone).is_given = False
         if self.is_dense(backbone):
             rank_zero_warn(
                 "the fit ended before the entries to keep were chosen, so the delta is dense: resume it, or call "
                 "project."
             )
+
+    def _noise(self, backbone: nn.Module) -> Noise:
+        return cast(Noise, backbone.get_submodule(f"{self.name}_noise"))
 
     def _exchange(self, trainer: L.Trainer, module: L.LightningModule, backbone: nn.Module) -> None:
         """Train the values of what is kept in place of w and the gates: new optimizers, at the old place of the run."""
@@ -252,7 +253,7 @@ class DiffPruning(Method):
         old = [config.scheduler for config in strategy.lr_scheduler_configs]
         strategy.setup_optimizers(trainer)
         for before, now in zip(old, strategy.lr_scheduler_configs, strict=True):
-            _advance(before, now.scheduler)
+            advance(before, now.scheduler)
         checks.check_optimizers(module, trainer.optimizers)
         self._seen_gradients = self._is_dense = False
 
@@ -270,40 +271,22 @@ class DiffPruning(Method):
                 yield place_.graft, name
 
     def _check(self) -> None:
-        if not 0 < self.sparsity < 1:
-            raise TuningError(f"sparsity={self.sparsity} is no share of the entries: take more than 0 and less than 1.")
         if not self.low < 0 or not self.high > 1:
             raise TuningError(f"low={self.low}, high={self.high} must be below 0 and above 1: gates close and open.")
         if self.prune_steps is not None and self.prune_epochs is not None:
             raise TuningError("prune_steps and prune_epochs both say when to choose the entries: give one.")
-        for name in ("prune_steps", "prune_epochs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise TuningError(f"{name}={value} leaves no time to learn what to keep: take 1 or more.")
 
 
-class DiffPruningMixin(MethodMixin):
+class DiffPruningMixin(TunedBy[DiffPruning]):
     """For a LightningModule that is tuned by diff-pruning: set ``self.method`` to change its arguments."""
-
-    default_method = DiffPruning
 
     def sparsity(self) -> float:
         """Return the share of entries that differ from the pretrained ones, as is expected while gates are trained."""
-        assert isinstance(self.method, DiffPruning)
-        return self.method.achieved(self)  # type: ignore[arg-type]
+        method, module = self._owned()
+        return method.achieved(module)
 
 
 def _magnitudes(graft: SparseDifference, name: str) -> Tensor:
     delta = graft.delta(name)
     assert delta is not None
     return delta.reshape(-1).abs()
-
-
-def _advance(before: Any, now: Any) -> None:
-    """Bring a new scheduler to the step that an old one stands at."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # this optimizer has made none
-        for old, new in zip(schedulers_in(before), schedulers_in(now), strict=True):
-            if not isinstance(new, ReduceLROnPlateau):
-                for _ in range(old.last_epoch - new.last_epoch):
-                    new.step()

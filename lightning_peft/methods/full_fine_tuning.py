@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -27,7 +27,7 @@ class FullFineTuning(Method):
     keep_fp32: bool = False
 
     kind: ClassVar[str] = "all"
-    trains: ClassVar[str] = "every parameter"
+    trains: ClassVar[str] = "every parameter: the baseline"
     paper: ClassVar[str] = "Devlin et al. 2019, arXiv 1810.04805"
     keeps_originals: ClassVar[bool] = False
 
@@ -41,7 +41,4 @@ class FullFineTuning(Method):
         return [name for name, p in backbone.named_parameters() if p.is_floating_point()]
 
 
-class FullFineTuningMixin(MethodMixin):
-    """For a LightningModule that is tuned as a whole."""
-
-    default_method = FullFineTuning
+FullFineTuningMixin = TunedBy[FullFineTuning]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.bases.merging import MergingMethod
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import attach
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates import in_place
 
 _LINEAR = (nn.Linear, Conv1D)
@@ -124,7 +124,7 @@ class IA3(MergingMethod):
             raise TuningError(
                 f"{both[0]} is one of target_modules and of feedforward_modules: scale its output or its input."
             )
-        keeps_output = not any(getattr(module, "inplace", False) for module in backbone.modules())
+        keeps_output = not structure.computes_in_place(backbone)
         for name, host in outputs.items():
             first = _first_key(backbone, name, host) if self.target_modules is None else 0
             attach(host, ScaledOutput(host, keeps_output, first), self.name)
@@ -157,10 +157,7 @@ class IA3(MergingMethod):
         return self.without_excluded(found)
 
 
-class IA3Mixin(MethodMixin):
-    """For a LightningModule that is tuned by IA3: set ``self.method = IA3(...)`` to change arguments."""
-
-    default_method = IA3
+IA3Mixin = TunedBy[IA3]
 
 
 def _features(host: nn.Module) -> tuple[int, int]:

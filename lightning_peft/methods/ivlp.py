@@ -12,11 +12,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from lightning_peft.core.errors import TuningError
+from lightning_peft.core.arguments import natural
 from lightning_peft.towers.deep_prompts import Prompts, check_depth, device_of, graft_prompts, random_rows, vision_tower
 from lightning_peft.towers.text_towers import initial_rows, text_tower, two_towers, word_table
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 DEFAULT_LENGTH = 4
 
@@ -36,8 +36,8 @@ class IVLP(Method):
         tokenizer: folder or hub id of the tokenizer of ``init``; None: that of the backbone.
     """
 
-    num_virtual_tokens: int | None = None
-    num_image_tokens: int = 4
+    num_virtual_tokens: int | None = natural(None, "is no prompt")
+    num_image_tokens: int = natural(4, "is no prompt")
     depth: int = 9
     image_depth: int | None = None
     init: str | None = "a photo of a"
@@ -51,8 +51,6 @@ class IVLP(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the prompts to both towers."""
-        if self.num_image_tokens < 1:
-            raise TuningError(f"num_image_tokens={self.num_image_tokens} is no prompt: take 1 or more.")
         text, images = text_tower(backbone, type(self).__name__), vision_tower(backbone, type(self).__name__)
         image_depth = self.depth if self.image_depth is None else self.image_depth
         check_depth(text, self.depth, "depth")
@@ -67,7 +65,4 @@ class IVLP(Method):
         return ()
 
 
-class IVLPMixin(MethodMixin):
-    """For a LightningModule that is tuned by prompts in both towers: set ``self.method`` to change its arguments."""
-
-    default_method = IVLP
+IVLPMixin = TunedBy[IVLP]

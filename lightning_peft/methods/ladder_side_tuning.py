@@ -10,19 +10,20 @@ backbone's output with U zero at the start, so that training starts at the froze
 ``nn.TransformerEncoderLayer``, the norms first, causal where the backbone is; positions come with h_i.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, select
+from lightning_peft.core import compatibility, structure
+from lightning_peft.core.arguments import natural, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 class Rung(Graft):
@@ -112,8 +113,8 @@ class Ladder(BesideFrozen):
             mixed = shares[i] * self.downs[i + 1](states[rung].float()) + (1 - shares[i]) * z
             z = block(mixed, src_mask=mask, src_key_padding_mask=padding, is_causal=self.causal and padding is None)
         changes: dict[str, Any] = {"last_hidden_state": last + self.up(self.norm(z)).to(last.dtype)}
-        if getattr(out, "pooler_output", None) is not None:
-            pooler = getattr(host, "pooler", None)
+        if isinstance(out, Mapping) and out.get("pooler_output") is not None:
+            pooler = structure.part(host, "pooler")
             changes["pooler_output"] = None if pooler is None else pooler(changes["last_hidden_state"])
         return with_fields(out, changes)
 
@@ -138,10 +139,10 @@ class LadderSideTuning(Method):
         temperature: T of the gates; the paper has 0.1.
     """
 
-    reduction: int = 8
-    every: int = 1
-    dropout: float = 0.0
-    temperature: float = 0.1
+    reduction: int = natural(8)
+    every: int = natural(1)
+    dropout: float = rate(0.0)
+    temperature: float = positive(0.1)
 
     kind: ClassVar[str] = "side network"
     trains: ClassVar[str] = "a narrow transformer that reads the backbone's blocks"
@@ -152,24 +153,21 @@ class LadderSideTuning(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the ladder to the base model."""
-        if self.reduction < 1 or self.every < 1:
-            raise TuningError(f"reduction={self.reduction} and every={self.every} must be 1 or more.")
-        if not self.temperature > 0 or not 0 <= self.dropout < 1:
-            raise TuningError(f"temperature={self.temperature} must be above 0, dropout={self.dropout} 0 to below 1.")
         base = base_of(backbone)
-        config = getattr(base, "config", None)
-        lists = select.block_lists(base)
-        if config is None or len(lists) != 1 or not isinstance(getattr(config, "num_attention_heads", None), int):
+        config, lists = structure.config_of(base), structure.block_lists(base)
+        if len(lists) != 1 or not isinstance(structure.setting(config, "num_attention_heads"), int):
             raise TuningError(
                 f"{type(base).__name__} is no single stack of transformer blocks of one width, which a ladder needs: "
                 "use SideTuning."
             )
         count = len(next(iter(lists.values())))
+        if self.every > count:
+            raise TuningError(f"every={self.every} is out of range: {type(base).__name__} has {count} blocks.")
         rungs = list(range(count - 1, -1, -self.every))[::-1]
         width, heads = config.hidden_size, max(1, config.num_attention_heads // self.reduction)
         narrow = max(1, width // self.reduction // heads) * heads
-        text = isinstance(base.get_input_embeddings(), nn.Embedding)  # type: ignore[operator]
-        causal = text and not select.is_encoder(backbone)
+        text = isinstance(structure.input_embeddings_of(base), nn.Embedding)
+        causal = text and not structure.is_encoder(backbone)
         ladder = Ladder(base, rungs, width, narrow, heads, 4 * narrow, self.dropout, self.temperature, causal)
         attach(base, ladder, self.name)
         blocks = next(iter(lists.values()))
@@ -178,7 +176,4 @@ class LadderSideTuning(Method):
         return ()
 
 
-class LadderSideTuningMixin(MethodMixin):
-    """For a LightningModule with a ladder: set ``self.method = LadderSideTuning(...)`` to change its arguments."""
-
-    default_method = LadderSideTuning
+LadderSideTuningMixin = TunedBy[LadderSideTuning]

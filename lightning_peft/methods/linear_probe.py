@@ -16,11 +16,12 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft.bases.caching import CachingMethod
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
+from lightning_peft.core.arguments import choice
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.features import heads
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -35,7 +36,7 @@ class LinearProbe(CachingMethod):
     """
 
     batch_norm: bool = False
-    head_init: heads.HeadInit = "model"
+    head_init: heads.HeadInit = choice("model", "is no initial value of a head")
 
     kind: ClassVar[str] = "head"
     trains: ClassVar[str] = "the task head"
@@ -53,15 +54,13 @@ class LinearProbe(CachingMethod):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Add nothing, or a BatchNorm: the head is trained beside every method, here it stands alone."""
-        lm_head = getattr(backbone, "get_output_embeddings", lambda: None)
-        if lm_head() is not None and self.also_train is None:
+        if structure.output_embeddings_of(backbone) is not None and self.also_train is None:
             raise TuningError(
                 f"{type(backbone).__name__} has no task head but that of a language model: take a classifier, or name "
                 "what to train with also_train= (a regex)."
             )
         if self.batch_norm or self.head_init != "model":
             heads.last_linear(backbone, f"batch_norm={self.batch_norm}, head_init={self.head_init!r}")
-            heads.check_init(self.head_init)
         self.cache(backbone)
         if self.batch_norm:
             first = next(iter(heads.head_linears(backbone).values()))
@@ -69,7 +68,4 @@ class LinearProbe(CachingMethod):
         return ()
 
 
-class LinearProbeMixin(MethodMixin):
-    """For a LightningModule whose head alone is trained."""
-
-    default_method = LinearProbe
+LinearProbeMixin = TunedBy[LinearProbe]

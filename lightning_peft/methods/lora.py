@@ -23,11 +23,12 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from lightning_peft.bases.merging import MergingMethod
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
+from lightning_peft.core.arguments import natural, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, overrides
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.low_rank import GRAFTS, LowRankWeights, shape_of
 from lightning_peft.updates.low_rank_init import Init
 from lightning_peft.updates.targets import Target, targets
@@ -61,7 +62,7 @@ class LoRA(MergingMethod):
     backbone_mode: Literal["train", "eval"] = "train"
     r: int = 8
     alpha: float = 16.0
-    dropout: float = 0.0
+    dropout: float = rate(0.0)
     target_modules: list[str] | str | None = None
     layers: list[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -69,24 +70,27 @@ class LoRA(MergingMethod):
     use_rslora: bool = False
     use_dora: bool = False
     init: Init = "kaiming"
-    svd_iterations: int | None = None
+    svd_iterations: int | None = natural(None)
     bias: Literal["none", "all", "lora_only"] = "none"
-    lora_plus_ratio: float | None = None
+    lora_plus_ratio: float | None = positive(None, "is no ratio of learning rates")
 
     kind: ClassVar[str] = "weights"
-    trains: ClassVar[str] = "low-rank updates of weight matrices"
+    trains: ClassVar[str] = "low-rank updates of weight matrices (also DoRA, rsLoRA, LoRA+, PiSSA, OLoRA)"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout", "svd_iterations", "lora_plus_ratio"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach a low-rank update to each chosen matrix; return the names of the biases that are trained too."""
-        self._check()
+        if self.svd_iterations is not None and self.init != "pissa":
+            raise TuningError(
+                f"svd_iterations={self.svd_iterations} is for init='pissa' (init={self.init!r}): leave it out."
+            )
         chosen = self.without_excluded(targets(backbone, tuple(GRAFTS), self.target_modules, self.layers))
         if not chosen:
             raise TuningError(f"exclude={self.exclude!r} leaves nothing of the target modules: let it name fewer.")
         ranks = _by_name(self.rank_pattern, chosen, self.r, "rank_pattern")
         alphas = _by_name(self.alpha_pattern, chosen, self.alpha, "alpha_pattern")
-        keeps_output = not any(getattr(module, "inplace", False) for module in backbone.modules())
+        keeps_output = not structure.computes_in_place(backbone)
         read: dict[nn.Module, dict[str, dict[str, Any]]] = {}
         for name, target in chosen.items():
             r, alpha = ranks[name], alphas[name]
@@ -109,17 +113,6 @@ class LoRA(MergingMethod):
         *path, last = name.split(".")
         is_b = last == "B" and self.name in path
         return {"lr_ratio": self.lora_plus_ratio} if is_b and self.lora_plus_ratio is not None else {}
-
-    def _check(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise TuningError(f"dropout={self.dropout} is no rate of dropout: take 0 or more and less than 1.")
-        if self.lora_plus_ratio is not None and not self.lora_plus_ratio > 0:
-            raise TuningError(f"lora_plus_ratio={self.lora_plus_ratio} is no ratio of learning rates: take e.g. 16.")
-        if self.svd_iterations is not None and (self.init != "pissa" or self.svd_iterations < 1):
-            raise TuningError(
-                f"svd_iterations={self.svd_iterations} is for init='pissa' and 1 or more (init={self.init!r}): leave "
-                "it out."
-            )
 
     def _check_fit(self, name: str, target: Target, r: int, alpha: float) -> None:
         host = target.host
@@ -164,10 +157,7 @@ class LoRA(MergingMethod):
         return every
 
 
-class LoRAMixin(MethodMixin):
-    """For a LightningModule that is tuned by LoRA: set ``self.method = LoRA(...)`` to change arguments."""
-
-    default_method = LoRA
+LoRAMixin = TunedBy[LoRA]
 
 
 def _by_name(pattern: dict[str, Any], names: Iterable[str], default: Any, argument: str) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.towers.deep_prompts import (
     Prompts,
     check_depth,
@@ -28,13 +30,12 @@ from lightning_peft.towers.text_towers import (
     initial_rows,
     rows_of,
     text_tower,
-    tokenizer_of,
     two_towers,
     word_ids,
     word_table,
 )
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -50,7 +51,7 @@ class MaPLe(Method):
         tokenizer: folder or hub id of the tokenizer of ``init``; None: that of the backbone.
     """
 
-    num_virtual_tokens: int = 2
+    num_virtual_tokens: int = natural(2, "is no prompt")
     depth: int = 9
     init: str | None = "a photo of a"
     share_prefix: bool = True
@@ -85,8 +86,6 @@ def split_words(tokenizer: Any, words: str, count: int) -> tuple[list[int], str]
     Raises:
         TuningError: there are fewer tokens, or the last of them ends within a word.
     """
-    if count < 1:
-        raise TuningError(f"num_virtual_tokens={count} is no prompt: take 1 or more.")
     every, parts = word_ids(tokenizer, words), words.split()
     for i in range(1, len(parts) + 1):
         ids = word_ids(tokenizer, " ".join(parts[:i]))
@@ -98,7 +97,4 @@ def split_words(tokenizer: Any, words: str, count: int) -> tuple[list[int], str]
     )
 
 
-class MaPLeMixin(MethodMixin):
-    """For a LightningModule that is tuned by coupled prompts: set ``self.method`` to change its arguments."""
-
-    default_method = MaPLe
+MaPLeMixin = TunedBy[MaPLe]

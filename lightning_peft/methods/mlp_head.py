@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lightning_peft.bases.caching import CachingMethod
 from lightning_peft.core import select
-from lightning_peft.core.errors import TuningError
+from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.features import heads
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 class HiddenLayers(Graft):
@@ -60,9 +60,9 @@ class MLPHead(CachingMethod):
         cache_limit: most memory to take for that [GiB].
     """
 
-    k: int = 3
-    dropout: float = 0.1
-    head_init: heads.HeadInit = "model"
+    k: int = natural(3, "is no number of linear layers")
+    dropout: float = rate(0.1, "is no rate")
+    head_init: heads.HeadInit = choice("model", "is no initial value of a head")
 
     kind: ClassVar[str] = "head"
     trains: ClassVar[str] = "a head of k linear layers"
@@ -78,11 +78,6 @@ class MLPHead(CachingMethod):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the layers to the one that gives the logits."""
-        if self.k < 1:
-            raise TuningError(f"k={self.k} is no number of linear layers: take 1 (a linear probe) or more.")
-        if not 0 <= self.dropout < 1:
-            raise TuningError(f"dropout={self.dropout} is no rate: take 0 to less than 1.")
-        heads.check_init(self.head_init)
         _, host = heads.last_linear(backbone, "MLPHead")
         self.cache(backbone)
         if self.k > 1:
@@ -90,7 +85,4 @@ class MLPHead(CachingMethod):
         return ()
 
 
-class MLPHeadMixin(MethodMixin):
-    """For a LightningModule with a head of several layers on frozen features."""
-
-    default_method = MLPHead
+MLPHeadMixin = TunedBy[MLPHead]

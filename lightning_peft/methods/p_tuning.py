@@ -20,14 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.bases.prompt import PromptMethod, cut_to
-from lightning_peft.core import select
+from lightning_peft.core import structure
+from lightning_peft.core.arguments import choice, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach
 from lightning_peft.prompting import Template
 from lightning_peft.prompts.virtual_tokens import PromptRows, is_widened, word_rows
-from lightning_peft.training.mixin import MethodMixin
-
-ENCODERS = ("lstm_half", "lstm", "mlp", "none")
+from lightning_peft.training.mixin import TunedBy
 
 
 class LSTM(nn.Module):
@@ -115,12 +114,12 @@ class PTuning(PromptMethod):
 
     num_virtual_tokens: int = 20
     template: str | None = None
-    encoder: Literal["lstm_half", "lstm", "mlp", "none"] = "lstm_half"
-    dropout: float = 0.0
-    init: Literal["random", "text"] = "random"
+    encoder: Literal["lstm_half", "lstm", "mlp", "none"] = choice("lstm_half", "is no prompt encoder")
+    dropout: float = rate(0.0)
+    init: Literal["random", "text"] = choice("random", "is no initial value of a prompt")
     text: str | None = None
     tune_backbone: bool = False
-    backbone_lr: float | None = 1e-5
+    backbone_lr: float | None = positive(1e-5)
     backbone_mode: Literal["train", "eval"] = "train"
 
     trains: ClassVar[str] = "virtual tokens anywhere in a template, through an LSTM"
@@ -134,7 +133,7 @@ class PTuning(PromptMethod):
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the virtual tokens and what computes them."""
         self._check(backbone)
-        table = next(iter(select.word_tables(backbone).values()))
+        table = next(iter(structure.word_tables(backbone).values()))
         weight: Tensor = table.weight  # type: ignore[assignment]
         rows = self._initial_rows(backbone, table).to(weight.device)
         source: nn.Parameter | PromptEncoder = nn.Parameter(rows)
@@ -186,12 +185,7 @@ class PTuning(PromptMethod):
                 raise TuningError(
                     f"the template {self.template!r} has no virtual tokens: write a slot such as {{v:3}}."
                 )
-        self._check_count()
-        self._check_choice("encoder", ENCODERS, "prompt encoder")
-        self._check_choice("init", ("random", "text"), "initial value of a prompt")
-        if not 0 <= self.dropout < 1:
-            raise TuningError(f"dropout={self.dropout} is no probability below 1.")
-        width = next(iter(select.word_tables(backbone).values())).embedding_dim
+        width = next(iter(structure.word_tables(backbone).values())).embedding_dim
         if self.encoder == "lstm_half" and width % 2:  # type: ignore[operator]
             raise TuningError(f"encoder='lstm_half' halves the embeddings, which are {width} wide: take 'lstm'.")
 
@@ -202,19 +196,15 @@ class PTuning(PromptMethod):
         return torch.randn(self.num_virtual_tokens, weight.shape[1])
 
 
-class PTuningMixin(MethodMixin):
+class PTuningMixin(TunedBy[PTuning]):
     """For a LightningModule that is tuned by P-Tuning: set ``self.method`` to change its arguments."""
-
-    default_method = PTuning
 
     def fold(self) -> None:
         """Keep the rows that the encoder gives and drop it."""
-        assert isinstance(self.method, PTuning)
-        assert isinstance(self, nn.Module)
-        self.method.fold(self)
+        method, module = self._owned()
+        method.fold(module)
 
     def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return, for each virtual token, the k words of highest cosine, with it."""
-        assert isinstance(self.method, PTuning)
-        assert isinstance(self, nn.Module)
-        return self.method.nearest_words(self, k)
+        method, module = self._owned()
+        return method.nearest_words(module, k)

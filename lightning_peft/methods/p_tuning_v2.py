@@ -16,7 +16,8 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from lightning_peft.bases.prefix import PrefixMethod
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.core import structure
+from lightning_peft.training.mixin import TunedBy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -29,6 +30,7 @@ class PTuningV2(PrefixMethod):
 
     backbone_mode: Literal["train", "eval"] = "train"
 
+    trains: ClassVar[str] = "keys and values before those of the text, without a network, and the task head"
     paper: ClassVar[str] = "Liu et al. 2022, arXiv 2110.07602"
     std: ClassVar[float] = 0.02
 
@@ -36,17 +38,13 @@ class PTuningV2(PrefixMethod):
         if self.dropout is not None:
             return self.dropout
         names = ("hidden_dropout_prob", "dropout", "resid_pdrop", "dropout_rate")
-        found = (getattr(backbone.config, name, None) for name in names)
-        return next((p for p in found if isinstance(p, float)), 0.0)
+        return float(structure.setting(structure.config_of(backbone), *names) or 0.0)
 
 
-class PTuningV2Mixin(MethodMixin):
+class PTuningV2Mixin(TunedBy[PTuningV2]):
     """For a LightningModule that is tuned by P-Tuning v2: set ``self.method`` to change its arguments."""
-
-    default_method = PTuningV2
 
     def fold(self) -> None:
         """Keep the prefix that the network gives and drop the network."""
-        assert isinstance(self.method, PTuningV2)
-        assert isinstance(self, nn.Module)
-        self.method.fold(self)
+        method, module = self._owned()
+        method.fold(module)

@@ -15,9 +15,9 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft.bases.caching import CachingMethod
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -50,7 +50,7 @@ class PartialK(CachingMethod):
             )
         first = len(entries) - whole - (1 if half else 0)
         if first == len(entries):
-            if not select.head_names(backbone) and self.also_train is None:
+            if not structure.head_names(backbone) and self.also_train is None:
                 raise TuningError(
                     f"k=0 trains the head alone, and {type(backbone).__name__} has none: take k=0.5 or more, or name "
                     "what to train with also_train= (a regex)."
@@ -58,8 +58,8 @@ class PartialK(CachingMethod):
             self.cache(backbone)
             return ()
         names = [name for name, _ in backbone.named_parameters() if name.startswith(f"{path}.")]
-        head = set(select.head_names(backbone))
-        after = [name for name in select.norm_names(backbone) if self._follows(backbone, path, name)]
+        head = set(structure.head_names(backbone))
+        after = [name for name in structure.norm_names(backbone) if self._follows(backbone, path, name)]
         trained = [n for n in names if whole and _at_or_after(names, n, f"{entries[len(entries) - whole][0]}.")]
         if half:
             trained += self._half(backbone, entries[first][0])
@@ -67,7 +67,7 @@ class PartialK(CachingMethod):
         return [name for name in (*trained, *after) if name not in head]
 
     def _list(self, backbone: nn.Module) -> tuple[str, list[tuple[str, nn.Module]]]:
-        lists = select.blocks(backbone)
+        lists = structure.blocks(backbone)
         if self.blocks is not None:
             if self.blocks not in lists:
                 raise TuningError(
@@ -77,7 +77,7 @@ class PartialK(CachingMethod):
             return self.blocks, lists[self.blocks]
         if not lists:
             raise TuningError(f"{type(backbone).__name__} has no list of blocks: use LinearProbe or another method.")
-        if len(lists) > 1 and not getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
+        if len(lists) > 1 and not structure.is_encoder_decoder(backbone):
             raise TuningError(
                 f"{type(backbone).__name__} has {len(lists)} lists of blocks ({', '.join(lists)}): name one by blocks="
             )
@@ -109,10 +109,7 @@ class PartialK(CachingMethod):
         return names
 
 
-class PartialKMixin(MethodMixin):
-    """For a LightningModule whose last blocks are trained: set ``self.method = PartialK(k=2)`` for more of them."""
-
-    default_method = PartialK
+PartialKMixin = TunedBy[PartialK]
 
 
 def _at_or_after(names: list[str], name: str, first: str) -> bool:

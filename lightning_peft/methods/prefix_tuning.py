@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.bases.prefix import PrefixMethod
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.prompts import infix
 from lightning_peft.prompts.virtual_tokens import VirtualTokens, is_widened
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -47,10 +47,9 @@ class PrefixTuning(PrefixMethod):
         """Attach a prefix to each attention, or an infix to the word table and each projection of keys and values."""
         if self.form == "prefix":
             return super().graft(backbone)
-        self._check()
         self._check_infix(backbone)
         count, call = self.num_virtual_tokens, infix.Call()
-        (table,) = select.word_tables(backbone).values()
+        (table,) = structure.word_tables(backbone).values()
         width: int = table.embedding_dim  # type: ignore[assignment]
         device = table.weight.device
         attach(table, VirtualTokens(nn.Parameter(torch.randn(count, width, device=device))), self.name)  # type: ignore[arg-type]
@@ -60,7 +59,7 @@ class PrefixTuning(PrefixMethod):
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in projections):
             attach(backbone.get_submodule(owner), infix.InfixAttention(call), self.name)
         attach(backbone.get_decoder(), infix.InfixDecoder(call), self.name)  # type: ignore[operator]
-        self._limit = select.max_positions(backbone)
+        self._limit = structure.max_positions(backbone)
         return ()
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -81,27 +80,23 @@ class PrefixTuning(PrefixMethod):
         return batch
 
     def _check_infix(self, backbone: nn.Module) -> None:
-        if self.form != "infix":
-            raise TuningError(f"form={self.form!r} is unknown: take 'prefix' or 'infix'.")
         if self.mid_dim is not None or self.init != "random" or self.init_from or self.sets or self.layers is not None:
             raise TuningError(
                 "form='infix' trains numbers of its own in every layer: give mid_dim=None, and none of sets, layers, "
                 "init and init_from."
             )
-        if select.is_encoder(backbone) or getattr(getattr(backbone, "config", None), "is_encoder_decoder", True):
+        other = structure.is_encoder(backbone) or structure.is_encoder_decoder(backbone)
+        if other or structure.config_of(backbone) is None:
             raise TuningError(
                 f"form='infix' stands between source and target of one text, and {type(backbone).__name__} is no "
                 "decoder-only model: take form='prefix'."
             )
 
 
-class PrefixTuningMixin(MethodMixin):
+class PrefixTuningMixin(TunedBy[PrefixTuning]):
     """For a LightningModule that is tuned by a prefix: set ``self.method`` to change its arguments."""
-
-    default_method = PrefixTuning
 
     def fold(self) -> None:
         """Keep the prefix that the network gives and drop the network."""
-        assert isinstance(self.method, PrefixTuning)
-        assert isinstance(self, nn.Module)
-        self.method.fold(self)
+        method, module = self._owned()
+        method.fold(module)

@@ -8,7 +8,6 @@ Source: Lester et al. 2021, arXiv 2104.08691, section 6, which leaves ties open.
 and masked, and positions count what is not masked.
 """
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +17,15 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import select
-from lightning_peft.core.delta import read_delta
+from lightning_peft.core import structure
+from lightning_peft.core.arguments import choice
+from lightning_peft.core.cache_argument import cache_in
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.prompts.virtual_tokens import VirtualTokens, insert
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 class Ballot(Graft):
@@ -49,11 +50,11 @@ class Ballot(Graft):
         Raises:
             TuningError: it shall keep keys and values for later tokens, of which there would be one set a prompt.
         """
-        names = inspect.signature(type(host).forward).parameters
-        inputs = dict(zip(list(names)[1:], args, strict=False)) | kwargs
-        if inputs.get("past_key_values") is not None:
+        names = structure.arguments_of(host)
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        if cache_in(inputs) is not None:
             raise TuningError("an ensemble votes on whole texts: call generate() with use_cache=False.")
-        inputs.update({"past_key_values": None, "use_cache": False} if "use_cache" in names else {})
+        inputs.update({"use_cache": False} if "use_cache" in names else {})
         out = forward(**self._each(inputs))
         out.logits = self._count(self._text_only(out.logits, inputs["input_ids"]))
         return out
@@ -105,7 +106,7 @@ class PromptEnsemble(Method):
     """
 
     prompts: list[str] = field(default_factory=list)
-    vote: Literal["majority", "mean"] = "majority"
+    vote: Literal["majority", "mean"] = choice("majority", "is no form of a vote")
 
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "nothing: trained prompts of one task vote"
@@ -115,9 +116,7 @@ class PromptEnsemble(Method):
         """Attach all prompts to the word table, and the vote to the model."""
         if not self.prompts:
             raise TuningError("an ensemble without prompts answers nothing: give prompts=, the deltas of one or more.")
-        if self.vote not in ("majority", "mean"):
-            raise TuningError(f"vote={self.vote!r} is no form of a vote: take 'majority' or 'mean'.")
-        tables = select.word_tables(backbone)
+        tables = structure.word_tables(backbone)
         table = next(iter(tables.values()))
         rows = [self._read(path, table.embedding_dim) for path in self.prompts]  # type: ignore[arg-type]
         lengths = [len(r) for r in rows]
@@ -125,18 +124,18 @@ class PromptEnsemble(Method):
         weight = nn.Parameter(padded.to(table.weight.device))  # type: ignore[arg-type]
         for host in tables.values():
             attach(host, VirtualTokens(weight), self.name)
-        encoder_decoder = bool(getattr(backbone.config, "is_encoder_decoder", False))
+        encoder_decoder = structure.is_encoder_decoder(backbone)
         positions = None
-        if "position_ids" in inspect.signature(type(backbone).forward).parameters:
-            table_of = next(iter(select.position_tables(backbone).values()), None)
-            padding = getattr(table_of, "padding_idx", None)
+        if "position_ids" in structure.arguments_of(backbone):
+            table_of = next(iter(structure.position_tables(backbone).values()), None)
+            padding = table_of.padding_idx if table_of is not None else None
             positions = 0 if padding is None else padding + 1
-        if len(set(lengths)) > 1 and positions is None and select.position_tables(backbone):
+        if len(set(lengths)) > 1 and positions is None and structure.position_tables(backbone):
             raise TuningError(
                 f"{type(backbone).__name__} takes no position_ids, which prompts of lengths {sorted(set(lengths))} "
                 "need: give prompts of one length."
             )
-        after = 1 if select.is_encoder(backbone) else 0
+        after = 1 if structure.is_encoder(backbone) else 0
         attach(backbone, Ballot(lengths, self.vote, after, encoder_decoder, positions), self.name)
         return ()
 
@@ -170,5 +169,4 @@ class PromptEnsemble(Method):
         return rows[0].float()
 
 
-class PromptEnsembleMixin(MethodMixin):
-    """For a LightningModule that answers by a vote of prompts: set ``self.method`` to a PromptEnsemble."""
+PromptEnsembleMixin = TunedBy[PromptEnsemble]

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.bases.prompt import PromptMethod, cut_to
-from lightning_peft.core import select
+from lightning_peft.core import structure
+from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.hub import load_tokenizer
+from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.prompts.virtual_tokens import frequent_ids, insert, random_rows, word_rows
-from lightning_peft.training.mixin import MethodMixin
-
-INITS = ("random_uniform", "sampled_vocab", "text", "class_labels")
+from lightning_peft.training.mixin import TunedBy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -42,11 +41,11 @@ class PromptTuning(PromptMethod):
         seed: of the drawing; None: the global generator.
     """
 
-    num_prompts: int = 1
+    num_prompts: int = natural(1, "is no number of prompts")
     init: Literal["random_uniform", "sampled_vocab", "text", "class_labels"] = "sampled_vocab"
     text: str | None = None
     class_labels: list[str] | None = None
-    top_words: int = 5000
+    top_words: int = natural(5000, "leaves no words to draw from")
     seed: int | None = None
 
     paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691"
@@ -56,11 +55,7 @@ class PromptTuning(PromptMethod):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the prompt."""
-        self._check_count()
-        self._check_choice("init", INITS, "initial value of a prompt")
-        if self.num_prompts < 1:
-            raise TuningError(f"num_prompts={self.num_prompts} is no number of prompts: take 1 or more.")
-        table = next(iter(select.word_tables(backbone).values()))
+        table = next(iter(structure.word_tables(backbone).values()))
         rows = torch.cat([self._initial_rows(backbone, table) for _ in range(self.num_prompts)])
         weight = nn.Parameter(rows.to(table.weight.device))  # type: ignore[arg-type]
         self.place(backbone, weight, anywhere=self.num_prompts > 1)
@@ -106,9 +101,7 @@ class PromptTuning(PromptMethod):
         return rows
 
     def _sampled(self, backbone: nn.Module, vocabulary: int) -> list[int]:
-        if self.top_words < 1:
-            raise TuningError(f"top_words={self.top_words} leaves no words to draw from: take 1 or more.")
-        tokenizer = load_tokenizer(backbone, self.tokenizer, f"init={self.init!r}")
+        tokenizer = tokenizer_of(backbone, self.tokenizer, f"init={self.init!r}")
         draw = random.Random(self.seed if self.seed is not None else torch.randint(2**31, ()).item())
         frequent, count = frequent_ids(tokenizer, vocabulary, self.top_words), self.num_virtual_tokens
         if not frequent:
@@ -120,7 +113,7 @@ class PromptTuning(PromptMethod):
     def _label_ids(self, backbone: nn.Module) -> list[list[int]]:
         labels = self.class_labels
         if labels is None:
-            labels = list((getattr(backbone.config, "id2label", None) or {}).values())
+            labels = list((structure.setting(structure.config_of(backbone), "id2label") or {}).values())
             if not labels or all(name.startswith("LABEL_") for name in labels):
                 raise TuningError("init='class_labels' needs the names of the classes: give class_labels=.")
         if len(labels) > self.num_virtual_tokens:
@@ -128,7 +121,7 @@ class PromptTuning(PromptMethod):
                 f"{len(labels)} class labels do not fit a prompt of {self.num_virtual_tokens} virtual tokens: "
                 f"set num_virtual_tokens to {len(labels)} or more."
             )
-        tokenizer = load_tokenizer(backbone, self.tokenizer, "init='class_labels'")
+        tokenizer = tokenizer_of(backbone, self.tokenizer, "init='class_labels'")
         ids = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
         for label, tokens in zip(labels, ids, strict=True):
             if not tokens:
@@ -136,13 +129,10 @@ class PromptTuning(PromptMethod):
         return ids
 
 
-class PromptTuningMixin(MethodMixin):
+class PromptTuningMixin(TunedBy[PromptTuning]):
     """For a LightningModule that is tuned by a soft prompt: set ``self.method`` to change its arguments."""
-
-    default_method = PromptTuning
 
     def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return, for each virtual token, the k words of highest cosine, with it."""
-        assert isinstance(self.method, PromptTuning)
-        assert isinstance(self, nn.Module)
-        return self.method.nearest_words(self, k)
+        method, module = self._owned()
+        return method.nearest_words(module, k)

@@ -20,16 +20,16 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, select
+from lightning_peft.core import cache_argument, compatibility, structure
+from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
-BLENDS = ("auto", "pooler_output", "last_hidden_state", "first_token")
 _INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner")
-_LEFT_OUT = ("past_key_values", "use_cache", "output_hidden_states", "output_attentions", "return_dict", "labels")
+_LEFT_OUT = (*cache_argument.NAMES, "use_cache", "output_hidden_states", "output_attentions", "return_dict", "labels")
 
 
 class Side(BesideFrozen):
@@ -50,7 +50,7 @@ class Side(BesideFrozen):
         self.network, self.projection, self.blend = network, projection, blend
         parameters = inspect.signature(type(network).forward).parameters
         self.takes = [name for name in list(parameters)[1:] if name not in _LEFT_OUT]
-        self.main = getattr(host, "main_input_name", self.names[0])
+        self.main = structure.main_input_of(host) or self.names[0]
         self.alpha = nn.Parameter(torch.full((1,), alpha, device=next(host.parameters()).device))
 
     def beside(self, out: Any, host: nn.Module, given: dict[str, Any]) -> Any:
@@ -98,13 +98,13 @@ class SideTuning(Method):
 
     side: str | None = None
     side_args: dict[str, Any] = field(default_factory=dict)
-    reduction: int = 4
-    side_layers: int | None = None
-    blend: Literal["auto", "pooler_output", "last_hidden_state", "first_token"] = "auto"
+    reduction: int = natural(4, "makes no narrow copy")
+    side_layers: int | None = natural(None)
+    blend: Literal["auto", "pooler_output", "last_hidden_state", "first_token"] = choice("auto", "is no output")
     alpha_init: float = 0.0
 
     kind: ClassVar[str] = "side network"
-    trains: ClassVar[str] = "a small network beside the backbone"
+    trains: ClassVar[str] = "a small network beside the backbone, blended in"
     paper: ClassVar[str] = "Zhang et al. 2020, arXiv 1912.13503"
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.FEATURES})
     breaks: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.FEATURES})
@@ -112,10 +112,6 @@ class SideTuning(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the side network to the base model."""
-        if self.blend not in BLENDS:
-            raise TuningError(f"blend={self.blend!r} is no output to blend: take one of {', '.join(BLENDS)}.")
-        if self.side is None and self.reduction < 1:
-            raise TuningError(f"reduction={self.reduction} makes no narrow copy: take 1 or more.")
         base = base_of(backbone)
         blend = self._blend(backbone, base)
         device = next(base.parameters()).device
@@ -149,19 +145,17 @@ class SideTuning(Method):
     def _blend(self, backbone: nn.Module, base: nn.Module) -> str:
         if self.blend != "auto":
             return self.blend
-        has_head = bool(select.head_names(backbone))
-        return "pooler_output" if has_head and getattr(base, "pooler", None) is not None else "last_hidden_state"
+        pooled = bool(structure.head_names(backbone)) and structure.part(base, "pooler") is not None
+        return "pooler_output" if pooled else "last_hidden_state"
 
 
-class SideTuningMixin(MethodMixin):
+class SideTuningMixin(TunedBy[SideTuning]):
     """For a LightningModule with a side network: set ``self.method = SideTuning(...)`` to choose it."""
-
-    default_method = SideTuning
 
     def alpha(self) -> float:
         """Return the share of the backbone in the blend."""
-        assert isinstance(self.method, SideTuning)
-        return self.method.alpha(self)  # type: ignore[arg-type]
+        method, module = self._owned()
+        return method.alpha(module)
 
 
 def narrow(base: nn.Module, reduction: int, layers: int | None, pooled: bool) -> tuple[nn.Module, tuple[int, int]]:
@@ -170,14 +164,16 @@ def narrow(base: nn.Module, reduction: int, layers: int | None, pooled: bool) ->
     Raises:
         TuningError: the model is none of transformers, or its class refuses such sizes.
     """
-    config = copy.deepcopy(getattr(base, "config", None))
+    config = copy.deepcopy(structure.config_of(base))
     if config is None:
         raise TuningError(f"{type(base).__name__} has no config to build a narrow copy by: give side= (a class path).")
     try:
         widths = _shrink(config, reduction)
         if layers is not None:
+            if layers > config.num_hidden_layers:
+                raise ValueError(f"it has {config.num_hidden_layers} blocks")
             config.num_hidden_layers = layers
-            if getattr(config, "layer_types", None):
+            if structure.setting(config, "layer_types"):
                 config.layer_types = config.layer_types[:layers]
         options = (
             {"add_pooling_layer": pooled} if "add_pooling_layer" in inspect.signature(type(base)).parameters else {}
@@ -199,22 +195,23 @@ def narrow(base: nn.Module, reduction: int, layers: int | None, pooled: bool) ->
 
 def _shrink(config: Any, reduction: int) -> tuple[int, int]:
     """Divide the sizes in a config; return the narrow and the full width."""
-    if getattr(config, "hidden_sizes", None):  # a convolutional network in stages
+    if structure.setting(config, "hidden_sizes"):  # a convolutional network in stages
         full = config.hidden_sizes[-1]
         config.hidden_sizes = [max(1, size // reduction) for size in config.hidden_sizes]
-        if getattr(config, "embedding_size", None):
+        if structure.setting(config, "embedding_size"):
             config.embedding_size = max(1, config.embedding_size // reduction)
         return config.hidden_sizes[-1], full
     full, heads = config.hidden_size, config.num_attention_heads
     few = max(1, heads // reduction)
     width = max(1, full // reduction // few) * few
-    if getattr(config, "num_key_value_heads", None):
+    if structure.setting(config, "num_key_value_heads"):
         config.num_key_value_heads = max(1, config.num_key_value_heads * few // heads)
-    if getattr(config, "head_dim", None):
+    if structure.setting(config, "head_dim"):
         config.head_dim = width // few
     for name in _INNER:
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, max(1, getattr(config, name) // reduction))
+        size = structure.setting(config, name)
+        if isinstance(size, int):
+            setattr(config, name, max(1, size // reduction))
     config.hidden_size, config.num_attention_heads = width, few
     return width, full
 

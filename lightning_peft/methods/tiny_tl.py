@@ -24,18 +24,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, select, sharded
+from lightning_peft.core import compatibility, select, sharded, structure
+from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach, is_compiled
 from lightning_peft.features.activation_memory import Kept, tensors_in
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 _EPS = 1e-5
 
 
 class Shapes(Graft):
     """Notes the shapes of the first input and of the output of its host."""
+
+    seen: tuple[torch.Size, torch.Size] | None = None
 
     def after(self, out: Any, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the output as it is."""
@@ -130,33 +133,25 @@ class TinyTL(Method):
         image_size: height and width of the images [pixels]; None: that of the backbone's configuration, or 224.
     """
 
-    kernel_size: int = 5
-    groups: int = 2
-    expand: float = 1.0
+    kernel_size: int = natural(5)
+    groups: int = natural(2)
+    expand: float = positive(1.0)
     biases: bool = True
     target_modules: list[str] | str | None = None
-    image_size: int | None = None
+    image_size: int | None = natural(None)
 
     kind: ClassVar[str] = "modules"
-    trains: ClassVar[str] = "the biases, and small convolutions beside the blocks"
+    trains: ClassVar[str] = "the biases, and small convolutions beside the blocks of an image model"
     paper: ClassVar[str] = "Cai et al. 2020, arXiv 2007.11622"
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach a residual to each block; return the names of the biases."""
-        if min(self.kernel_size, self.groups) < 1 or not self.expand > 0:
-            raise TuningError(
-                f"kernel_size={self.kernel_size}, groups={self.groups} and expand={self.expand} must be above 0."
-            )
-        if getattr(backbone, "main_input_name", "pixel_values") != "pixel_values":
+        if structure.main_input_of(backbone) not in (None, "pixel_values"):
             raise TuningError(
                 f"{type(backbone).__name__} takes no images, and TinyTL's residuals are convolutions: use Adapter."
             )
-        if getattr(backbone, "main_input_name", "pixel_values") != "pixel_values":
-            raise TuningError(
-                f"{type(backbone).__name__} takes no images, and TinyTL's residuals are convolutions: use Adapter."
-            )
-        biases = list(select.bias_owners(backbone).values())
+        biases = list(structure.bias_owners(backbone).values())
         if self.biases and not biases:
             raise TuningError(
                 f"{type(backbone).__name__} has no biases to train: leave them out with biases=False, or use LoRA."
@@ -212,9 +207,9 @@ class TinyTL(Method):
         return kept
 
     def _blocks(self, backbone: nn.Module) -> dict[str, nn.Module]:
-        modules = select.without_grafts(backbone)
+        modules = structure.without_grafts(backbone)
         if self.target_modules is None:
-            chosen = [name for entries in select.blocks(backbone).values() for name, _ in entries]
+            chosen = [name for entries in structure.blocks(backbone).values() for name, _ in entries]
         else:
             chosen = []
             for pattern, names in select.match(modules, self.target_modules).items():
@@ -233,10 +228,10 @@ class TinyTL(Method):
     def _shapes(self, backbone: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, tuple[torch.Size, torch.Size]]:
         """Return the shapes of each block's input and output, by a pass of one empty image."""
         parameter = next(p for p in backbone.parameters() if p.is_floating_point())
-        config = getattr(backbone, "config", None)
-        size = self.image_size or getattr(config, "image_size", None) or 224
-        channels = getattr(config, "num_channels", None) or 3
-        image = torch.zeros(1, channels, size, size, dtype=parameter.dtype, device=parameter.device)
+        config = structure.config_of(backbone)
+        height, width = self._image_size(config) or (224, 224)
+        channels = structure.image_channels(config)
+        image = torch.zeros(1, channels, height, width, dtype=parameter.dtype, device=parameter.device)
         modes = {module: module.training for module in backbone.modules()}
         noted = {name: attach(block, Shapes(), f"{self.name}_shapes") for name, block in blocks.items()}
         try:
@@ -245,35 +240,36 @@ class TinyTL(Method):
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise TuningError(
-                f"{type(backbone).__name__} does not take an image of {channels} x {size} x {size} ({why}): TinyTL is "
-                "for image models; give image_size= if theirs is another."
+                f"{type(backbone).__name__} does not take an image of {channels} x {height} x {width} ({why}): TinyTL "
+                "is for image models; give image_size= if theirs is another."
             ) from None
         finally:
             for module, mode in modes.items():
                 module.training = mode
             for block in blocks.values():
                 detach(block, f"{self.name}_shapes")
-        for name, note in noted.items():
-            if not hasattr(note, "seen") or len(note.seen[0]) not in (3, 4):
-                raise TuningError(
-                    f"{name} is no block of images or tokens, or is not used: leave it out with exclude=."
-                )
-        return {name: note.seen for name, note in noted.items()}
+        shapes = {name: note.seen for name, note in noted.items() if note.seen and len(note.seen[0]) in (3, 4)}
+        if unlike := [name for name in noted if name not in shapes]:
+            raise TuningError(
+                f"{unlike[0]} is no block of images or tokens, or is not used: leave it out with exclude=."
+            )
+        return shapes
 
     def _grid(self, backbone: nn.Module, tokens: int) -> tuple[int, int]:
         """Return the rows and columns of the image among that many tokens."""
         side = math.isqrt(tokens)
-        config = getattr(backbone, "config", None)
-        size, patch = self.image_size or getattr(config, "image_size", 0), getattr(config, "patch_size", 0)
-        if isinstance(size, int) and isinstance(patch, int) and patch and (size // patch) ** 2 <= tokens:
-            side = size // patch if tokens - (size // patch) ** 2 < 2 * (size // patch) + 1 else side
+        config = structure.config_of(backbone)
+        size, patch = self._image_size(config), structure.setting(config, "patch_size")
+        if size is not None and size[0] == size[1] and isinstance(patch, int) and (size[0] // patch) ** 2 <= tokens:
+            per_side = size[0] // patch
+            side = per_side if tokens - per_side**2 < 2 * per_side + 1 else side
         return side, side
 
+    def _image_size(self, config: Any) -> tuple[int, int] | None:
+        return (self.image_size, self.image_size) if self.image_size else structure.image_size(config)
 
-class TinyTLMixin(MethodMixin):
-    """For a LightningModule that is tuned by biases and lite residuals."""
 
-    default_method = TinyTL
+TinyTLMixin = TunedBy[TinyTL]
 
 
 def _norm_groups(channels: int) -> int:

@@ -19,13 +19,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import attention, compatibility, select
+from lightning_peft.core import attention, compatibility, select, structure
+from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach, owned_by
 from lightning_peft.towers.vision import Tower, tower
 from lightning_peft.towers.window_prompts import PromptRows, attach_windows
 from lightning_peft.training.method import Method
-from lightning_peft.training.mixin import MethodMixin
+from lightning_peft.training.mixin import TunedBy
 
 
 class TokenPrompt(PromptRows):
@@ -153,13 +154,13 @@ class VPT(Method):
             patches. The prompts are never part of it.
     """
 
-    num_virtual_tokens: int = 10
+    num_virtual_tokens: int = natural(10, "is no prompt")
     deep: bool = True
     num_deep_layers: int | None = None
-    deep_from: Literal["bottom", "top"] = "bottom"
-    projection: int | None = None
-    dropout: float | None = None
-    pool: Literal["model", "cls", "mean"] = "model"
+    deep_from: Literal["bottom", "top"] = choice("bottom", "is no end of the blocks")
+    projection: int | None = natural(None, "is no width")
+    dropout: float | None = rate(None, "is no share")
+    pool: Literal["model", "cls", "mean"] = choice("model", "is no pooling")
 
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "tokens among the patches of an image, in the first or in every block"
@@ -169,7 +170,8 @@ class VPT(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the prompts to the embeddings or blocks of the vision tower."""
-        self._check_arguments()
+        if not self.deep and (self.num_deep_layers is not None or self.deep_from == "top"):
+            raise TuningError("deep=False has prompts in the input alone: leave num_deep_layers and deep_from out.")
         found = tower(backbone)
         chosen = self._layers(len(found.blocks), type(backbone).__name__)
         self._check_fit(backbone, found)
@@ -238,23 +240,9 @@ class VPT(Method):
             raise TuningError(f"num_deep_layers={deep}, but {name} has {count} blocks: take 1 to {count}.")
         return list(range(deep)) if self.deep_from == "bottom" else list(range(count - deep, count))
 
-    def _check_arguments(self) -> None:
-        if self.num_virtual_tokens < 1:
-            raise TuningError(f"num_virtual_tokens={self.num_virtual_tokens} is no prompt: take 1 or more.")
-        if self.deep_from not in ("bottom", "top"):
-            raise TuningError(f"deep_from={self.deep_from!r} is no end of the blocks: take 'bottom' or 'top'.")
-        if not self.deep and (self.num_deep_layers is not None or self.deep_from == "top"):
-            raise TuningError("deep=False has prompts in the input alone: leave num_deep_layers and deep_from out.")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise TuningError(f"dropout={self.dropout} is no share: take 0 or more, and less than 1.")
-        if self.projection is not None and self.projection < 1:
-            raise TuningError(f"projection={self.projection} is no width: take 1 or more.")
-        if self.pool not in ("model", "cls", "mean"):
-            raise TuningError(f"pool={self.pool!r} is no pooling: take 'model', 'cls' or 'mean'.")
-
     def _check_fit(self, backbone: nn.Module, found: Tower) -> None:
         name = type(backbone).__name__
-        if hasattr(found.module, "out_features"):
+        if structure.gives_feature_maps(found.module):
             raise TuningError(
                 f"{name} gives the hidden states of its blocks, and prompts would be among them: take the model "
                 "without that (AutoModel), or LoRA."
@@ -263,7 +251,7 @@ class VPT(Method):
             raise TuningError(f"the blocks of {name} have several widths: leave projection out.")
         if self.pool == "cls" and not found.has_cls:
             raise TuningError(f"pool='cls', but {name} has no [CLS] token: take pool='mean' or 'model'.")
-        if self.pool != "model" and not select.head_names(backbone):
+        if self.pool != "model" and not structure.head_names(backbone):
             raise TuningError(f"pool={self.pool!r} is for a task head, and {name} has none: take pool='model'.")
 
     def _drawn(self, bound: float, dim: int, found: Tower) -> nn.Parameter:
@@ -308,7 +296,4 @@ def _width(block: nn.Module) -> int:
     return next(int(m.normalized_shape[0]) for m in block.modules() if isinstance(m, nn.LayerNorm))
 
 
-class VPTMixin(MethodMixin):
-    """For a LightningModule that is tuned by VPT: set ``self.method`` to change its arguments."""
-
-    default_method = VPT
+VPTMixin = TunedBy[VPT]

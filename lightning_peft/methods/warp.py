@@ -19,15 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.bases.prompt import PromptMethod, cut_to
-from lightning_peft.core import select
+from lightning_peft.core import arguments, structure
+from lightning_peft.core.arguments import choice
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
-from lightning_peft.core.hub import load_tokenizer
+from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.prompting import Template
 from lightning_peft.prompts.virtual_tokens import word_rows
-from lightning_peft.training.mixin import MethodMixin
-
-INITS = ("normal", "mask", "text")
+from lightning_peft.training.mixin import TunedBy
 
 
 class ClassRows(Graft):
@@ -67,7 +66,7 @@ class WARP(PromptMethod):
 
     words: list[str] = field(default_factory=list)
     template: str | None = None
-    init: Literal["normal", "mask", "text"] = "normal"
+    init: Literal["normal", "mask", "text"] = choice("normal", "is no initial value of a prompt")
     text: str | None = None
 
     trains: ClassVar[str] = "prompt tokens in the input and a row for each class"
@@ -78,16 +77,15 @@ class WARP(PromptMethod):
         """Attach the prompt tokens and the rows of the classes."""
         if self.template is not None:
             self.num_virtual_tokens = Template(self.template).num_virtual_tokens
-        self._check_count()
-        self._check_choice("init", INITS, "initial value of a prompt")
-        decoder = backbone.get_output_embeddings() if hasattr(backbone, "get_output_embeddings") else None  # type: ignore[operator]
-        if not isinstance(decoder, nn.Linear) or not select.is_encoder(backbone):
+            arguments.check(self)
+        decoder = structure.output_embeddings_of(backbone)
+        if not isinstance(decoder, nn.Linear) or not structure.is_encoder(backbone):
             raise TuningError(
                 f"{type(backbone).__name__} is no masked language model, whose decoder WARP scores the classes by: "
                 "load it with its masked language modelling head."
             )
         ids = self._word_ids(backbone)
-        table = next(iter(select.word_tables(backbone).values()))
+        table = next(iter(structure.word_tables(backbone).values()))
         rows = self._initial_rows(backbone, table)
         self.place(backbone, nn.Parameter(rows.to(decoder.weight.device)), anywhere=True)
         weight = decoder.weight.detach()[ids].float()
@@ -102,7 +100,7 @@ class WARP(PromptMethod):
     def _word_ids(self, backbone: nn.Module) -> Tensor:
         if len(self.words) < 2:
             raise TuningError(f"words={self.words} leaves no choice: give a word for each of two classes or more.")
-        tokenizer = load_tokenizer(backbone, self.tokenizer, "the words of the classes")
+        tokenizer = tokenizer_of(backbone, self.tokenizer, "the words of the classes")
         found: list[int] = []
         for word in self.words:
             # As the verbalizer does: BPE vocabularies know a word by the blank before it.
@@ -124,19 +122,16 @@ class WARP(PromptMethod):
             return values.mean(0).cpu() + spread.cpu() * torch.randn(count, weight.shape[1])
         if self.init == "text":
             return word_rows(table, cut_to(self.ids_of(backbone, self.text), count))
-        tokenizer = load_tokenizer(backbone, self.tokenizer, "init='mask'")
+        tokenizer = tokenizer_of(backbone, self.tokenizer, "init='mask'")
         if tokenizer.mask_token_id is None:
             raise TuningError("init='mask' needs a mask token, which this tokenizer has not: take init='normal'.")
         return word_rows(table, [tokenizer.mask_token_id] * count)
 
 
-class WARPMixin(MethodMixin):
+class WARPMixin(TunedBy[WARP]):
     """For a LightningModule that is tuned by WARP: set ``self.method`` to change its arguments."""
-
-    default_method = WARP
 
     def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return, for each prompt token, the k words of highest cosine, with it."""
-        assert isinstance(self.method, WARP)
-        assert isinstance(self, nn.Module)
-        return self.method.nearest_words(self, k)
+        method, module = self._owned()
+        return method.nearest_words(module, k)

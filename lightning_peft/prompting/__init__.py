@@ -10,7 +10,8 @@ from lightning_peft.prompting.reasoning import (
     second_stage,
     solved,
 )
-from lightning_peft.prompting.template import Template, options_text
+from lightning_peft.prompting.template import Template
+from lightning_peft.prompting.template_parts import options_text
 from lightning_peft.prompting.verbalizer import Verbalizer
 
 __all__ = [

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.prompting.template import Answer, Field, Mask, Options, Part, Soft, Template, Text
+from lightning_peft.prompting.template import Template
+from lightning_peft.prompting.template_parts import Answer, Field, Mask, Options, Part, Soft, Text
 from lightning_peft.prompting.verbalizer import Verbalizer
 
 Style: TypeAlias = Literal["masked", "causal", "seq2seq"]
@@ -70,26 +71,22 @@ def encode(
     Raises:
         TuningError: the template does not fit the style or the row, or is too long itself.
     """
+    causal = style == "causal"
     before, gap, after = _around(template, tokenizer, style, masks)
     opening, closing = special_ids(tokenizer) if specials else ([], [])
-    closing = [] if style == "causal" else closing
-    number = len(before)
-    head = _encode_parts(
-        template, tokenizer, [Text(front), *before] if front else before, fields, options, -bool(front)
-    )
+    texts = [Text(front), *before] if front else before
+    head = _encode_parts(template, tokenizer, texts, fields, options, -bool(front))
     # Behind the answer of a causal model an empty field ends the text, which ends with no blank.
-    tail = _encode_parts(
-        template, tokenizer, after, fields, options, number, joins=bool(before or front), ends=style == "causal"
-    )
-    total = len(opening) + len(head) + len(gap) + len(tail) + len(closing)
-    dropped = max(0, total - (max_length or total))
-    if dropped:
+    tail = _encode_parts(template, tokenizer, after, fields, options, len(before), joins=bool(texts), ends=causal)
+    total = len(opening) + len(head) + len(gap) + len(tail) + (0 if causal else len(closing))
+    if dropped := max(0, total - (max_length or total)):
         head, tail = _cut(template, head, tail, dropped, max_length or total)
-    ids = [*opening, *(token for token, _ in head)]
-    slot, rest = len(ids), [token for token, _ in tail]
-    if style == "causal":
-        return Encoded(ids, slot, rest, dropped)
-    return Encoded([*ids, *gap, *rest, *closing], slot, [], dropped)
+    ids, rest = [*opening, *_ids(head)], _ids(tail)
+    return Encoded(ids if causal else [*ids, *gap, *rest, *closing], len(ids), rest if causal else [], dropped)
+
+
+def _ids(tokens: _Tokens) -> list[int]:
+    return [token for token, _ in tokens]
 
 
 def word_ids(tokenizer: Any, word: str, lead: str = " ") -> list[int]:

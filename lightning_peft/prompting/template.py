@@ -19,55 +19,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.prompting.template_parts import (
+    RESERVED,
+    Answer,
+    Field,
+    Mask,
+    Options,
+    Part,
+    Soft,
+    Text,
+    add_text,
+    options_text,
+    words_of,
+)
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{[^{}]*\}|[{}]")
 _NAME = re.compile(r"([^\W\d]\w*)(!?)")
 _SOFT = re.compile(r"v:(\d+)")
-
-
-@dataclass(frozen=True)
-class Text:
-    """Words of the template itself."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Field:
-    """A field of a row; ``shortens`` tells whether truncation may cut it."""
-
-    name: str
-    shortens: bool = True
-
-
-@dataclass(frozen=True)
-class Soft:
-    """Virtual tokens ``first`` to ``first + count - 1``: ids ``-1 - first`` and down."""
-
-    count: int
-    first: int = 0
-
-
-@dataclass(frozen=True)
-class Mask:
-    """What a masked language model fills in."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a language model goes on with."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The answers to choose from."""
-
-
-Part: TypeAlias = Text | Field | Soft | Mask | Answer | Options
-_RESERVED: dict[str, Part] = {"mask": Mask(), "answer": Answer(), "options": Options()}
 
 
 @dataclass(frozen=True)
@@ -106,16 +77,16 @@ class Template:
         parts: list[Part] = []
         end = soft = 0
         for found in _TOKEN.finditer(self.text):
-            _add_text(parts, self.text[end : found.start()])
+            add_text(parts, self.text[end : found.start()])
             end = found.end()
             token = found[0]
             if token in ("{{", "}}"):
-                _add_text(parts, token[0])
+                add_text(parts, token[0])
                 continue
             part = self._slot(token, soft)
             soft += part.count if isinstance(part, Soft) else 0
             parts.append(part)
-        _add_text(parts, self.text[end:])
+        add_text(parts, self.text[end:])
         return tuple(parts)
 
     @property
@@ -261,8 +232,8 @@ class Template:
             if not int(found[1]):
                 raise TuningError(f"{token} in {self.text!r} has no virtual tokens: give 1 or more.")
             return Soft(int(found[1]), soft)
-        if inside in _RESERVED:
-            return _RESERVED[inside]
+        if inside in RESERVED:
+            return RESERVED[inside]
         if found := _NAME.fullmatch(inside):
             return Field(found[1], not found[2])
         raise TuningError(
@@ -272,32 +243,3 @@ class Template:
 
     def __str__(self) -> str:
         return f"template {self.name or self.text!r}"
-
-
-def options_text(options: Sequence[str]) -> str:
-    r"""Return the answers to choose from, as FLAN writes them.
-
-    >>> options_text(["yes", "no"])
-    'OPTIONS:\n- yes\n- no'
-    """
-    return "\n".join(["OPTIONS:", *(f"- {option}" for option in options)])
-
-
-def words_of(value: Any, name: str) -> str:
-    """Return the value of a field as text; a missing one is the empty text.
-
-    Raises:
-        TuningError: it is neither text nor number.
-    """
-    if value is None:
-        return ""
-    if isinstance(value, (str, int, float)):
-        return str(value)
-    raise TuningError(f"field {name!r} holds a {type(value).__name__}: templates take texts and numbers.")
-
-
-def _add_text(parts: list[Part], text: str) -> None:
-    if text and parts and isinstance(parts[-1], Text):
-        parts[-1] = Text(parts[-1].text + text)
-    elif text:
-        parts.append(Text(text))

@@ -17,8 +17,6 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.sharded import is_part, whole
 
-KINDS = ("encoder", "decoder", "cross")
-
 
 class PrefixNetwork(Graft):
     """The part of the reparametrisation that attentions of one kind share: ``tanh(U E + b)``, [P, mid].
@@ -49,15 +47,17 @@ class Prefix(Graft):
         dropout: probability for each number of them in training.
     """
 
+    network: PrefixNetwork | None
+    bias_table: nn.Module | None
+    """The attention of T5 whose table of position biases all layers of its stack have."""
+
     def __init__(
         self, place: Attention, count: int, std: float, network: PrefixNetwork | None = None, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.shape = (place.heads, place.key_dim, place.value_dim)
         self.count, self.kind, self.dropout = count, place.kind, dropout
-        # In a tuple, since it is a child of the backbone and no child of each prefix.
-        self._network = (network,)
-        self._bias_from: tuple[nn.Module | None] = (None,)
+        self.refer(network=network, bias_table=None)
         if network is None:
             self.keys = nn.Parameter(torch.randn(place.heads, count, place.key_dim) * std)
             self.values = nn.Parameter(torch.randn(place.heads, count, place.value_dim) * std)
@@ -67,11 +67,10 @@ class Prefix(Graft):
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Return the keys [H, P, d_k] and the values [H, P, d_v]."""
-        (network,) = self._network
-        if network is None:
+        if self.network is None:
             return self.keys, self.values
         heads, key_dim, value_dim = self.shape
-        out = self.project(network.hidden(self.kind))
+        out = self.project(self.network.hidden(self.kind))
         keys, values = out.split([heads * key_dim, heads * value_dim], dim=1)
         return keys.view(self.count, heads, -1).transpose(0, 1), values.view(self.count, heads, -1).transpose(0, 1)
 
@@ -85,7 +84,7 @@ class Prefix(Graft):
 
     def position_bias(self, bias: Tensor, added: int) -> Tensor:
         """Return T5's bias for the prefix, [1, H, N, P]: that of tokens before the text, or 0 where it is unshifted."""
-        (table,) = self._bias_from
+        table = self.bias_table
         if table is None:
             return bias.new_zeros(1, *bias.shape[1:3], added)
         queries, length = bias.shape[2], added + bias.shape[3]
@@ -96,7 +95,7 @@ class Prefix(Graft):
     def fold(self) -> None:
         """Keep the keys and values, and forget what they were computed from."""
         keys, values = (t.detach().clone() for t in self.rows())
-        self._network = (None,)
+        self.network = None
         del self.project
         self.keys, self.values = nn.Parameter(keys.contiguous()), nn.Parameter(values.contiguous())
 

@@ -2,7 +2,8 @@
 
 What stands before the text does not see it: the prompt's keys and values are the same for every row. So they are
 computed at batch size 1, forward and backward, and all rows attend to them. The outputs are those of the text's tokens,
-as if the prompt had been in the input and its outputs cut off. ``generate`` puts the prompt into its cache.
+up to rounding as if the prompt had been in the input and its outputs cut off. ``generate`` puts the prompt into its
+cache.
 """
 
 import inspect
@@ -11,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from lightning_peft.core import select
+from lightning_peft.core import cache_argument, structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.sharded import is_part
 from lightning_peft.prompts.virtual_tokens import PromptRows
 
 
@@ -31,6 +32,9 @@ class SharedPrompt(PromptRows):
         super().__init__(weight)
         self.count = count
         self._names = tuple(inspect.signature(host.forward).parameters)
+        name = cache_argument.name_in(host.forward)
+        assert name is not None
+        self._cache = name
 
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Compute the outputs of the text with the prompt before it, [B, N, d].
@@ -41,16 +45,17 @@ class SharedPrompt(PromptRows):
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
         text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
         assert isinstance(text, Tensor)
-        cache = inputs.get("past_key_values")
+        cache = cache_argument.cache_in(inputs)
+        inputs = cache_argument.with_cache(inputs, self._cache, cache)
         cached = cache.get_seq_length() if cache is not None else 0
         self._widen_mask(inputs, text, cached or self.count)
         if cached:
             return forward(**inputs)
         if torch.compiler.is_compiling() or _is_checkpointed(host) or _is_sharded(host):  # none of them takes a cache
             return self._in_front(forward, host, inputs)
-        out = forward(**inputs | {"past_key_values": self._computed(forward, host, text.shape[0], cache)})
+        out = forward(**inputs | {self._cache: self._computed(forward, host, text.shape[0], cache)})
         if inputs.get("use_cache") is False:  # generate() would take it for its own and go on from it
-            out.past_key_values = None
+            setattr(out, self._cache, None)
         return out
 
     def _widen_mask(self, inputs: dict[str, Any], text: Tensor, cached: int) -> None:
@@ -76,9 +81,9 @@ class SharedPrompt(PromptRows):
                 f"a soft prompt needs room in the cache, which {type(cache).__name__} of fixed size has not: "
                 "use the default cache of generate()."
             )
-        once = forward(inputs_embeds=self._embedded(host)[None], use_cache=True, return_dict=True).past_key_values
+        once = forward(inputs_embeds=self._embedded(host)[None], use_cache=True, return_dict=True)
         cache = DynamicCache() if cache is None else cache
-        for i, layer in enumerate(once.layers):
+        for i, layer in enumerate(cache_argument.cache_in(once).layers):
             cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
         return cache
 
@@ -94,7 +99,7 @@ class SharedPrompt(PromptRows):
             inputs["position_ids"] = torch.cat((before, inputs["position_ids"]), 1)
         out = forward(**inputs)
         out.last_hidden_state = out.last_hidden_state[:, count:]
-        if getattr(out, "hidden_states", None) is not None:
+        if out.hidden_states is not None:
             out.hidden_states = tuple(hidden[:, count:] for hidden in out.hidden_states)
         return out
 
@@ -108,29 +113,27 @@ def decoder_of(backbone: nn.Module) -> nn.Module | None:
 
     It must be causal, take embeddings and a cache of keys and values, and attend to all that came before.
     """
-    config = getattr(backbone, "config", None)
-    if config is None or config.is_encoder_decoder or not hasattr(backbone, "get_decoder"):
+    config = structure.config_of(backbone)
+    if config is None or structure.is_encoder_decoder(backbone) or not hasattr(backbone, "get_decoder"):
         return None
     decoder: nn.Module = backbone.get_decoder()  # type: ignore[operator]
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "sliding_window", None) or windows:
+    windows = set(structure.setting(config, "layer_types") or ()) - {"full_attention"}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or structure.setting(config, "sliding_window") or windows:
         return None
-    takes = {"input_ids", "inputs_embeds", "attention_mask", "past_key_values"}
-    if select.is_encoder(backbone) or not takes <= set(inspect.signature(decoder.forward).parameters):
+    takes = {"input_ids", "inputs_embeds", "attention_mask"} <= set(inspect.signature(decoder.forward).parameters)
+    if structure.is_encoder(backbone) or not takes or cache_argument.name_in(decoder.forward) is None:
         return None
     return decoder
 
 
 def _is_checkpointed(host: nn.Module) -> bool:
     """Tell whether activations are computed anew in the backward pass, by transformers or by torch's wrapper."""
-    return host.training and any(
-        getattr(module, "gradient_checkpointing", False) or type(module).__name__ == "CheckpointWrapper"
-        for module in host.modules()
-    )
+    wrapped = any(type(module).__name__ == "CheckpointWrapper" for module in host.modules())
+    return host.training and (wrapped or structure.recomputes_activations(host))
 
 
 def _is_sharded(host: nn.Module) -> bool:
     """Tell whether FSDP2 has parted the weights, which it gathers for a layer once on the way back."""
-    return any(isinstance(parameter, DTensor) for parameter in host.parameters())
+    return any(is_part(parameter) for parameter in host.parameters())

@@ -29,22 +29,21 @@ class PromptRows(Graft):
         weight: the rows, [P, d], shared between the tied tables of a model; or a module that computes them.
     """
 
+    encoder: nn.Module | None
+
     def __init__(self, weight: nn.Parameter | nn.Module) -> None:
         super().__init__()
-        # Such a module is a child of the backbone; in a tuple it is none of each table.
-        self._encoder = (weight,) if isinstance(weight, nn.Module) else ()
+        self.refer(encoder=weight if isinstance(weight, nn.Module) else None)
         if isinstance(weight, nn.Parameter):
             self.weight = weight
 
     def rows(self) -> Tensor:
         """Return the rows of virtual tokens 0, 1 ..., [P, d]."""
-        for encoder in self._encoder:
-            return encoder()
-        return self.weight
+        return self.weight if self.encoder is None else self.encoder()
 
     def fold(self, weight: nn.Parameter) -> None:
         """Keep rows in place of the module that computed them."""
-        self._encoder, self.weight = (), weight
+        self.encoder, self.weight = None, weight
 
 
 class VirtualTokens(PromptRows):
@@ -97,12 +96,10 @@ def insert(
     widened["attention_mask"] = _widen(mask, source, virtual, 1)
     ids = torch.where(virtual, -1 - (columns - start + first), tokens.gather(1, source))
     widened["input_ids"] = ids.to(tokens.dtype)
-    for name, fill in _FILL.items():
+    for name in _FILL.keys() - {"attention_mask", "labels" if targets else ""}:
         value = batch.get(name)
-        if name == "attention_mask" or (name == "labels" and targets):
-            continue
         if isinstance(value, Tensor) and value.shape == tokens.shape:
-            widened[name] = _widen(value, source, virtual, fill)
+            widened[name] = _widen(value, source, virtual, _FILL[name])
     if isinstance(batch.get("position_ids"), Tensor):
         widened["position_ids"] = (widened["attention_mask"].cumsum(1) - 1).clamp(min=0)
     for name in ("start_positions", "end_positions"):
@@ -142,6 +139,19 @@ def frequent_ids(tokenizer: Any, vocab_size: int, most: int) -> list[int]:
             if len(found) == most:
                 break
     return found
+
+
+def nearest(scores: Tensor, k: int, tokenizer: Any, largest: bool = True) -> list[list[tuple[str, float]]]:
+    """Return, for each row of scores [P, words], the k words of the greatest or the least, with these.
+
+    Raises:
+        TuningError: k is below 1, or there are not so many words.
+    """
+    if not 1 <= k <= scores.shape[1]:
+        raise TuningError(f"k={k} is out of range: the model has {scores.shape[1]} words.")
+    values, ids = scores.topk(k, dim=1, largest=largest)
+    words = (tokenizer.convert_ids_to_tokens(row.tolist()) for row in ids)
+    return [list(zip(row, value.tolist(), strict=True)) for row, value in zip(words, values, strict=True)]
 
 
 def _widen(value: Tensor, source: Tensor, virtual: Tensor, fill: int) -> Tensor:

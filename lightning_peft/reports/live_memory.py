@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 # Not public by its path, but what torch.utils.flop_counter is made of, and the one way to see every operation:
 # https://github.com/pytorch/pytorch/blob/main/torch/utils/_python_dispatch.py
@@ -51,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive.clear()
 
     def _note(self, tensor: Tensor) -> None:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         try:
             storage = local.untyped_storage()
         except NotImplementedError:  # a sparse tensor has none

@@ -12,6 +12,7 @@ from lightning_peft.core.tuning import tunings
 from lightning_peft.features.activation_memory import tensors_in
 from lightning_peft.reports.parameters import size
 from lightning_peft.training.shard_units import kept_bytes, plan
+from lightning_peft.training.strategy import FullyShard
 
 _RECORD = 320
 """Bytes that a checkpoint needs for a tensor besides its values: its name, its entry in the archive, its padding."""
@@ -103,7 +104,7 @@ def of_rank(module: nn.Module, one: Memory, chosen: Any, ranks: int) -> Memory:
         inside = sum(row[1] for row in units)
         rest = max(one.weights - inside, 0)  # buffers, and what stands outside of all units
         gathered = sorted((row[1] for row in units), reverse=True)
-        options = getattr(chosen, "options", {})
+        options = chosen.options if isinstance(chosen, FullyShard) else {}
         together = gathered if options.get("reshard_after_forward") is False else gathered[:2]
         trained = [p for p in parameters if p.requires_grad]
         share = _share(trained, ranks)

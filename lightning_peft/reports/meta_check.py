@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import HalfPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.attention import inputs_on_meta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.tuning import tunings
@@ -23,7 +23,6 @@ from lightning_peft.features.activation_memory import tensors_in
 from lightning_peft.reports.live_memory import LiveBytes
 from lightning_peft.reports.memory import Memory, before_step, whole
 from lightning_peft.training import checks, lifecycle, precision
-from lightning_peft.training.lifecycle import Life
 from lightning_peft.training.method import Method
 
 COLUMNS = 512
@@ -114,13 +113,13 @@ def build(module: L.LightningModule, trainer: L.Trainer) -> list[Optimizer]:
             f"{type(module).__name__} has {real} on the {module.get_parameter(real).device.type}: let it take "
             "torch.get_default_device() and build its model by from_config there, or check without --meta."
         )
-    life, own = Life.of(module), module.configure_callbacks()
+    life, own = lifecycle.extend(module), module.configure_callbacks()
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.extend([own] if isinstance(own, L.Callback) else own)
     life.methods.extend(callback for callback in callbacks if isinstance(callback, Method))
     if not life.methods:
         raise TuningError("no method is given, and the task has none: give --method.")
-    life.apply(module)
+    lifecycle.apply(module)
     plugin = trainer.precision_plugin
     if isinstance(plugin, HalfPrecision):
         precision.convert_module(module, plugin.convert_module, all(method.keep_fp32 for method in life.methods))
@@ -149,7 +148,7 @@ def run(module: L.LightningModule, optimizers: list[Optimizer], rows: int, colum
         TuningError: a method does not fit such a batch.
     """
     path, backbone = next((path, backbone) for path, backbone, _ in tunings(module))
-    limit = select.max_positions(backbone)
+    limit = structure.max_positions(backbone)
     columns = columns or min(COLUMNS, (limit or 2 * COLUMNS) // 2)
     try:
         peak, fed = 0, ""

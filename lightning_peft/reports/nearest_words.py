@@ -25,6 +25,9 @@ class NearestWords(L.Callback):
     """
 
     def __init__(self, k: int = 5, every_n_epochs: int = 1, tokens: int = 20) -> None:
+        for name, value in (("k", k), ("every_n_epochs", every_n_epochs), ("tokens", tokens)):
+            if value < 1:
+                raise TuningError(f"NearestWords's {name}={value} is out of range: take 1 or more.")
         self.k, self.every_n_epochs, self.tokens = k, every_n_epochs, tokens
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

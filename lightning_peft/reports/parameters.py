@@ -43,7 +43,7 @@ def repr_short(method: object) -> str:
     'LoRA(r=4)'
     """
     default = type(method)()
-    changed = {n: v for n, v in vars(method).items() if not n.startswith("_") and v != getattr(default, n, v)}
+    changed = {n: v for n, v in vars(method).items() if not n.startswith("_") and v != vars(default).get(n, v)}
     return f"{type(method).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
 

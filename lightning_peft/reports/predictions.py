@@ -13,6 +13,8 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from rich.console import Console
 from torch import Tensor
 
+from lightning_peft.training import patches
+
 _SKIPPED: dict[str, Any] = {}
 """What stands for the predictions of a batch whose rows are all written already."""
 
@@ -52,7 +54,8 @@ class PredictionWriter(BasePredictionWriter):
         _end_at_whole_line(own)
         if self._done and trainer.is_global_zero:
             _say(f"{len(self._done)} predictions of an earlier run are kept")
-        vars(pl_module)["predict_step"] = partial(self._predict, trainer, pl_module.predict_step)
+        step = partial(self._predict, trainer, pl_module.predict_step)
+        patches.of_run(trainer).patch(pl_module, "predict_step", step)
 
     def write_on_batch_end(
         self,
@@ -79,7 +82,6 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the rows of all processes together."""
-        vars(pl_module).pop("predict_step", None)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             path, rows = self._path(trainer), {}
@@ -92,10 +94,6 @@ class PredictionWriter(BasePredictionWriter):
                 part.unlink()
             path.with_name(f".{path.name}.run").unlink(missing_ok=True)
             _say(f"{len(rows)} predictions in {path}")
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the module its own ``predict_step`` back."""
-        vars(pl_module).pop("predict_step", None)
 
     def _predict(self, trainer: L.Trainer, step: Any, *args: Any, **kwargs: Any) -> Any:
         rows = trainer.predict_loop.current_batch_indices

@@ -11,25 +11,28 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from rich.console import Console
-from rich.table import Column, Table
 from torch import nn
 
-from lightning_peft.core import select
-from lightning_peft.core.delta import canonical, collect, read_delta
+from lightning_peft.core import structure
+from lightning_peft.core.delta import canonical, collect
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.tuning import tunings
 from lightning_peft.reports import meta_check
-from lightning_peft.reports.memory import Memory, file_bytes, of_rank
+from lightning_peft.reports.findings import Finding, fits, table, writable
+from lightning_peft.reports.memory import file_bytes, of_rank
 from lightning_peft.reports.parameters import count, dtypes, size
-from lightning_peft.reports.probe import STEPS, TOLERANCE, Finding, Probe
+from lightning_peft.reports.probe import STEPS, TOLERANCE, Probe
 from lightning_peft.training import strategy
 from lightning_peft.training.method import Method
 from lightning_peft.training.shard_units import plan, wrap_policy
+from lightning_peft.training.strategy import FullyShard
 
 
 class Preflight(L.Trainer):
     """A Trainer that looks instead of training; `Preflight.of` makes it from the arguments of the one to be checked."""
 
+    datamodule: L.LightningDataModule | None
     asked: dict[str, Any]
     probe: Probe
     folder: "tempfile.TemporaryDirectory[str]"
@@ -41,7 +44,8 @@ class Preflight(L.Trainer):
         Args:
             asked: the arguments of the Trainer that is to be checked.
         """
-        recompute = getattr(asked.get("strategy"), "activation_checkpointing", False)
+        strategy = asked.get("strategy")
+        recompute = isinstance(strategy, FullyShard) and strategy.activation_checkpointing
         probe, folder = Probe(recompute), tempfile.TemporaryDirectory(prefix="preflight-")
         kept = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "deterministic")
         given = {name: asked[name] for name in kept if asked.get(name) is not None}
@@ -114,32 +118,38 @@ class Preflight(L.Trainer):
             return [*self._devices(), Finding("built on the meta device", False, _said(error), "mend this first")]
         finally:
             self.folder.cleanup()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        total = f"{len(trained)} tensors, {count(trained):,} of {count(model.parameters()):,} values"
-        found = [*self._devices(), Finding("every trained tensor is in one optimizer group", True, total)]
-        left_out = "no value: whether trained tensors move, and a checkpoint reads back, is checked without --meta"
-        if dry.left_out:
-            left_out += f"; no activations and gradients ({dry.left_out})"
-        else:
-            remedy = "leave them out with exclude=, or DDP waits for them"
-            gradients = "every trained tensor gets a gradient"
-            found.append(Finding(gradients, not dry.without, f"{len(dry.without)} without, {dry.fed}", remedy))
-        if str(self.asked.get("precision") or "").endswith("-mixed"):
-            left_out += "; activations are those without autocast"
         self.probe.memory = dry.memory
         one = Finding("memory of a process that holds it all", True, f"{size(dry.memory.total)}: {dry.memory}")
-        delta = file_bytes(model, optimizers)
         return [
-            *found,
+            *self._devices(),
+            *self._trained_on_meta(model, dry),
             *self._half_precision(model),
             *self._units(model),
             *self._tied(model),
             *self._positions(model, max_length),
             one,
             *fits(of_rank(model, dry.memory, self.asked.get("strategy") or "auto", self._world()), self._world()),
-            Finding("bytes of a checkpoint", True, f"{size(delta)} predicted"),
-            Finding("left out on the meta device", True, left_out),
+            Finding("bytes of a checkpoint", True, f"{size(file_bytes(model, optimizers))} predicted"),
+            Finding("left out on the meta device", True, self._left_out(dry)),
         ]
+
+    def _trained_on_meta(self, model: L.LightningModule, dry: meta_check.Dry) -> list[Finding]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        total = f"{len(trained)} tensors, {count(trained):,} of {count(model.parameters()):,} values"
+        found = [Finding("every trained tensor is in one optimizer group", True, total)]
+        if not dry.left_out:
+            remedy = "leave them out with exclude=, or DDP waits for them"
+            seen = f"{len(dry.without)} without, {dry.fed}"
+            found.append(Finding("every trained tensor gets a gradient", not dry.without, seen, remedy))
+        return found
+
+    def _left_out(self, dry: meta_check.Dry) -> str:
+        left_out = "no value: whether trained tensors move, and a checkpoint reads back, is checked without --meta"
+        if dry.left_out:
+            left_out += f"; no activations and gradients ({dry.left_out})"
+        if str(self.asked.get("precision") or "").endswith("-mixed"):
+            left_out += "; activations are those without autocast"
+        return left_out
 
     def _look(self, model: L.LightningModule, datamodule: L.LightningDataModule | None) -> list[Finding]:
         try:
@@ -212,9 +222,9 @@ class Preflight(L.Trainer):
     def _positions(self, model: L.LightningModule, limit: int | None = None) -> list[Finding]:
         found = []
         for path, backbone, _ in tunings(model):
-            most, longest = select.max_positions(backbone), self.probe.longest.get(canonical(path), 0)
+            most, longest = structure.max_positions(backbone), self.probe.longest.get(canonical(path), 0)
             if most is not None and longest:
-                if limit is None and hasattr(self, "datamodule"):
+                if limit is None:
                     limit = getattr(self.datamodule, "max_length", None)
                 needs = max(longest, limit) if isinstance(limit, int) else longest
                 seen = f"{needs} of {most} positions, virtual tokens included"
@@ -244,31 +254,10 @@ class Preflight(L.Trainer):
         ]
         found.append(Finding("bytes of a checkpoint are as predicted", near, seen, "see what on_save_checkpoint adds"))
         for callback in _listed(self.asked.get("callbacks")):
-            folder = getattr(callback, "dirpath", None) if isinstance(callback, ModelCheckpoint) else None
+            folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
             if folder:
-                found.append(_writable(Path(folder), written))
+                found.append(writable(Path(folder), written))
         return found
-
-
-def fits(rank: Memory, ranks: int) -> list[Finding]:
-    """Say what each of several processes takes, and whether that is less than its GPU has, where there is one."""
-    what = f"memory of each of {ranks} processes" if ranks > 1 else "memory of the process"
-    seen = f"{size(rank.total)}: {rank}"
-    if not torch.cuda.is_available():
-        return [Finding(what, True, seen)] if ranks > 1 else []
-    there = torch.cuda.get_device_properties(0).total_memory
-    remedy = "smaller batches, activation checkpointing, a sharded strategy or more processes"
-    return [Finding(what, rank.total <= there, f"{seen}, of {size(there)}", remedy)]
-
-
-def table(findings: list[Finding]) -> Table:
-    """Return the findings as a table, with a remedy where one fails."""
-    shown = Table("", "check", Column("seen", overflow="fold"), title="Before training", title_justify="left")
-    for finding in findings:
-        mark = "[green]pass[/]" if finding.passes else "[bold red]FAIL[/]"
-        seen = finding.seen if finding.passes else f"{finding.seen}: {finding.remedy}"
-        shown.add_row(mark, finding.what, seen.replace("[", r"\["))
-    return shown
 
 
 def _said(error: Exception) -> str:
@@ -282,13 +271,3 @@ def _listed(callbacks: Any) -> list[Any]:
 
 def _mixed(module: nn.Module) -> bool:
     return len({(p.dtype, p.requires_grad) for p in module.parameters()}) > 1
-
-
-def _writable(folder: Path, needed: int) -> Finding:
-    import os
-    import shutil
-
-    there = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    passes = os.access(there, os.W_OK) and free > 3 * needed
-    return Finding("checkpoints can be written", passes, f"{folder}, {size(free)} free", "give another dirpath")

@@ -1,15 +1,16 @@
 """A callback that watches four steps: one to begin with, two small ones, and one of a whole batch."""
 
 from collections.abc import Callable, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.delta import canonical
 from lightning_peft.core.tuning import tunings
+from lightning_peft.reports.findings import Finding
 from lightning_peft.reports.live_memory import LiveBytes, extrapolate
 from lightning_peft.reports.memory import Memory, before_step, whole
 from lightning_peft.reports.parameters import count, size
@@ -18,15 +19,6 @@ from lightning_peft.training import checks, strategy
 TOLERANCE = 0.15
 """How far a prediction of bytes may be from what is measured."""
 STEPS = 4
-
-
-class Finding(NamedTuple):
-    """One line of the table: what was looked at, whether it passes, what was seen, and what to do if it does not."""
-
-    what: str
-    passes: bool
-    seen: str
-    remedy: str = ""
 
 
 class Probe(L.Callback):
@@ -70,7 +62,7 @@ class Probe(L.Callback):
 
     def watch_positions(self, path: str, backbone: nn.Module) -> None:
         """Note how many positions the backbone at ``path`` looks up."""
-        for table in select.position_tables(backbone).values():
+        for table in structure.position_tables(backbone).values():
             self._handles.append(table.register_forward_pre_hook(self._looked_up(canonical(path))))
 
     def on_train_batch_start(

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -40,15 +41,16 @@ class TuningReport(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the best score, the delta's path and size, and the command that tests it."""
         callback = trainer.checkpoint_callback
-        path = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
+        if not isinstance(callback, ModelCheckpoint):
+            return
+        path = callback.best_model_path or callback.last_model_path
         if not path or not Path(path).is_file():
             return
         table = Table(show_header=False, title="Result", title_justify="left")
         table.add_column(style="bold")
         table.add_column(overflow="fold")
-        score, monitor = getattr(callback, "best_model_score", None), getattr(callback, "monitor", None)
-        if score is not None and monitor:
-            table.add_row(f"best {monitor}", f"{float(score):.4f}")
+        if callback.best_model_score is not None and callback.monitor:
+            table.add_row(f"best {callback.monitor}", f"{float(callback.best_model_score):.4f}")
         table.add_row("delta", str(path))
         table.add_row("size", size(Path(path).stat().st_size))
         Console().print(table)

@@ -3,10 +3,11 @@
 from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.clip_classification import CLIPClassification
-from lightning_peft.tasks.cloze import ClozeClassification, KnowledgeProbing
+from lightning_peft.tasks.cloze import ClozeClassification
 from lightning_peft.tasks.continual_classification import ContinualClassification
 from lightning_peft.tasks.domain_adaptation import DomainAdaptation
 from lightning_peft.tasks.image_classification import ImageClassification
+from lightning_peft.tasks.knowledge_probing import KnowledgeProbing
 from lightning_peft.tasks.multi_task import MultiTask
 from lightning_peft.tasks.nearest_demonstrations import NearestDemonstrations
 from lightning_peft.tasks.prompted_classification import PromptedClassification

@@ -1,8 +1,7 @@
-"""What all tasks share: the model, what it is fed, optimizer and schedule, and scores of whole epochs."""
+"""The base class of all tasks: loads the model, feeds it, steps, logs the scores of an epoch, makes the optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -10,22 +9,24 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torchmetrics import MetricCollection
-from transformers import AutoConfig, AutoTokenizer, get_linear_schedule_with_warmup
 
-from lightning_peft.core import select
-from lightning_peft.core.delta import canonical
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.hub import quiet_loading, resolve
+from lightning_peft.core.hub import load_model, load_tokenizer, model_without_weights, resolve
+from lightning_peft.data.protocols import Truncated
+from lightning_peft.tasks.optimizer import Shapes, adamw, parameter_groups, shapes_of
 from lightning_peft.training.mixin import MethodMixin
 
-_ABSENT = " that this machine has; what a login node downloads into an HF_HOME on the shared disk, all nodes have"
+Split = Literal["val", "test"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 class Task(MethodMixin, L.LightningModule):
-    """A model and how it is trained; a subclass says what it is fed, what its loss is, and how it is scored.
+    """A model and how it is trained.
+
+    A subclass says which class of transformers loads the model, returns the `loss` of a batch, names its metrics once
+    (`score_by`) and adds a batch to them (`score`); the steps, and what is logged when an epoch ends, are here.
 
     The optimizer is AdamW; the learning rate rises linearly from 0 and then falls linearly to 0. Matrices have weight
     decay; biases, norms and other vectors have none.
@@ -48,6 +49,8 @@ class Task(MethodMixin, L.LightningModule):
     """The entries of a batch that are tensors and no inputs of the model."""
     monitor = "val_loss"
     """The score that says which checkpoint is best."""
+    val_scores: Any
+    test_scores: Any
 
     def __init__(
         self,
@@ -66,7 +69,7 @@ class Task(MethodMixin, L.LightningModule):
         self.warmup = warmup
         self.model_name = resolve(model)
         self.dtype_name = dtype
-        self._shapes: dict[str, tuple[int, bool]] = {}
+        self._shapes: Shapes = {}
 
     def load(self, **config: Any) -> nn.Module:
         """Return the pretrained model in training mode; ``config`` overrides entries of its configuration.
@@ -75,29 +78,14 @@ class Task(MethodMixin, L.LightningModule):
             TuningError: there is no such model, or none for this task.
         """
         name = self.model_name
-        try:
-            if torch.get_default_device().type == "meta":  # `check --meta true`: the configuration alone is read
-                return self._without_weights(AutoConfig.from_pretrained(name, **config))
-            with quiet_loading():
-                model, info = self.auto.from_pretrained(
-                    name, dtype=self.dtype_name, ignore_mismatched_sizes=True, output_loading_info=True, **config
-                )
-        except (OSError, ValueError, KeyError) as error:
-            why = str(error).splitlines()[0].rstrip(".")
-            more = "" if Path(name).is_dir() else _ABSENT
-            raise TuningError(
-                f"no {self.what} can be made of {name!r} ({why}): give a folder or hub id{more}."
-            ) from None
+        if torch.get_default_device().type == "meta":  # `check --meta true`: the configuration alone is read
+            return model_without_weights(self.auto, name, self.what, self.dtype_name, **config).train()
+        model, info = load_model(self.auto, name, self.what, dtype=self.dtype_name, output_loading_info=True, **config)
         self.check_loaded(model, info)
         if getattr(model.config, "pad_token_id", 0) is None:  # a vision model has no such entry
             model.config.pad_token_id = _padding(name, model.config)
         trained: nn.Module = model.train()
         return trained
-
-    def _without_weights(self, config: Any) -> nn.Module:
-        dtype = (config.dtype or "float32") if self.dtype_name == "auto" else self.dtype_name
-        model: nn.Module = self.auto.from_config(config, dtype=dtype)
-        return model.train()
 
     def check_loaded(self, model: nn.Module, info: Mapping[str, Any]) -> None:
         """Warn of tensors outside of the head that the saved model has no weights for."""
@@ -110,11 +98,7 @@ class Task(MethodMixin, L.LightningModule):
         Raises:
             TuningError: it has none.
         """
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.model_name)
-        except (OSError, ValueError, KeyError) as error:
-            why = str(error).splitlines()[0].rstrip(".")
-            raise TuningError(f"{self.model_name} has no tokenizer ({why}): save one in the folder.") from None
+        tokenizer = load_tokenizer(self.model_name, "save one in the folder")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -140,101 +124,110 @@ class Task(MethodMixin, L.LightningModule):
             )
         return values[~virtual].unflatten(0, (len(virtual), -1))
 
+    @property
+    def data(self) -> L.LightningDataModule | None:
+        """The data module of the Trainer, if there is one."""
+        try:
+            return self.trainer.datamodule  # type: ignore[attr-defined]
+        except RuntimeError:  # it is attached to no Trainer
+            return None
+
     def setup(self, stage: str) -> None:
         """See that the data fit the model, and note which parameters are matrices before a strategy flattens them.
 
         Raises:
             TuningError: texts may be longer than the model's positions, or as `check` says.
         """
-        data = getattr(self.trainer, "datamodule", None)
+        data, limit = self.data, structure.max_positions(self.backbone)
         self.check(data, stage)
-        limit, length = select.max_positions(self.backbone), getattr(data, "max_length", 0)
-        if limit is not None and length > limit:
+        if limit is not None and isinstance(data, Truncated) and data.max_length > limit:
             raise TuningError(
-                f"max_length={length} of the data is beyond the {limit} positions of the model: lower it."
+                f"max_length={data.max_length} of the data is beyond the {limit} positions of the model: lower it."
             )
-        self._shapes = self._note_shapes()
+        self._shapes = shapes_of(self, self.backbone)
 
-    def check(self, data: Any, stage: str) -> None:
-        """See that the data are for this task; ``data`` is the data module, or None."""
+    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
+        """See that the data are for this task."""
+
+    def score_by(self, metrics: Mapping[str, Any]) -> None:
+        """Name the metrics of a validation and of a test."""
+        self.val_scores = MetricCollection(dict(metrics), prefix="val_", compute_groups=False)
+        self.test_scores = self.val_scores.clone(prefix="test_")
+
+    def metrics(self, split: Split) -> Sequence[MetricCollection]:
+        """Return the metrics that are reset when an epoch begins, and logged when it ends."""
+        return [self.val_scores if split == "val" else self.test_scores]
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the loss of a training batch."""
+        raise NotImplementedError
+
+    def score(self, batch: Any, split: Split) -> None:
+        """Add a batch to the metrics."""
+        raise NotImplementedError
+
+    def log_scores(self, split: Split) -> None:
+        """Log the scores of the epoch that ends, over all processes."""
+        for scores in self.metrics(split):
+            self.log_dict(scores.compute(), prog_bar=True, sync_dist=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch, and log it."""
+        loss = self.loss(batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=self.rows_in(batch))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Score one batch."""
+        self.score(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Score one batch."""
+        self.score(batch, "test")
 
     def on_validation_epoch_start(self) -> None:
-        """Begin to score."""
-        self._begin("val")
+        """Reset the scores: not where an epoch ends, which may be in inference mode while the next one is not."""
+        self.reset_scores("val")
 
     def on_test_epoch_start(self) -> None:
-        """Begin to score."""
-        self._begin("test")
+        """Reset the scores."""
+        self.reset_scores("test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores."""
+        self.log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores."""
+        self.log_scores("test")
+
+    def rows_in(self, batch: Any) -> int:
+        """Return how many rows a training batch has."""
+        return len(next(iter(self.inputs(batch).values())))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW, with groups for head and delta, with and without weight decay, and the schedule of its steps.
 
         Raises:
-            TuningError: the number of steps is not limited, so that the schedule has no end.
+            TuningError: the number of steps is not limited.
         """
         steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf") or steps < 0:
-            raise TuningError("the learning rate falls to 0 in the last step, and there is none: set max_epochs.")
-        groups = self._groups()
-        fused = all(_can_fuse(p) for group in groups for p in group["params"]) and self.trainer.precision != "16-mixed"
-        optimizer = AdamW(groups, lr=self.lr, fused=fused)
-        schedule = get_linear_schedule_with_warmup(optimizer, round(self.warmup * steps), int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw(self.parameter_groups(), self.lr, self.warmup, steps, self.trainer.precision)
 
-    def _note_shapes(self) -> dict[str, tuple[int, bool]]:
-        """Return canonical name -> the number of dimensions of a parameter, and whether it is of the head.
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the groups of the optimizer."""
+        shapes = shapes_of(self, self.backbone) | self._shapes
+        return parameter_groups(self, shapes, {"delta": self.lr, "head": self.head_lr}, self.weight_decay)
 
-        The head is that of the backbone, and all that lies outside of it.
-        """
-        heads = {f"backbone.{name}" for name in select.head_names(self.backbone)}
-        return {
-            canonical(name): (parameter.ndim, name in heads or not name.startswith("backbone."))
-            for name, parameter in self.named_parameters()
-        }
-
-    def _groups(self) -> list[dict[str, Any]]:
-        shapes = self._note_shapes() | self._shapes
-        members: dict[tuple[str, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                dims, is_head = shapes[canonical(name)]
-                members.setdefault(("head" if is_head else "delta", dims > 1), []).append(parameter)
-        rates = {"delta": self.lr, "head": self.head_lr}
-        return [
-            {
-                "params": members[part, decays],
-                "name": part if decays else f"{part} without decay",
-                "lr": rate,
-                "weight_decay": self.weight_decay if decays else 0.0,
-            }
-            for part, rate in rates.items()
-            for decays in (True, False)
-            if (part, decays) in members
-        ]
-
-    def _log_loss(self, loss: Tensor, rows: int) -> Tensor:
-        self.log("train_loss", loss, prog_bar=True, batch_size=rows)
-        return loss
-
-    def _log_scores(self, scores: MetricCollection) -> None:
-        """Log the scores of the epoch that ends, over all processes."""
-        self.log_dict(scores.compute(), prog_bar=True)
-
-    def _begin(self, stage: str) -> None:
-        """Begin to count anew: not where an epoch ends, which may be in inference mode while the next one is not."""
-        for name in (f"{stage}_scores", f"{stage}_texts"):
-            scores = getattr(self, name, None)
-            if isinstance(scores, MetricCollection):
-                scores.reset()
-
-
-def _can_fuse(parameter: Tensor) -> bool:
-    return parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
+    def reset_scores(self, split: Split) -> None:
+        """Forget the scores of an earlier epoch."""
+        for scores in self.metrics(split):
+            scores.reset()
 
 
 def _warn_of_missing(model: nn.Module, name: str, info: Mapping[str, Any]) -> None:
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
-    missing = sorted((set(info["missing_keys"]) | mismatched) - set(select.head_names(model)))
+    missing = sorted((set(info["missing_keys"]) | mismatched) - set(structure.head_names(model)))
     if missing:
         rank_zero_warn(
             f"{name} has no weights for {len(missing)} tensors of {type(model).__name__} outside of its head, e.g. "
@@ -245,28 +238,8 @@ def _warn_of_missing(model: nn.Module, name: str, info: Mapping[str, Any]) -> No
 def _padding(name: str, config: Any) -> int | None:
     """Return the id of the tokenizer's padding token, or where it has none, of its end-of-sequence token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError):
+        tokenizer = load_tokenizer(name)
+    except TuningError:
         end = config.eos_token_id
         return end[0] if isinstance(end, list) else end
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def class_config(labels: list[str] | None) -> dict[str, Any]:
-    """Return the entries of a configuration that name the classes of a head."""
-    if labels is None:
-        return {}
-    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-
-
-def check_names(names: list[str], own: list[str], what: str = "classes") -> None:
-    """See that the data have the classes of the model.
-
-    Raises:
-        TuningError: they have others.
-    """
-    if names != own:
-        raise TuningError(
-            f"the data have {len(names)} {what} ({', '.join(names)}), the model {len(own)} "
-            f"({', '.join(own)}): build it with labels=data.label_names."
-        )

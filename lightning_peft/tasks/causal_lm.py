@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.generation import Generate, WritingTask
-from lightning_peft.tasks.scores import IGNORED
+from lightning_peft.tasks.metrics import IGNORED
 
 
 class CausalLM(WritingTask):

@@ -1,22 +1,21 @@
-"""Classes and facts as words that a language model says in a gap, without a head."""
+"""Classes as words that a language model says in a gap, without a head."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.prompting.encoding import verbalizer_ids, word_ids
+from lightning_peft.data.protocols import MaskedGaps, StyledGaps
+from lightning_peft.prompting.encoding import verbalizer_ids
 from lightning_peft.prompting.verbalizer import Combine, Verbalizer
 from lightning_peft.tasks.base import Task
-from lightning_peft.tasks.scores import CrossEntropy
-from lightning_peft.tasks.scoring import masked_scores
-from lightning_peft.tasks.text_classification import ClassScores
+from lightning_peft.tasks.class_scores import ClassScores
+from lightning_peft.tasks.likelihoods import combined, masked_scores
 
 LMStyle = Literal["masked", "causal"]
 
@@ -41,16 +40,15 @@ class GapTask(Task):
         self.what = f"{lm} language model"
         self.backbone = self.load()
 
-    def check(self, data: Any, stage: str) -> None:
+    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have gaps for this model.
 
         Raises:
             TuningError: they are for the other style.
         """
-        style = getattr(data, "style", self.style)
-        if style != self.style:
+        if isinstance(data, StyledGaps) and data.style != self.style:
             raise TuningError(
-                f"the data are for a {style} language model, this one is {self.style}: give both a style."
+                f"the data are for a {data.style} language model, this one is {self.style}: give both a style."
             )
 
     def gap_logits(self, batch: Mapping[str, Tensor], masks: int) -> Tensor:
@@ -95,8 +93,6 @@ class ClozeClassification(GapTask, ClassScores):
         **kwargs: as in `GapTask` and `Task`.
     """
 
-    owners: Tensor
-
     def __init__(
         self,
         model: str,
@@ -111,10 +107,9 @@ class ClozeClassification(GapTask, ClassScores):
         self.fill = fill
         self.tokens_of = verbalizer_ids(self.verbalizer, self.tokenizer, self.lead, multi_token=True)
         self.masks = max(map(len, self.tokens_of))
-        self.register_buffer("owners", torch.tensor(self.verbalizer.owners), persistent=False)
         self.score_classes(self.verbalizer.labels)
 
-    def check(self, data: Any, stage: str) -> None:
+    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have the labels and gaps for these words.
 
         Raises:
@@ -122,21 +117,14 @@ class ClozeClassification(GapTask, ClassScores):
         """
         GapTask.check(self, data, stage)
         ClassScores.check(self, data, stage)
-        masks = getattr(data, "masks", self.masks)
-        if masks != self.masks:
+        if isinstance(data, MaskedGaps) and data.masks != self.masks:
             raise TuningError(
-                f"the gap of the data has {masks} tokens, the longest word {self.masks}: use one verbalizer."
+                f"the gap of the data has {data.masks} tokens, the longest word {self.masks}: use one verbalizer."
             )
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the scores of the labels in fp32, [B, labels]."""
-        words = self.word_scores(batch)
-        label = torch.arange(len(self.labels), device=words.device)
-        own = self.owners.eq(label.unsqueeze(1))
-        if self.verbalizer.combine == "mean":
-            return words @ (own / own.sum(1, keepdim=True)).to(words.dtype).t()
-        spread = words.unsqueeze(1).masked_fill(~own, -torch.inf)
-        return spread.amax(2) if self.verbalizer.combine == "max" else spread.logsumexp(2)
+        return combined(self.word_scores(batch), self.verbalizer.owners, self.verbalizer.combine)
 
     def word_scores(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the log-likelihood of each word in the gap, [B, words]."""
@@ -189,94 +177,6 @@ class ClozeClassification(GapTask, ClassScores):
         return own.gather(2, torch.tensor(word[1:], device=ids.device).view(1, -1, 1).expand(len(ids), -1, 1)).sum(
             (1, 2)
         )
-
-
-class KnowledgeProbing(GapTask):
-    """Ask a language model for facts (LAMA): which of the candidates does it put into the gap?
-
-    Training, of a soft prompt as a rule, minimises the cross-entropy over the whole vocabulary, as P-Tuning does. Logs
-    ``train_loss``, ``val_loss``, ``val_p_at_1`` and ``val_p_at_10``, the share of facts whose object is the first, or
-    among the first ten, of the candidates, and the same for the test.
-
-    Source: Petroni et al. 2019, arXiv 1909.01066, section 4.5; Liu et al. 2021, arXiv 2103.10385, section 4.1.
-
-    Args:
-        model: folder or hub id of the pretrained model, or ``package://NAME/FOLDER`` in an installed package.
-        candidates: the objects to choose from, each one token.
-        **kwargs: as in `GapTask` and `Task`.
-    """
-
-    monitor = "val_p_at_1"
-    ids: Tensor
-
-    def __init__(self, model: str, candidates: list[str], **kwargs: Any) -> None:
-        super().__init__(model, **kwargs)
-        ids = [word_ids(self.tokenizer, word, self.lead) for word in candidates]
-        for word, own in zip(candidates, ids, strict=True):
-            if len(own) > 1:
-                raise TuningError(f"candidate {word!r} is {len(own)} tokens of {model}: give words of one token.")
-        if len(candidates) < 2:
-            raise TuningError(f"candidates={candidates} leave no choice: give two words or more.")
-        self.candidates = list(candidates)
-        self.register_buffer("ids", torch.tensor([own[0] for own in ids]), persistent=False)
-        count = len(candidates)
-        scores = {
-            "loss": CrossEntropy(),
-            "p_at_1": MulticlassAccuracy(count, top_k=1, average="micro"),
-            "p_at_10": MulticlassAccuracy(count, top_k=min(10, count), average="micro"),
-        }
-        self.val_scores = MetricCollection(scores, prefix="val_", compute_groups=False)  # type: ignore[arg-type]
-        self.test_scores = self.val_scores.clone(prefix="test_")
-
-    def check(self, data: Any, stage: str) -> None:
-        """See that the data have the candidates of the model.
-
-        Raises:
-            TuningError: they have others.
-        """
-        super().check(data, stage)
-        names = list(getattr(data, "candidates", self.candidates)) if stage != "predict" else self.candidates
-        if names != self.candidates:
-            raise TuningError(
-                f"the data have {len(names)} candidates, the model {len(self.candidates)} others: "
-                "build it with candidates=data.candidates."
-            )
-
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the logits of all words in the gap in fp32, [B, V]."""
-        return self.gap_logits(batch, 1)[:, 0]
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the cross-entropy over the vocabulary."""
-        return self._log_loss(F.cross_entropy(self(batch), self.ids[batch["labels"]]), len(batch["labels"]))
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Score one batch."""
-        self._score(self.val_scores, batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores."""
-        self._log_scores(self.val_scores)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Score one batch."""
-        self._score(self.test_scores, batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the scores."""
-        self._log_scores(self.test_scores)
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
-        """Return ``objects``, the five likeliest candidates of each row, and their ``probabilities`` among all."""
-        values, places = self(batch)[:, self.ids].softmax(1).topk(min(5, len(self.candidates)), dim=1)
-        return {"objects": [[self.candidates[i] for i in row] for row in places.tolist()], "probabilities": values}
-
-    def _score(self, scores: MetricCollection, batch: Mapping[str, Tensor]) -> None:
-        logits = self(batch)
-        scores["loss"].update(logits, self.ids[batch["labels"]])
-        chosen = logits[:, self.ids]
-        scores["p_at_1"].update(chosen, batch["labels"])
-        scores["p_at_10"].update(chosen, batch["labels"])
 
 
 def _last(batch: Mapping[str, Tensor]) -> Tensor:

@@ -1,22 +1,29 @@
 """Images of classes that come one task after another, with scores of what is forgotten."""
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 from torchmetrics import MeanMetric
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.tasks.continual_metrics import (
-    average_accuracy,
-    backward_transfer,
-    forgetting,
-    learning_accuracy,
-)
+from lightning_peft.data.protocols import TaskSequence
+from lightning_peft.tasks.base import Split
+from lightning_peft.tasks.continual_metrics import average_accuracy, backward_transfer, forgetting, learning_accuracy
 from lightning_peft.tasks.image_classification import ImageClassification
+
+
+@runtime_checkable
+class TaskCallback(Protocol):
+    """A callback that is told when a task begins."""
+
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
+        """Prepare for the task of this number."""
 
 
 class ContinualClassification(ImageClassification):
@@ -60,7 +67,7 @@ class ContinualClassification(ImageClassification):
         if zero_head:
             parameters = dict(self.backbone.named_parameters())
             with torch.no_grad():
-                for name in select.head_names(self.backbone):
+                for name in structure.head_names(self.backbone):
                     parameters[name].zero_()
 
     def setup(self, stage: str) -> None:
@@ -70,19 +77,15 @@ class ContinualClassification(ImageClassification):
             TuningError: they are not.
         """
         super().setup(stage)
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if not hasattr(data, "task_classes"):
-            raise TuningError("ContinualClassification needs tasks: give it ContinualData.")
-        self._classes = data.task_classes
+        self._classes = self._sequence().task_classes
         self.accuracies = nn.ModuleList(MeanMetric() for _ in self._classes)
         if stage == "fit":
-            self._check_trainer(data)
+            self._check_trainer(self._sequence())
             self.matrix = self.matrix or [[0.0] * len(self._classes) for _ in self._classes]
 
     def on_train_epoch_start(self) -> None:
         """Begin a task where its first epoch begins."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        epoch = self.trainer.current_epoch
+        data, epoch = self._sequence(), self.trainer.current_epoch
         self.task = data.task_at(epoch)
         if epoch % data.epochs_per_task:
             return
@@ -90,11 +93,10 @@ class ContinualClassification(ImageClassification):
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            begin = getattr(callback, "on_task_start", None)
-            if begin is not None:
-                begin(self.trainer, self, self.task)
+            if isinstance(callback, TaskCallback):
+                callback.on_task_start(self.trainer, self, self.task)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the cross-entropy among the classes of the task.
 
         Others are left out, not set to minus infinity, with which label smoothing would be infinite.
@@ -102,39 +104,30 @@ class ContinualClassification(ImageClassification):
         classes = torch.tensor(self._classes[self.task], device=self.device)
         logits = self(batch)[:, classes]
         target = (batch["labels"].unsqueeze(1) == classes).int().argmax(1)
-        loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
-        return self._log_loss(loss, len(target))
+        return F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch of the task of number ``dataloader_idx``."""
         self._score_task(batch, dataloader_idx)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score one batch of the task of number ``dataloader_idx``, and count its confusions."""
-        logits = self._score_task(batch, dataloader_idx)
-        self.confusion.update(logits, batch["labels"])
+        self.confusion.update(self._score_task(batch, dataloader_idx), batch["labels"])
 
-    def on_validation_epoch_end(self) -> None:
-        """After the last epoch of a task, fill its column of A."""
-        if self.trainer.sanity_checking:
-            self._accuracies()
-            return
+    def log_scores(self, split: Split) -> None:
+        """Log the accuracies of the tasks; after the last epoch of a task, fill its column of A."""
         column = self._accuracies()
-        self.log("val_accuracy", sum(column) / len(column), prog_bar=True)
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.trainer.state.fn == "fit" and (self.trainer.current_epoch + 1) % data.epochs_per_task == 0:
+        if self.trainer.sanity_checking:
+            return
+        if split == "test":
+            for i, accuracy in enumerate(column):
+                self.log(f"test_accuracy_task_{i}", accuracy)
+        self.log(f"{split}_accuracy", sum(column) / len(column), prog_bar=True)
+        if self.trainer.state.fn == "fit" and (self.trainer.current_epoch + 1) % self._sequence().epochs_per_task == 0:
             for i, accuracy in enumerate(column):
                 self.matrix[i][self.task] = accuracy
             self.log("val_forgetting", forgetting(self.matrix, self.task))
             self.log("val_backward_transfer", backward_transfer(self.matrix, self.task))
-
-    def on_test_epoch_end(self) -> None:
-        """Log the accuracy of each task, their mean, and what has been forgotten since each was trained."""
-        super().on_test_epoch_end()
-        column = self._accuracies()
-        for i, accuracy in enumerate(column):
-            self.log(f"test_accuracy_task_{i}", accuracy)
-        self.log("test_accuracy", sum(column) / len(column), prog_bar=True)
 
     def result_rows(self) -> list[dict[str, Any]]:
         """Return A and its scores as rows of ``metric`` and ``value``; those of A say ``task`` and ``after``."""
@@ -150,7 +143,7 @@ class ContinualClassification(ImageClassification):
 
     def configure_optimizers(self) -> Adam:
         """Return Adam, with a learning rate for the delta and one for the head."""
-        groups = [{**group, "weight_decay": 0.0} for group in self._groups()]
+        groups = [{**group, "weight_decay": 0.0} for group in self.parameter_groups()]
         return Adam(groups, lr=self.lr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -162,6 +155,11 @@ class ContinualClassification(ImageClassification):
         held = checkpoint.get("continual", {"matrix": [], "task": 0})
         self.matrix, self.task = [list(row) for row in held["matrix"]], held["task"]
 
+    def _sequence(self) -> TaskSequence:
+        if not isinstance(self.data, TaskSequence):
+            raise TuningError("ContinualClassification needs tasks: give it ContinualData.")
+        return self.data
+
     def _known(self, task: int) -> Tensor:
         """Return which classes an image of a task is told from, [classes]."""
         tasks = {"all": self._classes, "seen": self._classes[: self.task + 1], "task": [self._classes[task]]}
@@ -169,7 +167,7 @@ class ContinualClassification(ImageClassification):
         mask[[number for classes in tasks[self.known] for number in classes]] = True
         return mask
 
-    def _score_task(self, batch: dict[str, Tensor], task: int) -> Tensor:
+    def _score_task(self, batch: Mapping[str, Tensor], task: int) -> Tensor:
         logits: Tensor = self(batch).masked_fill(~self._known(task), float("-inf"))
         self.accuracies[task].update((logits.argmax(1) == batch["labels"]).float())  # type: ignore[operator]
         return logits
@@ -183,7 +181,7 @@ class ContinualClassification(ImageClassification):
                 metric.reset()  # type: ignore[operator]
         return found
 
-    def _check_trainer(self, data: Any) -> None:
+    def _check_trainer(self, data: TaskSequence) -> None:
         epochs = data.epochs_per_task * len(self._classes)
         if self.trainer.max_epochs != epochs:
             raise TuningError(

@@ -1,17 +1,21 @@
 """From a labelled domain of images to an unlabelled one, by the names of the classes, with a two-tower model."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
-from lightning_peft.tasks.clip_classification import Accuracy, TwoTowerTask
-from lightning_peft.tasks.scores import CrossEntropy
+from lightning_peft.tasks.base import Split
+from lightning_peft.tasks.class_scores import likeliest
+from lightning_peft.tasks.metrics import Accuracy, CrossEntropy
+from lightning_peft.tasks.two_towers import TwoTowerTask
 from lightning_peft.towers import clip
 from lightning_peft.towers.contexts import context_of, frozen
 
@@ -67,19 +71,17 @@ class DomainAdaptation(TwoTowerTask):
         self.threshold = threshold
         self.temperature = temperature
         self.weight = weight
-        self.val_scores = MetricCollection({"loss": CrossEntropy(), "accuracy": Accuracy()}, prefix="val_")
+        self.score_by({"loss": CrossEntropy(), "accuracy": Accuracy()})
 
-    def check(self, data: Any, stage: str) -> None:
+    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that data and method are for adaptation.
 
         Raises:
             TuningError: the data are of one domain, or a method changes the model that gives the pseudo labels.
         """
         super().check(data, stage)
-        assert self.labels is not None
-        classes = MulticlassAccuracy(len(self.labels), average="macro")
-        scores = {"loss": CrossEntropy(), "accuracy": Accuracy(), "class_accuracy": classes}
-        self.test_scores = MetricCollection(scores, prefix="test_")  # type: ignore[arg-type]
+        classes = MulticlassAccuracy(len(self.classes), average="macro")
+        self.test_scores.add_metrics({"class_accuracy": classes})
         self.coverage, self.pseudo_accuracy = MeanMetric(), Accuracy()
         prompts = [place.graft for place in grafts(self.backbone) if hasattr(place.graft, "call")]
         own = {id(p) for graft in prompts for p in graft.parameters()}
@@ -90,8 +92,8 @@ class DomainAdaptation(TwoTowerTask):
                 "prompts, such as DAPL, or weight=0."
             )
 
-    def training_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> Tensor:
-        """Return the loss of both domains.
+    def loss(self, batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """Return the loss of both domains, and log its parts.
 
         Raises:
             TuningError: the batch is not of two domains, or has labels of the target.
@@ -108,64 +110,59 @@ class DomainAdaptation(TwoTowerTask):
         images = self.features(source)
         source_loss = F.cross_entropy(self._logits(images, 0), source["labels"])
         target_loss, coverage = self._target_loss(target) if self.weight else (source_loss.new_zeros(()),) * 2
-        loss = source_loss + self.weight * target_loss
-        rows = len(source["labels"])
         logged = {"train_source_loss": source_loss, "train_target_loss": target_loss, "train_coverage": coverage}
         means = {name: value.detach() for name, value in logged.items()}
-        self.log_dict(means, on_step=False, on_epoch=True, batch_size=rows)
-        return self._log_loss(loss, rows)
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=self.rows_in(batch))
+        return source_loss + self.weight * target_loss
 
-    def pseudo_labels(self, batch: dict[str, Tensor], features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def rows_in(self, batch: Mapping[str, Mapping[str, Tensor]]) -> int:
+        """Return how many rows of the source a training batch has."""
+        return len(batch["source"]["labels"])
+
+    def pseudo_labels(self, batch: Mapping[str, Tensor], features: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the likeliest class of each image by the frozen model, and whether it is sure enough, [B] each."""
         with torch.no_grad(), frozen(self.backbone):
             if features is None or not clip.images_are_frozen(self.backbone):
                 features = self.features(batch)
             if _NAIVE not in self._kept:
-                texts = self.texts(self.labels, self.template)  # type: ignore[arg-type]
+                texts = self.texts(self.classes, self.template)
                 self._kept[_NAIVE] = clip.text_features(self.backbone, texts)
             logits = clip.similarity(self.backbone, features, self._kept[_NAIVE])
         sure, classes = (logits / self.temperature).softmax(1).max(1)
         return classes, sure >= self.threshold
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Score one batch of the source."""
-        self.val_scores.update(self._of_domain(self.features(batch), 0), batch["labels"])
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores of all batches."""
-        self._log_scores(self.val_scores)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Score one batch of the target, and its pseudo labels."""
+    def score(self, batch: Mapping[str, Tensor], split: Split) -> None:
+        """Add a batch to the metrics: of the source in validation, of the target and its pseudo labels in the test."""
         images = self.features(batch)
-        self.test_scores.update(self._of_domain(images, 1), batch["labels"])
-        classes, sure = self.pseudo_labels(batch, images)
-        self.coverage.update(sure.float())
-        if bool(sure.any()):
-            one_hot = F.one_hot(classes[sure], len(self.labels))  # type: ignore[arg-type]
-            self.pseudo_accuracy.update(one_hot, batch["labels"][sure])
+        for scores in self.metrics(split):
+            scores.update(self._of_domain(images, int(split == "test")), batch["labels"])
+        if split == "test":
+            classes, sure = self.pseudo_labels(batch, images)
+            self.coverage.update(sure.float())
+            if bool(sure.any()):
+                one_hot = F.one_hot(classes[sure], len(self.classes))
+                self.pseudo_accuracy.update(one_hot, batch["labels"][sure])
 
-    def on_test_epoch_end(self) -> None:
-        """Log the scores of all batches."""
-        self._log_scores(self.test_scores)
-        self.log("test_coverage", self.coverage.compute())
-        right = self.pseudo_accuracy.compute()
-        self.log("test_pseudo_accuracy", torch.nan_to_num(right))
-        self.coverage.reset()
-        self.pseudo_accuracy.reset()
+    def log_scores(self, split: Split) -> None:
+        """Log the scores of all batches, and in the test those of the pseudo labels."""
+        super().log_scores(split)
+        if split == "test":
+            self.log("test_coverage", self.coverage.compute())
+            self.log("test_pseudo_accuracy", torch.nan_to_num(self.pseudo_accuracy.compute()))
+            self.coverage.reset()
+            self.pseudo_accuracy.reset()
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Return ``labels``, the name of the likeliest class of each image, and ``probabilities``, [B, K]."""
-        probabilities = self._of_domain(self.features(batch), 1).softmax(1)
-        return {"labels": [self.labels[i] for i in probabilities.argmax(1).tolist()], "probabilities": probabilities}  # type: ignore[index]
+        return likeliest(self._of_domain(self.features(batch), 1), self.classes)
 
-    def _target_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _target_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the mean loss of the images that have a pseudo label, zero if none has, and their share."""
         images = self.features(batch)
         classes, sure = self.pseudo_labels(batch, images)
         logits = self._logits(images, 1)
-        if logits.shape[1] > len(self.labels):  # type: ignore[arg-type]
-            classes = classes + len(self.labels)  # type: ignore[arg-type]
+        if logits.shape[1] > len(self.classes):
+            classes = classes + len(self.classes)
         losses = F.cross_entropy(logits, classes, reduction="none")
         return (losses * sure).sum() / sure.sum().clamp(min=1), sure.float().mean()
 
@@ -180,7 +177,7 @@ class DomainAdaptation(TwoTowerTask):
         return self._of(images, domain if self._variants() > 1 else None)
 
     def _of(self, images: Tensor, variant: int | None) -> Tensor:
-        texts = self.text_features(self.labels, images, variant)  # type: ignore[arg-type]
+        texts = self.text_features(self.classes, images, variant)
         return clip.similarity(self.backbone, images, texts)
 
     def _variants(self) -> int:

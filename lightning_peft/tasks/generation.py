@@ -9,8 +9,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.text import CHRFScore, Perplexity, SacreBLEUScore
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.tasks.base import Task
-from lightning_peft.tasks.scores import IGNORED, CrossEntropy, ExactMatch, Rouge
+from lightning_peft.tasks.base import Split, Task
+from lightning_peft.tasks.metrics import IGNORED, CrossEntropy, ExactMatch, Rouge
 
 Generate = Literal["never", "test", "validation and test"]
 
@@ -48,10 +48,10 @@ class WritingTask(Task):
         self.num_beams = num_beams
         self.length_penalty = length_penalty
         self.backbone = self.load()
-        scores = {"loss": CrossEntropy(), "perplexity": Perplexity(ignore_index=IGNORED)}
+        self.score_by({"loss": CrossEntropy(), "perplexity": Perplexity(ignore_index=IGNORED)})
         texts = {"bleu": SacreBLEUScore(), "chrf": CHRFScore(), "rouge": Rouge(), "exact_match": ExactMatch()}
-        self.val_scores, self.val_texts = _collection(scores, "val_"), _collection(texts, "val_")
-        self.test_scores, self.test_texts = _collection(scores, "test_"), _collection(texts, "test_")
+        self.val_texts = MetricCollection(texts, prefix="val_", compute_groups=False)  # type: ignore[arg-type]
+        self.test_texts = self.val_texts.clone(prefix="test_")
         if "val" in self.generate_in:
             self.monitor = "val_bleu"
 
@@ -78,44 +78,24 @@ class WritingTask(Task):
             ids = ids[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def metrics(self, split: Split) -> Sequence[MetricCollection]:
+        """Return the metrics of logits, and of texts where they are generated."""
+        texts = self.val_texts if split == "val" else self.test_texts
+        return [*super().metrics(split), *([texts] if split in self.generate_in else [])]
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the cross-entropy, the mean over the tokens of the targets."""
         logits, tokens = self.predictions(batch)
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
-        return self._log_loss(loss, len(tokens))
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Score one batch."""
-        self._score("val", self.val_scores, self.val_texts, batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores."""
-        self._log("val", self.val_scores, self.val_texts)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Score one batch."""
-        self._score("test", self.test_scores, self.test_texts, batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the scores."""
-        self._log("test", self.test_scores, self.test_texts)
+    def score(self, batch: Mapping[str, Any], split: Split) -> None:
+        """Add the logits of a batch to the metrics, and the texts that the model writes."""
+        logits, tokens = self.predictions(batch)
+        scores, *texts = self.metrics(split)
+        scores.update(logits.float(), tokens)
+        for written in texts:
+            written.update(self.write(self.prompts(batch)), batch["references"])
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Return ``text``, what the model writes for each row."""
         return {"text": self.write(self.inputs(batch))}
-
-    def _score(self, stage: str, scores: MetricCollection, texts: MetricCollection, batch: Mapping[str, Any]) -> None:
-        logits, tokens = self.predictions(batch)
-        scores.update(logits.float(), tokens)
-        if stage in self.generate_in:
-            references: Sequence[Sequence[str]] = batch["references"]
-            texts.update(self.write(self.prompts(batch)), references)
-
-    def _log(self, stage: str, scores: MetricCollection, texts: MetricCollection) -> None:
-        self._log_scores(scores)
-        if stage in self.generate_in:
-            self._log_scores(texts)
-
-
-def _collection(scores: Mapping[str, Any], prefix: str) -> MetricCollection:
-    return MetricCollection(dict(scores), prefix=prefix, compute_groups=False).clone()

@@ -28,6 +28,7 @@ class Front:
     dropped: int = 0
 
 
+@dataclass
 class InContext:
     """The demonstrations of a task.
 
@@ -44,37 +45,32 @@ class InContext:
         embed: texts -> vectors of length 1 [N, d], for 'nearest'.
     """
 
-    def __init__(
-        self,
-        rows: Any,
-        answer: Callable[[Mapping[str, Any]], str] | None,
-        classes: Sequence[Any],
-        count: int,
-        select: text.Select,
-        order: text.Order,
-        separator: str,
-        instruction: str,
-        seed: int,
-        embed: Callable[[Sequence[str]], Tensor] | None = None,
-    ) -> None:
-        self.rows, self.answer, self.count = rows, answer, count
-        self.select, self.order, self.seed = select, order, seed
-        self.separator, self.instruction = separator, instruction
-        self.embed = embed
+    rows: Any
+    answer: Callable[[Mapping[str, Any]], str] | None
+    classes: Sequence[Any]
+    count: int
+    select: text.Select
+    order: text.Order
+    separator: str
+    instruction: str
+    seed: int
+    embed: Callable[[Sequence[str]], Tensor]
+
+    def __post_init__(self) -> None:
         self._lengths: dict[str, int] = {}
         self._pool: dict[tuple[str, ...], Tensor] = {}
         self._fixed: list[int] = []
-        if count and select == "balanced" and not classes:
+        if self.count and self.select == "balanced" and not self.classes:
             raise TuningError("select=balanced needs classes, and the data have none: take random or nearest.")
-        if count and select != "nearest":
+        if self.count and self.select != "nearest":
+            if self.order.startswith("nearest"):
+                raise TuningError(f"order={self.order} needs select=nearest: take random or as_selected.")
             drawn = (
-                text.balanced_rows(classes, count, seed)
-                if select == "balanced"
-                else text.random_rows(len(rows), count, seed)
+                text.balanced_rows(self.classes, self.count, self.seed)
+                if self.select == "balanced"
+                else text.random_rows(len(self.rows), self.count, self.seed)
             )
-            if order.startswith("nearest"):
-                raise TuningError(f"order={order} needs select=nearest: take random or as_selected.")
-            self._fixed = text.ordered(drawn, order, seed)
+            self._fixed = text.ordered(drawn, self.order, self.seed)
 
     def choose(self, queries: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> list[list[int]]:
         """Return the training rows that each question is shown, in the order of the prompt.
@@ -88,7 +84,6 @@ class InContext:
         if self.select == "nearest":
             if self.count > len(self.rows):
                 text.random_rows(len(self.rows), self.count, self.seed)  # says that there are too few
-            assert self.embed is not None
             own = self.embed([_joined(row, fields) for row in queries])
             numbers = nearest(own, self._embedded(tuple(fields)), self.count)[1].tolist()
             chosen = [text.ordered(row, self.order, self.seed) for row in numbers]
@@ -123,7 +118,6 @@ class InContext:
 
     def _embedded(self, fields: tuple[str, ...]) -> Tensor:
         if fields not in self._pool:
-            assert self.embed is not None
             self._pool[fields] = self.embed([_joined(row, fields) for row in self.rows])
         return self._pool[fields]
 

@@ -1,19 +1,19 @@
 """Several text classifications on one backbone, each with a head of its own."""
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any, Literal
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 from transformers import AutoModel
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.tasks.base import Task
-from lightning_peft.tasks.scores import TaskScores
+from lightning_peft.data.protocols import Labelled
+from lightning_peft.tasks.base import Split, Task
+from lightning_peft.tasks.metrics import TaskScores
 
 
 class MultiTask(Task):
@@ -56,22 +56,16 @@ class MultiTask(Task):
         config: Any = self.backbone.config
         if config.is_encoder_decoder:
             raise TuningError(f"{model} is an encoder-decoder: multi-task heads need an encoder or a decoder alone.")
-        self.pool = pool or ("first" if select.is_encoder(self.backbone) else "last")
+        self.pool = pool or ("first" if structure.is_encoder(self.backbone) else "last")
         counts = [len(names) for names in self.labels.values()]
         self.dropout = nn.Dropout(dropout)
         self.heads = nn.Linear(config.hidden_size, sum(counts))
-        nn.init.normal_(self.heads.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.normal_(self.heads.weight, std=structure.initializer_range(self.backbone))
         nn.init.zeros_(self.heads.bias)
         owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         self.register_buffer("owner", owner, persistent=False)
         self.register_buffer("start", torch.tensor([0, *counts]).cumsum(0)[:-1], persistent=False)
-        self.val_scores = MetricCollection(TaskScores(list(labels)), prefix="val_")
-        self.test_scores = self.val_scores.clone(prefix="test_")
-
-    @cached_property
-    def names(self) -> list[str]:
-        """The names of the tasks, in the order of their numbers."""
-        return list(self.labels)
+        self.score_by({"tasks": TaskScores(list(labels))})
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return logits in fp32, [B, classes of all tasks]; those of other tasks than the row's are -inf.
@@ -89,40 +83,32 @@ class MultiTask(Task):
         logits: Tensor = self.heads(self.dropout(hidden.to(self.heads.weight.dtype))).float()
         return logits.masked_fill(self.owner != tasks.unsqueeze(1), -torch.inf)
 
-    def check(self, data: Any, stage: str) -> None:
+    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have the tasks and classes of the model.
 
         Raises:
             TuningError: they have others.
         """
-        names = getattr(data, "label_names", self.labels) if stage != "predict" else self.labels
+        if stage == "predict" or not isinstance(data, Labelled):
+            return
+        names = data.label_names
         if names != self.labels or list(names) != list(self.labels):
             raise TuningError(f"the data have the tasks {names}, the model {self.labels}: build it with these labels.")
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the cross-entropy, the mean over the rows."""
-        return self._log_loss(F.cross_entropy(self(batch), self._targets(batch)), len(batch["labels"]))
+        return F.cross_entropy(self(batch), self._targets(batch))
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Score one batch."""
-        self.val_scores.update(self(batch), self._targets(batch), batch["task_ids"])
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores."""
-        self._log_scores(self.val_scores)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Score one batch."""
-        self.test_scores.update(self(batch), self._targets(batch), batch["task_ids"])
-
-    def on_test_epoch_end(self) -> None:
-        """Log the scores."""
-        self._log_scores(self.test_scores)
+    def score(self, batch: Mapping[str, Tensor], split: Split) -> None:
+        """Add a batch to the metrics of its tasks."""
+        for scores in self.metrics(split):
+            scores.update(self(batch), self._targets(batch), batch["task_ids"])
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Return ``task`` and ``labels``, the name of a row's task and of its likeliest class."""
         guesses = (self(batch).argmax(1) - self.start[batch["task_ids"]]).tolist()
-        tasks = [self.names[task] for task in batch["task_ids"].tolist()]
+        names = list(self.labels)
+        tasks = [names[task] for task in batch["task_ids"].tolist()]
         labels = [self.labels[task][guess] for task, guess in zip(tasks, guesses, strict=True)]
         return {"task": tasks, "labels": labels}
 

@@ -1,19 +1,21 @@
 """Classes by the nearest solved rows: what a frozen encoder without a language-model head can do without training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.classes import class_numbers
+from lightning_peft.data.protocols import TextColumns
 from lightning_peft.tasks.base import Dtype
+from lightning_peft.tasks.class_scores import ClassScores
 from lightning_peft.tasks.embedding import Embedder, nearest
-from lightning_peft.tasks.prompted import FrozenTask
-from lightning_peft.tasks.text_classification import ClassScores
+from lightning_peft.tasks.frozen import FrozenTask
 
 
 class NearestDemonstrations(FrozenTask, ClassScores):
@@ -56,13 +58,15 @@ class NearestDemonstrations(FrozenTask, ClassScores):
         self.neighbours, self.temperature, self.text = neighbours, temperature, text
         self.max_length = max_length
         self.score_classes(labels)
+        self._columns: list[str] = []
         self._pool: tuple[Tensor, Tensor] | None = None
 
-    def check(self, data: Any, stage: str) -> None:
+    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have these classes, and columns of text."""
         ClassScores.check(self, data, stage)
         self._pool = None
-        if self.text is None and not getattr(data, "text", None):
+        self._columns = self.text or (list(data.text) if isinstance(data, TextColumns) else [])
+        if not self._columns:
             raise TuningError("it is not clear which columns are text: name them with text=.")
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
@@ -90,19 +94,16 @@ class NearestDemonstrations(FrozenTask, ClassScores):
         super().on_test_start()
         self._pool = None
 
-    def on_predict_start(self) -> None:
-        """Forget the embeddings of the training rows."""
-        self._pool = None
+    on_predict_start = on_validation_start
 
     def _embedded_training_rows(self) -> tuple[Tensor, Tensor]:
         """Return the embeddings of the training rows [N, d], and their classes [N]."""
-        data, rows = self.data(), self.training_rows("neighbours")
+        data, rows = self.labelled(), self.training_rows("neighbours")
         numbers = dict(class_numbers(rows, data.label, "train", self.labels))
         found = self._embed(rows)
         return found, torch.tensor([numbers[value] for value in rows[data.label][:]], device=found.device)
 
     def _embed(self, rows: Any) -> Tensor:
-        names: Sequence[str] = self.text or self.data().text
-        texts = [" ".join(str(row[name]) for name in names if row[name] is not None) for row in rows]
-        length = min(self.max_length, select.max_positions(self.backbone) or self.max_length)
+        texts = [" ".join(str(row[name]) for name in self._columns if row[name] is not None) for row in rows]
+        length = min(self.max_length, structure.max_positions(self.backbone) or self.max_length)
         return Embedder(self.backbone, self.tokenizer, length)(texts)

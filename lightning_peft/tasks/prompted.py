@@ -1,34 +1,31 @@
-"""What the tasks without training share: a frozen language model, templates, and rows of a data module as text."""
+"""The base class of tasks that ask a frozen language model: the model, templates, demonstrations, scores."""
 
-import warnings
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MetricCollection
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
 )
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.hub import quiet_loading, resolve
-from lightning_peft.data.fields import as_fields
+from lightning_peft.core.hub import load_config, load_model, load_tokenizer
+from lightning_peft.data.padding import Padder
 from lightning_peft.prompting.demonstrations import Order, Select
 from lightning_peft.prompting.encoding import Style
 from lightning_peft.prompting.instruction_files import instructions_of
 from lightning_peft.prompting.template import Template
-from lightning_peft.tasks.base import Dtype, Task
+from lightning_peft.tasks.base import Dtype, Split
 from lightning_peft.tasks.embedding import Embedder
-from lightning_peft.tasks.in_context import InContext
+from lightning_peft.tasks.frozen import FrozenTask
+from lightning_peft.tasks.in_context import Front, InContext
+from lightning_peft.tasks.template_scores import TemplateScores
 
 LMKind: TypeAlias = Style
 _MODELS: dict[Style, Any] = {
@@ -41,78 +38,10 @@ _LONGEST = 2048
 """The context where neither model nor tokenizer has a limit [tokens]."""
 
 
-class FrozenTask(Task):
-    """A task that trains nothing; it runs under ``validate``, ``test`` and ``predict``.
-
-    The data module gives its rows as they are (`lightning_peft.data.fields`), whichever it is; batches of any other
-    loader need a list of rows, mappings from columns to values, under ``fields``.
-
-    Args:
-        **kwargs: as in `Task`.
-    """
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """Ask the data module for rows as they are, before it reads them."""
-        data = self.data()
-        if hasattr(data, "encode_as"):
-            data.encode_as(partial(as_fields, data))
-        return list(super().configure_callbacks())
-
-    def setup(self, stage: str) -> None:
-        """Check that the data are for this task.
-
-        Raises:
-            TuningError: something is to be trained, or as `check` says.
-        """
-        if stage == "fit":
-            raise TuningError(f"{type(self).__name__} trains nothing: run validate, test or predict.")
-        # Prompts are written before a batch is moved, by this module and not by the data, which Lightning warns of.
-        warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
-        self.check(self.data(), stage)
-
-    def teardown(self, stage: str) -> None:
-        """Let the data module encode its rows itself again."""
-        data = self.data()
-        if hasattr(data, "encode_as"):
-            data.encode_as(None)
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Refuse: nothing trains."""
-        raise TuningError(f"{type(self).__name__} trains nothing: run validate, test or predict.")
-
-    def data(self) -> Any:
-        """Return the data module of the trainer, or None."""
-        return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-
-    def rows_of(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the rows of a batch.
-
-        Raises:
-            TuningError: it has none.
-        """
-        if "fields" not in batch:
-            raise TuningError(
-                f"a batch with {', '.join(map(str, batch))} has no rows as text: take a data module of this package, "
-                "or give batches a list of rows under 'fields'."
-            )
-        rows: list[dict[str, Any]] = batch["fields"]
-        return rows
-
-    def training_rows(self, what: str) -> Any:
-        """Return the training rows of the data module; ``what`` they are for.
-
-        Raises:
-            TuningError: there are none.
-        """
-        data = self.data()
-        rows = data.rows("train") if hasattr(data, "rows") else None
-        if rows is None:
-            raise TuningError(f"{what} come from training rows, and the data have none: give a train split.")
-        return rows
-
-
 class PromptedTask(FrozenTask):
     """A frozen language model that is asked.
+
+    A subclass holds what writes the prompts of a row (`write`, `room_left`) and what reads the model's answers.
 
     Args:
         model: folder or hub id of the language model, or ``package://NAME/FOLDER`` in an installed package.
@@ -130,6 +59,8 @@ class PromptedTask(FrozenTask):
         seed: of the choice and the order.
         dtype: what the model is loaded in; "auto": what it was saved in.
     """
+
+    by_template: TemplateScores
 
     def __init__(
         self,
@@ -184,7 +115,7 @@ class PromptedTask(FrozenTask):
     @property
     def room(self) -> int:
         """The most tokens of a prompt with its answer."""
-        limits = [self._max_length, select.max_positions(self.backbone), self.tokenizer.model_max_length]
+        limits = [self._max_length, structure.max_positions(self.backbone), self.tokenizer.model_max_length]
         return min(limit for limit in (*limits, _LONGEST) if limit is not None)
 
     def check_loaded(self, model: nn.Module, info: Mapping[str, Any]) -> None:
@@ -246,15 +177,57 @@ class PromptedTask(FrozenTask):
         """Return the class of each training row; none: they have no classes."""
         return []
 
-    def tell_of_dropped(self, shown: int, dropped: int) -> None:
-        """Warn, once, of demonstrations that do not fit."""
-        self.shown.update(float(shown))
-        if dropped and not self._is_told:
-            self._is_told = True
-            rank_zero_warn(
-                f"{dropped} of {shown + dropped} demonstrations are left out, as prompts have at most {self.room} "
-                "tokens: take fewer, or raise max_length."
-            )
+    def room_left(self, template: int, fields: Mapping[str, Any]) -> int:
+        """Return how many tokens a row leaves for its demonstrations."""
+        raise NotImplementedError
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[list[int]]]:
+        """Return the prompts of rows, and their token ids."""
+        raise NotImplementedError
+
+    def fronts(self, rows: Sequence[Mapping[str, Any]], options: list[str] | None) -> Iterator[tuple[int, int, Front]]:
+        """Yield the numbers of template and row, and what stands in front of the row, one template after the other.
+
+        Demonstrations that do not fit are left out, of which the first time warns.
+        """
+        for number, template in enumerate(self.templates):
+            chosen = self.in_context().choose(rows, template.fields)
+            for row, demonstrations in enumerate(chosen):
+                front = Front("")
+                if demonstrations or self.instruction:
+                    left = self.room_left(number, rows[row])
+                    front = self.in_context().front(template, self.tokenizer, demonstrations, options, left)
+                self.shown.update(float(front.shown))
+                if front.dropped and not self._is_told:
+                    self._is_told = True
+                    rank_zero_warn(
+                        f"{front.dropped} of {front.shown + front.dropped} demonstrations are left out, as prompts "
+                        f"have at most {self.room} tokens: take fewer, or raise max_length."
+                    )
+                yield number, row, front
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Write the prompts of the rows."""
+        if "prompts" in batch:
+            return batch
+        prompts, ids = self.write(self.rows_of(batch))
+        return {**batch, **padded(self.tokenizer, self.lm, ids), "prompts": prompts}
+
+    def metrics(self, split: Split) -> Sequence[MetricCollection]:
+        """Return the metrics of each template."""
+        return self.by_template.collections
+
+    def reset_scores(self, split: Split) -> None:
+        """Forget the scores of an earlier epoch."""
+        super().reset_scores(split)
+        self.shown.reset()
+
+    def log_scores(self, split: Split) -> None:
+        """Log the scores over templates and processes."""
+        for name, value in self.by_template.summary().items():
+            self.log(f"{split}_{name}", value, prog_bar=name in self.by_template.scores, sync_dist=True)
+        if self.demonstrations:
+            self.log(f"{split}_demonstrations", self.shown.compute(), sync_dist=True)
 
     def _embed(self, texts: Sequence[str]) -> Tensor:
         embed = self.__dict__.get("_embedder")
@@ -268,23 +241,22 @@ class PromptedTask(FrozenTask):
         return load_embedder(self.embedder, next(self.backbone.parameters()).device)
 
 
+def padded(tokenizer: Any, lm: Style, ids: Sequence[list[int]]) -> dict[str, Tensor]:
+    """Return prompts as a batch: a causal model's are padded on the left."""
+    pad = Padder.of(tokenizer, "left" if lm == "causal" else "right")
+    return pad({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
+
+
 def load_embedder(name: str, device: Any = "cpu", max_length: int = 256) -> Embedder:
     """Return a frozen model that embeds texts.
 
     Raises:
         TuningError: there is no such model.
     """
-    folder = resolve(name)
-    try:
-        with quiet_loading():
-            model = AutoModel.from_pretrained(folder, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).splitlines()[0].rstrip(".")
-        raise TuningError(f"no embedder can be made of {name!r} ({why}): give a folder or hub id.") from None
+    model, tokenizer = load_model(AutoModel, name, "embedder", dtype="float32"), load_tokenizer(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    limit = select.max_positions(model) or max_length
+    limit = structure.max_positions(model) or max_length
     return Embedder(model.to(device).eval().requires_grad_(False), tokenizer, min(max_length, limit))
 
 
@@ -294,13 +266,9 @@ def _saved_as(name: str) -> Style:
     Raises:
         TuningError: it is none, or does not say.
     """
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).splitlines()[0].rstrip(".")
-        raise TuningError(f"no language model can be made of {name!r} ({why}): give a folder or hub id.") from None
-    saved = list(getattr(config, "architectures", None) or [])
-    if getattr(config, "is_encoder_decoder", False):
+    config = load_config(name, "language model")
+    saved = list(config.architectures or [])
+    if config.is_encoder_decoder:
         return "seq2seq"
     for architecture in saved:
         for ending, kind in _SAVED_AS.items():

@@ -7,13 +7,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from torchmetrics import MeanMetric
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.data.padding import Padder
-from lightning_peft.prompting.encoding import encode, special_ids, text_ids
-from lightning_peft.prompting.instructions import over_templates
 from lightning_peft.prompting.reasoning import (
     STEP_BY_STEP,
     Kind,
@@ -23,26 +19,14 @@ from lightning_peft.prompting.reasoning import (
     majority,
     solved,
 )
-from lightning_peft.prompting.template import Template
-from lightning_peft.tasks.in_context import Front
-from lightning_peft.tasks.prompted import PromptedTask
-from lightning_peft.tasks.scores import ExactMatch
+from lightning_peft.tasks.base import Split
+from lightning_peft.tasks.generation_prompts import GenerationPrompts
+from lightning_peft.tasks.metrics import ExactMatch
+from lightning_peft.tasks.prompted import PromptedTask, padded
+from lightning_peft.tasks.sampling import Sampler
+from lightning_peft.tasks.template_scores import TemplateScores
 
 Reasoning = Literal["none", "zero_shot"]
-
-
-class Written:
-    """What a model wrote for one prompt.
-
-    Args:
-        ids: its tokens, without those after the end.
-        score: the mean log-likelihood of a token.
-    """
-
-    __slots__ = ("ids", "score")
-
-    def __init__(self, ids: list[int], score: float) -> None:
-        self.ids, self.score = ids, score
 
 
 class PromptedGeneration(PromptedTask):
@@ -102,37 +86,21 @@ class PromptedGeneration(PromptedTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, templates, **kwargs)
-        for name, value in (
-            ("paths", paths),
-            ("max_new_tokens", max_new_tokens),
-            ("max_answer_tokens", max_answer_tokens),
-        ):
-            if value < 1:
-                raise TuningError(f"{name}={value} is out of range: take 1 or more.")
-        if paths > 1 and temperature <= 0:
-            raise TuningError(f"paths={paths} of temperature=0 are all the same: take a temperature such as 0.7.")
-        if repetition_penalty < 1:
-            raise TuningError(f"repetition_penalty={repetition_penalty} rewards repetition: take 1 (none) or more.")
-        if self.lm == "masked":
-            raise TuningError(f"{self.model_name} is a masked language model, which writes no texts: take another.")
-        for template in self.templates:
-            if template.after:
-                raise TuningError(
-                    f"{template} has words behind the answer, which are not written: end with {{answer}}."
-                )
+        counts = {"paths": paths, "max_new_tokens": max_new_tokens, "max_answer_tokens": max_answer_tokens}
+        _check_numbers(counts, paths, temperature, repetition_penalty)
+        self._check_templates()
         self.target, self.rationale = target, rationale
         self.reasoning, self.trigger = reasoning, trigger
         self.kind, self.choices = answer, choices
         self.ask = ask or answer_trigger(answer, choices)
-        self.paths, self.temperature, self.top_k, self.top_p = paths, temperature, top_k, top_p
-        self.repetition_penalty = repetition_penalty
-        self.max_new_tokens, self.max_answer_tokens = max_new_tokens, max_answer_tokens
+        self.paths, self.max_new_tokens, self.max_answer_tokens = paths, max_new_tokens, max_answer_tokens
         self.stop = stop if stop is not None else (self.separator if self.demonstrations else None)
-        self.scores = torch.nn.ModuleList(MetricCollection({"exact_match": ExactMatch()}) for _ in self.templates)
+        first = trigger if reasoning == "zero_shot" else None
+        self.prompts = GenerationPrompts(self.tokenizer, self.lm, first, self.ask, max_new_tokens, max_answer_tokens)
+        self.sampler = Sampler(self.tokenizer, self.lm, temperature, top_k, top_p, repetition_penalty, self.stop)
+        names = [template.name for template in self.templates]
+        self.by_template = TemplateScores(names, {"exact_match": ExactMatch()}, "exact_match")
         self.answered = MeanMetric()
-
-    def check(self, data: Any, stage: str) -> None:
-        """Nothing is asked of the data but the columns, which each batch shows."""
 
     def answer_of(self, row: Mapping[str, Any]) -> str:
         """Return the answer of a demonstration, with its rationale if there is one.
@@ -167,22 +135,18 @@ class PromptedGeneration(PromptedTask):
         """Return the answer in a text, or None."""
         return extract_answer(text, self.kind, self.choices, pick)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Write the prompts of the rows, one template after the other."""
-        if "prompts" in batch:
-            return batch
-        rows, prompts, ids = self.rows_of(batch), [], []
-        extra = f" {self.trigger}" if self.reasoning == "zero_shot" else ""
-        for template in self.templates:
-            chosen = self.in_context().choose(rows, template.fields)
-            for fields, numbers in zip(rows, chosen, strict=True):
-                front = self._front(template, fields, numbers, extra)
-                self.tell_of_dropped(front.shown, front.dropped)
-                prompts.append(front.text + template.prompt(fields) + extra)
-                ids.append(self._ids(template, fields, front.text, extra, self._room))
-        pad = Padder.of(self.tokenizer, "left" if self.lm == "causal" else "right")
-        inputs = pad({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
-        return {**batch, **inputs, "prompts": prompts}
+    def room_left(self, template: int, fields: Mapping[str, Any]) -> int:
+        """Return how many tokens a row leaves for its demonstrations."""
+        return self.prompts.room(self.room) - len(self.prompts.ids(self.templates[template], fields))
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[list[int]]]:
+        """Return the prompts of rows as texts, and their token ids."""
+        texts, ids = [], []
+        for number, row, front in self.fronts(rows, None):
+            template = self.templates[number]
+            texts.append(front.text + template.prompt(rows[row]) + self.prompts.opening)
+            ids.append(self.prompts.ids(template, rows[row], front.text, self.prompts.room(self.room)))
+        return texts, ids
 
     @torch.no_grad()
     def forward(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -192,8 +156,8 @@ class PromptedGeneration(PromptedTask):
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)  # of the rows alone: the same whatever was sampled before
             ids, mask = batch["input_ids"], batch["attention_mask"]
-            paths = self._write(ids, mask, self.max_new_tokens, self.paths)
-            texts = [self._text(path) for path in paths]
+            paths = self.sampler.write(self.backbone, ids, mask, self.max_new_tokens, self.paths)
+            texts = [self.sampler.text(path) for path in paths]
             if self.reasoning == "none":
                 pick: Pick = "last" if self.rationale is not None else "first"
                 answers = [self.found_in(text, pick) for text in texts]
@@ -207,13 +171,31 @@ class PromptedGeneration(PromptedTask):
             found.append({"texts": texts[own], "answers": answers[own], "scores": scores, "answer": answer})
         return found
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Score one batch."""
-        self._add(batch)
+    def score(self, batch: Mapping[str, Any], split: Split) -> None:
+        """Add the answers to a batch to the scores of each template."""
+        rows = batch["fields"]
+        right = [self.right_answers(row) for row in rows]
+        found = self(batch)
+        for number in range(len(self.templates)):
+            answers = [one["answer"] for one in found[number * len(rows) : (number + 1) * len(rows)]]
+            self.by_template.add(number, [answer or "" for answer in answers], right)
+            for answer in answers:
+                self.answered.update(float(answer is not None))
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Score one batch."""
-        self._add(batch)
+    def reset_scores(self, split: Split) -> None:
+        """Forget the scores of an earlier epoch."""
+        super().reset_scores(split)
+        self.answered.reset()
+
+    def log_scores(self, split: Split) -> None:
+        """Log the scores, and the share of rows with an answer."""
+        super().log_scores(split)
+        answered = self.answered.compute()
+        self.log(f"{split}_answered", answered, prog_bar=True, sync_dist=True)
+        if answered == 0:
+            rank_zero_warn(
+                f"no text held an answer of kind {self.kind}: look at the texts of `predict`, and at max_new_tokens."
+            )
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Return for each row ``prompt``, ``text`` (with its rationale), ``scores``, ``answers`` and ``answer``.
@@ -234,138 +216,29 @@ class PromptedGeneration(PromptedTask):
             columns["answer"].append(majority(answers, scores))
         return columns
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores over all processes."""
-        self._log("val_")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the scores over all processes."""
-        self._log("test_")
-
-    @property
-    def _room(self) -> int:
-        """The most tokens of a first prompt, so that all that follows it has room."""
-        follows = self.max_new_tokens if self.lm == "causal" else 0
-        if self.reasoning == "zero_shot":
-            follows = self.max_new_tokens + len(text_ids(self.tokenizer, self._asked, joins=True))
-            follows += self.max_answer_tokens if self.lm == "causal" else 0
-        if follows >= self.room:
-            raise TuningError(
-                f"what the model may write takes {follows} of its {self.room} tokens: lower max_new_tokens, now "
-                f"{self.max_new_tokens}."
-            )
-        return self.room - follows
-
-    @property
-    def _asked(self) -> str:
-        return f" \n{self.ask}"
-
-    def _front(self, template: Template, fields: Mapping[str, Any], numbers: Sequence[int], extra: str) -> Front:
-        if not numbers and not self.instruction:
-            return Front("")
-        used = len(self._ids(template, fields, "", extra, None))
-        return self.in_context().front(template, self.tokenizer, numbers, None, self._room - used)
-
-    def _ids(
-        self, template: Template, fields: Mapping[str, Any], front: str, extra: str, room: int | None
-    ) -> list[int]:
-        """Return the ids of a prompt and of what the answer begins with."""
-        opening, closing = special_ids(self.tokenizer)
-        closing = [] if self.lm == "causal" else closing
-        more = text_ids(self.tokenizer, extra, joins=True) if extra else []
-        left = None if room is None else room - len(opening) - len(closing) - len(more)
-        if left is not None and left < 1:
-            raise TuningError(f"prompts have at most {room} tokens, which leaves none for the data: raise max_length.")
-        own = encode(
-            template, self.tokenizer, fields, style="causal", max_length=left, front=front, specials=False
-        ).input_ids
-        return [*opening, *own, *more, *closing]
-
-    def _write(self, ids: Tensor, mask: Tensor, most: int, paths: int) -> list[Written]:
-        """Return what the model writes after each row, ``paths`` texts a row; only these are sampled."""
-        samples = self.temperature > 0 and paths == self.paths
-        how: dict[str, Any] = {"do_sample": False}
-        if samples:
-            how = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        if self.repetition_penalty > 1:
-            # Of what is written alone: the padding of a prompt is the end of a text in many vocabularies.
-            prompt = ids.shape[1] if self.lm == "causal" else 1
-            punish = RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty), prompt_ignore_length=prompt)
-            how["logits_processor"] = LogitsProcessorList([punish])
-        out = self.backbone.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=most,
-            num_return_sequences=paths if samples else 1,
-            pad_token_id=self.tokenizer.pad_token_id,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **how,
-        )
-        new = out.sequences[:, ids.shape[1] :] if self.lm == "causal" else out.sequences[:, 1:]
-        logits = torch.stack(out.logits, 1).float().log_softmax(-1)
-        likely = logits.gather(2, new[:, : logits.shape[1]].unsqueeze(2)).squeeze(2)
-        ends = self.backbone.generation_config.eos_token_id
-        stops = {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
-        written = []
-        for row, own in zip(new.tolist(), likely, strict=True):
-            count = next((i for i, token in enumerate(row) if token in stops), len(row))
-            counted = max(1, min(count + 1, len(own)))  # the end itself was chosen, too
-            written.append(Written(row[:count], own[:counted].mean().item()))
-        return written
-
-    def _text(self, path: Written) -> str:
-        text: str = self.tokenizer.decode(path.ids, skip_special_tokens=True)
-        return text.split(self.stop)[0] if self.stop else text
-
     def _answers_after(self, ids: Tensor, mask: Tensor, rationales: Sequence[str]) -> list[str | None]:
         """Return the answers that the model gives when it has read its rationales."""
-        closing = [] if self.lm == "causal" else special_ids(self.tokenizer)[1]
-        asked = text_ids(self.tokenizer, self._asked, joins=True)
-        rows = []
-        for number, rationale in enumerate(rationales):
-            row = number // self.paths
-            first = ids[row][mask[row].bool()].tolist()
-            first = first[: len(first) - len(closing)]
-            read = text_ids(self.tokenizer, f" {rationale.strip()}", joins=True) if rationale.strip() else []
-            rows.append([*first, *read[: self.max_new_tokens], *asked, *closing])
-        pad = Padder.of(self.tokenizer, "left" if self.lm == "causal" else "right")
-        batch = pad({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
-        found = self._write(
-            batch["input_ids"].to(ids.device), batch["attention_mask"].to(ids.device), self.max_answer_tokens, 0
-        )
-        return [self.found_in(self._text(path), "first") for path in found]
+        first = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True) for _ in range(self.paths)]
+        second = padded(self.tokenizer, self.lm, self.prompts.after_rationales(first, rationales))
+        asked = (second["input_ids"].to(ids.device), second["attention_mask"].to(ids.device))
+        paths = self.sampler.write(self.backbone, *asked, self.max_answer_tokens, 0)
+        return [self.found_in(self.sampler.text(path), "first") for path in paths]
 
-    def _add(self, batch: Mapping[str, Any]) -> None:
-        rows = batch["fields"]
-        right = [self.right_answers(row) for row in rows]
-        found = self(batch)
-        for number, scores in enumerate(self.scores):
-            answers = [one["answer"] for one in found[number * len(rows) : (number + 1) * len(rows)]]
-            scores.update([answer or "" for answer in answers], right)  # type: ignore[operator]
-            for answer in answers:
-                self.answered.update(float(answer is not None))
+    def _check_templates(self) -> None:
+        if self.lm == "masked":
+            raise TuningError(f"{self.model_name} is a masked language model, which writes no texts: take another.")
+        for template in self.templates:
+            if template.after:
+                raise TuningError(
+                    f"{template} has words behind the answer, which are not written: end with {{answer}}."
+                )
 
-    def _log(self, prefix: str) -> None:
-        """Log the scores of an epoch, and begin anew."""
-        each = {}
-        for template, scores in zip(self.templates, self.scores, strict=True):
-            each[template.name] = scores.compute()["exact_match"].item()  # type: ignore[operator]
-            scores.reset()  # type: ignore[operator]
-        over = over_templates(list(each.values()))
-        self.log(f"{prefix}exact_match", over.mean, prog_bar=True, sync_dist=True)
-        if len(each) > 1:
-            for spread in ("std", "min", "max"):
-                self.log(f"{prefix}exact_match_{spread}", getattr(over, spread), sync_dist=True)
-            for name, value in each.items():
-                self.log(f"{prefix}exact_match/{name}", value, sync_dist=True)
-        answered = self.answered.compute()
-        self.log(f"{prefix}answered", answered, prog_bar=True, sync_dist=True)
-        if answered == 0:
-            rank_zero_warn(
-                f"no text held an answer of kind {self.kind}: look at the texts of `predict`, and at max_new_tokens."
-            )
-        self.answered.reset()
-        if self.demonstrations:
-            self.log(f"{prefix}demonstrations", self.shown.compute(), sync_dist=True)
-        self.shown.reset()
+
+def _check_numbers(counts: Mapping[str, int], paths: int, temperature: float, repetition_penalty: float) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise TuningError(f"{name}={value} is out of range: take 1 or more.")
+    if paths > 1 and temperature <= 0:
+        raise TuningError(f"paths={paths} of temperature=0 are all the same: take a temperature such as 0.7.")
+    if repetition_penalty < 1:
+        raise TuningError(f"repetition_penalty={repetition_penalty} rewards repetition: take 1 (none) or more.")

@@ -3,15 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MetricCollection
 from transformers import AutoModelForQuestionAnswering
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.tasks.base import Task
-from lightning_peft.tasks.scores import Answers, CrossEntropy
+from lightning_peft.data.protocols import Windows
+from lightning_peft.tasks.base import Split, Task
+from lightning_peft.tasks.metrics import Answers, CrossEntropy
 
 
 class QuestionAnswering(Task):
@@ -38,10 +39,7 @@ class QuestionAnswering(Task):
             raise TuningError(f"longest={longest} leaves no answer: take 1 token or more.")
         self.longest = longest
         self.backbone = self.load()
-        self.val_scores = MetricCollection(
-            {"loss": CrossEntropy(), "answers": Answers()}, prefix="val_", compute_groups=False
-        )
-        self.test_scores = self.val_scores.clone(prefix="test_")
+        self.score_by({"loss": CrossEntropy(), "answers": Answers()})
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the logits of the first and of the last token of the answer, in fp32, [B, N] each."""
@@ -54,36 +52,28 @@ class QuestionAnswering(Task):
         lowest = torch.finfo(torch.float32).min
         return first.masked_fill(hidden, lowest), last.masked_fill(hidden, lowest)
 
-    def check(self, data: Any, stage: str) -> None:
+    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data tell which tokens are of the context.
 
         Raises:
             TuningError: they do not.
         """
-        if data is not None and not hasattr(data, "stride"):
+        if data is not None and not isinstance(data, Windows):
             raise TuningError(f"{type(data).__name__} has no windows of contexts: use QuestionAnsweringData.")
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the cross-entropy, the mean of that of the first and that of the last token."""
         (first, last), (start, end) = self(batch), self._places(batch)
-        loss = (F.cross_entropy(first, start) + F.cross_entropy(last, end)) / 2
-        return self._log_loss(loss, len(start))
+        return (F.cross_entropy(first, start) + F.cross_entropy(last, end)) / 2
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Score one batch."""
-        self._score(self.val_scores, batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores."""
-        self._log_scores(self.val_scores)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Score one batch."""
-        self._score(self.test_scores, batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the scores."""
-        self._log_scores(self.test_scores)
+    def score(self, batch: Mapping[str, Any], split: Split) -> None:
+        """Add the windows of a batch to the metrics."""
+        (first, last), (start, end) = self(batch), self._places(batch)
+        (scores,) = self.metrics(split)
+        scores["loss"].update(first, start)
+        scores["loss"].update(last, end)
+        texts, sure = self._answers(first, last, batch)
+        scores["answers"].update(batch["question"].tolist(), sure, texts, batch["answers"])
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Return ``question`` (its number), ``answer`` and ``score`` of each window: the highest score counts."""
@@ -97,13 +87,6 @@ class QuestionAnswering(Task):
         start, end = batch["start_positions"], batch["end_positions"]
         before = virtual.gather(1, torch.stack([start, end], 1))
         return start - before[:, 0], end - before[:, 1]
-
-    def _score(self, scores: MetricCollection, batch: dict[str, Any]) -> None:
-        (first, last), (start, end) = self(batch), self._places(batch)
-        scores["loss"].update(first, start)
-        scores["loss"].update(last, end)
-        texts, sure = self._answers(first, last, batch)
-        scores["answers"].update(batch["question"].tolist(), sure, texts, batch["answers"])
 
     def _answers(self, first: Tensor, last: Tensor, batch: Mapping[str, Any]) -> tuple[list[str], list[float]]:
         """Return the text of the best span of each window, and its score less that of no answer."""

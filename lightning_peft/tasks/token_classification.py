@@ -3,15 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+import lightning as L
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForTokenClassification
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.tasks.base import Task, check_names, class_config
-from lightning_peft.tasks.scores import IGNORED, CrossEntropy, SpanF1
+from lightning_peft.tasks.base import Split, Task
+from lightning_peft.tasks.class_scores import check_names, class_config
+from lightning_peft.tasks.metrics import IGNORED, CrossEntropy, SpanF1
 
 
 class TokenClassification(Task):
@@ -41,57 +42,40 @@ class TokenClassification(Task):
         if self._is_bio():
             scores["spans"] = SpanF1(self.labels)
             self.monitor = "val_f1"
-        self.val_scores = MetricCollection(scores, prefix="val_", compute_groups=False)
-        self.test_scores = self.val_scores.clone(prefix="test_")
+        self.score_by(scores)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return logits in fp32, [B, N, tags]."""
         logits = self.backbone(**self.inputs(batch)).logits
         return self.text_columns(logits, batch).float()
 
-    def check(self, data: Any, stage: str) -> None:
+    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have the tags of the model.
 
         Raises:
             TuningError: they have others.
         """
-        if stage != "predict":
-            check_names(list(getattr(data, "label_names", self.labels)), self.labels, "tags")
+        check_names(data, stage, self.labels, "tags")
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the cross-entropy, the mean over the words."""
         logits, labels = self(batch), self.text_columns(batch["labels"], batch)
-        return self._log_loss(F.cross_entropy(logits.flatten(0, 1), labels.flatten()), len(labels))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Score one batch."""
-        self._score(self.val_scores, batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores."""
-        self._log_scores(self.val_scores)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Score one batch."""
-        self._score(self.test_scores, batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the scores."""
-        self._log_scores(self.test_scores)
+    def score(self, batch: Mapping[str, Tensor], split: Split) -> None:
+        """Add the words of a batch to the metrics."""
+        logits, labels = self(batch), self.text_columns(batch["labels"], batch)
+        (scores,), kept = self.metrics(split), labels != IGNORED
+        scores["loss"].update(logits, labels)
+        scores["accuracy"].update(logits[kept], labels[kept])
+        if "spans" in scores:
+            scores["spans"].update(logits, labels)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Return ``tags``, the likeliest tag of each word of each row."""
         guesses, labels = self(batch).argmax(-1), self.text_columns(batch["labels"], batch)
         words = [row[place != IGNORED].tolist() for row, place in zip(guesses, labels, strict=True)]
         return {"tags": [[self.labels[i] for i in row] for row in words]}
-
-    def _score(self, scores: MetricCollection, batch: dict[str, Tensor]) -> None:
-        logits, labels = self(batch), self.text_columns(batch["labels"], batch)
-        kept = labels != IGNORED
-        scores["loss"].update(logits, labels)
-        scores["accuracy"].update(logits[kept], labels[kept])
-        if "spans" in scores:
-            scores["spans"].update(logits, labels)
 
     def _is_bio(self) -> bool:
         """Tell whether the tags mark spans; that some do and others do not is a mistake.

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
-from lightning_peft.towers.contexts import Call, context_of
+from lightning_peft.core.sharded import whole
+from lightning_peft.towers.context_tokens import Call
+from lightning_peft.towers.contexts import context_of
 from lightning_peft.towers.text_towers import positions_of, reads_end
 
 
@@ -93,7 +96,7 @@ def text_features(
     return features.unflatten(0, (len(images), -1)) if conditional and images is not None else features
 
 
-def similarity(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
+def similarity(model: Any, images: Tensor, texts: Tensor) -> Tensor:
     """Return logits ``exp(s) cos(image, text)`` (SigLIP adds a bias), [B, C], in fp32 under every precision.
 
     Args:
@@ -104,30 +107,25 @@ def similarity(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
     with torch.autocast(images.device.type, enabled=False):
         images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
         cosine = images @ texts.t() if texts.ndim == 2 else torch.einsum("bp,bcp->bc", images, texts)
-        logits = _whole(model.logit_scale).float().exp() * cosine
+        logits = whole(model.logit_scale).float().exp() * cosine
         bias = getattr(model, "logit_bias", None)
-        return logits if bias is None else logits + _whole(bias).float()
+        return logits if bias is None else logits + whole(bias).float()
 
 
 def depends_on_images(model: nn.Module) -> bool:
     """Tell whether the texts of the model depend on the image, so that their features cannot be kept."""
     context = context_of(model)
-    return context is not None and getattr(context, "conditional", False)
+    return context is not None and context.conditional
 
 
 def images_are_frozen(model: nn.Module) -> bool:
     """Tell whether nothing that a method does reaches the features of an image."""
-    projection = getattr(model, "visual_projection", None)
-    parts = [part for part in (model.vision_model, projection) if isinstance(part, nn.Module)]
+    parts = [part for n in ("vision_model", "visual_projection") if (part := structure.part(model, n)) is not None]
     trained = any(p.requires_grad for part in parts for p in part.parameters())
-    grafted = any(not getattr(place.graft, "listens_only", False) for part in parts for place in grafts(part))
+    grafted = any(not place.graft.listens_only for part in parts for place in grafts(part))
     return not trained and not grafted
 
 
 def _call_of(model: nn.Module) -> Call | None:
     context = context_of(model)
     return None if context is None else context.call
-
-
-def _whole(parameter: Any) -> Tensor:
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

@@ -12,66 +12,17 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, grafts
-from lightning_peft.prompts.virtual_tokens import VirtualTokens
+from lightning_peft.towers.context_tokens import Call, ContextTokens, LongRows
 from lightning_peft.towers.packing import pack
 from lightning_peft.towers.text_towers import ends_of, positions_of, reads_end, two_towers, word_table
 
 Position = Literal["end", "middle", "front"]
-POSITIONS = ("end", "middle", "front")
-
-
-class Call:
-    """What the grafts of one method tell each other while a model is called; no tensor is left afterwards.
-
-    Attributes:
-        active: whether the context is put in; without it the model is the frozen one.
-        variant: which of the prompts of a text is made; None: all.
-        listens: whether the image features of this call are to be kept.
-        images: the image features of this call, [B, p].
-        shift: what is added to the context for each image, [B, d].
-        prompts: the graft that holds the rows of all layers; it is no tensor, and stays.
-    """
-
-    def __init__(self) -> None:
-        self.active = True
-        self.variant: int | None = None
-        self.listens = False
-        self.images: Tensor | None = None
-        self.shift: Tensor | None = None
-        self.prompts: nn.Module | None = None
-
-
-class ContextTokens(VirtualTokens):
-    """Gives the tokens of a context their rows in the output of the word table.
-
-    Args:
-        weight: the rows, [P, d].
-        call: shared with the other grafts of the method.
-    """
-
-    def __init__(self, weight: nn.Parameter, call: Call) -> None:
-        super().__init__(weight)
-        self.call = call
-
-    def table(self) -> Tensor:
-        """Return the row of each virtual token, [P, d]."""
-        return self.weight
-
-    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
-        """Return the embeddings with the rows of virtual ids filled in, [B, T, d]."""
-        ids, self._ids = self._ids, None
-        assert ids is not None
-        rows = F.embedding((-1 - ids).clamp(min=0), self.table())
-        shift = self.call.shift
-        if shift is not None:
-            rows = rows + shift.repeat_interleave(len(rows) // len(shift), 0).unsqueeze(1)
-        return torch.where((ids < 0).unsqueeze(-1), rows.to(out.dtype), out)
 
 
 class TextContext(Graft):
@@ -87,6 +38,9 @@ class TextContext(Graft):
         chunk: at most that many prompts at a time, computed anew in the backward pass; None: all at once.
         call: shared with the other grafts of the method.
     """
+
+    conditional = False
+    """Whether the prompts depend on the image."""
 
     def __init__(
         self,
@@ -254,29 +208,6 @@ class TextContext(Graft):
         return type(out)(pooler_output=hidden.flatten(0, 1)[index.flatten()])
 
 
-class LongRows(Graft):
-    """Lets the embeddings of a text tower take rows of more tokens than it has positions.
-
-    CLIPTextEmbeddings refuses them, though a tree's positions are depths, all within its table
-    (https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/clip/modeling_clip.py). An
-    embedding depends on one token and one position, so the tokens are looked up as rows of one.
-    """
-
-    def around(
-        self,
-        forward: Callable[..., Any],
-        host: nn.Module,
-        input_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Return the embeddings, [G, N, d]."""
-        if input_ids is None or position_ids is None or input_ids.shape != position_ids.shape:
-            return forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
-        single = forward(input_ids=input_ids.reshape(-1, 1), position_ids=position_ids.reshape(-1, 1), **kwargs)
-        return single.view(*input_ids.shape, -1)
-
-
 def plain_layout(count: int, classes: int | None = None) -> Tensor:
     """Return the layout of one prompt of each text, [1, C, M]: the same for all texts, or for each of its own."""
     return -1 - torch.arange(count * (classes or 1)).view(1, -1, count)
@@ -302,7 +233,7 @@ def can_pack(tower: nn.Module, kwargs: dict[str, Any]) -> bool:
 @contextmanager
 def frozen(backbone: nn.Module) -> Iterator[None]:
     """Let the backbone compute what it computed before methods came, as far as they put contexts and prompts in."""
-    found = [getattr(place.graft, "call", None) for place in grafts(backbone)]
+    found = [vars(place.graft).get("call") for place in grafts(backbone)]
     calls = [call for call in found if isinstance(call, Call)]
     for call in calls:
         call.active = False
@@ -315,13 +246,13 @@ def frozen(backbone: nn.Module) -> Iterator[None]:
 
 def context_of(backbone: nn.Module) -> TextContext | None:
     """Return the context that a method has put into the texts of the backbone, if any."""
-    tower = getattr(two_towers(backbone), "text_model", None)
-    children = tower.children() if isinstance(tower, nn.Module) else ()
+    tower = structure.part(two_towers(backbone), "text_model")
+    children = tower.children() if tower is not None else ()
     return next((child for child in children if isinstance(child, TextContext)), None)
 
 
 def _implementation(tower: nn.Module) -> str:
-    return getattr(tower.config, "_attn_implementation", None) or "eager"
+    return structure.attention_implementation(tower) or "eager"
 
 
 def _mask(tower: nn.Module, visible: Tensor) -> Tensor:

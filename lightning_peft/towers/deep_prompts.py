@@ -12,9 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
-from lightning_peft.towers.contexts import Call, ContextTokens, TextContext, graft_context, plain_layout
+from lightning_peft.towers.context_tokens import Call, ContextTokens
+from lightning_peft.towers.contexts import TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import STANDARD_DEVIATION, reads_end, text_tower, two_towers
 
 Tower = Literal["text", "images"]
@@ -133,9 +135,9 @@ def vision_tower(backbone: nn.Module, method: str) -> nn.Module:
     Raises:
         TuningError: it has none of patch embeddings and blocks.
     """
-    tower = getattr(two_towers(backbone), "vision_model", None)
-    blocks = getattr(getattr(tower, "encoder", None), "layers", None)
-    if not isinstance(tower, nn.Module) or not isinstance(blocks, nn.ModuleList) or not hasattr(tower, "embeddings"):
+    tower = structure.part(two_towers(backbone), "vision_model")
+    known = tower is not None and isinstance(structure.part(tower, "encoder.layers"), nn.ModuleList)
+    if tower is None or not known or structure.part(tower, "embeddings") is None:
         raise TuningError(
             f"{method} puts prompts into the images of a two-tower model, and {type(backbone).__name__} has no vision "
             "tower like that of CLIP or SigLIP: give a CLIPModel or a SiglipModel."

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.prompts.virtual_tokens import nearest
 
 STANDARD_DEVIATION = 0.02
 """Of the random initial values of a context."""
@@ -14,7 +17,7 @@ STANDARD_DEVIATION = 0.02
 
 def two_towers(backbone: nn.Module) -> nn.Module:
     """Return the two-tower model in a backbone: itself, or what it is built around."""
-    return backbone if hasattr(backbone, "text_model") else getattr(backbone, "base_model", backbone)
+    return backbone if structure.part(backbone, "text_model") is not None else structure.base_model_of(backbone)
 
 
 def text_tower(backbone: nn.Module, method: str) -> nn.Module:
@@ -23,9 +26,9 @@ def text_tower(backbone: nn.Module, method: str) -> nn.Module:
     Raises:
         TuningError: it has none that is read at the end of the text, as CLIP's, or at the last position, as SigLIP's.
     """
-    tower = getattr(two_towers(backbone), "text_model", None)
-    table = getattr(getattr(tower, "embeddings", None), "token_embedding", None)
-    if not isinstance(tower, nn.Module) or not isinstance(table, nn.Embedding) or not _is_known(tower):
+    tower = structure.part(two_towers(backbone), "text_model")
+    table = structure.part(tower, "embeddings.token_embedding") if tower is not None else None
+    if tower is None or not isinstance(table, nn.Embedding) or not _is_known(tower):
         raise TuningError(
             f"{method} puts a context into the texts of a two-tower model, and {type(backbone).__name__} has no text "
             "tower like that of CLIP or SigLIP: give a CLIPModel or a SiglipModel."
@@ -68,23 +71,6 @@ def ends_of(tower: nn.Module, texts: Tensor) -> Tensor:
     return found.argmax(1)
 
 
-def tokenizer_of(backbone: nn.Module, name: str | None, argument: str) -> Any:
-    """Return a tokenizer by its folder or hub id, or that of the backbone.
-
-    Raises:
-        TuningError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    name = name or getattr(getattr(backbone, "config", None), "_name_or_path", "")
-    if not name:
-        raise TuningError(f"{argument} needs the words of the model: give tokenizer= (a folder or hub id).")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise TuningError(f"no tokenizer at {name!r} ({str(error).splitlines()[0]}): give tokenizer=.") from None
-
-
 def initial_rows(
     backbone: nn.Module, table: nn.Embedding, count: int | None, init: str | None, tokenizer: str | None, default: int
 ) -> Tensor:
@@ -94,10 +80,8 @@ def initial_rows(
         TuningError: ``init`` has another number of tokens than ``count``, or there is no tokenizer.
     """
     if init is None:
-        count = default if count is None else count
-        if count < 1:
-            raise TuningError(f"num_virtual_tokens={count} is no context: take 1 or more.")
-        return torch.empty(count, table.embedding_dim, dtype=torch.float32).normal_(std=STANDARD_DEVIATION)
+        shape = (default if count is None else count, table.embedding_dim)
+        return torch.empty(shape, dtype=torch.float32).normal_(std=STANDARD_DEVIATION)
     ids = word_ids(tokenizer_of(backbone, tokenizer, f"init={init!r}"), init)
     if count not in (None, len(ids)):
         raise TuningError(
@@ -128,12 +112,8 @@ def nearest_words(backbone: nn.Module, rows: Tensor, tokenizer: Any, k: int) -> 
     table = word_table(two_towers(backbone).text_model)  # type: ignore[arg-type]
     with torch.no_grad():
         distances = torch.cdist(rows.float(), table.weight.float())
-    values, ids = distances.topk(k, dim=1, largest=False)
-    return [
-        list(zip(tokenizer.convert_ids_to_tokens(row.tolist()), value.tolist(), strict=True))
-        for row, value in zip(ids, values, strict=True)
-    ]
+    return nearest(distances, k, tokenizer, largest=False)
 
 
 def _is_known(tower: nn.Module) -> bool:
-    return reads_end(tower) or isinstance(getattr(tower, "head", None), nn.Linear)
+    return reads_end(tower) or isinstance(structure.part(tower, "head"), nn.Linear)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 
 
@@ -81,9 +81,9 @@ def tower(backbone: nn.Module) -> Tower:
 
 def _patch_embedding(backbone: nn.Module) -> tuple[nn.Module, nn.Module, nn.Conv2d] | None:
     """Return the tower, its embeddings and the patch convolution."""
-    models = dict(select.pretrained_models(backbone))
+    models = dict(structure.pretrained_models(backbone))
     inside = {id(m) for outer in models.values() for m in outer.modules()}
-    lists = select.block_lists(backbone)
+    lists = structure.block_lists(backbone)
     for name, conv in backbone.named_modules():
         if not isinstance(conv, nn.Conv2d) or id(conv) not in inside or select.block_index(lists, name):
             continue
@@ -104,7 +104,7 @@ def _is_model(module: nn.Module) -> bool:
 def _attending(module: nn.Module) -> list[nn.ModuleList]:
     """Return the lists of blocks that hold attentions."""
     query = re.compile(rf"(?:.*\.)?(?:{select.ROLES['query']}|{select.ROLES['fused_qkv']})")
-    lists = select.block_lists(module).values()
+    lists = structure.block_lists(module).values()
     return [blocks for blocks in lists if any(query.fullmatch(name) for name, _ in blocks[0].named_modules())]
 
 

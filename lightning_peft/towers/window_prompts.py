@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.vision import Tower
@@ -159,9 +160,9 @@ class MergedPrompt(Graft):
 
 def _stages(tower: Tower) -> list[Any]:
     first = tower.blocks[0]
-    for blocks in tower.module.modules():
-        if isinstance(blocks, nn.ModuleList) and any(first in list(getattr(stage, "blocks", [])) for stage in blocks):
-            return list(blocks)
+    for stages in structure.block_lists(tower.module).values():
+        if any(first is not stage and first in stage.modules() for stage in stages):
+            return list(stages)
     raise TuningError(f"{type(tower.module).__name__} has no stages of blocks: take a Swin, or an unwindowed model.")
 
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal
 
@@ -15,10 +16,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
-from lightning_peft.core.delta import IN_FOLDER
+from lightning_peft.core.delta_file import IN_FOLDER, read_checkpoint
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.sharded import is_folder, read_folder
-from lightning_peft.core.storage import atomic, read_torch
+from lightning_peft.core.sharded import is_folder
+from lightning_peft.core.storage import atomic
+from lightning_peft.training import patches
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -63,7 +65,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint without executing anything in it, unless ``weights_only=False`` is asked for."""
         if is_folder(path):
-            return read_folder(path)
+            return read_checkpoint(path)
         if (Path(path) / IN_FOLDER).is_file():
             raise TuningError(
                 f"{path} is of DeepSpeed, which alone can go on from it: take that strategy again, or read what was "
@@ -71,7 +73,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             )
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
-        return read_torch(Path(path), weights_only is not False, map_location or "cpu")
+        return read_checkpoint(Path(path), weights_only is not False, map_location or "cpu")
 
 
 class OrderedAsyncCheckpointIO(AsyncCheckpointIO):
@@ -95,15 +97,16 @@ class OrderedAsyncCheckpointIO(AsyncCheckpointIO):
 
 def install(trainer: L.Trainer) -> None:
     """Let the trainer use `AtomicCheckpointIO` where it would use Lightning's default; a user's own stays."""
-    chosen = trainer.strategy.checkpoint_io
+    chosen, ours = trainer.strategy.checkpoint_io, AtomicCheckpointIO()
+    table = patches.of_run(trainer)
     if type(chosen) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        table.patch(trainer.strategy, "checkpoint_io", ours, lasting=True)
     elif type(chosen) is AsyncCheckpointIO and type(chosen.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = OrderedAsyncCheckpointIO(AtomicCheckpointIO())
+        table.patch(trainer.strategy, "checkpoint_io", OrderedAsyncCheckpointIO(ours), lasting=True)
 
 
 class Claim:
-    """Keeps other jobs out of the folders that a run writes checkpoints to, as long as the process lives."""
+    """Keeps other jobs out of the folders that a run writes checkpoints to, until it or the process ends."""
 
     _held: ClassVar[dict[Path, IO[str]]] = {}
 
@@ -118,21 +121,18 @@ class Claim:
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
             folders = {str(c.dirpath) for c in callbacks if c.dirpath is not None and "://" not in str(c.dirpath)}
-            problem = next((said for folder in sorted(folders) if (said := cls._claim(Path(folder)))), "")
+            problem = next((said for folder in sorted(folders) if (said := cls._claim(trainer, Path(folder)))), "")
         problem = trainer.strategy.broadcast(problem)
         if problem:
             raise TuningError(problem)
 
     @classmethod
-    def release(cls) -> None:
-        """Give the folders back."""
-        for path, file in cls._held.items():
-            path.unlink(missing_ok=True)
-            file.close()
-        cls._held.clear()
+    def _release(cls, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        cls._held.pop(path).close()
 
     @classmethod
-    def _claim(cls, folder: Path) -> str:
+    def _claim(cls, trainer: L.Trainer, folder: Path) -> str:
         path = folder / ".in-use"
         if path in cls._held:
             return ""
@@ -155,6 +155,7 @@ class Claim:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         cls._held[path] = file
+        patches.of_run(trainer).record(cls, str(path), partial(cls._release, path))
         return ""
 
 

@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.training import strategy
-from lightning_peft.training.lifecycle import Life, trained
+from lightning_peft.training.lifecycle import trained
+from lightning_peft.training.record import Life
 
 
 def without_gradient(module: nn.Module) -> list[str]:

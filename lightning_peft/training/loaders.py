@@ -1,14 +1,13 @@
-"""Data in the same order after an interruption in the middle of an epoch, and the random numbers that go with it.
+"""Loaders that go on in the middle of an epoch after an interruption, and the random numbers that go with them.
 
 Lightning counts the batches of an interrupted epoch but starts its sampler again, so the first batches are seen twice
-and the last ones never. Here a loader knows
-the state that the random generators had when its iterator was made; the resumed one makes its iterator from that state
-and reads on to the batch that comes next. A loader with a state of its own (torchdata's ``StatefulDataLoader``) is left
-alone.
+and the last ones never. `Resumable` is the one place that remembers where an epoch stands: the loaders of our
+DataModules are of it, and training reads any other loader through a `ResumableLoader`. One with a state of its own
+(torchdata's ``StatefulDataLoader``) is left alone.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,65 +15,124 @@ import lightning as L
 import numpy
 import torch
 
-from lightning_peft.training import signals
+from lightning_peft.training import patches, signals
 
 
-class ResumableLoader:
-    """A DataLoader that can go on in the middle of an epoch; in all else it is the loader that it is made of.
+class Resumable:
+    """A loader that can go on in the middle of an epoch; a subclass says how an iterator begins, and what it needs."""
 
-    Args:
-        loader: what Lightning is about to read.
-        fetched: returns how many batches of this epoch training has taken, 0 when the epoch is over.
-        epoch: returns the number of this epoch, or None where samplers know it already.
-        on_iter: is told the state of the random generators just before an iterator is made.
-    """
+    trainer: L.Trainer | None = None
+    """Whose training reads it; it knows which of the batches that were given out have been begun."""
+    _given = 0
+    _resume: Mapping[str, Any] | None = None
 
-    def __init__(
-        self,
-        loader: Any,
-        fetched: Callable[[], int],
-        epoch: Callable[[], int | None] = lambda: None,
-        on_iter: Callable[[dict[str, Any]], None] | None = None,
-    ) -> None:
-        self.loader, self._fetched, self._epoch, self._on_iter = loader, fetched, epoch, on_iter
-        self._random: dict[str, Any] | None = None
-        self._resume: dict[str, Any] | None = None
+    def begin(self, state: Mapping[str, Any] | None) -> tuple[Iterator[Any], int]:
+        """Return an iterator that goes on from a state, and the number of its first batch; None: from the beginning."""
+        raise NotImplementedError
+
+    def position(self, batches: int) -> dict[str, Any]:
+        """Return the state of an epoch of which so many batches have been taken; every rank must call it."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield batches; a generator, since Lightning restores its loops and sets the epoch after it has made one."""
+        self._load_late()
+        state, self._resume = self._resume, None
+        with signals.held_back():  # worker processes are started here
+            iterator, self._given = self.begin(state)
+        for batch in iterator:
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the epoch stands; every rank must call it."""
+        self._load_late()
+        if self._resume is not None:  # nothing has been read since
+            return dict(self._resume)
+        return self.position(self._given if self.trainer is None else _begun(self.trainer))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Let the next iterator go on from there."""
+        self._resume = state_dict if state_dict["batches"] else None
+
+    def _load_late(self) -> None:
+        """Let Lightning load states that it forgets if a schedule has asked for the number of steps before.
+
+        https://github.com/Lightning-AI/pytorch-lightning/issues/20550; ``tests/training/test_requeue.py`` fails if its
+        function is called otherwise.
+        """
+        if self.trainer is not None:
+            self.trainer.fit_loop._load_combined_loader_states()
+
+
+class SameLoader:
+    """A loader that is in all else the one that it is made of, for reading and for writing of attributes."""
+
+    loader: Any = None
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
 
     def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # while it is unpickled
-            raise AttributeError(name)
         return getattr(self.loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what is of this class here and all else on the loader, such as Lightning's ``worker_init_fn``."""
+        if hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.loader, name, value)
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Any]:
-        resume, self._resume = self._resume, None
-        if resume is not None and resume["random"] is not None:
-            set_random_state(resume["random"])
-        self._random = random_state()
-        if self._on_iter is not None:
-            self._on_iter(self._random)
-        if (epoch := self._epoch()) is not None:
-            # Lightning tells samplers the epoch of a resumed run when the iterator has been made.
-            _set_epoch(self.loader, epoch)
-        with signals.held_back():  # worker processes are started here
-            iterator = iter(self.loader)
-        for _ in range(resume["batches"] if resume is not None else 0):
-            next(iterator, None)
-        return iterator
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return where each rank stands in its epoch; every rank must call it."""
-        batches = self._fetched()
+class ResumableLoader(Resumable, SameLoader):
+    """Any loader, which goes on by reading again what was read, from the random state that it was read from."""
+
+    _random: dict[str, Any] | None = None
+
+    def begin(self, state: Mapping[str, Any] | None) -> tuple[Iterator[Any], int]:
+        """Return an iterator that is made from the random state of this rank, read on to the batch that is next."""
+        now, batches = random_state(), state["batches"] if state is not None else 0
+        ranks = state["ranks"] if state is not None else []
+        there = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
+        then = ranks[rank] if len(ranks) == size else None
+        if then is not None:
+            set_random_state(then)
+        self._random = then or now
+        iterator = iter(self.loader)
+        for _ in range(batches):
+            next(iterator, None)
+        # Without a length Lightning reads ahead, before the random state of the save is restored.
+        if then is not None and (self.trainer is None or self.trainer.num_training_batches != float("inf")):
+            set_random_state(now)
+        return iterator, batches
+
+    def position(self, batches: int) -> dict[str, Any]:
+        """Return the number of batches, and for each rank the random state that its iterator was made from."""
         return {"batches": batches, "ranks": gather(self._random) if batches else []}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iterator go on where the rank of this number stood."""
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        same = len(state["ranks"]) == (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
-        if state["batches"]:
-            self._resume = {"batches": state["batches"], "random": state["ranks"][rank] if same else None}
+
+class ValidationLoader(SameLoader):
+    """Any loader, which says from which random state a validation begins.
+
+    Args:
+        loader: what Lightning is about to read.
+        on_iter: is told the state of the random generators just before an iterator is made.
+    """
+
+    on_iter: Any = None
+
+    def __init__(self, loader: Any, on_iter: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__(loader)
+        self.on_iter = on_iter
+
+    def __iter__(self) -> Iterator[Any]:
+        self.on_iter(random_state())
+        with signals.held_back():  # worker processes are started here
+            return iter(self.loader)
 
 
 def install(trainer: L.Trainer, on_validation: Callable[[dict[str, Any]], None]) -> None:
@@ -84,40 +142,25 @@ def install(trainer: L.Trainer, on_validation: Callable[[dict[str, Any]], None])
         trainer: its strategy is asked by Lightning to process each loader.
         on_validation: is told the state of the random generators before a validation makes an iterator.
     """
-    if not isinstance(vars(trainer.strategy).get("process_dataloader"), partial):
-        vars(trainer.strategy)["process_dataloader"] = partial(_process, trainer, on_validation)
-
-
-def uninstall(trainer: L.Trainer) -> None:
-    """Leave the strategy as it was."""
-    vars(trainer.strategy).pop("process_dataloader", None)
+    hook = partial(_process, trainer, on_validation)
+    patches.of_run(trainer).patch(trainer.strategy, "process_dataloader", hook)
 
 
 def _process(trainer: L.Trainer, on_validation: Callable[[dict[str, Any]], None], loader: Any) -> Any:
     loader = type(trainer.strategy).process_dataloader(trainer.strategy, loader)
-    if trainer.state.fn != "fit" or isinstance(loader, ResumableLoader):
+    if trainer.state.fn != "fit" or isinstance(loader, SameLoader):
         return loader
     if not trainer.training:
-        return ResumableLoader(loader, lambda: 0, on_iter=on_validation)
-    if hasattr(loader, "state_dict"):
-        return loader
-    return ResumableLoader(loader, partial(_fetched, trainer), partial(_epoch, trainer))
+        return ValidationLoader(loader, on_validation)
+    if not hasattr(loader, "state_dict"):
+        loader = ResumableLoader(loader)
+    if isinstance(loader, Resumable):
+        loader.trainer = trainer
+    return loader
 
 
-def _epoch(trainer: L.Trainer) -> int:
-    return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-
-
-def _set_epoch(loader: Any, epoch: int) -> None:
-    batches = getattr(loader, "batch_sampler", None)
-    for sampler in {
-        id(s): s for s in (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-    }.values():
-        if sampler is not None and hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-
-
-def _fetched(trainer: L.Trainer) -> int:
+def _begun(trainer: L.Trainer) -> int:
+    """Return how many batches of this epoch training has begun, 0 when the epoch is over."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     # The next batch may have been read but not begun.
     if progress.current.started < progress.current.ready:  # type: ignore[attr-defined]

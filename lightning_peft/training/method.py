@@ -8,12 +8,13 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.method import TuningMethod
-from lightning_peft.training import checks, install, lifecycle, precision
-from lightning_peft.training.lifecycle import Life
+from lightning_peft.training import checkpoint_content, checks, lifecycle, precision, trainer_hooks
+from lightning_peft.training.checkpoint_io import Claim
+from lightning_peft.training.record import Life
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -33,23 +34,23 @@ class Method(TuningMethod, L.Callback):
                 "use strategy='ddp' in a script."
             )
         checks.check_averaging(trainer, self)
-        install.prepare(trainer, pl_module)
-        life = Life.of(pl_module)
+        life = lifecycle.extend(pl_module)
+        trainer_hooks.install(trainer, life, pl_module)
         if not any(type(other) is type(self) and other.backbone == self.backbone for other in life.methods):
             life.methods.append(self)
-        life.await_backbone(pl_module)
-        life.apply(pl_module)
+        lifecycle.await_backbone(pl_module, trainer)
+        lifecycle.apply(pl_module)
         self._assert_same(pl_module)
-        precision.install(trainer.precision_plugin, self.keep_fp32)
+        precision.install(trainer, self.keep_fp32)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what would train nothing or resume wrongly, before the first batch."""
         self._assert_applied(pl_module)
         self._assert_checkpointing(trainer, pl_module)
-        install.begin(trainer)
+        Claim.folders(trainer)
         checks.check_optimizers(pl_module, trainer.optimizers)
-        lifecycle.remap_optimizers(pl_module, trainer.optimizers)
-        lifecycle.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
+        checkpoint_content.remap_optimizers(pl_module, trainer.optimizers)
+        checkpoint_content.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
         self._seen_gradients, self._first_epoch = False, trainer.current_epoch
         # Lightning warns of modules in eval mode before it calls on_train_start: the modes are set after that.
         select.backbone_of(pl_module, self.backbone).train()
@@ -57,7 +58,7 @@ class Method(TuningMethod, L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the random state of a run that was saved inside an epoch, for which no epoch starts."""
         self.on_train_epoch_start(trainer, pl_module)
-        lifecycle.restore_random_state(pl_module, trainer.global_rank, mid_epoch=True)
+        checkpoint_content.restore_random_state(pl_module, trainer.global_rank, mid_epoch=True)
         Life.of(pl_module).resumed = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -136,11 +137,6 @@ class Method(TuningMethod, L.Callback):
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the trainer's plugins as they were."""
-        precision.uninstall(trainer.precision_plugin)
-        install.release(trainer)
-
     def _assert_applied(self, module: L.LightningModule) -> None:
         if self.finds_backbone(module) and self.is_applied(module):
             return
@@ -171,7 +167,7 @@ class Method(TuningMethod, L.Callback):
 
     def _assert_checkpointing(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         backbone = select.backbone_of(module, self.backbone)
-        on = any(getattr(child, "gradient_checkpointing", False) for child in backbone.modules())
+        on = structure.recomputes_activations(backbone)
         if on and not self._trains_frozen(trainer):
             raise TuningError(
                 f"{type(backbone).__name__} has gradient checkpointing on, which transformers does in training mode "

@@ -1,15 +1,19 @@
 """A LightningModule that owns its method."""
 
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any, ClassVar, Generic, TypeVar
 
 import lightning as L
 from torch import Tensor, nn
 
 from lightning_peft.core import select
 from lightning_peft.core.delta import collect
+from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import merge
 from lightning_peft.training import rebuild
 from lightning_peft.training.method import Method
+
+M = TypeVar("M", bound=Method)
 
 
 class MethodMixin:
@@ -53,3 +57,38 @@ class MethodMixin:
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Build the module from a delta checkpoint: hyper-parameters, methods and what they trained."""
         return rebuild.load_from_checkpoint(cls, checkpoint_path, *args, **kwargs)  # type: ignore[type-var]
+
+
+class TunedBy(MethodMixin, Generic[M]):
+    """`MethodMixin` with its default in brackets: ``TunedBy[LoRA]``, which is also called ``LoRAMixin``.
+
+    >>> from lightning_peft import LoRA, LoRAMixin
+    >>> class Classifier(TunedBy[LoRA], L.LightningModule): ...
+    >>> Classifier().method.r, issubclass(Classifier, LoRAMixin)
+    (8, True)
+    """
+
+    method: M | None = None
+
+    def __class_getitem__(cls, method: Any) -> Any:
+        """Return the mixin of a class of methods, always the same one; for other types what typing makes of them."""
+        if not isinstance(method, type) or method is Any:
+            return super().__class_getitem__(method)  # type: ignore[misc]
+        return _mixin_of(method)
+
+    def _owned(self) -> tuple[M, nn.Module]:
+        """Return the method and the module that owns it, for the verbs of a method."""
+        assert isinstance(self, nn.Module)
+        assert self.default_method is not None
+        assert isinstance(self.method, self.default_method)
+        return self.method, self
+
+
+@cache
+def _mixin_of(method: type[Method]) -> type[MethodMixin]:
+    """Return a subclass of `TunedBy`, which pickle finds as ``NewMixin`` beside the method ``New``."""
+    if not issubclass(method, Method):
+        raise TuningError(f"TunedBy[{method.__name__}] names no method: give a class such as LoRA.")
+    text = f"For a LightningModule that is tuned by {method.__name__}: set ``self.method`` to change its arguments."
+    members = {"default_method": method, "__module__": method.__module__, "__doc__": text}
+    return type(f"{method.__name__}Mixin", (TunedBy,), members)

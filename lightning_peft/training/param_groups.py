@@ -4,12 +4,13 @@ A method states them by `Method.optimizer_options`. The groups of the optimizer 
 scheduler keeps per group is kept for the new group too, so the module's ``configure_optimizers`` needs no change.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_peft.core.errors import TuningError
 
@@ -84,7 +85,7 @@ def _scale(group: dict[str, Any], ratio: float, optimizer: Optimizer, schedulers
     for scheduler in schedulers:
         if scheduler.optimizer is optimizer:
             for name in _RATE_LISTS:
-                rates = getattr(scheduler, name, None)
+                rates = vars(scheduler).get(name)
                 if isinstance(rates, list):
                     rates[index] = rates[index] * ratio
 
@@ -94,7 +95,7 @@ def _extend(schedulers: list[Any], optimizer: Optimizer, index: int) -> None:
     for scheduler in schedulers:
         if scheduler.optimizer is optimizer:
             for name in _LISTS:
-                values = getattr(scheduler, name, None)
+                values = vars(scheduler).get(name)
                 if isinstance(values, list):
                     values.append(values[index])
 
@@ -111,8 +112,18 @@ def schedulers_in(configured: Any) -> Iterator[LRScheduler]:
             yield from schedulers_in(entry)
 
 
+def advance(before: Any, now: Any) -> None:
+    """Bring a new scheduler to the step that an old one stands at."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # this optimizer has made none
+        for old, new in zip(schedulers_in(before), schedulers_in(now), strict=True):
+            if not isinstance(new, ReduceLROnPlateau):
+                for _ in range(old.last_epoch - new.last_epoch):
+                    new.step()
+
+
 def _unwrapped(scheduler: Any) -> Iterator[Any]:
     """Yield a scheduler and those that it chains."""
     yield scheduler
-    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR and ChainedScheduler have no public list
+    for inner in vars(scheduler).get("_schedulers", ()):  # SequentialLR and ChainedScheduler have no public list
         yield from _unwrapped(inner)

@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, HalfPrecision, TransformerEnginePrecision
 from torch import nn
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.delta import keep_fingerprints
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.master_weights import hold_fp32
 from lightning_peft.core.tuning import tunings
+from lightning_peft.training import patches
 
 
 def replaces_layers(plugin: Any) -> bool:
@@ -28,24 +30,19 @@ def replaces_layers(plugin: Any) -> bool:
     return isinstance(plugin, (BitsandbytesPrecision, TransformerEnginePrecision))
 
 
-def install(plugin: Any, keep_fp32: bool) -> None:
-    """Let a precision plugin convert modules as `convert_module` does, from now on.
+def install(trainer: L.Trainer, keep_fp32: bool) -> None:
+    """Let the precision plugin convert modules as `convert_module` does, while this run lasts.
 
     Around ``configure_model``, which methods extend, `BitsandbytesPrecision` would put its own class in the place of
     ``torch.nn.Linear``: heads would be of it, too, and it refuses to with ``ignore_modules``. `replace_layers` does it
     afterwards.
     """
-    own = vars(plugin)
-    if (isinstance(plugin, HalfPrecision) or replaces_layers(plugin)) and "convert_module" not in own:
-        own["convert_module"] = partial(convert_module, convert=plugin.convert_module, keep_fp32=keep_fp32)
+    plugin, table = trainer.precision_plugin, patches.of_run(trainer)
+    if (isinstance(plugin, HalfPrecision) or replaces_layers(plugin)) and "convert_module" not in vars(plugin):
+        convert = partial(convert_module, convert=plugin.convert_module, keep_fp32=keep_fp32)
+        table.patch(plugin, "convert_module", convert)
         if isinstance(plugin, BitsandbytesPrecision):
-            own["module_init_context"] = plugin.tensor_init_context
-
-
-def uninstall(plugin: Any) -> None:
-    """Leave a precision plugin as it was."""
-    for name in ("convert_module", "module_init_context"):
-        vars(plugin).pop(name, None)
+            table.patch(plugin, "module_init_context", plugin.tensor_init_context)
 
 
 def hint(plugin: Any) -> str:
@@ -67,16 +64,13 @@ def replace_layers(module: nn.Module, backbones: Iterable[nn.Module], plugin: An
     if isinstance(plugin, BitsandbytesPrecision):
         stay = {id(child) for child in module.modules() if isinstance(child, nn.Linear)}
         for backbone in backbones:
-            head = {name.rpartition(".")[0] for name in select.head_names(backbone)}
-            output = getattr(backbone, "get_output_embeddings", lambda: None)()
+            head = {name.rpartition(".")[0] for name in structure.head_names(backbone)}
+            output = structure.output_embeddings_of(backbone)
             inside = {id(child) for name, child in backbone.named_modules() if name not in head and child is not output}
             stay -= inside
         names = {name for name, child in module.named_modules() if id(child) in stay}
-        given, plugin.ignore_modules = plugin.ignore_modules, plugin.ignore_modules | names
-        try:
+        with patches.patched(plugin, "ignore_modules", plugin.ignore_modules | names):
             type(plugin).convert_module(plugin, module)
-        finally:
-            plugin.ignore_modules = given
     else:
         type(plugin).convert_module(plugin, module)
 

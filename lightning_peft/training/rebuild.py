@@ -1,7 +1,7 @@
 """Modules and backbones from delta files alone."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import lightning as L
 from torch import nn
 
-from lightning_peft.core.delta import load_delta, meta_of, read_delta
+from lightning_peft.core.delta_file import meta_of, read_checkpoint, read_delta
+from lightning_peft.core.delta_load import load_delta
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.hub import quiet_loading
-from lightning_peft.core.storage import read_torch
-from lightning_peft.training.lifecycle import Life
+from lightning_peft.core.hub import load_model, model_class
+from lightning_peft.training import lifecycle, patches
 from lightning_peft.training.method import Method
 
 M = TypeVar("M", bound=L.LightningModule)
@@ -23,11 +23,12 @@ def methods_of(meta: Mapping[str, Any]) -> list[Method]:
     """Return new methods, as the metadata of a delta describes them. A file can name no code outside of this package.
 
     Raises:
-        TuningError: the class of a method is a user's own and has not been imported.
+        TuningError: the class of a method is a user's own and has not been imported, or has no such argument.
     """
     for entry in meta["methods"]:
-        if entry["class_path"].startswith("lightning_peft."):
-            import_module(entry["class_path"].rpartition(".")[0])
+        if entry["class_path"].startswith("lightning_peft.methods."):
+            with suppress(ImportError):  # what is not there is unknown below
+                import_module(entry["class_path"].rpartition(".")[0])
     known = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(Method)}
     methods = []
     for entry in meta["methods"]:
@@ -35,7 +36,13 @@ def methods_of(meta: Mapping[str, Any]) -> list[Method]:
             raise TuningError(
                 f"the delta was trained with {entry['class_path']}, which is not imported: import it first."
             )
-        methods.append(known[entry["class_path"]](**entry["init_args"] | {"backbone": entry["backbone"] or None}))
+        try:
+            methods.append(known[entry["class_path"]](**entry["init_args"] | {"backbone": entry["backbone"] or None}))
+        except TypeError as error:
+            raise TuningError(
+                f"the delta gives {entry['class_path']} arguments that it has not here ({error}): use the version that "
+                "wrote it."
+            ) from None
     return methods
 
 
@@ -48,7 +55,7 @@ def load_from_checkpoint(cls: type[M], path: str | Path, *args: Any, **kwargs: A
     Raises:
         TuningError: the file is no whole delta, or does not fit the module.
     """
-    checkpoint = read_torch(path)
+    checkpoint = read_checkpoint(path)
     methods = methods_of(meta_of(checkpoint, str(path)))
     with _applying(_built_class(cls, checkpoint), methods):
         return L.LightningModule.load_from_checkpoint.__func__(cls, path, *args, **kwargs)  # type: ignore[attr-defined]
@@ -76,17 +83,14 @@ def from_delta(path: str | Path, backbone: nn.Module | str | None = None) -> nn.
 
 
 def _pretrained(identity: Mapping[str, Any], name: str | None, source: str) -> nn.Module:
-    import transformers
-
-    kind = getattr(transformers, identity["class"], None)
+    kind = model_class(identity["class"])
     name = name or identity["name_or_path"]
     if kind is None or not name:
         raise TuningError(f"{source} does not say where its {identity['class']} came from: give backbone=.")
     labels = {k: identity["config"][k] for k in ("id2label", "label2id") if identity["config"].get(k)}
     if "id2label" in labels:
         labels["id2label"] = {int(k): v for k, v in labels["id2label"].items()}
-    with quiet_loading():  # the delta brings the head
-        return kind.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
+    return load_model(kind, name, **labels)  # the delta brings the head
 
 
 def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:
@@ -110,25 +114,13 @@ def _built_class(cls: type[L.LightningModule], checkpoint: Mapping[str, Any]) ->
 @contextmanager
 def _applying(cls: type[L.LightningModule], methods: list[Method]) -> Iterator[None]:
     """Apply the methods between the building of a module of this class and the loading of its weights."""
-    inherited = cls.on_load_checkpoint
-    own = "on_load_checkpoint" in vars(cls)
 
     def on_load_checkpoint(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        life = Life.of(module)
-        life.methods.extend(methods)
-        life.apply(module)
-        # The instance's hook, which Life.of has put there, calls the class's again: that must be the user's by then.
+        lifecycle.extend(module).methods.extend(methods)
+        lifecycle.apply(module)
+        # The instance's hook, which is extended by now, calls the class's again: that must be the user's by then.
         restore()
         module.on_load_checkpoint(checkpoint)
 
-    def restore() -> None:
-        if own:
-            setattr(cls, "on_load_checkpoint", inherited)  # noqa: B010
-        elif vars(cls).get("on_load_checkpoint") is on_load_checkpoint:
-            del cls.on_load_checkpoint
-
-    setattr(cls, "on_load_checkpoint", on_load_checkpoint)  # noqa: B010
-    try:
+    with patches.patched(cls, "on_load_checkpoint", on_load_checkpoint) as restore:
         yield
-    finally:
-        restore()

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.training import signals, slurm
-from lightning_peft.training.lifecycle import Life, Pause
+from lightning_peft.training import patches, signals, slurm
 from lightning_peft.training.loaders import random_state
+from lightning_peft.training.record import Life, Pause
 
 EXIT = 75
 """The exit code of a run that stopped to be continued (EX_TEMPFAIL)."""
@@ -53,7 +55,8 @@ class SafeRequeue(L.Callback):
         signals.install()
         # Its handlers call collectives. The connector has no public switch;
         # tests/training/test_requeue.py fails if it moves.
-        vars(trainer._signal_connector)["register_signal_handlers"] = _leave_signals
+        table = patches.of_run(trainer)
+        table.patch(trainer._signal_connector, "register_signal_handlers", _leave_signals)
         _fits["begun"] += 1
         self._saved, self._decision = time.monotonic(), ""
         # torchrun may count restarts otherwise on another node: what rank 0 sees holds.
@@ -63,7 +66,7 @@ class SafeRequeue(L.Callback):
         if found and restarts > 0:
             rank_zero_info(f"restart {restarts}: going on from {found}")
             connector = trainer._checkpoint_connector
-            vars(connector)["resume_start"] = partial(_resume, type(connector).resume_start, connector, found)
+            table.patch(connector, "resume_start", partial(_resume, type(connector).resume_start, connector, found))
         elif found:
             raise TuningError(
                 f"{found} is there although this job has not been restarted, so it belongs to an earlier cluster's job "
@@ -122,11 +125,6 @@ class SafeRequeue(L.Callback):
             for path in (self._path, _beside(self._path, "new"), _beside(self._path, "old")):
                 _remove(path)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the trainer's connectors as they were."""
-        vars(trainer._signal_connector).pop("register_signal_handlers", None)
-        vars(trainer._checkpoint_connector).pop("resume_start", None)
-
     def _agree(self, trainer: L.Trainer, save: bool = True) -> None:
         """Decide together: one rank that got a signal is enough, and the clock is that of rank 0."""
         late = self.every_minutes is not None and time.monotonic() - self._saved > 60 * self.every_minutes
@@ -150,8 +148,8 @@ class SafeRequeue(L.Callback):
 
     def _stop(self, trainer: L.Trainer, what: str) -> None:
         """Requeue the job and end this process, on all ranks together."""
-        environment = trainer.strategy.cluster_environment if hasattr(trainer.strategy, "cluster_environment") else None
-        wanted = self.requeue and getattr(environment, "auto_requeue", True)
+        environment = environment_of(trainer)
+        wanted = self.requeue and (not isinstance(environment, SLURMEnvironment) or environment.auto_requeue)
         problem = ""
         if trainer.is_global_zero:
             problem = slurm.requeue() if wanted else "requeue is off"
@@ -176,7 +174,7 @@ def install(trainer: L.Trainer) -> None:
             "torchrun's restarted processes would look for each other where those before them were: "
             "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun."
         )
-    environment = getattr(trainer.strategy, "cluster_environment", None)
+    environment = environment_of(trainer)
     if isinstance(environment, SLURMEnvironment):
         slurm.check_sizes(trainer.num_nodes, trainer.num_devices)
     elif not isinstance(environment, TorchElasticEnvironment) and trainer.world_size > 1:
@@ -189,13 +187,25 @@ def install(trainer: L.Trainer) -> None:
         )
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if not any(isinstance(callback, SafeRequeue) for callback in callbacks):
-        callbacks.append(SafeRequeue())
+        added = SafeRequeue()
+        callbacks.append(added)
+        # It is there until the next run, since its on_fit_end comes when the strategy's teardown is over.
+        patches.of_run(trainer).record(callbacks, "SafeRequeue", partial(_leave, callbacks, added), lasting=True)
+
+
+def environment_of(trainer: L.Trainer) -> ClusterEnvironment | None:
+    """Return what started the processes of a Trainer; None where its strategy has one process."""
+    return trainer.strategy.cluster_environment if isinstance(trainer.strategy, ParallelStrategy) else None
 
 
 def own_file(folder: str | Path, fit: int) -> Path:
     """Return the path of the file of the ``fit``-th fit of this process, step, array task and job in ``folder``."""
     step = os.environ.get("SLURM_STEP_ID", "0")
     return Path(folder) / f"requeue-{slurm.job_id()}.{step}-{fit}.ckpt"
+
+
+def _leave(callbacks: list[L.Callback], added: L.Callback) -> None:
+    callbacks[:] = [callback for callback in callbacks if callback is not added]
 
 
 def _leave_signals() -> None:

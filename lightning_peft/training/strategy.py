@@ -26,7 +26,7 @@ from lightning_peft.core.delta import keep_fingerprints
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.tuning import tunings
-from lightning_peft.training import tensor_parallel
+from lightning_peft.training import patches, tensor_parallel
 from lightning_peft.training.shard_units import units
 from lightning_peft.training.weights import fill, on_meta
 
@@ -111,19 +111,6 @@ class FullyShard(ModelParallelStrategy):
                 child._apply(lambda tensor: tensor.to(self.root_device), recurse=False)
 
 
-def uninstall(trainer: L.Trainer) -> None:
-    """Leave the module and the plugins as they were.
-
-    The strategy still saves deltas, since ``trainer.save_checkpoint`` may come later.
-    """
-    hook = vars(trainer.lightning_module).get("configure_model")
-    if isinstance(hook, partial) and hook.func is _configured:
-        del vars(trainer.lightning_module)["configure_model"]
-    vars(trainer.precision_plugin).pop("clip_grad_by_norm", None)
-    if getattr(trainer.strategy, "activation_checkpointing", False):
-        checkpoint_activations(trainer.lightning_module, on=False)
-
-
 def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
     """Shard a grafted module under `ModelParallelStrategy`; every rank must call it.
 
@@ -134,17 +121,17 @@ def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
         keep_fingerprints(module)
     if trainer is None or not isinstance(trainer.strategy, ModelParallelStrategy):
         return
-    # Lightning wants an overridden configure_model when it sets the strategy up.
-    vars(module).setdefault("configure_model", partial(_configured, module))
+    table, plugin = patches.of_run(trainer), trainer.precision_plugin
+    if "configure_model" not in vars(module):  # Lightning wants an overridden one when it sets the strategy up
+        table.patch(module, "configure_model", partial(_configured, module))
     if getattr(trainer.strategy, "activation_checkpointing", False):
         checkpoint_activations(module, on=True)
+        table.record(module, "activation_checkpointing", partial(checkpoint_activations, module, on=False))
     mesh, tensors = (module.device_mesh[name] for name in ("data_parallel", tensor_parallel.MESH))  # type: ignore[index]
-    options: dict[str, Any] = getattr(trainer.strategy, "options", {})
+    options: dict[str, Any] = trainer.strategy.options if isinstance(trainer.strategy, FullyShard) else {}
     split = tensor_parallel.split_grafts(module, tensors) if tensors.size() > 1 else set()
     if tensors.size() > 1:
-        vars(trainer.precision_plugin)["clip_grad_by_norm"] = partial(
-            tensor_parallel.clip_by_norm, trainer.precision_plugin
-        )
+        table.patch(plugin, "clip_grad_by_norm", partial(tensor_parallel.clip_by_norm, plugin))
         tensor_parallel.share_random_state(tensors)
     if any(isinstance(child, FSDPModule) for child in module.modules()):
         sharded.broadcast(p for p in module.parameters() if p.requires_grad and not sharded.is_part(p))
@@ -155,7 +142,7 @@ def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
         alone = mesh.size() == 1 < tensors.size() and not options.keys() & {"offload_policy", "mp_policy"}
         _shard_whole(module, trainer, mesh, None if alone else options)
     # Parts cannot be cast any more, and have been.
-    vars(trainer.precision_plugin)["convert_module"] = partial(_unchanged)
+    table.patch(plugin, "convert_module", _unchanged)
     fill(module, torch.device("cpu") if "offload_policy" in options else trainer.strategy.root_device)
     for parameter in module.parameters():
         if parameter.requires_grad and not sharded.is_part(parameter):
@@ -201,7 +188,7 @@ def split(module: L.LightningModule, trainer: L.Trainer | None) -> None:
     if size < 2 or tensor_parallel.is_split(module):
         return
     assert trainer is not None
-    plan = getattr(trainer.strategy, "tensor_parallel_plan", None)
+    plan = trainer.strategy.tensor_parallel_plan if isinstance(trainer.strategy, FullyShard) else None
     if plan is None:
         raise TuningError(
             f"tensor_parallel_size={size} needs a plan which tensors to split: take strategy FullyShard, which has "

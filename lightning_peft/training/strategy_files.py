@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_peft.core import sharded
-from lightning_peft.core.delta import IN_FOLDER, canonical, delta_names, save_delta
+from lightning_peft.core.delta import canonical, delta_names, save_delta
+from lightning_peft.core.delta_file import IN_FOLDER
 from lightning_peft.core.errors import TuningError
+from lightning_peft.training import patches
 from lightning_peft.training.shard_units import wrap_policy
 
 
@@ -21,10 +23,11 @@ def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
     """Let the trainer's strategy save and load deltas.
 
     Args:
-        trainer: its strategy is changed on the instance.
+        trainer: its strategy is changed on the instance; what saves stays after the run, since
+            ``trainer.save_checkpoint`` may come later.
         restored: is called when the model has been loaded and before its optimizers are.
     """
-    strategy = trainer.strategy
+    strategy, table = trainer.strategy, patches.of_run(trainer)
     static = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph")
     if static and trainer.accumulate_grad_batches > 1:
         raise TuningError(
@@ -32,23 +35,24 @@ def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
             "taking part, and torch fails: give one of the two up."
         )
     if isinstance(strategy, DeepSpeedStrategy):
-        strategy.exclude_frozen_parameters = True  # its files are written by its engine, which asks for nothing else
-        vars(strategy)["save_checkpoint"] = partial(_deepspeed_save_checkpoint, strategy)
-        vars(strategy)["load_checkpoint"] = partial(_load_without_frozen, strategy)
+        # Its files are written by its engine, which asks for nothing else.
+        table.patch(strategy, "exclude_frozen_parameters", True, lasting=True)
+        table.patch(strategy, "save_checkpoint", partial(_deepspeed_save_checkpoint, strategy), lasting=True)
+        table.patch(strategy, "load_checkpoint", partial(_load_without_frozen, strategy))
     elif isinstance(strategy, FSDPStrategy):
         if strategy._state_dict_type == "sharded":
             raise TuningError(
                 "FSDP writes deltas as one file: give state_dict_type='full', or take FullyShard (FSDP2)."
             )
-        vars(strategy)["lightning_module_state_dict"] = partial(_fsdp_state_dict, strategy)
-        vars(strategy)["load_checkpoint"] = partial(_fsdp_load_checkpoint, strategy, trainer)
-        strategy.kwargs.setdefault("auto_wrap_policy", wrap_policy)
-        strategy.kwargs.setdefault("use_orig_params", True)
+        table.patch(strategy, "lightning_module_state_dict", partial(_fsdp_state_dict, strategy), lasting=True)
+        table.patch(strategy, "load_checkpoint", partial(_fsdp_load_checkpoint, strategy, trainer))
+        ours = {"auto_wrap_policy": wrap_policy, "use_orig_params": True}
+        table.patch(strategy, "kwargs", ours | strategy.kwargs)
     elif isinstance(strategy, ModelParallelStrategy):
-        vars(strategy)["lightning_module_state_dict"] = partial(_state_dict, strategy)
-        vars(strategy)["optimizer_state"] = partial(_optimizer_state, strategy)
-        vars(strategy)["load_checkpoint"] = partial(_load_checkpoint, strategy)
-        vars(strategy)["load_model_state_dict"] = partial(_load_model, strategy, trainer, restored)
+        table.patch(strategy, "lightning_module_state_dict", partial(_state_dict, strategy), lasting=True)
+        table.patch(strategy, "optimizer_state", partial(_optimizer_state, strategy), lasting=True)
+        table.patch(strategy, "load_checkpoint", partial(_load_checkpoint, strategy))
+        table.patch(strategy, "load_model_state_dict", partial(_load_model, strategy, trainer, restored))
 
 
 @torch.no_grad()
@@ -119,12 +123,9 @@ def _load_without_frozen(strategy: Any, checkpoint_path: Any, weights_only: bool
     """Let the strategy read what it has written, in which frozen weights are missing."""
     module = strategy.lightning_module
     assert module is not None
-    before, module.strict_loading = module.strict_loading, False
-    try:
+    with patches.patched(module, "strict_loading", False):
         loaded: dict[str, Any] = type(strategy).load_checkpoint(strategy, checkpoint_path, weights_only=weights_only)
         return loaded
-    finally:
-        module.strict_loading = before
 
 
 def _fsdp_state_dict(strategy: FSDPStrategy) -> dict[str, Tensor]:

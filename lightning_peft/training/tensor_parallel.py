@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_peft.core import select, sharded
+from lightning_peft.core import select, sharded, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, Grafted, grafts, overrides
-from lightning_peft.updates.low_rank import LowRank
 
 Plan = Mapping[str, str] | Literal["auto"]
 MESH = "tensor_parallel"
@@ -30,8 +29,6 @@ _STYLES: dict[str, Any] = {  # the names are those of transformers
     "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
 }
 _HEADS = ("num_attention_heads", "num_key_value_heads")
-# Which dimension of a graft's tensors is split where dimension 0 or 1 of the weight is; the others are whole.
-_DIMENSIONS: dict[int, dict[str, int]] = {0: {"B": 0, "B0": 0, "m": 0}, 1: {"A": 1, "A0": 1}}
 
 
 def is_split(module: nn.Module) -> bool:
@@ -51,7 +48,7 @@ def parallelize(module: nn.Module, mesh: Any, plan: Plan) -> None:
     Raises:
         TuningError: there is no plan, it names nothing, or a layer cannot be split evenly.
     """
-    backbones = select.pretrained_models(module) or {"": module}
+    backbones = structure.pretrained_models(module) or {"": module}
     for path, backbone in backbones.items():
         where = f"{type(backbone).__name__} at {path}" if path else type(backbone).__name__
         rules = dict(_own_plan(backbone, where) if plan == "auto" else plan)
@@ -84,7 +81,7 @@ def split_grafts(module: L.LightningModule, mesh: Any) -> set[nn.Module]:
         if dimension is None or is_split(place.graft):
             continue
         sharded.broadcast([*place.graft.parameters(), *place.graft.buffers()])
-        _distribute(place.graft, mesh, _DIMENSIONS[dimension])
+        _distribute(place.graft, mesh, place.graft.splits[dimension])
         found.add(place.graft)
     return found
 
@@ -110,7 +107,7 @@ def clip_by_norm(plugin: Any, optimizer: torch.optim.Optimizer, clip_val: float)
     kinds: dict[Any, list[Tensor]] = {}
     for parameter in plugin.main_params(optimizer):
         if parameter.grad is not None:
-            kinds.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+            kinds.setdefault(parameter.device_mesh if sharded.is_part(parameter) else None, []).append(parameter)
     grads = ([p.grad for p in parameters] for parameters in kinds.values())
     norms = [sharded.whole(torch.nn.utils.get_total_norm(group)) for group in grads]  # type: ignore[arg-type]
     total = torch.linalg.vector_norm(torch.stack(norms))
@@ -143,9 +140,9 @@ def _matches(backbone: nn.Module, pattern: str) -> dict[str, nn.Module]:
 
 
 def _check_heads(backbone: Any, where: str, size: int) -> None:
-    config = getattr(backbone, "config", None)
+    config = structure.config_of(backbone)
     for name in _HEADS:
-        heads = getattr(config, name, None)
+        heads = structure.setting(config, name)
         if isinstance(heads, int) and heads % size:
             raise TuningError(
                 f"{name}={heads} of {where} cannot be split between tensor_parallel_size={size} ranks: take a divisor."
@@ -183,15 +180,14 @@ def _check_graft(place: Grafted[Graft], dimension: int | None, size: int) -> Non
         for name, p in place.host.named_parameters()
         if name in graft.weights
     )
-    knows = type(graft) is LowRank and isinstance(place.host, nn.Linear)
-    if (dimension is not None and not knows) or split_below or overrides(graft, "key_value"):
+    if dimension not in (None, *graft.splits) or split_below or overrides(graft, "key_value"):
         raise TuningError(
             f"{type(graft).__name__} of {place.name} at {place.path} cannot be split between "
             f"tensor_parallel_size={size} ranks as its host is: take LoRA, or FullyShard without tensor_parallel_size."
         )
 
 
-def _distribute(graft: nn.Module, mesh: Any, dimensions: dict[str, int]) -> None:
+def _distribute(graft: nn.Module, mesh: Any, dimensions: Mapping[str, int]) -> None:
     for name, tensor in (*graft.named_parameters(recurse=False), *graft.named_buffers(recurse=False)):
         placement = Shard(dimensions[name]) if name in dimensions else Replicate()
         part = distribute_tensor(tensor.detach(), mesh, [placement])

@@ -7,6 +7,8 @@ import lightning as L
 from lightning.pytorch.callbacks import ThroughputMonitor
 from torch import Tensor
 
+from lightning_peft.training import patches
+
 _TOKENS = ("input_ids", "decoder_input_ids")
 
 
@@ -25,7 +27,7 @@ class Throughput(ThroughputMonitor):
     def __init__(self, window_size: int = 20) -> None:
         super().__init__(batch_size_fn=rows, length_fn=length, window_size=window_size)
         self.window_size = window_size
-        self._per_token = 0
+        self._per_token, self._own = 0, False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count the parameters; a module that states its own ``flops_per_batch`` is believed."""
@@ -37,13 +39,8 @@ class Throughput(ThroughputMonitor):
 
     def _update(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, iter_num: int) -> None:
         if self._own:
-            vars(pl_module)["flops_per_batch"] = length(batch) * self._per_token
+            patches.of_run(trainer).patch(pl_module, "flops_per_batch", length(batch) * self._per_token)
         super()._update(trainer, pl_module, batch, iter_num)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
-        if getattr(self, "_own", False):
-            vars(pl_module).pop("flops_per_batch", None)
 
 
 def rows(batch: Any) -> int:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lightning_peft.core import select, sharded
+from lightning_peft.core import select, sharded, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import resolve
 
@@ -35,7 +35,7 @@ def fill(module: nn.Module, device: torch.device) -> None:
     """
     if not on_meta(module):
         return
-    for path, backbone in select.pretrained_models(module).items():
+    for path, backbone in structure.pretrained_models(module).items():
         if not on_meta(backbone):
             continue
         absent = {
@@ -74,14 +74,14 @@ def files_of(name: str) -> dict[str, Path]:
 
 
 def _read(backbone: nn.Module, absent: set[str], path: str) -> None:
-    name = getattr(backbone.config, "_name_or_path", "")
+    name = structure.name_or_path(backbone)
     if not name:
         raise TuningError(
             f"{type(backbone).__name__} at {path or 'the root'} is on the meta device and names no folder to be read "
             "from: set config._name_or_path, or build it with from_pretrained."
         )
     files = files_of(name)
-    head = set(select.head_names(backbone))
+    head = set(structure.head_names(backbone))
     state = backbone.state_dict()
     aliases: dict[int, list[str]] = {}
     for key, parameter in backbone.named_parameters(remove_duplicate=False):
@@ -108,7 +108,7 @@ def _read(backbone: nn.Module, absent: set[str], path: str) -> None:
 
 def _sources(backbone: nn.Module, names: list[str]) -> Iterator[str]:
     """Yield the names that a file may have for a tensor: with or without the prefix of the base model."""
-    prefix = f"{getattr(backbone, 'base_model_prefix', '')}."
+    prefix = f"{backbone.base_model_prefix}."
     for name in names:
         yield from (name, f"{prefix}{name}", name.removeprefix(prefix))
 
@@ -122,12 +122,11 @@ def _copy(live: Tensor, file: Path, name: str) -> None:
         if not sharded.is_part(live):
             live.copy_(rows[:] if live.ndim else opened.get_tensor(name))
             return
-        if live.device_mesh.ndim > 1 or not live.placements[0].is_shard(0):  # type: ignore[attr-defined]
+        part = sharded.leading_rows(live)
+        if part is None:
             live.copy_(sharded.like(live, rows[:]))  # split by another dimension, too: one tensor is whole for a moment
             return
-        mesh, local = live.device_mesh, live.to_local()  # type: ignore[attr-defined]
-        chunk = -(-live.shape[0] // mesh.size())
-        start = min(mesh.get_local_rank() * chunk, live.shape[0])
+        local, start, _ = part
         if local.numel():
             local.copy_(rows[start : start + local.shape[0]])
 
@@ -136,7 +135,7 @@ def _drawn(backbone: nn.Module, name: str, live: Tensor) -> Tensor:
     if live.ndim < 2:
         return torch.zeros(live.shape)
     generator = torch.Generator().manual_seed(sum(name.encode()))
-    return torch.randn(live.shape, generator=generator) * getattr(backbone.config, "initializer_range", 0.02)
+    return torch.randn(live.shape, generator=generator) * structure.initializer_range(backbone)
 
 
 def _recompute(backbone: Any, name: str) -> None:
@@ -147,12 +146,12 @@ def _recompute(backbone: Any, name: str) -> None:
     """
     owner, _, leaf = name.rpartition(".")
     module = backbone.get_submodule(owner)
-    buffer = getattr(module, leaf)
+    buffer = module.get_buffer(leaf)
     marker = torch.nan if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min
     if buffer.dtype is not torch.bool:
         buffer.fill_(marker)
     backbone._init_weights(module)
-    buffer = getattr(module, leaf)
+    buffer = module.get_buffer(leaf)
     untouched = buffer.isnan().any() if buffer.is_floating_point() else (buffer == marker).any()
     if leaf in ("position_ids", "token_type_ids") and untouched:
         columns = torch.arange(buffer.shape[-1], device=buffer.device).expand_as(buffer)

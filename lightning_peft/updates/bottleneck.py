@@ -1,6 +1,5 @@
 """Bottleneck networks, ``s (U act(D x + b1) + b2)``, as grafts that add them to what goes through their host."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from lightning_peft.core import structure
 from lightning_peft.core.graft import Graft
 
 
@@ -87,7 +87,7 @@ class ParallelResidual(Bottleneck):
 
     def __init__(self, host: nn.Module, *args: Any) -> None:
         super().__init__(host, *args)
-        self.names = list(inspect.signature(type(host).forward).parameters)[1:]
+        self.names = structure.arguments_of(host)
 
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Return what the host gives for the residual and its update."""

@@ -8,6 +8,7 @@ computed as ``s ((B - B₀) A + B₀ (A - A₀))``, so that it is zero at the st
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.core import structure
 from lightning_peft.core.folding import Folding
 from lightning_peft.core.quantized import dense
 from lightning_peft.core.sharded import is_part, joined, summed, whole
@@ -38,6 +40,8 @@ class LowRank(Factors, Folding):
         iterations: of a randomised singular value decomposition; None: the exact one.
         keeps_output: whether DoRA may keep the layer's output for the backward pass, which then nobody may overwrite.
     """
+
+    splits: Mapping[int, Mapping[str, int]] = {0: {"B": 0, "B0": 0, "m": 0}, 1: {"A": 1, "A0": 1}}
 
     def __init__(
         self,
@@ -101,7 +105,7 @@ class LowRank(Factors, Folding):
     def _rescaled(self, out: Tensor, host: nn.Module, free: bool) -> Tensor:
         """Return ``b + c (out - b)``."""
         assert self.m is not None
-        bias: Tensor | None = getattr(host, "bias", None)
+        bias: Tensor | None = structure.bias_of(host)
         if free and torch.is_grad_enabled() and self.keeps_output:
             return in_place.rescale(out, bias, self.m, self.norm(self.matrix(dense(host), host), keep=True))
         ratio = self._ratio(host)
@@ -111,7 +115,7 @@ class LowRank(Factors, Folding):
         return (scaled if bias is None else scaled + self._along(bias * (1 - ratio.flatten()))).to(out.dtype)
 
     def _dropped(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
-        bias: Tensor | None = getattr(host, "bias", None)
+        bias: Tensor | None = structure.bias_of(host)
         ratio = self._ratio(host)
         base = type(host).forward(host, x)
         base = base if bias is None else base - self._along(bias)
@@ -157,6 +161,8 @@ class LowRankEmbedding(LowRank):
     An embedding that scales its rows (``embed_scale`` of Gemma or BART in transformers) scales the update alike.
     """
 
+    splits: Mapping[int, Mapping[str, int]] = {}
+
     def reset_parameters(self, init: Init) -> None:
         """Set A to zero and draw B from N(0, 1), whatever the init, as the authors' code and PEFT do."""
         nn.init.zeros_(self.A)
@@ -177,6 +183,8 @@ class LowRankEmbedding(LowRank):
 
 class LowRankConv2d(LowRank):
     """Adds ``scale * B * A * x`` (two convolutions): A [r, in, kh, kw], B [out, r, 1, 1]."""
+
+    splits: Mapping[int, Mapping[str, int]] = {}
 
     def shapes(self, shape: tuple[int, ...], r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of A [r, in, kh, kw] and B [out, r, 1, 1]."""
@@ -229,7 +237,7 @@ class LowRankWeights(Folding):
     def __init__(self, host: nn.Module, updates: dict[str, dict[str, Any]]) -> None:
         super().__init__()
         self.weights = self.folds = tuple(updates)
-        self.transposed = bool(getattr(host, "is_transposed", False))  # of the experts of transformers: [in, out]
+        self.transposed = structure.is_transposed(host)
         for name, arguments in updates.items():
             weight = host.get_parameter(name)
             matrix = self.matrix(weight.detach())
@@ -254,7 +262,7 @@ class LowRankWeights(Folding):
 
     def weight(self, w: Tensor, name: str) -> Tensor:
         """Return the changed weight, computed in fp32, in the dtype of ``w``."""
-        return w if self._merged else self._changed(w, name).to(w.dtype)
+        return w if self.merged else self._changed(w, name).to(w.dtype)
 
     def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
         """Return the changed weight."""

@@ -72,12 +72,14 @@ class SparseDifference(Folding):
         gates: how they start, and their interval.
     """
 
+    noise: Noise
+
     def __init__(self, host: nn.Module, names: Mapping[str, int], noise: Noise, gates: Gates) -> None:
         super().__init__()
         self.weights = self.folds = tuple(names)
         self.numbers = dict(names)
         self.gates = gates
-        vars(self)["_noise"] = noise  # no child, since it lies in the backbone already
+        self.refer(noise=noise)
         for name in names:
             self.make_dense(name, host.get_parameter(name))
 
@@ -108,7 +110,7 @@ class SparseDifference(Folding):
     def weight(self, w: Tensor, name: str) -> Tensor:
         """Return ``theta_0 + delta`` in the shape and dtype of ``w``."""
         dense, values = self.part(name, "w"), self.part(name, "values")
-        if self._merged or (dense is None and values is None):
+        if self.merged or (dense is None and values is None):
             return w
         if values is not None:
             indices = self.part(name, "indices")
@@ -116,11 +118,10 @@ class SparseDifference(Folding):
                 return scatter(w, values, indices)
             return Scattered.apply(w, values, indices)
         alpha, group = self.part(name, "alpha"), self.part(name, "group")
-        noise: Noise = vars(self)["_noise"]
         number = 2 * self.numbers[name]
         if torch.compiler.is_compiling():
-            return self._traced(w, dense, alpha, group, noise.seed if self.training else None, number)
-        seed = place(noise.value, number) if self.training else None  # place(seed, 1) is that of the group
+            return self._traced(w, dense, alpha, group, self.noise.seed if self.training else None, number)
+        seed = place(self.noise.value, number) if self.training else None  # place(seed, 1) is that of the group
         return Masked.apply(w, dense, alpha, group, seed, self.gates.low, self.gates.high)
 
     def delta(self, name: str) -> Tensor | None:
@@ -173,7 +174,7 @@ class SparseDifference(Folding):
 
     def _forget(self, name: str) -> None:
         for part in ("w", "alpha", "group", "values", "indices"):
-            if hasattr(self, _key(name, part)):
+            if self.part(name, part) is not None:
                 delattr(self, _key(name, part))
 
 
@@ -185,15 +186,17 @@ class Twin(Folding):
         first: the graft of the other host.
     """
 
+    first: SparseDifference
+
     def __init__(self, names: Mapping[str, str], first: SparseDifference) -> None:
         super().__init__()
         self.weights = self.folds = tuple(names)
         self.names = dict(names)
-        vars(self)["_first"] = first  # no child, so that its parameters have one name
+        self.refer(first=first)
 
     def weight(self, w: Tensor, name: str) -> Tensor:
         """Return what the other graft makes of the parameter."""
-        return vars(self)["_first"].weight(w, self.names[name])
+        return self.first.weight(w, self.names[name])
 
 
 def readers(backbone: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.Parameter]]]:

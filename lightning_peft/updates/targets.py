@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.core import select
+from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import graft_prefixes
 
@@ -48,7 +48,7 @@ def targets(
     if patterns is None:
         patterns = _query_and_value(backbone, found)
     if patterns == "all-linear":
-        lists = select.block_lists(backbone)
+        lists = structure.block_lists(backbone)
         chosen = {n for n, target in found.items() if select.block_index(lists, n) and _is_linear(target)}
         if not chosen:
             raise TuningError(f"'all-linear' finds no linear layer in a list of blocks of {type(backbone).__name__}.")
@@ -67,7 +67,7 @@ def targets(
 
 def _found(backbone: nn.Module, kinds: tuple[type[nn.Module], ...]) -> tuple[dict[str, Target], dict[str, list[str]]]:
     """Return all targets, and which of them each module that reads matrices itself has."""
-    head = set(select.head_names(backbone))
+    head = set(structure.head_names(backbone))
     added = graft_prefixes(backbone)
     found: dict[str, Target] = {}
     owners: dict[str, list[str]] = {}
@@ -110,7 +110,7 @@ def _query_and_value(backbone: nn.Module, found: dict[str, Target]) -> str | lis
     try:
         return select.by_role(backbone, ["query", "value"], (nn.Linear, Conv1D))
     except TuningError:
-        lists = select.block_lists(backbone)
+        lists = structure.block_lists(backbone)
         packed = ("in_proj_weight", "q_proj_weight", "v_proj_weight")
         fused = [n for n in found if n.rpartition(".")[2] in packed and select.block_index(lists, n)]
         if not fused:

@@ -19,7 +19,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from lightning_peft.tasks.scoring import causal_scores, read, recomputed_scores
+from lightning_peft.tasks.likelihoods import causal_scores, read, recomputed_scores
 from tests.benchmarks.measure import interleave, ratio, table, versions
 
 TOKENS = 20

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_peft import IA3, BitFit, LoRA, Method, PrefixTuning, PromptTuning, PTuning, TuningError
 from lightning_peft.core.graft import grafts
-from lightning_peft.core.select import word_tables
+from lightning_peft.core.structure import word_tables
 from lightning_peft.methods.ia3 import ScaledInput
 from lightning_peft.prompts.prefix import Prefix
 from tests.benchmarks import measure

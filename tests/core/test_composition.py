@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lightning_peft
 from lightning_peft import (
     IA3,
     BitFit,
@@ -26,6 +25,7 @@ from lightning_peft import (
     merge,
     save_delta,
 )
+from lightning_peft.methods import every_method
 from tests.contract import assert_near, assert_same, copy_of, output, shake
 from tests.models import KINDS, batch, tiny
 
@@ -36,18 +36,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 """Arguments where the defaults do not suit a tiny model."""
 
 
-def methods() -> dict[str, type[Method]]:
-    """Return the methods that the package exports."""
-    exported = {name: getattr(lightning_peft, name) for name in lightning_peft.__all__}
-    return {
-        name: kind
-        for name, kind in exported.items()
-        if isinstance(kind, type) and issubclass(kind, Method) and kind is not Method
-    }
-
-
 def new(name: str) -> Method:
-    return methods()[name](**ARGUMENTS.get(name, {}))
+    return every_method()[name](**ARGUMENTS.get(name, {}))
 
 
 @cache
@@ -66,7 +56,7 @@ def fits(name: str) -> tuple[str, ...]:
 def pairs(ways: Any) -> list[Any]:
     """Return all pairs of methods, ordered or not, with a kind of model that suits each of the two alone."""
     found = []
-    for first, second in ways(methods(), 2):
+    for first, second in ways(every_method(), 2):
         common = [kind for kind in fits(first) if kind in fits(second)]
         found.extend(pytest.param(kind, first, second, id=f"{first}+{second}-{kind}") for kind in common[:1])
     return found
@@ -192,7 +182,7 @@ def test_they_are_removed_in_any_order(kind: str, first: str, second: str, order
 
 def test_each_method_fits_some_model_here() -> None:
     """Else a pair would be left out in silence; what needs another kind of model is named."""
-    elsewhere = {name for name in methods() if not fits(name)}
+    elsewhere = {name for name in every_method() if not fits(name)}
     assert {"LoRA", "IA3", "BitFit", "PromptTuning", "LinearProbe"} & elsewhere == set()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import Graft, TuningError, attach, detach
+from lightning_peft import Graft, TuningError, attach, collect, detach, merge
 from lightning_peft.core.graft import grafts, is_compiled
 
 
@@ -257,3 +257,51 @@ def test_a_first_argument_by_keyword() -> None:
 class _Plus(Graft):
     def after(self, out: Any, host: nn.Module, x: Any) -> Any:
         return out + 1
+
+
+class Borrowing(Graft):
+    """Adds what a layer of elsewhere in the model gives; has one buffer to keep and one that can be computed anew."""
+
+    layer: nn.Module
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.refer(layer=layer)
+        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("index", torch.arange(3), persistent=False)
+
+    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        return out + self.layer(x)
+
+
+def test_a_module_of_elsewhere_is_kept_and_is_no_child() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    names = list(model.state_dict())
+    graft = attach(model[1], Borrowing(model[0]), "borrowing")
+    assert graft.layer is model[0]
+    assert [*graft.children(), *graft.parameters()] == []
+    assert list(model.state_dict()) == [*names, "1.borrowing.seen"]
+    x = torch.ones(1, 3)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other[1].borrowing.layer is other[0]
+        assert torch.equal(other(x), model(x))
+        with torch.no_grad():
+            other[0].weight.add_(1)
+        assert not torch.equal(other(x), model(x))
+    graft.layer = None
+    assert graft.layer is None
+
+
+def test_the_persistent_buffers_of_a_graft_belong_to_the_delta() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).requires_grad_(False)
+    attach(model[1], Borrowing(model[0]), "borrowing")
+    assert list(collect(model)) == ["1.borrowing.seen"]
+
+
+def test_what_a_graft_does_not_declare_is_refused() -> None:
+    """Neither folding nor splitting is guessed from what a graft happens to have."""
+    model = nn.Sequential(nn.Linear(3, 3))
+    graft = attach(model[0], Borrowing(model[0]), "borrowing")
+    assert (graft.merged, graft.listens_only, dict(graft.splits)) == (False, False, {})
+    with pytest.raises(TuningError, match="Borrowing at 0 computes what no weight can"):
+        merge(model)

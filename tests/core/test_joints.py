@@ -149,4 +149,4 @@ def test_compiled_and_checkpointed_give_the_same_gradients(graft: Graft) -> None
     assert torch.equal(gradient(lambda **b: checkpoint(model, use_reentrant=False, **b)), plain)
     assert "weight" not in vars(host)
     torch._dynamo.reset()
-    assert torch.allclose(gradient(torch.compile(model, fullgraph=True, backend="aot_eager")), plain, atol=1e-7)
+    assert torch.allclose(gradient(torch.compile(model, fullgraph=True, backend="aot_eager")), plain, atol=1e-6)

@@ -5,9 +5,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from lightning_peft import LadderSideTuning, TuningError
-from lightning_peft.core import select
-from tests.models import KINDS, POSITIONS, TEXT, meta, tiny
+from lightning_peft import TuningError
+from lightning_peft.core import select, structure
+from tests.models import KINDS, meta, tiny
 
 LINEAR = (nn.Linear, hf.pytorch_utils.Conv1D)
 
@@ -74,29 +74,7 @@ def test_two_pretrained_models_must_be_told_apart() -> None:
         select.backbone_of(module, "othr")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_models_inside_of_a_model_do_not_count(kind: str) -> None:
-    model = tiny(kind)
-    assert select.pretrained_models(model) == {"": model}
-    assert select.pretrained_models(Module(net=model, net2=nn.Identity())) == {"net": model}
-
-
 # Roles and blocks.
-
-
-@pytest.mark.parametrize(
-    ("kind", "lists"),
-    [
-        ("bert", {"bert.encoder.layer": 2}),
-        ("distilbert", {"distilbert.transformer.layer": 2}),
-        ("gpt2", {"transformer.h": 2}),
-        ("llama", {"model.layers": 2}),
-        ("t5", {"encoder.block": 2, "decoder.block": 2}),
-        ("vit", {"vit.layers": 2}),
-    ],
-)
-def test_blocks_are_the_outermost_lists(kind: str, lists: dict[str, int]) -> None:
-    assert {name: len(blocks) for name, blocks in select.block_lists(tiny(kind)).items()} == lists
 
 
 def test_the_block_of_a_name() -> None:
@@ -121,7 +99,7 @@ def test_the_query_is_found_by_its_role(kind: str, queries: str, per_block: floa
     model = tiny(kind)
     found = select.hosts(model, LINEAR, select.by_role(model, ["query"], LINEAR))
     assert all(name.endswith(f".{queries}") for name in found)
-    blocks = sum(len(blocks) for blocks in select.block_lists(model).values())
+    blocks = sum(len(blocks) for blocks in structure.block_lists(model).values())
     assert len(found) == per_block * blocks
 
 
@@ -188,7 +166,7 @@ def test_layers_of_an_encoder_decoder_count_in_both() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_linear_is_every_linear_layer_of_the_blocks(kind: str) -> None:
     model = tiny(kind)
-    lists = select.block_lists(model)
+    lists = structure.block_lists(model)
     expected = {n for n, m in model.named_modules() if isinstance(m, LINEAR) and select.block_index(lists, n)}
     assert set(select.hosts(model, (*LINEAR, nn.Embedding), "all-linear")) == expected
     assert expected
@@ -202,100 +180,6 @@ def test_all_linear_needs_blocks() -> None:
 # Tables, positions, heads.
 
 
-@pytest.mark.parametrize(
-    ("kind", "tables"),
-    [
-        ("bert", ["bert.embeddings.word_embeddings"]),
-        ("distilbert", ["distilbert.embeddings.word_embeddings"]),
-        ("gpt2", ["transformer.wte"]),
-        ("llama", ["model.embed_tokens"]),
-        ("t5", ["shared", "encoder.embed_tokens", "decoder.embed_tokens"]),
-    ],
-)
-def test_word_tables(kind: str, tables: list[str]) -> None:
-    model = tiny(kind)
-    found = select.word_tables(model)
-    assert list(found) == tables
-    assert len({id(table.weight) for table in found.values()}) == 1
-
-
-def test_a_model_without_words() -> None:
-    for model in (tiny("vit"), nn.Linear(2, 2)):
-        with pytest.raises(TuningError, match="has no table of word embeddings"):
-            select.word_tables(model)
-
-
-@pytest.mark.parametrize("kind", TEXT)
-def test_positions_of_learned_tables(kind: str) -> None:
-    learned = kind in ("bert", "distilbert", "gpt2")
-    assert select.max_positions(tiny(kind)) == (POSITIONS if learned else None)
-
-
-@pytest.mark.parametrize(
-    ("config", "positions"),
-    [
-        (hf.RobertaConfig(max_position_embeddings=514, num_hidden_layers=1), 512),
-        (hf.OPTConfig(max_position_embeddings=2048, num_hidden_layers=1), 2048),
-        (hf.BartConfig(max_position_embeddings=1024, encoder_layers=1, decoder_layers=1), 1024),
-        (hf.MPNetConfig(max_position_embeddings=514, num_hidden_layers=1), 512),
-    ],
-    ids=["roberta", "opt", "bart", "mpnet"],
-)
-def test_positions_of_shifted_tables(config: hf.PreTrainedConfig, positions: int) -> None:
-    assert select.max_positions(meta(config)) == positions
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_first_token_of_an_encoder_may_be_pooled(kind: str) -> None:
-    assert select.is_encoder(tiny(kind)) is (kind in ("bert", "distilbert"))
-
-
-def test_a_plain_module_is_no_encoder() -> None:
-    assert select.is_encoder(nn.Linear(2, 2)) is False
-    assert select.is_encoder(meta(hf.BertConfig(is_decoder=True, num_hidden_layers=1))) is False
-
-
-@pytest.mark.parametrize(
-    ("kind", "head"),
-    [
-        ("bert", ["classifier.weight", "classifier.bias"]),
-        ("distilbert", ["pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias"]),
-        ("vit", ["classifier.weight", "classifier.bias"]),
-        ("gpt2", []),
-        ("llama", []),
-        ("t5", []),
-    ],
-)
-def test_the_head_is_what_lies_outside_of_the_base_model(kind: str, head: list[str]) -> None:
-    assert select.head_names(tiny(kind)) == head
-
-
-@pytest.mark.parametrize(
-    ("auto", "config", "head"),
-    [
-        (hf.AutoModel, hf.BertConfig(num_hidden_layers=1), []),
-        (hf.AutoModelForMaskedLM, hf.BertConfig(num_hidden_layers=1), []),
-        (hf.AutoModelForSequenceClassification, hf.GPT2Config(n_layer=1, num_labels=2), ["score.weight"]),
-        (
-            hf.AutoModelForTokenClassification,
-            hf.BertConfig(num_hidden_layers=1),
-            ["classifier.weight", "classifier.bias"],
-        ),
-        (
-            hf.AutoModelForQuestionAnswering,
-            hf.BertConfig(num_hidden_layers=1),
-            ["qa_outputs.weight", "qa_outputs.bias"],
-        ),
-    ],
-)
-def test_heads_of_other_tasks(auto: object, config: hf.PreTrainedConfig, head: list[str]) -> None:
-    assert select.head_names(meta(config, auto)) == head
-
-
-def test_a_plain_module_has_no_head() -> None:
-    assert select.head_names(nn.Sequential(nn.Linear(2, 2))) == []
-
-
 def test_a_host_in_the_head_is_not_selected() -> None:
     model = tiny("bert")
     assert "classifier" not in select.hosts(model, LINEAR, r".*")
@@ -304,25 +188,6 @@ def test_a_host_in_the_head_is_not_selected() -> None:
 
 
 # Blocks and roles.
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        ("vit", {"vit.layers": ["vit.layers.0", "vit.layers.1"]}),
-        ("t5", {f"{p}.block": [f"{p}.block.0", f"{p}.block.1"] for p in ("encoder", "decoder")}),
-        ("swin", {"swin.encoder.layers": [f"swin.encoder.layers.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]}),
-        (
-            "resnet",
-            {"resnet.encoder.stages": [f"resnet.encoder.stages.{i}.layers.{j}" for i in (0, 1) for j in (0, 1)]},
-        ),
-    ],
-)
-def test_blocks_are_counted_across_stages(kind: str, expected: dict[str, list[str]]) -> None:
-    model = tiny(kind)
-    found = select.blocks(model)
-    assert {outer: [name for name, _ in entries] for outer, entries in found.items()} == expected
-    assert all(model.get_submodule(name) is block for entries in found.values() for name, block in entries)
 
 
 @pytest.mark.parametrize(
@@ -352,13 +217,3 @@ def test_every_block_has_its_two_output_projections(kind: str) -> None:
     blocks = 4 if kind == "t5" else 2
     assert sum(select.has_role(name, "attention_output") for name in names) - cross == blocks
     assert sum(select.has_role(name, "ffn_output") for name in names) == blocks
-
-
-def test_norms_and_biases_leave_out_the_head_and_grafts() -> None:
-    model = tiny("bert")
-    assert len(select.norm_names(model)) == 10
-    owners = select.bias_owners(model)
-    LadderSideTuning().apply(model)
-    assert len(select.norm_names(model)) == 10
-    assert select.bias_owners(model) == owners
-    assert "classifier" not in owners

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft import TuningError
-from lightning_peft.data.batches import Batches, ResumableLoader
+from lightning_peft.data.batches import Batches, BatchesLoader
 
 
 def lengths(count: int) -> list[int]:
@@ -79,14 +79,14 @@ def test_fewer_rows_than_processes() -> None:
         Batches([1, 1, 1], 8, False, False, 0, 4, 0)
 
 
-def rows_loader(workers: int = 0, count: int = 20, size: int = 4) -> ResumableLoader:
+def rows_loader(workers: int = 0, count: int = 20, size: int = 4) -> BatchesLoader:
     rows = torch.arange(count)
     batches = Batches(lengths(count), size, True, True)
     generator = torch.Generator()
-    return ResumableLoader(rows, sampler=batches, batch_size=None, num_workers=workers, generator=generator)
+    return BatchesLoader(rows, sampler=batches, batch_size=None, num_workers=workers, generator=generator)
 
 
-def given(loader: ResumableLoader, epoch: int = 0) -> list[list[int]]:
+def given(loader: BatchesLoader, epoch: int = 0) -> list[list[int]]:
     loader.sampler.set_epoch(epoch)
     return [batch.tolist() for batch in loader]
 

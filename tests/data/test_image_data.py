@@ -293,9 +293,9 @@ def test_an_epoch_has_every_image_once_in_another_order() -> None:
 
 
 def test_processes_share_an_epoch() -> None:
-    from lightning_peft.data.image_data import _Drawn
+    from lightning_peft.data.images import EpochBatches
 
-    parts = [list(_Drawn(np.ones(11), 2, True, False, num_replicas=2, rank=rank)) for rank in range(2)]
+    parts = [list(EpochBatches(np.ones(11), 2, True, False, num_replicas=2, rank=rank)) for rank in range(2)]
     assert len(parts[0]) == len(parts[1])
     assert sorted(row for part in parts for batch in part for _, row in batch) == list(range(11))
 
@@ -321,10 +321,10 @@ def test_an_epoch_goes_on_where_it_was_left() -> None:
     iterator = iter(loader)
     for _ in range(2):
         next(iterator)
-    state, rest = copy.deepcopy(data.state_dict()), [batch["pixel_values"] for batch in iterator]
-    again = shapes(augment=["crop"])
+    state, rest = copy.deepcopy(loader.state_dict()), [batch["pixel_values"] for batch in iterator]
+    again = shapes(augment=["crop"]).train_dataloader()
     again.load_state_dict(state)
-    resumed = [batch["pixel_values"] for batch in again.train_dataloader()]
+    resumed = [batch["pixel_values"] for batch in again]
     assert len(rest) == len(resumed) == 4
     assert all(torch.equal(x, y) for x, y in zip(rest, resumed, strict=True))
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import lightning as L
 import pytest
@@ -175,7 +176,7 @@ def test_a_tokenizer_without_padding(tmp_path: Path) -> None:
 
 def test_each_process_has_its_rows(model: str, tmp_path: Path) -> None:
     class Trainer:
-        overfit_batches = 0
+        overfit_batches, fit_loop = 0, Mock()
 
         def __init__(self, rank: int) -> None:
             self.distributed_sampler_kwargs = {"num_replicas": 2, "rank": rank}

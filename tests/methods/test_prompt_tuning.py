@@ -106,8 +106,8 @@ def test_before_a_causal_text_too(kind: str, padding: str) -> None:
     with torch.no_grad():
         ours, theirs = model(**method.prepare(inputs)), plain(**written(inputs, kind))
     real = inputs["attention_mask"].bool()
-    assert_near({"": theirs.logits[:, len(WORDS) :][real]}, {"": ours.logits[real]}, 1e-6)
-    assert_near({"": theirs.loss}, {"": ours.loss}, 1e-6)
+    assert_near({"": theirs.logits[:, len(WORDS) :][real]}, {"": ours.logits[real]}, 1e-5)
+    assert_near({"": theirs.loss}, {"": ours.loss}, 1e-5)
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
@@ -132,7 +132,7 @@ def test_the_text_init_is_those_tokens(kind: str, tokenizer: Path) -> None:
     ids = hf.AutoTokenizer.from_pretrained(tokenizer).convert_tokens_to_ids(["good", "film", "music", "good"])
     with torch.no_grad():
         theirs = plain(**written(inputs, kind, ids)).logits[:, 4 if kind in CAUSAL else 0 :]
-    assert_near({"": theirs}, {"": output(model, kind, method)}, 1e-6)
+    assert_near({"": theirs}, {"": output(model, kind, method)}, 1e-5)
 
 
 @pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"num_beams": 3}], ids=["greedy", "uncached", "beams"])
@@ -335,6 +335,9 @@ def test_an_untrained_word_is_nearest_to_itself(tokenizer: Path) -> None:
     assert [row[0][0] for row in nearest] == ["river", "tree"]
     assert [row[0][1] for row in nearest] == pytest.approx([1, 1])
     assert all(row[0][1] > row[1][1] >= row[2][1] for row in nearest)
+    for k in (0, VOCABULARY + 1):
+        with pytest.raises(TuningError, match=f"k={k} is out of range: the model has {VOCABULARY} words"):
+            method.nearest_words(model, k=k)
 
 
 # What does not fit.
@@ -449,7 +452,7 @@ def test_a_batch_of_mixed_tasks_is_a_run_for_each(kind: str) -> None:
             single.rows(alone).copy_(prompts[task])
             expected = alone(**single.prepare(inputs)).logits[tasks == task]
         found = logits[tasks == task]
-        assert_near({"": expected}, {"": found[:, -10:] if kind in CAUSAL else found}, 1e-6)
+        assert_near({"": expected}, {"": found[:, -10:] if kind in CAUSAL else found}, 1e-5)
 
 
 def test_each_task_trains_its_own_prompt() -> None:

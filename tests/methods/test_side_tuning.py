@@ -201,6 +201,7 @@ def test_generation_is_without_a_cache() -> None:
         ("vit", SideTuning(side=CONV, side_args={"w": 1}), "does not take side_args"),
         ("vit", SideTuning(blend="mean"), "blend='mean' is no output"),
         ("vit", SideTuning(reduction=0), "reduction=0"),
+        ("vit", SideTuning(side_layers=99), r"side_layers=99 \(it has 2 blocks\): choose others"),
         ("t5", SideTuning(), "no base model of its own"),
         ("swin", SideTuning(), "no narrow copy of SwinModel"),
     ],

@@ -91,9 +91,9 @@ def test_hooks_are_the_loop(kind: str, arguments: dict, blocks: list[int]) -> No
     with torch.no_grad():
         expected = loop(kind, plain, batch(kind)["pixel_values"], prompts)
         unprompted = loop(kind, plain, batch(kind)["pixel_values"], {})
-    assert torch.equal(output(model, kind), expected)
-    assert torch.equal(output(plain, kind), unprompted)
-    assert not torch.allclose(expected, unprompted)
+    assert_near({"": expected}, {"": output(model, kind)}, 1e-5)
+    assert_near({"": unprompted}, {"": output(plain, kind)}, 1e-5)
+    assert not torch.allclose(expected, unprompted, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_folded_prompts_are_keys_and_values(kind: str, arguments: dict) -> None:
     shake(model)
     before, plain = output(model, kind), output(tiny(kind), kind)
     method.fold(model)
-    assert_near({"": before}, {"": output(model, kind)}, 1e-6)
+    assert_near({"": before}, {"": output(model, kind)}, 1e-5)
     assert not torch.allclose(before, plain, atol=1e-3)
     assert not any(p.requires_grad for name, p in model.named_parameters() if "vpt" in name)
     method.remove(model)
@@ -189,7 +189,7 @@ def test_their_order_does_not_matter() -> None:
     with torch.no_grad():
         rows = method.prompts(model)[1]
         rows.copy_(rows.flip(0))
-    assert_near({"": before}, {"": output(model, "vit")}, 1e-6)
+    assert_near({"": before}, {"": output(model, "vit")}, 1e-5)
 
 
 def test_shapes_inside_and_outside() -> None:
@@ -232,7 +232,7 @@ def test_pooling(kind: str, pool: str) -> None:
         pooled = x[:, 0] if pool == "cls" else x[:, tower(plain).prefix :].mean(1)
         double = kind == "dinov2"
         expected = plain.classifier(torch.cat((pooled, pooled), 1) if double else pooled)
-    assert_near({"": expected}, {"": output(model, kind)}, 1e-6)
+    assert_near({"": expected}, {"": output(model, kind)}, 1e-5)
 
 
 def swin_loop(model: nn.Module, pixels: Tensor, prompts: list[Tensor]) -> Tensor:
@@ -283,7 +283,7 @@ def test_swin_is_windows_one_by_one() -> None:
     assert any(block.shift_size > 0 for block in tower(plain).blocks)
     with torch.no_grad():
         expected = swin_loop(plain, batch("swin")["pixel_values"], method.prompts(model))
-    assert_near({"": expected}, {"": output(model, "swin")}, 1e-6)
+    assert_near({"": expected}, {"": output(model, "swin")}, 1e-5)
 
 
 @pytest.mark.parametrize("arguments", [{"deep": False}, {}, {"num_deep_layers": 3}], ids=["shallow", "deep", "bottom"])
@@ -294,7 +294,7 @@ def test_in_swin_an_image_knows_no_other(arguments: dict) -> None:
     other = pixels.clone()
     other[1:] += 3
     with torch.no_grad():
-        assert_near({"": model(pixels).logits[:1]}, {"": model(other).logits[:1]}, 1e-6)
+        assert_near({"": model(pixels).logits[:1]}, {"": model(other).logits[:1]}, 1e-5)
         assert_near({"": model(pixels).logits[:1]}, {"": model(pixels[:1]).logits}, 1e-5)
 
 
@@ -313,10 +313,12 @@ def test_dropout_differs_by_image() -> None:
     model, _ = applied("vit", dropout=0.5)
     image = batch("vit")["pixel_values"][:1].expand(4, -1, -1, -1)
     with torch.no_grad():
-        assert torch.equal(model(image).logits[0], model(image).logits[1])
+        first, *others = model(image).logits
+        for other in others:  # rows of a batch are equal but for rounding
+            assert_near({"": first}, {"": other}, 1e-5)
         model.vit.embeddings.vpt.train()
         logits = model(image).logits
-    assert len({tuple(row.tolist()) for row in logits}) == 4
+    assert torch.pdist(logits).min() > 0.01
 
 
 def test_the_papers_dropout_is_the_default() -> None:

@@ -47,7 +47,7 @@ def test_it_starts_as_the_cloze_with_masks_in_the_text() -> None:
     masks = torch.full((4, K), ids("[MASK]")[0])
     written = torch.cat((inputs["input_ids"][:, :1], masks, inputs["input_ids"][:, 1:]), 1)
     with torch.no_grad():
-        assert_near({"": plain(written).logits}, {"": model(**method.prepare(inputs)).logits}, 1e-6)
+        assert_near({"": plain(written).logits}, {"": model(**method.prepare(inputs)).logits}, 1e-5)
 
 
 def test_the_rows_score_the_words_alone() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from lightning_peft import TuningError
 from lightning_peft.prompting import Template
-from lightning_peft.prompting.template import Answer, Field, Mask, Options, Soft, Text, options_text
+from lightning_peft.prompting.template_parts import Answer, Field, Mask, Options, Soft, Text, options_text
 
 SST2 = "Review: {text}\nSentiment: {answer}"
 

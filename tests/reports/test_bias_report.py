@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lightning_peft import BiasReport, BitFit, LoRA, TuningError
 from lightning_peft.core.graft import grafts
-from lightning_peft.reports import bias_changes, bias_table, plot_biases
+from lightning_peft.reports.bias_report import bias_changes, bias_table, plot_biases
 from tests.models import tiny
 from tests.modules import Tuned, loader, trainer
 

@@ -12,8 +12,8 @@ import transformers as hf
 
 from lightning_peft import BitFit, FullFineTuning, LinearProbe, LoRA, Method, PromptTuning
 from lightning_peft.cli import main
+from lightning_peft.reports.findings import Finding
 from lightning_peft.reports.preflight import Preflight
-from lightning_peft.reports.probe import Finding
 from lightning_peft.tasks import CausalLM
 from lightning_peft.training.strategy import FullyShard
 from tests.fresh import ROOT

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lightning_peft import BitFit, PromptTuning, TuningError
-from lightning_peft.reports import NearestWords
+from lightning_peft.reports.nearest_words import NearestWords
 from tests.models import save_tokenizer
 from tests.modules import Tuned, loader, trainer
 
@@ -29,3 +29,9 @@ def test_each_epoch_has_a_line_and_a_table(tmp_path: Path, capsys: pytest.Captur
 def test_without_a_soft_prompt_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TuningError, match="NearestWords finds no soft prompt"):
         trainer(tmp_path, BitFit(), NearestWords()).fit(Tuned("bert"), loader("bert"), loader("bert"))
+
+
+@pytest.mark.parametrize("name", ["k", "every_n_epochs", "tokens"])
+def test_numbers_below_one_are_refused(name: str) -> None:
+    with pytest.raises(TuningError, match=f"NearestWords's {name}=0 is out of range: take 1 or more"):
+        NearestWords(**{name: 0})

@@ -14,8 +14,9 @@ from PIL import Image
 
 from lightning_peft import L2P, ContinualClassification, ContinualData, LinearProbe, TuningError
 from lightning_peft.cli import main
-from lightning_peft.reports import ResultRows, base_new_table, harmonic_mean, read_rows, write_rows
 from lightning_peft.reports.plots import PICTURES, plot
+from lightning_peft.reports.rows import ResultRows, read_rows, write_rows
+from lightning_peft.tasks.base_to_new import base_new_table, harmonic_mean
 from tests.images import save_vit, shapes
 from tests.modules import Tuned, loader, trainer
 

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_peft import BitFit, DeltaEMA, FullFineTuning, LoRA, Method, Throughput, TuningError, collect
 from lightning_peft.cli import main
-from lightning_peft.reports.preflight import Finding, Preflight, table
+from lightning_peft.reports.findings import table
+from lightning_peft.reports.preflight import Finding, Preflight
 from lightning_peft.training.checkpoint_io import AtomicCheckpointIO
 from tests.contract import assert_near, assert_same
 from tests.modules import Tuned, loader, trainer

@@ -1,5 +1,6 @@
 """Classes by their names: scores, features kept, base and new classes, bad names, bad precision."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,14 @@ def test_every_method_learns(towers: str, method: Method, tmp_path: Path) -> Non
     task = CLIPClassification(towers, lr=1e-2, warmup_epochs=0)
     if "init" in vars(method) and method.init is not None:
         method.tokenizer = towers
+    # That of trained models: a random SigLIP has 1, which leaves hardly a gradient.
+    task.backbone.logit_scale.data.fill_(math.log(100))
     run = trainer(tmp_path, method, max_epochs=4)
     images = data(towers, keep_in_memory=True)
     run.validate(task, images, verbose=False)
     before = run.callback_metrics["val_loss"].item()
     run.fit(task, images)
-    assert run.callback_metrics["val_loss"] < before
+    assert run.callback_metrics["val_loss"] < 0.99 * before
     assert run.callback_metrics.keys() >= {"train_loss", "val_loss", "val_accuracy"}
     (tested,) = run.test(task, images, verbose=False)
     assert tested.keys() == {"test_loss", "test_accuracy"}

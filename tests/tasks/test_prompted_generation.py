@@ -10,7 +10,8 @@ import torch
 from lightning_peft import TuningError
 from lightning_peft.data import Seq2SeqData
 from lightning_peft.prompting.encoding import text_ids
-from lightning_peft.tasks.prompted_generation import PromptedGeneration, Written
+from lightning_peft.tasks.prompted_generation import PromptedGeneration
+from lightning_peft.tasks.sampling import Written
 from tests import models, text
 from tests.modules import trainer
 from tests.processes import run_module
@@ -55,7 +56,7 @@ def says(module: PromptedGeneration, texts: list[str], scores: list[float] | Non
     turn = iter(list(zip(texts, scores, strict=True)) * 50)
     decode = {}
 
-    def write(ids: Any, mask: Any, most: int, paths: int) -> list[Written]:
+    def write(model: Any, ids: Any, mask: Any, most: int, paths: int) -> list[Written]:
         prompts.append([module.tokenizer.decode(row[kept.bool()]) for row, kept in zip(ids, mask, strict=True)])
         found = []
         for _ in range(len(ids) * (paths or 1)):
@@ -64,8 +65,8 @@ def says(module: PromptedGeneration, texts: list[str], scores: list[float] | Non
             found.append(Written([len(decode) - 1], score))
         return found
 
-    module._write = write  # type: ignore[method-assign]
-    module._text = lambda path: decode[path.ids[0]].split(module.stop)[0] if module.stop else decode[path.ids[0]]  # type: ignore[method-assign]
+    module.sampler.write = write  # type: ignore[method-assign]
+    module.sampler.text = lambda path: decode[path.ids[0]].split(module.stop)[0] if module.stop else decode[path.ids[0]]  # type: ignore[method-assign]
     return prompts
 
 
@@ -145,7 +146,7 @@ def test_two_stages(kind: str, lms: dict[str, str], tmp_path: Path) -> None:
 def test_the_words_of_the_paper(lms: dict[str, str]) -> None:
     module = task(lms["gpt2"], reasoning="zero_shot")
     assert (module.trigger, module.ask) == ("Let's think step by step.", "Therefore, the answer (arabic numerals) is")
-    assert module._asked == " \nTherefore, the answer (arabic numerals) is"
+    assert module.prompts.ask == " \nTherefore, the answer (arabic numerals) is"
 
 
 def test_self_consistency(lms: dict[str, str], tmp_path: Path) -> None:

@@ -83,8 +83,9 @@ def test_two_processes_score_and_train_like_one(model: str, tmp_path: Path) -> N
     two, one = json.loads((tmp_path / "two.json").read_text()), two_processes.run(model, tmp_path, 1)
     assert one is not None
     assert two.pop("confusions") == one.pop("confusions")
-    assert two.pop("norms") == pytest.approx(one.pop("norms"), rel=1e-5)
-    assert two == pytest.approx(one, rel=1e-5)
+    # Halves of a batch are rounded otherwise, and Adam makes more of that.
+    assert two.pop("norms") == pytest.approx(one.pop("norms"), rel=1e-4)
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_no_confusion_matrix_before_a_test(model: str) -> None:
@@ -161,7 +162,7 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
     logits, _ = scored(task, data_with_test(data))
     order = [row["text"] for row in text.sentences(21, 2)]
     alone = [task(data.tokenizer(words, return_tensors="pt"))[0] for words in order]
-    assert sorted(round(v, 3) for v in logits[:, 0].tolist()) == sorted(round(v[0].item(), 3) for v in alone)
+    assert sorted(logits[:, 0].tolist()) == pytest.approx(sorted(v[0].item() for v in alone), abs=1e-5)
 
 
 def data_with_test(data: L.LightningDataModule) -> L.LightningDataModule:

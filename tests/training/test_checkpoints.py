@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from safetensors import safe_open
 
 from lightning_peft import BitFit, LoRA, PromptTuning, TuningError, collect, convert, load_delta, save_delta
-from lightning_peft.core.delta import META
+from lightning_peft.core.delta_file import META, seal
 from lightning_peft.core.fingerprint import fingerprint
 from lightning_peft.core.storage import atomic
 from tests.models import tiny
@@ -54,6 +54,8 @@ def changed(file: Path, folder: Path, change: Any) -> Path:
     """Return a copy of a checkpoint with something changed."""
     checkpoint = torch.load(file, weights_only=True)
     change(checkpoint)
+    meta = {key: value for key, value in checkpoint[META].items() if key not in ("checksums", "seal")}
+    checkpoint[META] = seal(meta, checkpoint)
     torch.save(checkpoint, folder / "changed.ckpt")
     return folder / "changed.ckpt"
 
@@ -322,10 +324,9 @@ def test_a_kill_leaves_a_whole_file(tmp_path: Path) -> None:
         assert bool((tensor == tensor[0]).all())
 
 
-def test_fingerprint_reads_a_sample_of_each_tensor() -> None:
+def test_fingerprint_reads_all_but_what_is_skipped() -> None:
     model = tiny("bert")
     one = fingerprint(model)
-    assert one == fingerprint(tiny("bert").to(torch.bfloat16))
     assert one != fingerprint(tiny("bert", seed=1))
     model.bert.encoder.layer[0].intermediate.dense.weight.data[0, 0] += 1
     assert one != fingerprint(model)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_peft import collect
-from lightning_peft.core.delta import META, read_delta
+from lightning_peft.core.delta_file import META, read_delta
 from tests import ddp
 from tests.contract import assert_near, assert_same, frozen_names
 from tests.fresh import ROOT

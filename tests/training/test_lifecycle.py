@@ -28,7 +28,7 @@ from lightning_peft import (
     merge,
 )
 from lightning_peft.core.graft import grafts
-from lightning_peft.training import lifecycle
+from lightning_peft.training import loaders
 from tests.models import batch, tiny
 from tests.modules import Tuned, loader, trainer
 
@@ -305,9 +305,9 @@ def test_resume_inside_an_epoch_with_a_stateful_loader(tmp_path: Path) -> None:
 
 
 def test_all_random_generators_go_on_where_they_were() -> None:
-    state = lifecycle.random_state()
+    state = loaders.random_state()
     drawn = (torch.rand(2), numpy.random.rand(2), random.random())
-    lifecycle.set_random_state(state)
+    loaders.set_random_state(state)
     again = (torch.rand(2), numpy.random.rand(2), random.random())
     assert torch.equal(drawn[0], again[0])
     assert numpy.array_equal(drawn[1], again[1])
@@ -524,7 +524,7 @@ def test_gradient_checkpointing_needs_training_mode(tmp_path: Path) -> None:
     module.model.activation_checkpointing_enable()
     with pytest.raises(TuningError, match=r"gradient checkpointing on.*backbone_mode='train'"):
         trainer(tmp_path, LoRA(r=2, backbone_mode="eval")).fit(module, loader("bert"))
-    plain, checkpointed = Tuned(), Tuned()
+    plain, checkpointed = Tuned(optimizer="SGD"), Tuned(optimizer="SGD")
     checkpointed.model.activation_checkpointing_enable()
     for one in (plain, checkpointed):
         torch.manual_seed(3)

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 
 from lightning_peft import BitFit, FullFineTuning, LoRA, Method, TuningError, collect, load_delta
-from lightning_peft.core.delta import read_delta
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.quantized import is_quantized
 from tests.contract import assert_same
 from tests.modules import Tuned, loader, trainer

@@ -15,9 +15,10 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from lightning_peft import LoRA, TuningError, collect
+from lightning_peft.data.batches import Batches, BatchesLoader
 from lightning_peft.training import requeue, signals, slurm
 from lightning_peft.training.loaders import ResumableLoader
 from lightning_peft.training.requeue import SafeRequeue
@@ -178,6 +179,44 @@ def test_samplers_that_know_the_epoch(job: pytest.MonkeyPatch, tmp_path: Path, b
     interrupted(job, tmp_path, SignalAt("train", batch), data=data, validated=False)
 
 
+class Grouped(Dataset):
+    """Rows that are asked for by the batch."""
+
+    def __init__(self) -> None:
+        self.rows = loader("bert", rows=12).dataset
+
+    def __getitem__(self, key: list[int]) -> Any:
+        return default_collate([self.rows[row] for row in key])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_our_loaders_go_on_with_the_batch_that_is_next(
+    job: pytest.MonkeyPatch, tmp_path: Path, batch: int, workers: int
+) -> None:
+    """One that has been read when the run is stopped, but not begun, is not lost."""
+
+    def data() -> DataLoader:
+        rows = Batches([1] * 12, 4, shuffle=True, bucket=False)
+        options = {"num_workers": workers, "generator": torch.Generator()}
+        return BatchesLoader(Grouped(), sampler=rows, batch_size=None, **options)
+
+    interrupted(job, tmp_path, SignalAt("train", batch), data=data(), validated=False)
+
+
+def test_stopped_twice_in_one_validation(job: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole, _ = run(tmp_path / "whole", val_check_interval=1)
+    losses = []
+    for restart in range(3):
+        job.setitem(requeue._fits, "begun", 0)
+        job.setenv("SLURM_RESTART_COUNT", str(restart))
+        torch.manual_seed(99 if restart else 3)
+        where = [SignalAt("validation", (3, 1, 0)[restart])]
+        losses += run(tmp_path / "parts", *where, val_check_interval=1)[0].losses
+        signals.uninstall()
+    assert losses == whole.losses
+
+
 class Drawn(IterableDataset):
     """Rows that are drawn while they are read, so they depend on the random state."""
 
@@ -208,12 +247,21 @@ def test_worker_processes_survive_the_signals_of_their_step(job: pytest.MonkeyPa
     interrupted(job, tmp_path, SignalToAll("train", 2), data=data, validated=False)
 
 
-def test_a_checkpoint_inside_an_epoch_resumes_with_the_next_batch(tmp_path: Path) -> None:
+class Counting(Scheduled):
+    """Asks for the number of steps before Lightning has read how far the data were."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 6
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("kind", [Scheduled, Counting])
+def test_a_checkpoint_inside_an_epoch_resumes_with_the_next_batch(kind: type[Scheduled], tmp_path: Path) -> None:
     """Outside of SLURM, too."""
 
     def fit(folder: str, **options: Any) -> Scheduled:
         torch.manual_seed(3)
-        module = Scheduled()
+        module = kind()
         saving = ModelCheckpoint(tmp_path / folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         fit = trainer(tmp_path, LoRA(r=2, dropout=0.1), saving, max_epochs=2)
         fit.fit(module, loader("bert", shuffle=True), loader("bert"), **options)
@@ -384,12 +432,21 @@ def test_the_handler_needs_the_standard_library_alone() -> None:
 
 def test_a_loader_is_still_the_loader_that_it_is_made_of() -> None:
     inner = loader("bert")
-    outer = ResumableLoader(inner, lambda: 0)
+    outer = ResumableLoader(inner)
     assert outer.dataset is inner.dataset
     assert len(outer) == len(inner)
     assert outer.batch_size == 4
     with pytest.raises(AttributeError):
         outer.nothing  # noqa: B018
+
+
+def test_lightning_seeds_the_workers_of_the_loader_that_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PL_SEED_WORKERS", "1")
+    data = loader("bert")
+    trainer(tmp_path, LoRA(r=2)).fit(Tuned(), data)
+    assert data.worker_init_fn is not None
 
 
 def test_a_signal_between_two_ranks_that_are_apart(tmp_path: Path) -> None:

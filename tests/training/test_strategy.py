@@ -20,8 +20,9 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from lightning_peft import BitFit, FullyShard, LoRA, PromptTuning, TuningError, collect, load_delta
-from lightning_peft.core import select, sharded
-from lightning_peft.core.delta import metadata, read_delta
+from lightning_peft.core import select, sharded, structure
+from lightning_peft.core.delta import metadata
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.graft import grafts
 from lightning_peft.training import checks, strategy_files
 from lightning_peft.training.shard_units import plan, wrap_policy
@@ -237,7 +238,7 @@ def test_the_module_is_left_as_it_was(tmp_path: Path) -> None:
 def test_options_that_save_memory_change_nothing(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     ran: list[int] = []
     module = Tuned(kind, optimizer="SGD")
-    (blocks,) = select.block_lists(module.model).values()
+    (blocks,) = structure.block_lists(module.model).values()
     inner = next(child for child in blocks[0].modules() if isinstance(child, nn.Linear))
     inner.register_forward_hook(lambda *_: ran.append(torch.is_grad_enabled()))
     one = fitted(Tuned(kind, optimizer="SGD"), LoRA(r=2), tmp_path, kind, gradient_clip_val=0.01)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_peft import FullyShard, LoRA, TuningError, load_delta
-from lightning_peft.core.delta import read_delta
+from lightning_peft.core.delta_file import read_delta
 from lightning_peft.training import tensor_parallel as plans
 from tests import tensor_parallel
 from tests.contract import assert_near, assert_same

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, tensors_of
 from lightning_peft.interop.names import Names, compact
 from lightning_peft.interop.patterns import is_target
+from lightning_peft.methods.ia3 import ScaledOutput
 from lightning_peft.updates.low_rank import shape_of
 
 PART = "ia3_l"
@@ -30,7 +31,7 @@ class IA3Converter(Converter):
         for place in places(model, method):
             l = place.graft.get_parameter("l").detach()  # noqa: E741
             out, inside = shape_of(place.host)
-            if hasattr(place.graft, "first"):
+            if isinstance(place.graft, ScaledOutput):
                 vector = torch.cat([l.new_ones(out - len(l)), l]).view(out, 1)
             else:
                 inputs.append(place.path)
@@ -63,7 +64,7 @@ class IA3Converter(Converter):
         if not parts.layers:
             raise TuningError(f"{parts.source} has no tensor of IA3: take another copy of the adapter.")
         self._check_complete(parts, names)
-        head = set(select.head_names(names.model))
+        head = set(structure.head_names(names.model))
         linear = [n for n, m in names.modules.items() if isinstance(m, _KINDS) and f"{n}.weight" not in head]
         return {"target_modules": compact(outputs, linear), "feedforward_modules": compact(inputs, linear)}
 

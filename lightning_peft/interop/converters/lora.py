@@ -1,20 +1,28 @@
 """LoRA: ``lora_A`` and ``lora_B`` of each layer, with rsLoRA, DoRA, patterns of rank and alpha, and biases."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Grafted
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, refuse
-from lightning_peft.interop.names import BASE_LAYER, LAYERS, Names, compact
-from lightning_peft.interop.patterns import common, is_target, number, pattern_of, selects, spread, value_of
+from lightning_peft.interop.converters.lora_targets import (
+    called_in,
+    check_parts,
+    check_targets,
+    found_in,
+    shapes_of,
+    wrapped_keys,
+)
+from lightning_peft.interop.names import Names, compact
+from lightning_peft.interop.patterns import common, number, pattern_of, spread, value_of
 from lightning_peft.updates.factors import Factors
-from lightning_peft.updates.low_rank import LowRank, LowRankWeights, shape_of
+from lightning_peft.updates.low_rank import LowRank, LowRankWeights
 
 _WITHOUT_TWIN = (
     *("trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_bdlora"),
@@ -99,20 +107,20 @@ class LoRAConverter(Converter):
                 f"{source} was started with init_lora_weights={config['init_lora_weights']!r}, for which PEFT changes "
                 "the base: save it with path_initial_model_for_weight_conversion= of save_pretrained."
             )
-        found = _found(parts, names)
-        _check_targets(parts, names, found)
-        head = set(select.head_names(names.model))
+        found = found_in(parts, names)
+        check_targets(parts, names, found)
+        head = set(structure.head_names(names.model))
         in_head = [target for target in found if f"{target}.weight" in head]
         if in_head:
             raise TuningError(
                 f"{source} has a low-rank update of {in_head[0]}, the task head, which is trained whole here: "
                 "merge that update with PEFT, or train with exclude_modules."
             )
-        called = {target: _called(parts, target) for target in found}
+        called = {target: called_in(parts, target) for target in found}
         ranks = {target: value_of(config["rank_pattern"], called[target], config["r"]) for target in found}
         alphas = {t: value_of(config["alpha_pattern"], called[t], config["lora_alpha"]) for t in found}
         for target, (key, shape) in found.items():
-            _check_parts(parts, key, _shapes(shape, ranks[target], config["use_dora"]), ranks[target])
+            check_parts(parts, key, shapes_of(shape, ranks[target], config["use_dora"]), ranks[target])
         candidates = [n for n in {*names.modules, *names.tensors} if n not in head and f"{n}.weight" not in head]
         arguments = {
             "r": config["r"],
@@ -154,7 +162,7 @@ def _updates(place: Grafted[Any]) -> list[Update]:
         assert isinstance(graft, LowRank)
         return [Update(place.path, place.path, delta_name(place, ""), graft, place.host)]
     names = [name for name, _ in place.host.named_parameters() if name in graft.weights]
-    keys = _keys(place.path, place.host, names)
+    keys = wrapped_keys(place.path, place.host, names)
     return [
         Update(
             keys[name],
@@ -166,23 +174,6 @@ def _updates(place: Grafted[Any]) -> list[Update]:
         )
         for name in names
     ]
-
-
-def _keys(path: str, host: nn.Module, names: list[str]) -> dict[str, str]:
-    """Return where PEFT keeps the updates of matrices that a module reads itself.
-
-    It wraps the module once for each of them, the first one innermost.
-
-    Raises:
-        TuningError: the module is torch's own attention.
-    """
-    if isinstance(host, nn.MultiheadAttention):
-        raise TuningError(
-            f"PEFT adds the update of the out-projection of {path} (nn.MultiheadAttention) twice, so the same matrices "
-            "would compute something else: exclude it, or merge."
-        )
-    depth = len(names) - 1
-    return {name: f"{path}{f'.{BASE_LAYER}' * (depth - i)}" for i, name in enumerate(names)}
 
 
 def _tensors(update: Update) -> dict[str, Tensor]:
@@ -215,108 +206,3 @@ def _rank_axis(factors: Factors) -> int:
 
 def _rank(factors: Factors) -> int:
     return factors.factors()[0].shape[_rank_axis(factors)]
-
-
-def _found(parts: Parts, names: Names) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return, for each update in the file, our name of it -> PEFT's key, and the shape [..., out, in] of the matrix."""
-    found = {}
-    for path, module in names.modules.items():
-        if isinstance(module, LAYERS):
-            if path in parts.layers:
-                found[path] = (path, _shape(module))
-            continue
-        depth = sum(key == path or key.startswith(f"{path}.{BASE_LAYER}") for key in parts.layers)
-        own = _targeted(parts, path, module)[:depth]
-        if depth and isinstance(module, nn.MultiheadAttention):
-            own = ["in_proj_weight"]  # which is refused
-        for name, key in _keys(path, module, own).items() if own else ():
-            shape = tuple(module.get_parameter(name).shape)
-            if getattr(module, "is_transposed", False):
-                shape = (*shape[:-2], shape[-1], shape[-2])
-            found[f"{path}.{name}"] = (key, shape)
-    return found
-
-
-def _targeted(parts: Parts, path: str, module: nn.Module) -> list[str]:
-    """Return the parameters of a module that ``target_parameters`` names."""
-    wanted = parts.config["target_parameters"] or []
-    own = [name for name, _ in module.named_parameters(recurse=False)]
-    return [name for name in own if selects(wanted, f"{parts.called.get(path, path)}.{name}")]
-
-
-def _called(parts: Parts, target: str) -> str:
-    """Return the name of a target in the file, which the patterns go by."""
-    if target in parts.called:
-        return parts.called[target]
-    module, _, leaf = target.rpartition(".")
-    return f"{parts.called.get(module, module)}.{leaf}"
-
-
-def _check_targets(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:
-    """See that the layers with tensors are those that the configuration names."""
-    if not found:
-        raise TuningError(f"{parts.source} has no tensor of LoRA: take another copy of the adapter.")
-    expected = [
-        name
-        for name, module in names.modules.items()
-        if isinstance(module, LAYERS) and is_target(parts.config, parts.called.get(name, name))
-    ]
-    expected += [
-        f"{path}.{name}"
-        for path, module in names.modules.items()
-        if not isinstance(module, LAYERS)
-        for name in _targeted(parts, path, module)
-    ]
-    if parts.config["target_modules"] == "all-linear":  # older versions did not write out what that is
-        return
-    missing, odd = sorted(set(expected) - found.keys()), sorted(found.keys() - set(expected))
-    if odd:
-        raise TuningError(
-            f"{parts.source} has tensors for {odd[0]}, which its configuration does not target: one of the two was "
-            "changed, so take another copy."
-        )
-    if missing:
-        raise TuningError(
-            f"{parts.source} targets {missing[0]} of this model but has no tensors for it ({len(missing)} such "
-            "layers): it is not whole, or was made for another base."
-        )
-
-
-def _check_parts(parts: Parts, key: str, shapes: Mapping[str, tuple[int, ...]], r: int) -> None:
-    """See that a layer has all its tensors, in the shapes of the host and the rank."""
-    have = parts.layers.get(key, {})
-    if lacking := sorted(shapes.keys() - have.keys()):
-        raise TuningError(f"{parts.source} lacks {lacking[0]} of {key}: take another copy of the adapter.")
-    for part, shape in shapes.items():
-        if list(have[part].shape) != list(shape):
-            raise TuningError(
-                f"{parts.source} has {part} of {key} in shape {list(have[part].shape)}, but rank {r} and this layer "
-                f"make it {list(shape)}: it was made for another base, or its configuration was changed."
-            )
-
-
-def _shape(host: nn.Module) -> tuple[int, ...]:
-    """Return the shape of a layer's weight, with a mark before that of an embedding."""
-    return (0, *shape_of(host)) if isinstance(host, nn.Embedding) else shape_of(host)
-
-
-def _shapes(shape: tuple[int, ...], r: int, dora: bool) -> dict[str, tuple[int, ...]]:
-    """Return the part -> the shape that PEFT gives it, for a matrix or kernel of ``shape``."""
-    magnitude: tuple[int, ...]
-    if len(shape) == 3 and shape[0] == 0:
-        _, out, inside = shape
-        shapes: dict[str, tuple[int, ...]] = {"lora_embedding_A": (r, inside), "lora_embedding_B": (out, r)}
-        magnitude = (out,)
-    elif len(shape) == 3:
-        experts, out, inside = shape
-        shapes = {"lora_A.weight": (r * experts, inside), "lora_B.weight": (out, r * experts)}
-        magnitude = ()
-    elif len(shape) == 4:
-        out, per_group, *kernel = shape
-        shapes = {"lora_A.weight": (r, per_group, *kernel), "lora_B.weight": (out, r, 1, 1)}
-        magnitude = (1, out, 1, 1)
-    else:
-        out, inside = shape
-        shapes = {"lora_A.weight": (r, inside), "lora_B.weight": (out, r)}
-        magnitude = (out,)
-    return shapes | ({"lora_magnitude_vector": magnitude} if dora else {})

@@ -4,11 +4,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_peft.core import select
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.interop.adapter_config import task_of
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, tensors_of
 from lightning_peft.interop.names import Names
+from lightning_peft.methods.p_tuning import PTuning
+from lightning_peft.methods.prompt_tuning import PromptTuning
 
 TENSOR = "prompt_embeddings"
 
@@ -22,9 +24,9 @@ class PromptConverter(Converter):
     def export(self, model: nn.Module, method: Any, names: Names) -> Exported:
         """Return the rows of the prompt."""
         check_place(model)
-        if getattr(method, "num_prompts", 1) != 1:
+        if isinstance(method, PromptTuning) and method.num_prompts != 1:
             raise TuningError(f"an adapter of PEFT has one prompt, and this {type(method).__name__} has several.")
-        if getattr(method, "template", None) is not None or getattr(method, "tune_backbone", False):
+        if isinstance(method, PTuning) and (method.template is not None or method.tune_backbone):
             raise TuningError("a prompt of PEFT stands at the front of a frozen model: train without a template.")
         rows: Tensor = method.rows(model)
         config = shape_of(model) | {"num_virtual_tokens": rows.shape[0], "token_dim": rows.shape[1]}
@@ -60,7 +62,7 @@ def check_place(model: nn.Module) -> None:
     Raises:
         TuningError: the model is an encoder, or PEFT has no class for prompts in its task.
     """
-    if select.is_encoder(model):
+    if structure.is_encoder(model):
         raise TuningError(
             f"PEFT puts a prompt before [CLS], so that {type(model).__name__} pools a virtual token, and here it comes "
             "after [CLS]: the same rows would compute something else, so keep the delta, or take a decoder."
@@ -71,8 +73,7 @@ def check_place(model: nn.Module) -> None:
 
 def shape_of(model: nn.Module) -> dict[str, Any]:
     """Return what PEFT writes of the model into the configuration of a prompt."""
-    config: Any = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = structure.config_of(model).get_text_config()
     return {"num_attention_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers}
 
 

@@ -1,10 +1,10 @@
 """How likely a language model finds each of a few continuations: what is common to them is computed once.
 
 A causal model reads the demonstrations once, for as long as they stay the same, each query once, and then the tokens of
-each label; keys and values are handed on (transformers' public ``DynamicCache``), so that the scores are those of the
-whole sequences. Demonstrations on the left, padding between them and the query hidden by the mask, positions given
-explicitly. An encoder is run once a query for all labels. A masked model sees the masks and their surroundings at once,
-and only the masks of one label at a time if a label has several tokens.
+each label; keys and values are handed on (transformers' public ``DynamicCache``), so that the scores are, up to
+rounding, those of the whole sequences. Demonstrations on the left, padding between them and the query hidden by the
+mask, positions given explicitly. An encoder is run once a query for all labels. A masked model sees the masks and their
+surroundings at once, and only the masks of one label at a time if a label has several tokens.
 
 Models whose cache is more than keys and values of all tokens (sliding windows, recurrent states) are run in full.
 
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from lightning_peft.core.cache_argument import cache_in, name_in
 
 Decoding: TypeAlias = Literal["confident", "left_to_right", "parallel"]
 """In which order several masks are filled: the surest first, each seeing those before it; or all at once."""
@@ -45,9 +47,8 @@ def read(model: nn.Module, ids: Sequence[int]) -> Shared | None:
     """Let a causal model read what many sequences begin with; None: its cache cannot be shared."""
     tokens = torch.tensor([list(ids)], device=_device(model))
     out = model(input_ids=tokens, use_cache=True, **_keep(model, 1))
-    if not _is_shareable(getattr(out, "past_key_values", None)):
-        return None
-    return Shared(out.past_key_values, len(ids))
+    cache = _shareable(model, out)
+    return None if cache is None else Shared(cache, len(ids))
 
 
 def causal_scores(
@@ -66,12 +67,12 @@ def causal_scores(
         words: the ids of the W continuations of each row.
         shared: what all rows begin with.
     """
-    size, count = len(ids), len(words[0])
+    size = len(ids)
     before = torch.ones(size, shared.length if shared else 0, dtype=mask.dtype, device=mask.device)
     whole = torch.cat([before, mask], 1)
     longest = max(len(word) for row in words for word in row)
     place = whole.cumsum(1) - 1
-    past = {"past_key_values": shared.copies(size)} if shared else {}
+    past = _past(model, shared.copies(size)) if shared else {}
     out = model(
         input_ids=ids,
         attention_mask=whole,
@@ -84,22 +85,28 @@ def causal_scores(
     total = _log_softmax(out.logits[:, -1]).gather(1, first)
     if longest == 1:
         return total
-    if not _is_shareable(out.past_key_values):
+    cache = _shareable(model, out)
+    if cache is None:
         return recomputed_scores(model, ids, mask, words)
-    flat, filled, inside = _pad([list(word) for row in words for word in row], ids.device)
-    cache = out.past_key_values
+    return total + _rest_scores(model, whole, words, cache)
+
+
+def _rest_scores(model: nn.Module, whole: Tensor, words: Sequence[Sequence[Sequence[int]]], cache: Any) -> Tensor:
+    """Return the summed log p of the second and further tokens of the words [B, W], after the prompts in a cache."""
+    size, count = len(words), len(words[0])
+    flat, filled, inside = _pad([list(word) for row in words for word in row], whole.device)
     cache.batch_repeat_interleave(count)
     whole = torch.cat([whole.repeat_interleave(count, 0), filled[:, :-1].to(whole.dtype)], 1)
-    place = (whole.cumsum(1) - 1)[:, -(longest - 1) :]
+    place = (whole.cumsum(1) - 1)[:, 1 - flat.shape[1] :]
     logits = model(
         input_ids=flat[:, :-1],
         attention_mask=whole,
         **_positions(model, place),
-        past_key_values=cache,
+        **_past(model, cache),
         use_cache=True,
     ).logits
     rest = _log_softmax(logits).gather(2, flat[:, 1:].unsqueeze(2)).squeeze(2) * inside[:, 1:]
-    return total + rest.sum(1).unflatten(0, (size, count))
+    return rest.sum(1).unflatten(0, (size, count))
 
 
 def recomputed_scores(
@@ -208,8 +215,7 @@ def _filled_one_by_one(
 
 def combined(words: Tensor, owners: Sequence[int], how: str) -> Tensor:
     """Return the scores of labels [..., C] from those of their words [..., W]: their mean, max, or log of the sum."""
-    owner = torch.tensor(list(owners), device=words.device)
-    of = [words[..., owner == label] for label in range(int(owner.max()) + 1)]
+    of = [words[..., [i for i, owner in enumerate(owners) if owner == label]] for label in range(max(owners) + 1)]
     reduce: dict[str, Callable[[Tensor], Tensor]] = {
         "mean": lambda own: own.mean(-1),
         "max": lambda own: own.amax(-1),
@@ -246,8 +252,12 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool = False
     return torch.tensor(ids, device=device), found, found.float()
 
 
-def _is_shareable(cache: Any) -> bool:
-    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+def _shareable(model: nn.Module, out: Mapping[str, Any]) -> DynamicCache | None:
+    """Return the cache in a model's output if it is keys and values of all tokens that it takes back, or None."""
+    cache = cache_in(out)
+    if name_in(type(model).forward) is None or not isinstance(cache, DynamicCache):
+        return None
+    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -256,6 +266,12 @@ def _device(model: nn.Module) -> torch.device:
 
 def _positions(model: nn.Module, places: Tensor) -> dict[str, Tensor]:
     return {"position_ids": places} if "position_ids" in _arguments(model) else {}
+
+
+def _past(model: nn.Module, cache: Any) -> dict[str, Any]:
+    name = name_in(type(model).forward)
+    assert name is not None
+    return {name: cache}
 
 
 def _keep(model: nn.Module, count: int) -> dict[str, int]:

@@ -17,32 +17,43 @@ IGNORED = -100
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-class CrossEntropy(Metric):
+class _RowMean(Metric):
+    """A mean over the rows of all processes.
+
+    Args:
+        shape: of what is summed.
+        dtype: of what is summed.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    total: Tensor
+    rows: Tensor
+
+    def __init__(self, *shape: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(shape, dtype=dtype), "sum")
+        self.add_state("rows", torch.zeros((), dtype=torch.long), "sum")
+
+    def compute(self) -> Any:
+        """Return the mean."""
+        return self.total / self.rows
+
+
+class CrossEntropy(_RowMean):
     """The mean cross-entropy over the rows of all processes, summed in fp32 whatever the precision of the Trainer.
 
     Lightning's own mean of a logged number is off where processes have unlike many rows: it rounds the mean of their
     counts down to an integer. Rows or tokens of label -100 do not count.
     """
 
-    full_state_update = False
     higher_is_better = False
-    total: Tensor
-    rows: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(()), "sum")
-        self.add_state("rows", torch.zeros((), dtype=torch.long), "sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add logits [..., classes] and classes [...]."""
         flat = target.flatten()
         self.total = self.total + F.cross_entropy(preds.float().flatten(0, -2), flat, reduction="sum")
         self.rows = self.rows + (flat != IGNORED).sum()
-
-    def compute(self) -> Tensor:
-        """Return the mean."""
-        return self.total / self.rows
 
 
 class TaskScores(Metric):
@@ -131,57 +142,51 @@ class SpanF1(Metric):
         return {(entity["label"], entity["start"], entity["end"]) for entity in entities}
 
 
-class Rouge(Metric):
+class Rouge(_RowMean):
     """F-measures ROUGE-1, ROUGE-2 and ROUGE-L of texts, the best over the references of each, averaged.
 
     The texts are scored by torchmetrics. Its own ``ROUGEScore`` keeps a list entry a text, and processes with unlike
     many texts then wait for each other forever.
     """
 
-    full_state_update = False
-    higher_is_better = True
-    totals: Tensor
-    rows: Tensor
-
     def __init__(self) -> None:
-        super().__init__()
-        self.add_state("totals", torch.zeros(len(_ROUGE)), "sum")
-        self.add_state("rows", torch.zeros((), dtype=torch.long), "sum")
+        super().__init__(len(_ROUGE))
 
     def update(self, preds: Sequence[str], target: Sequence[Sequence[str]]) -> None:
         """Add texts and the references of each."""
         scores = rouge_score(list(preds), [list(texts) for texts in target], rouge_keys=_ROUGE, accumulate="best")
         means = torch.stack([torch.as_tensor(scores[f"{key}_fmeasure"]) for key in _ROUGE])
-        self.totals = self.totals + means.to(self.totals) * len(preds)
+        self.total = self.total + means.to(self.total) * len(preds)
         self.rows = self.rows + len(preds)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means."""
-        return dict(zip(_ROUGE, self.totals / self.rows, strict=True))
+        return dict(zip(_ROUGE, super().compute(), strict=True))
 
 
-class ExactMatch(Metric):
-    """The share of texts that equal one of their references, but for white space at the ends."""
-
-    full_state_update = False
-    higher_is_better = True
-    right: Tensor
-    rows: Tensor
+class Accuracy(_RowMean):
+    """The share of rows whose likeliest class is right, however many classes there are."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.add_state("right", torch.zeros((), dtype=torch.long), "sum")
-        self.add_state("rows", torch.zeros((), dtype=torch.long), "sum")
+        super().__init__(dtype=torch.long)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add logits [B, C] and classes [B]."""
+        self.total = self.total + (preds.argmax(1) == target).sum()
+        self.rows = self.rows + len(target)
+
+
+class ExactMatch(_RowMean):
+    """The share of texts that equal one of their references, but for white space at the ends."""
+
+    def __init__(self) -> None:
+        super().__init__(dtype=torch.long)
 
     def update(self, preds: Sequence[str], target: Sequence[Sequence[str]]) -> None:
         """Add texts and the references of each."""
         equal = [text.strip() in {t.strip() for t in texts} for text, texts in zip(preds, target, strict=True)]
-        self.right = self.right + sum(equal)
+        self.total = self.total + sum(equal)
         self.rows = self.rows + len(equal)
-
-    def compute(self) -> Tensor:
-        """Return the share."""
-        return self.right / self.rows
 
 
 class Answers(Metric):

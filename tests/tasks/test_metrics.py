@@ -5,7 +5,7 @@ import torch
 from torchmetrics import Metric
 
 from lightning_peft import TuningError
-from lightning_peft.tasks.scores import Answers, CrossEntropy, ExactMatch, Rouge, SpanF1, TaskScores
+from lightning_peft.tasks.metrics import Answers, CrossEntropy, ExactMatch, Rouge, SpanF1, TaskScores
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 

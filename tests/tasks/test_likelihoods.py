@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_peft.tasks.scoring import (
+from lightning_peft.tasks.likelihoods import (
     calibrated,
     causal_scores,
     combined,
@@ -82,11 +82,11 @@ def test_a_shared_prefix_is_exact(kind: str, front: list[int], longest: int) -> 
         found = recomputed_scores(model, ids, mask, words, front)
     else:
         found = causal_scores(model, ids, mask, words, shared)
-        assert torch.allclose(found, recomputed_scores(model, ids, mask, words, front), atol=1e-5, rtol=0)
+        assert torch.allclose(found, recomputed_scores(model, ids, mask, words, front), atol=1e-5)
     for row in range(3):
         prompt = [*front, *ids[row][mask[row].bool()].tolist()]
         for number, word in enumerate(words[row]):
-            assert found[row, number].item() == pytest.approx(by_hand(model, prompt + word, len(prompt)), abs=2e-5)
+            assert found[row, number].item() == pytest.approx(by_hand(model, prompt + word, len(prompt)), rel=1e-5)
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def test_an_encoder_runs_once(opening: tuple[int, ...]) -> None:
             labels = torch.tensor([[*opening, *word]])
             logits = model(input_ids=source, labels=labels).logits.log_softmax(-1)
             expected = logits[0].gather(1, labels.T)[len(opening) :].sum()
-            assert found[row, number].item() == pytest.approx(expected.item(), abs=1e-5)
+            assert found[row, number].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def masked_lm() -> nn.Module:
@@ -159,8 +159,8 @@ def test_the_surest_token_is_filled_in_first() -> None:
                 filled = list(start)
                 filled[places[first]] = word[first]
                 second = ask(filled, places[not first], word[not first])
-                assert found[how][row, number].item() == pytest.approx(each[first] + second, abs=1e-5)
-            assert found["parallel"][row, number].item() == pytest.approx(sum(each), abs=1e-5)
+                assert found[how][row, number].item() == pytest.approx(each[first] + second, rel=1e-5)
+            assert found["parallel"][row, number].item() == pytest.approx(sum(each), rel=1e-5)
 
 
 class Independent(nn.Module):

@@ -1,0 +1,94 @@
+"""The public names, one line a module: `__init__.py` reads them here, and imports a module when one is first used."""
+
+from lightning_peft.core.delta import collect as collect
+from lightning_peft.core.delta import save_delta as save_delta
+from lightning_peft.core.delta_file import read_delta as read_delta
+from lightning_peft.core.delta_load import convert as convert
+from lightning_peft.core.delta_load import load_delta as load_delta
+from lightning_peft.core.errors import TuningError as TuningError
+from lightning_peft.core.folding import merge as merge
+from lightning_peft.core.graft import Graft as Graft, attach as attach, detach as detach
+from lightning_peft.data.clip_data import CLIPData as CLIPData
+from lightning_peft.data.cloze import (
+    ClozeClassificationData as ClozeClassificationData,
+    KnowledgeProbingData as KnowledgeProbingData,
+)
+from lightning_peft.data.coloured_shapes import ColouredShapes as ColouredShapes
+from lightning_peft.data.continual import ContinualData as ContinualData
+from lightning_peft.data.digits import Digits as Digits
+from lightning_peft.data.domain_data import DomainData as DomainData
+from lightning_peft.data.generation import CausalLMData as CausalLMData, Seq2SeqData as Seq2SeqData
+from lightning_peft.data.image_classification import ImageClassificationData as ImageClassificationData
+from lightning_peft.data.instructions import (
+    InstructionCausalLMData as InstructionCausalLMData,
+    InstructionSeq2SeqData as InstructionSeq2SeqData,
+)
+from lightning_peft.data.lm_adaptation import LMAdaptationData as LMAdaptationData
+from lightning_peft.data.multi_task import MultiTaskData as MultiTaskData
+from lightning_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
+from lightning_peft.data.stdlib_docstrings import StdlibDocstrings as StdlibDocstrings
+from lightning_peft.data.text_classification import TextClassificationData as TextClassificationData
+from lightning_peft.data.token_classification import TokenClassificationData as TokenClassificationData
+from lightning_peft.methods.adapter import Adapter as Adapter, AdapterMixin as AdapterMixin
+from lightning_peft.methods.bitfit import BitFit as BitFit, BitFitMixin as BitFitMixin
+from lightning_peft.methods.cocoop import CoCoOp as CoCoOp, CoCoOpMixin as CoCoOpMixin
+from lightning_peft.methods.coop import CoOp as CoOp, CoOpMixin as CoOpMixin
+from lightning_peft.methods.dapl import DAPL as DAPL, DAPLMixin as DAPLMixin
+from lightning_peft.methods.diff_pruning import DiffPruning as DiffPruning, DiffPruningMixin as DiffPruningMixin
+from lightning_peft.methods.full_fine_tuning import (
+    FullFineTuning as FullFineTuning,
+    FullFineTuningMixin as FullFineTuningMixin,
+)
+from lightning_peft.methods.ia3 import IA3 as IA3, IA3Mixin as IA3Mixin
+from lightning_peft.methods.ivlp import IVLP as IVLP, IVLPMixin as IVLPMixin
+from lightning_peft.methods.l2p import L2P as L2P, L2PMixin as L2PMixin
+from lightning_peft.methods.ladder_side_tuning import (
+    LadderSideTuning as LadderSideTuning,
+    LadderSideTuningMixin as LadderSideTuningMixin,
+)
+from lightning_peft.methods.linear_probe import LinearProbe as LinearProbe, LinearProbeMixin as LinearProbeMixin
+from lightning_peft.methods.lora import LoRA as LoRA, LoRAMixin as LoRAMixin
+from lightning_peft.methods.maple import MaPLe as MaPLe, MaPLeMixin as MaPLeMixin
+from lightning_peft.methods.mlp_head import MLPHead as MLPHead, MLPHeadMixin as MLPHeadMixin
+from lightning_peft.methods.p_tuning import PTuning as PTuning, PTuningMixin as PTuningMixin
+from lightning_peft.methods.p_tuning_v2 import PTuningV2 as PTuningV2, PTuningV2Mixin as PTuningV2Mixin
+from lightning_peft.methods.partial_k import PartialK as PartialK, PartialKMixin as PartialKMixin
+from lightning_peft.methods.prefix_tuning import PrefixTuning as PrefixTuning, PrefixTuningMixin as PrefixTuningMixin
+from lightning_peft.methods.prompt_ensemble import (
+    PromptEnsemble as PromptEnsemble,
+    PromptEnsembleMixin as PromptEnsembleMixin,
+)
+from lightning_peft.methods.prompt_tuning import PromptTuning as PromptTuning, PromptTuningMixin as PromptTuningMixin
+from lightning_peft.methods.side_tuning import SideTuning as SideTuning, SideTuningMixin as SideTuningMixin
+from lightning_peft.methods.tiny_tl import TinyTL as TinyTL, TinyTLMixin as TinyTLMixin
+from lightning_peft.methods.vpt import VPT as VPT, VPTMixin as VPTMixin
+from lightning_peft.methods.warp import WARP as WARP, WARPMixin as WARPMixin
+from lightning_peft.reports.bias_report import BiasReport as BiasReport
+from lightning_peft.reports.nearest_words import NearestWords as NearestWords
+from lightning_peft.reports.predictions import PredictionWriter as PredictionWriter
+from lightning_peft.reports.rows import ResultRows as ResultRows
+from lightning_peft.reports.tuning_report import TuningReport as TuningReport
+from lightning_peft.tasks.causal_lm import CausalLM as CausalLM
+from lightning_peft.tasks.clip_classification import CLIPClassification as CLIPClassification
+from lightning_peft.tasks.cloze import ClozeClassification as ClozeClassification
+from lightning_peft.tasks.knowledge_probing import KnowledgeProbing as KnowledgeProbing
+from lightning_peft.tasks.continual_classification import ContinualClassification as ContinualClassification
+from lightning_peft.tasks.domain_adaptation import DomainAdaptation as DomainAdaptation
+from lightning_peft.tasks.image_classification import ImageClassification as ImageClassification
+from lightning_peft.tasks.multi_task import MultiTask as MultiTask
+from lightning_peft.tasks.nearest_demonstrations import NearestDemonstrations as NearestDemonstrations
+from lightning_peft.tasks.prompted_classification import PromptedClassification as PromptedClassification
+from lightning_peft.tasks.prompted_generation import PromptedGeneration as PromptedGeneration
+from lightning_peft.tasks.question_answering import QuestionAnswering as QuestionAnswering
+from lightning_peft.tasks.seq2seq import LMAdaptation as LMAdaptation, Seq2Seq as Seq2Seq
+from lightning_peft.tasks.text_classification import TextClassification as TextClassification
+from lightning_peft.tasks.token_classification import TokenClassification as TokenClassification
+from lightning_peft.training.ema import DeltaEMA as DeltaEMA
+from lightning_peft.training.method import Method as Method
+from lightning_peft.training.mixin import MethodMixin as MethodMixin, TunedBy as TunedBy
+from lightning_peft.training.rebuild import from_delta as from_delta, load_from_checkpoint as load_from_checkpoint
+from lightning_peft.training.requeue import SafeRequeue as SafeRequeue
+from lightning_peft.training.strategy import FullyShard as FullyShard
+from lightning_peft.training.throughput import Throughput as Throughput
+
+__version__: str

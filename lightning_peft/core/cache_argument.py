@@ -1,0 +1,29 @@
+"""Finds the keys and values of earlier tokens among a model's arguments, by either name that transformers has for them.
+
+The argument, and the field of a model's output, is `cache` since transformers 5.24 and `past_key_values` before; the
+old name is understood until 5.40. A decorator renames it inside of a model's ``forward``, so that a graft around it may
+be called with either: https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/utils/generic.py
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+NAMES = ("cache", "past_key_values")
+"""The names, the newest first. No other file writes them."""
+
+
+def name_in(forward: Callable[..., Any]) -> str | None:
+    """Return the name by which a model's ``forward`` takes its cache, or None: it takes none."""
+    takes = inspect.signature(forward).parameters
+    return next((name for name in NAMES if name in takes), None)
+
+
+def cache_in(values: Mapping[str, Any]) -> Any:
+    """Return the cache among a model's inputs by name, or in its output, or None."""
+    return next((values[name] for name in NAMES if values.get(name) is not None), None)
+
+
+def with_cache(inputs: Mapping[str, Any], name: str, cache: Any) -> dict[str, Any]:
+    """Return a model's inputs with this cache, called ``name``, in place of any other."""
+    return {key: value for key, value in inputs.items() if key not in NAMES} | {name: cache}

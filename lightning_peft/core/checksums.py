@@ -1,0 +1,102 @@
+"""Checksums that see every bit of a tensor, at the speed of the memory, and without gathering what is sharded.
+
+A tensor is read as 64-bit words, of which two sums are taken modulo 2^64: the plain one, and one in which each word
+counts by its place, since a plain sum does not see a change of order. Both are exact, the same on every device, and
+those of the parts of a sharded tensor add up to those of the whole. The weight of word k is
+``p (k // 1021) + k % 1021 + 1`` with a large odd p, so that sums of rows and columns do instead of a product for each.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_peft.core.quantized import unpacked
+from lightning_peft.core.sharded import is_part, leading_rows, whole
+
+_RUN = 1021  # a prime, so that rows of this length end at other places than those of a matrix
+_ROW = 0x9E3779B97F4A7C15 - 2**64  # p
+_MASK = 2**64 - 1
+_CHUNK = 8 * 64 * _RUN  # values that are summed at a time, so that their words stay in the cache
+
+
+@torch.no_grad()
+def sums(tensor: Tensor, *roundings: torch.dtype) -> list[tuple[int, int]]:
+    """Return the plain and the weighted sum of a tensor as it is stored, and rounded to each of some dtypes.
+
+    Integers are not rounded. Every rank must call it for a tensor of which each has a part.
+    """
+    flat, first, group = _flat(tensor)
+    forms = [flat.dtype, *roundings] if flat.is_floating_point() else [flat.dtype]
+    totals = torch.zeros(len(forms), 2, dtype=torch.int64, device=flat.device)
+    for begin in range(0, flat.numel(), _CHUNK):
+        chunk = flat[begin : begin + _CHUNK].contiguous()
+        for total, form in zip(totals, forms, strict=True):
+            values = chunk.to(form)
+            total += _of_words(values, (first + begin) * values.element_size() // 8)
+    if group is not None:
+        dist.all_reduce(totals, group=group)
+    found = [(plain, weighted) for plain, weighted in totals.tolist()]
+    return found if len(found) > len(roundings) else found * (1 + len(roundings))
+
+
+def checksum(value: Any) -> str:
+    """Return a checksum of a tensor, or of plain values and tensors in dictionaries and lists, whatever their order.
+
+    Dictionaries are alike if they have the same entries, lists and tuples if they have the same in the same order. Of
+    other objects the type counts alone. Every rank must call it where tensors are sharded.
+    """
+    if isinstance(value, Tensor):
+        ((plain, weighted),) = sums(value)
+        return (
+            f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}:{plain & _MASK:016x}{weighted & _MASK:016x}"
+        )
+    return hashlib.sha256(_text(value).encode()).hexdigest()[:32]
+
+
+def has_parts(value: Any) -> bool:
+    """Tell whether a tensor among these values is sharded."""
+    if isinstance(value, Mapping):
+        return any(map(has_parts, value.values()))
+    return any(map(has_parts, value)) if isinstance(value, (list, tuple)) else is_part(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ",".join(sorted(f"{key!r}:{_text(entry)}" for key, entry in value.items())) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_text, value)) + "]"
+    if isinstance(value, Tensor):
+        return checksum(value)
+    plain = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
+    return repr(value) if plain else type(value).__name__
+
+
+def _flat(tensor: Tensor) -> tuple[Tensor, int, Any]:
+    """Return the values that this rank shall sum, the number of the first one, and the group that sums the rest."""
+    part = leading_rows(tensor)
+    if part is not None:
+        rows, start, group = part
+        row = rows[:1].numel() if rows.ndim else 1
+        if group is None or row * min(rows.element_size(), 2) % 8 == 0:  # else a word would lie on two ranks
+            return unpacked(rows).reshape(-1), start * row, group
+    return unpacked(whole(tensor)).reshape(-1), 0, None
+
+
+def _of_words(values: Tensor, first: int) -> Tensor:
+    """Return the plain and the weighted sum [2] of values that begin with the word of number ``first`` of a tensor."""
+    words = _padded(values.view(torch.uint8), 0, 8).view(torch.int64)
+    table = _padded(words, first % _RUN, _RUN).view(-1, _RUN)
+    rows, columns = table.sum(1), table.sum(0)
+    by_row = rows * (torch.arange(len(rows), device=values.device) + first // _RUN)
+    by_column = columns * torch.arange(1, _RUN + 1, device=values.device)
+    return torch.stack((rows.sum(), by_row.sum() * _ROW + by_column.sum()))
+
+
+def _padded(flat: Tensor, before: int, multiple: int) -> Tensor:
+    after = -(before + len(flat)) % multiple
+    return F.pad(flat, (before, after)) if before or after else flat

@@ -1,0 +1,133 @@
+"""Whether the delta of a file fits a module: its methods, its backbone, its tensors."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.core.delta import canonical, collect, metadata
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.fingerprint import same_weights
+from lightning_peft.core.select import near
+from lightning_peft.core.tuning import tunings
+
+
+def fitted(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    source: str,
+    allow_other_backbone: bool = False,
+) -> dict[str, Tensor]:
+    """Return the tensors of a file under the names that ``module`` has for them, after checking that they fit.
+
+    Raises:
+        TuningError: other methods or arguments, another backbone, missing or unexpected tensors, other shapes.
+    """
+    ours = metadata(module)
+    tensors, meta = _rebase(dict(tensors), dict(meta), ours)
+    _check_methods(module, meta, source)
+    if not allow_other_backbone:
+        _check_backbones(meta["backbones"], ours["backbones"], source)
+    for path, backbone, tuning in tunings(module):
+        start = f"{canonical(path)}." if path else ""
+        below = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+        for method in tuning.methods.values():
+            method.expect(backbone, below)
+    _check_tensors(tensors, collect(module), meta, source)
+    parameters = {canonical(name) for name, _ in module.named_parameters()}
+    if broken := [n for n, t in tensors.items() if n in parameters and not t.isfinite().all()]:
+        raise TuningError(f"{source} has NaN or infinity in {broken[0]}: its run diverged, so take an earlier file.")
+    return tensors
+
+
+def methods_of(module: nn.Module) -> str:
+    """Return the classes of the methods that are applied to the backbones in ``module``, for a sentence."""
+    return " + ".join(type(m).__name__ for _, _, tuning in tunings(module) for m in tuning.methods.values())
+
+
+def _check_backbones(saved: Mapping[str, Any], here: Mapping[str, Any], source: str) -> None:
+    for path, theirs in saved.items():
+        mine = here.get(path)
+        if mine is None or not same_weights(mine["fingerprint"], theirs["fingerprint"]):
+            raise TuningError(
+                f"{source} was trained on {_call(theirs)}, not on {_call(mine)} as it is here: load that backbone."
+            )
+
+
+def _check_tensors(
+    tensors: Mapping[str, Tensor], live: Mapping[str, Tensor], meta: Mapping[str, Any], source: str
+) -> None:
+    if missing := sorted(live.keys() - tensors.keys()):
+        raise TuningError(
+            f"{source} lacks {len(missing)} of {len(live)} tensors of the delta, e.g. {missing[0]}: "
+            "it was saved by another version of this module, or is not whole."
+        )
+    if unexpected := sorted(tensors.keys() - live.keys()):
+        raise TuningError(
+            f"{source} has {len(unexpected)} tensors that this module does not train, e.g. {unexpected[0]}"
+            f"{near(unexpected[0], live)}."
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != live[name].shape:
+            raise TuningError(
+                f"{source} has {name} of shape {list(tensor.shape)}, this module of {list(live[name].shape)}: "
+                f"build it as it was saved, {_describe(meta)}."
+            )
+        if tensor.is_floating_point() != live[name].is_floating_point():
+            raise TuningError(
+                f"{source} has {name} in {tensor.dtype}, this module in {live[name].dtype}: build it as it was saved."
+            )
+
+
+def _rebase(
+    tensors: dict[str, Tensor], meta: dict[str, Any], ours: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Rename what one backbone trained to the place that this module keeps its one backbone in."""
+    if len(meta["backbones"]) != 1 or len(ours["backbones"]) != 1:
+        return tensors, meta
+    (old,), (new,) = meta["backbones"], ours["backbones"]
+    if old == new:
+        return tensors, meta
+    before, after = f"{old}." if old else "", f"{new}." if new else ""
+    tensors = {after + n.removeprefix(before) if n.startswith(before) else n: t for n, t in tensors.items()}
+    methods = [method | {"backbone": new} for method in meta["methods"]]
+    return tensors, meta | {"backbones": {new: meta["backbones"][old]}, "methods": methods}
+
+
+def _check_methods(module: nn.Module, meta: Mapping[str, Any], source: str) -> None:
+    applied = {
+        (canonical(path), f"{type(m).__module__}.{type(m).__qualname__}"): m
+        for path, _, tuning in tunings(module)
+        for m in tuning.methods.values()
+    }
+    saved = {(m["backbone"], m["class_path"]): m["init_args"] for m in meta["methods"]}
+    if applied.keys() != saved.keys():
+        here = methods_of(module) or "no method"
+        raise TuningError(f"{source} was trained with {_describe(meta)}, but {here} is applied here: apply the same.")
+    for key, init_args in saved.items():
+        method, now = applied[key], applied[key].init_args()
+        for name in sorted(init_args.keys() & now.keys() - method.may_change):
+            if _plain(init_args[name]) != _plain(now[name]):
+                raise TuningError(
+                    f"{source} was trained with {name}={init_args[name]!r} of {type(method).__name__}, "
+                    f"which is {now[name]!r} here: give it the same value."
+                )
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON gives it back, so that a tuple is a list."""
+    return json.loads(json.dumps(value))
+
+
+def _describe(meta: Mapping[str, Any]) -> str:
+    return " + ".join(m["class_path"].rpartition(".")[2] for m in meta["methods"])
+
+
+def _call(identity: Mapping[str, Any] | None) -> str:
+    if identity is None:
+        return "no tuned backbone"
+    name = f" {identity['name_or_path']!r}" if identity["name_or_path"] else ""
+    weights = identity["fingerprint"].split(":")[1][:12]
+    return f"{identity['class']}{name} ({identity['parameters']:,} parameters, {weights})"

@@ -1,0 +1,58 @@
+"""Brings a delta file into a module, and turns a full checkpoint into a delta."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.delta import canonical, delta_names, save_delta
+from lightning_peft.core.delta_file import read_delta
+from lightning_peft.core.delta_fit import fitted, methods_of
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.select import near
+from lightning_peft.core.sharded import like
+from lightning_peft.core.storage import read_torch
+
+
+def load_delta(module: nn.Module, path: str | Path, allow_other_backbone: bool = False) -> None:
+    """Read a delta file (safetensors or a checkpoint) into ``module``, whose methods must be those of the file.
+
+    Everything is checked before the first tensor changes.
+
+    Raises:
+        TuningError: the file is no whole delta, or was made for another backbone, method or set of tensors.
+    """
+    tensors, meta = read_delta(path)
+    tensors = fitted(module, tensors, meta, str(path), allow_other_backbone)
+    state = module.state_dict()
+    live = {canonical(name): state[name] for name in delta_names(module)}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            live[name].copy_(like(live[name], tensor))
+
+
+def complete(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a full state dict: the delta, and references to the live frozen tensors, so that strict loading passes."""
+    state = dict(module.state_dict())
+    return {name: tensors.get(canonical(name), live) for name, live in state.items()}
+
+
+def convert(module: nn.Module, full: str | Path, delta: str | Path) -> Path:
+    """Turn a full checkpoint of ``module`` (method applied, as when it was written) into a delta file.
+
+    Raises:
+        TuningError: the file lacks a tensor of the delta, or its frozen tensors are not those of ``module``.
+    """
+    checkpoint = read_torch(full)
+    tensors = checkpoint.get("state_dict", checkpoint)
+    state, names = module.state_dict(), set(delta_names(module))
+    for name, live in state.items():
+        if name not in tensors:
+            raise TuningError(f"{full} lacks {name}{near(name, tensors)}: give the module that it is a checkpoint of.")
+        if name not in names and not torch.equal(tensors[name].to(live), live):
+            raise TuningError(
+                f"{full} changed {name}, which {methods_of(module)} freezes: only a tuned model is a delta."
+            )
+    module.load_state_dict(tensors)
+    return save_delta(module, delta)

@@ -1,0 +1,135 @@
+"""Which layers the tensors of a LoRA adapter of PEFT are for, and whether they have the shapes of these layers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.core import structure
+from lightning_peft.core.errors import TuningError
+from lightning_peft.interop.converters.base import Parts
+from lightning_peft.interop.names import BASE_LAYER, LAYERS, Names
+from lightning_peft.interop.patterns import is_target, selects
+from lightning_peft.updates.low_rank import shape_of
+
+
+def found_in(parts: Parts, names: Names) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return, for each update in the file, our name of it -> PEFT's key, and the shape [..., out, in] of the matrix."""
+    found = {}
+    for path, module in names.modules.items():
+        if isinstance(module, LAYERS):
+            if path in parts.layers:
+                found[path] = (path, _shape(module))
+            continue
+        depth = sum(key == path or key.startswith(f"{path}.{BASE_LAYER}") for key in parts.layers)
+        own = targeted(parts, path, module)[:depth]
+        if depth and isinstance(module, nn.MultiheadAttention):
+            own = ["in_proj_weight"]  # which is refused
+        for name, key in wrapped_keys(path, module, own).items() if own else ():
+            shape = tuple(module.get_parameter(name).shape)
+            if structure.is_transposed(module):
+                shape = (*shape[:-2], shape[-1], shape[-2])
+            found[f"{path}.{name}"] = (key, shape)
+    return found
+
+
+def targeted(parts: Parts, path: str, module: nn.Module) -> list[str]:
+    """Return the parameters of a module that ``target_parameters`` names."""
+    wanted = parts.config["target_parameters"] or []
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    return [name for name in own if selects(wanted, f"{parts.called.get(path, path)}.{name}")]
+
+
+def called_in(parts: Parts, target: str) -> str:
+    """Return the name of a target in the file, which the patterns go by."""
+    if target in parts.called:
+        return parts.called[target]
+    module, _, leaf = target.rpartition(".")
+    return f"{parts.called.get(module, module)}.{leaf}"
+
+
+def check_targets(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:
+    """See that the layers with tensors are those that the configuration names."""
+    if not found:
+        raise TuningError(f"{parts.source} has no tensor of LoRA: take another copy of the adapter.")
+    expected = [
+        name
+        for name, module in names.modules.items()
+        if isinstance(module, LAYERS) and is_target(parts.config, parts.called.get(name, name))
+    ]
+    expected += [
+        f"{path}.{name}"
+        for path, module in names.modules.items()
+        if not isinstance(module, LAYERS)
+        for name in targeted(parts, path, module)
+    ]
+    if parts.config["target_modules"] == "all-linear":  # older versions did not write out what that is
+        return
+    missing, odd = sorted(set(expected) - found.keys()), sorted(found.keys() - set(expected))
+    if odd:
+        raise TuningError(
+            f"{parts.source} has tensors for {odd[0]}, which its configuration does not target: one of the two was "
+            "changed, so take another copy."
+        )
+    if missing:
+        raise TuningError(
+            f"{parts.source} targets {missing[0]} of this model but has no tensors for it ({len(missing)} such "
+            "layers): it is not whole, or was made for another base."
+        )
+
+
+def check_parts(parts: Parts, key: str, shapes: Mapping[str, tuple[int, ...]], r: int) -> None:
+    """See that a layer has all its tensors, in the shapes of the host and the rank."""
+    have = parts.layers.get(key, {})
+    if lacking := sorted(shapes.keys() - have.keys()):
+        raise TuningError(f"{parts.source} lacks {lacking[0]} of {key}: take another copy of the adapter.")
+    for part, shape in shapes.items():
+        if list(have[part].shape) != list(shape):
+            raise TuningError(
+                f"{parts.source} has {part} of {key} in shape {list(have[part].shape)}, but rank {r} and this layer "
+                f"make it {list(shape)}: it was made for another base, or its configuration was changed."
+            )
+
+
+def _shape(host: nn.Module) -> tuple[int, ...]:
+    """Return the shape of a layer's weight, with a mark before that of an embedding."""
+    return (0, *shape_of(host)) if isinstance(host, nn.Embedding) else shape_of(host)
+
+
+def shapes_of(shape: tuple[int, ...], r: int, dora: bool) -> dict[str, tuple[int, ...]]:
+    """Return the part -> the shape that PEFT gives it, for a matrix or kernel of ``shape``."""
+    magnitude: tuple[int, ...]
+    if len(shape) == 3 and shape[0] == 0:
+        _, out, inside = shape
+        shapes: dict[str, tuple[int, ...]] = {"lora_embedding_A": (r, inside), "lora_embedding_B": (out, r)}
+        magnitude = (out,)
+    elif len(shape) == 3:
+        experts, out, inside = shape
+        shapes = {"lora_A.weight": (r * experts, inside), "lora_B.weight": (out, r * experts)}
+        magnitude = ()
+    elif len(shape) == 4:
+        out, per_group, *kernel = shape
+        shapes = {"lora_A.weight": (r, per_group, *kernel), "lora_B.weight": (out, r, 1, 1)}
+        magnitude = (1, out, 1, 1)
+    else:
+        out, inside = shape
+        shapes = {"lora_A.weight": (r, inside), "lora_B.weight": (out, r)}
+        magnitude = (out,)
+    return shapes | ({"lora_magnitude_vector": magnitude} if dora else {})
+
+
+def wrapped_keys(path: str, host: nn.Module, names: list[str]) -> dict[str, str]:
+    """Return where PEFT keeps the updates of matrices that a module reads itself.
+
+    It wraps the module once for each of them, the first one innermost.
+
+    Raises:
+        TuningError: the module is torch's own attention.
+    """
+    if isinstance(host, nn.MultiheadAttention):
+        raise TuningError(
+            f"PEFT adds the update of the out-projection of {path} (nn.MultiheadAttention) twice, so the same matrices "
+            "would compute something else: exclude it, or merge."
+        )
+    depth = len(names) - 1
+    return {name: f"{path}{f'.{BASE_LAYER}' * (depth - i)}" for i, name in enumerate(names)}

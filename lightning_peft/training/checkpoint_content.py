@@ -1,0 +1,134 @@
+"""What a checkpoint of a tuned module holds: the delta, and what a run needs to go on exactly where it was saved."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_peft.core.delta import canonical, delta_names, metadata
+from lightning_peft.core.delta_file import META, meta_of, seal
+from lightning_peft.core.delta_fit import fitted
+from lightning_peft.core.delta_load import complete
+from lightning_peft.core.errors import TuningError
+from lightning_peft.training import patches, strategy
+from lightning_peft.training.loaders import gather, random_state, set_random_state
+from lightning_peft.training.record import Life, Pause, trainer_of
+
+
+def on_save_checkpoint(
+    module: L.LightningModule, instance_hook: Callable[..., Any] | None, checkpoint: dict[str, Any]
+) -> None:
+    """Keep the delta alone of the weights, and add what describes it and what a run needs to go on."""
+    patches.inherited(module, instance_hook, "on_save_checkpoint")(checkpoint)
+    names = {canonical(name) for name in delta_names(module)}
+    for holder, key in _states(checkpoint):
+        holder[key] = {canonical(n): t for n, t in holder[key].items() if canonical(n) in names}
+    meta = metadata(module)
+    trainer = trainer_of(module)
+    if trainer is not None and "optimizer_states" in checkpoint:
+        flat = strategy.keeps_own_optimizer(module)
+        meta["optimizers"] = [] if flat else optimizer_names(module, trainer.optimizers)
+        pause = Life.of(module).pause
+        mid_epoch = pause is not None or not trainer.is_last_batch
+        meta["resume"] = {"mid_epoch": mid_epoch, "random": gather(pause.random if pause else random_state())}
+        if pause is not None:
+            _rewind(checkpoint["loops"]["fit_loop"], pause)
+    checkpoint[META] = seal(meta, checkpoint)
+
+
+def on_load_checkpoint(
+    module: L.LightningModule, instance_hook: Callable[..., Any] | None, checkpoint: dict[str, Any]
+) -> None:
+    """Check the delta against the module, and complete it with the frozen weights that are there.
+
+    Raises:
+        TuningError: the checkpoint is no delta, is not whole, or is not of this module.
+    """
+    trainer = trainer_of(module)
+    source = str(trainer.ckpt_path) if trainer is not None and trainer.ckpt_path else "the checkpoint"
+    meta = meta_of(checkpoint, source)
+    for holder, key in _states(checkpoint):
+        holder[key] = complete(module, fitted(module, holder[key], meta, source))
+    if trainer is not None and trainer.state.fn == "fit":
+        Life.of(module).resumed = {META: meta, "optimizer_states": checkpoint.get("optimizer_states", [])}
+    patches.inherited(module, instance_hook, "on_load_checkpoint")(checkpoint)
+
+
+def _rewind(loops: dict[str, Any], pause: Pause) -> None:
+    """Say of the loops that they stand just after the latest training batch, or just before a validation.
+
+    Lightning resumes rightly from few places. The names are those of its loops' ``state_dict``, which have no public
+    form; ``tests/training/test_requeue.py`` compares interrupted runs with uninterrupted ones.
+    """
+    if pause.in_validation:
+        progress = loops["epoch_loop.val_loop.batch_progress"]
+        done = progress["total"]["completed"] - progress["current"]["completed"]
+        progress["total"].update(ready=done + 1, started=done + 1, processed=done, completed=done)
+        progress["current"].update(ready=0, started=0, processed=0, completed=0)
+        progress["is_last_batch"] = False
+        return
+    progress = loops["epoch_loop.batch_progress"]
+    for part in ("total", "current"):
+        batches = progress[part]["completed"]
+        progress[part].update(ready=batches, started=batches, processed=batches, completed=max(batches - 1, 0))
+    progress["is_last_batch"] = False
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def _states(checkpoint: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Return where a checkpoint holds state dicts of the module: its own, and those of averaging callbacks."""
+    averages = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+    candidates = [
+        *((checkpoint, key) for key in ("state_dict", "current_model_state")),
+        *((state, "average_model_state") for state in averages),
+    ]
+    return [(holder, key) for holder, key in candidates if holder.get(key)]
+
+
+def remap_optimizers(module: L.LightningModule, optimizers: list[Optimizer]) -> None:
+    """Bring the optimizer states of the checkpoint being resumed into the order of the parameters here.
+
+    Optimizer states are numbered, so the moments of two parameters of one shape would change places silently.
+
+    Raises:
+        TuningError: the optimizer of the checkpoint held other parameters.
+    """
+    checkpoint = Life.of(module).resumed
+    if checkpoint is None or "optimizers" not in checkpoint[META]:
+        return
+    saved = checkpoint[META].pop("optimizers", [])
+    if strategy.keeps_own_optimizer(module):
+        return
+    for i, (names, now) in enumerate(zip(saved, optimizer_names(module, optimizers), strict=True)):
+        then, here = [n for group in names for n in group], [n for group in now for n in group]
+        if then == here:
+            continue
+        if sorted(then) != sorted(here) or [len(g) for g in names] != [len(g) for g in now]:
+            odd = sorted(set(then) ^ set(here)) or ["the sizes of its groups"]
+            raise TuningError(f"optimizer {i} of the checkpoint differs from this one in {odd[0]}: configure it alike.")
+        state = checkpoint["optimizer_states"][i]
+        by_name = {then[k]: value for k, value in state["state"].items()}
+        state["state"] = {k: by_name[name] for k, name in enumerate(here) if name in by_name}
+        for group, size in zip(state["param_groups"], range(len(now)), strict=True):
+            start = sum(len(g) for g in now[:size])
+            group["params"] = list(range(start, start + len(now[size])))
+
+
+def optimizer_names(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[list[list[str]]]:
+    """Return, for each optimizer and group, the canonical names of its parameters."""
+    names = {id(p): canonical(name) for name, p in module.named_parameters()}
+    return [[[names[id(p)] for p in group["params"]] for group in o.param_groups] for o in optimizers]
+
+
+def restore_random_state(module: L.LightningModule, rank: int, mid_epoch: bool) -> None:
+    """Put this rank's generators where they were when the checkpoint being resumed was written.
+
+    A run saved at the end of an epoch makes its next data iterator after that, one saved inside an epoch has made it
+    before: the caller says at which of the two it stands.
+    """
+    checkpoint = Life.of(module).resumed
+    resume = checkpoint[META].get("resume") if checkpoint is not None else None
+    if resume is not None and resume["mid_epoch"] is mid_epoch and rank < len(resume["random"]):
+        set_random_state(resume["random"][rank])

@@ -1,0 +1,32 @@
+"""Installs our hooks on a Trainer; `patches` removes them when its run ends."""
+
+from functools import partial
+from typing import Any
+
+import lightning as L
+
+from lightning_peft.training import checkpoint_content, checkpoint_io, loaders, patches, requeue, strategy_files
+from lightning_peft.training.record import Life
+
+
+def install(trainer: L.Trainer, life: Life, module: L.LightningModule) -> None:
+    """Let checkpoints be written whole, data resume in order, strategies know the delta, and SLURM jobs requeue.
+
+    Raises:
+        TuningError: the strategy would lose the delta, or a SLURM job was started wrongly.
+    """
+    patches.of_run(trainer).record(life, "run", life.end_run)
+    strategy_files.install(trainer, partial(_restored, trainer, module))
+    checkpoint_io.install(trainer)
+    loaders.install(trainer, partial(_remember, life))
+    requeue.install(trainer)
+
+
+def _remember(life: Life, state: dict[str, Any]) -> None:
+    life.validation_random = state
+
+
+def _restored(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Go on as the checkpoint says under strategies that read it later than the methods' ``on_fit_start``."""
+    checkpoint_content.remap_optimizers(module, trainer.optimizers)
+    checkpoint_content.restore_random_state(module, trainer.global_rank, mid_epoch=False)

@@ -1,5 +1,6 @@
 """What all tests share: as many threads as OMP_NUM_THREADS says, or one; no network, no chatter."""
 
+import gc
 import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
@@ -36,6 +37,7 @@ def _alone() -> Iterator[None]:
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        gc.collect()  # what still holds the group is not left to the worker of a data loader, which would hang
     for name in os.environ.keys() - found.keys():
         del os.environ[name]
     os.environ.update(found)

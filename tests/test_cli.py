@@ -1,5 +1,6 @@
 """The console script, as a user meets it: in processes of its own."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 from lightning_peft.cli import main
+from lightning_peft.core.delta import META, read_delta
 from lightning_peft.core.hub import resolve
 from tests.models import save_tokenizer, tiny
 
@@ -91,6 +94,30 @@ def test_help_needs_nothing_heavy(tmp_path: Path) -> None:
     )
     assert "lightning_peft.cli" in loaded.stderr
     assert not re.search(r"\| +(torch|lightning|transformers)$", loaded.stderr, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("fitted")
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (("templates", ROOT / "configs/prompting/topics.yaml"), {"torch"}),
+        (("info", "run/best.ckpt"), {"lightning", "transformers", "torch.distributed.tensor"}),
+        (("info", "delta.safetensors"), {"lightning", "transformers", "torch.distributed.tensor"}),
+        (("methods",), {"lightning_peft.data", "lightning_peft.tasks", "datasets"}),
+    ],
+)
+def test_a_command_imports_what_it_needs(
+    arguments: tuple[str, ...], heavy: set[str], folder: Path, fitted: str
+) -> None:
+    tensors, meta = read_delta(folder / "run/best.ckpt")
+    meta.pop("resume")  # the optimizer's tensors
+    save_file(tensors, folder / "delta.safetensors", {META: json.dumps(meta)})
+    words = ["lightning-peft", *map(str, arguments)]
+    code = f"import sys; sys.argv = {words}; from lightning_peft.cli import main; main(); print(sorted(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    loaded = set(ast.literal_eval(ended.stdout.splitlines()[-1]))
+    assert "lightning_peft.commands.tools" in loaded
+    assert heavy & loaded == set()
 
 
 def test_fit_shows_the_table_the_score_and_the_command_that_tests(folder: Path, fitted: str) -> None:

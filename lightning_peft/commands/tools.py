@@ -1,11 +1,13 @@
 """``methods``, ``templates``, ``info``, ``merge`` and ``plot``: commands that need files but no Trainer.
 
-What only one of them needs is imported there: ``info`` wants torch, and neither lightning nor transformers.
+What one of them needs is imported when it runs: ``templates`` needs no torch, ``info`` neither lightning nor
+transformers.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
@@ -14,13 +16,9 @@ from rich.table import Column, Table
 
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.folding import merge
-from lightning_peft.core.hub import load_tokenizer
-from lightning_peft.core.method import TuningMethod
-from lightning_peft.core.select import near
-from lightning_peft.core.structure import name_or_path
-from lightning_peft.methods import every_method
-from lightning_peft.reports.parameters import count, dtypes, size
+
+if TYPE_CHECKING:
+    from lightning_peft.core.method import TuningMethod
 
 
 def run_tool(command: str, arguments: Sequence[str]) -> None:
@@ -48,6 +46,9 @@ def methods(name: str | None = None) -> None:
     Args:
         name: a method, to see its arguments.
     """
+    from lightning_peft.core.select import near
+    from lightning_peft.methods import every_method
+
     every = every_method()
     if name is not None and name not in every:
         raise TuningError(f"{name!r} is no method{near(name, every)}.")
@@ -64,12 +65,12 @@ def methods(name: str | None = None) -> None:
     console.print("lightning-peft methods NAME shows the arguments of one, with its paper.", highlight=False)
 
 
-def row_of(method: type[TuningMethod]) -> tuple[str, str, str]:
+def row_of(method: "type[TuningMethod]") -> tuple[str, str, str]:
     """Return what a table says of a method: its kind, what it trains, and authors and year of its paper."""
     return method.kind, method.trains, method.paper.split(", arXiv")[0]
 
 
-def _describe(name: str, method: type[TuningMethod]) -> None:
+def _describe(name: str, method: "type[TuningMethod]") -> None:
     """Print a method's first line, its paper, and its arguments with their defaults and meanings."""
     import docstring_parser
 
@@ -115,6 +116,8 @@ def info(file: str, tensors: bool = True) -> None:
         file: a delta, as safetensors or checkpoint.
         tensors: list its tensors, too.
     """
+    from lightning_peft.reports.parameters import count, dtypes, size
+
     held, meta = read_delta(file)
     table = Table(show_header=False, title=str(file), title_justify="left")
     table.add_column(style="bold")
@@ -149,6 +152,9 @@ def merge_files(file: str, folder: str, backbone: str | None = None) -> None:
         folder: where to write the model.
         backbone: folder or hub id of the backbone; the one that the delta was trained on if left out.
     """
+    from lightning_peft.core.folding import merge
+    from lightning_peft.core.hub import load_tokenizer
+    from lightning_peft.core.structure import name_or_path
     from lightning_peft.training.rebuild import from_delta
 
     if Path(folder).exists() and any(Path(folder).iterdir()):

@@ -89,7 +89,13 @@ class Task(MethodMixin, L.LightningModule):
 
     def check_loaded(self, model: nn.Module, info: Mapping[str, Any]) -> None:
         """Warn of tensors outside of the head that the saved model has no weights for."""
-        _warn_of_missing(model, self.model_name, info)
+        missing = sorted(without_weights(info) - set(structure.head_names(model)))
+        if missing:
+            rank_zero_warn(
+                f"{self.model_name} has no weights for {len(missing)} tensors of {type(model).__name__} outside of its "
+                f"head, e.g. {missing[0]}: they are random, so name them in also_train= of the method, or take another "
+                "model."
+            )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -154,7 +160,7 @@ class Task(MethodMixin, L.LightningModule):
         self.val_scores = MetricCollection(dict(metrics), prefix="val_", compute_groups=False)
         self.test_scores = self.val_scores.clone(prefix="test_")
 
-    def metrics(self, split: Split) -> Sequence[MetricCollection]:
+    def metrics(self, split: Split) -> Sequence[Any]:
         """Return the metrics that are reset when an epoch begins, and logged when it ends."""
         return [self.val_scores if split == "val" else self.test_scores]
 
@@ -225,14 +231,9 @@ class Task(MethodMixin, L.LightningModule):
             scores.reset()
 
 
-def _warn_of_missing(model: nn.Module, name: str, info: Mapping[str, Any]) -> None:
-    mismatched = {entry[0] for entry in info["mismatched_keys"]}
-    missing = sorted((set(info["missing_keys"]) | mismatched) - set(structure.head_names(model)))
-    if missing:
-        rank_zero_warn(
-            f"{name} has no weights for {len(missing)} tensors of {type(model).__name__} outside of its head, e.g. "
-            f"{missing[0]}: they are random, so name them in also_train= of the method, or take another model."
-        )
+def without_weights(info: Mapping[str, Any]) -> set[str]:
+    """Return the names of the tensors that transformers found no weights for, or some of another shape."""
+    return {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
 
 
 def _padding(name: str, config: Any) -> int | None:

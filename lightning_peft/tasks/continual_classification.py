@@ -1,6 +1,6 @@
 """Images of classes that come one task after another, with scores of what is forgotten."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning as L
@@ -114,11 +114,15 @@ class ContinualClassification(ImageClassification):
         """Score one batch of the task of number ``dataloader_idx``, and count its confusions."""
         self.confusion.update(self._score_task(batch, dataloader_idx), batch["labels"])
 
+    def metrics(self, split: Split) -> Sequence[Any]:
+        """Return the accuracies of the tasks."""
+        return list(self.accuracies)
+
     def log_scores(self, split: Split) -> None:
         """Log the accuracies of the tasks; after the last epoch of a task, fill its column of A."""
-        column = self._accuracies()
         if self.trainer.sanity_checking:
             return
+        column = [float(metric.compute()) for metric in self.metrics(split) if metric.update_called]
         if split == "test":
             for i, accuracy in enumerate(column):
                 self.log(f"test_accuracy_task_{i}", accuracy)
@@ -171,15 +175,6 @@ class ContinualClassification(ImageClassification):
         logits: Tensor = self(batch).masked_fill(~self._known(task), float("-inf"))
         self.accuracies[task].update((logits.argmax(1) == batch["labels"]).float())  # type: ignore[operator]
         return logits
-
-    def _accuracies(self) -> list[float]:
-        """Return the accuracy of each task scored since the last call, over all processes."""
-        found = []
-        for metric in self.accuracies:
-            if metric.update_called:
-                found.append(float(metric.compute()))  # type: ignore[operator]
-                metric.reset()  # type: ignore[operator]
-        return found
 
     def _check_trainer(self, data: TaskSequence) -> None:
         epochs = data.epochs_per_task * len(self._classes)

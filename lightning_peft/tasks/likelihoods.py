@@ -24,6 +24,8 @@ from transformers.cache_utils import DynamicLayer
 
 from lightning_peft.core.cache_argument import cache_in, name_in
 
+Words: TypeAlias = Sequence[Sequence[Sequence[int]]]
+"""The ids of the words that are scored in each row."""
 Decoding: TypeAlias = Literal["confident", "left_to_right", "parallel"]
 """In which order several masks are filled: the surest first, each seeing those before it; or all at once."""
 
@@ -51,13 +53,7 @@ def read(model: nn.Module, ids: Sequence[int]) -> Shared | None:
     return None if cache is None else Shared(cache, len(ids))
 
 
-def causal_scores(
-    model: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
-    words: Sequence[Sequence[Sequence[int]]],
-    shared: Shared | None = None,
-) -> Tensor:
+def causal_scores(model: nn.Module, ids: Tensor, mask: Tensor, words: Words, shared: Shared | None = None) -> Tensor:
     """Return log p(word | row) [B, W], summed over the tokens of each word.
 
     Args:
@@ -91,7 +87,7 @@ def causal_scores(
     return total + _rest_scores(model, whole, words, cache)
 
 
-def _rest_scores(model: nn.Module, whole: Tensor, words: Sequence[Sequence[Sequence[int]]], cache: Any) -> Tensor:
+def _rest_scores(model: nn.Module, whole: Tensor, words: Words, cache: Any) -> Tensor:
     """Return the summed log p of the second and further tokens of the words [B, W], after the prompts in a cache."""
     size, count = len(words), len(words[0])
     flat, filled, inside = _pad([list(word) for row in words for word in row], whole.device)
@@ -99,23 +95,13 @@ def _rest_scores(model: nn.Module, whole: Tensor, words: Sequence[Sequence[Seque
     whole = torch.cat([whole.repeat_interleave(count, 0), filled[:, :-1].to(whole.dtype)], 1)
     place = (whole.cumsum(1) - 1)[:, 1 - flat.shape[1] :]
     logits = model(
-        input_ids=flat[:, :-1],
-        attention_mask=whole,
-        **_positions(model, place),
-        **_past(model, cache),
-        use_cache=True,
+        input_ids=flat[:, :-1], attention_mask=whole, **_positions(model, place), **_past(model, cache), use_cache=True
     ).logits
-    rest = _log_softmax(logits).gather(2, flat[:, 1:].unsqueeze(2)).squeeze(2) * inside[:, 1:]
+    rest = _of_tokens(logits, flat[:, 1:]) * inside[:, 1:]
     return rest.sum(1).unflatten(0, (size, count))
 
 
-def recomputed_scores(
-    model: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
-    words: Sequence[Sequence[Sequence[int]]],
-    front: Sequence[int] = (),
-) -> Tensor:
+def recomputed_scores(model: nn.Module, ids: Tensor, mask: Tensor, words: Words, front: Sequence[int] = ()) -> Tensor:
     """Return the same as `causal_scores`, each sequence computed in full; ``front``: what all rows begin with."""
     prompts = [[*front, *row[kept.bool()].tolist()] for row, kept in zip(ids, mask, strict=True)]
     sequences = [prompt + list(word) for prompt, own in zip(prompts, words, strict=True) for word in own]
@@ -125,18 +111,12 @@ def recomputed_scores(
     places = (filled.cumsum(1) - 1).clamp(min=0)
     kept = {name: value + longest for name, value in _keep(model, 1).items()}
     out = model(input_ids=flat, attention_mask=filled, **_positions(model, places), use_cache=False, **kept)
-    found = _log_softmax(out.logits[:, -longest - 1 : -1]).gather(2, flat[:, -longest:].unsqueeze(2)).squeeze(2)
+    found = _of_tokens(out.logits[:, -longest - 1 : -1], flat[:, -longest:])
     counts = torch.arange(longest, device=ids.device) >= longest - lengths.unsqueeze(1)
     return (found * counts).sum(1).unflatten(0, (len(ids), -1))
 
 
-def seq2seq_scores(
-    model: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
-    words: Sequence[Sequence[Sequence[int]]],
-    opening: Sequence[int] = (),
-) -> Tensor:
+def seq2seq_scores(model: nn.Module, ids: Tensor, mask: Tensor, words: Words, opening: Sequence[int] = ()) -> Tensor:
     """Return log p(word | source) [B, W], summed over the tokens of each word; the encoder runs once a row.
 
     Args:
@@ -158,7 +138,7 @@ def seq2seq_scores(
         decoder_input_ids=inputs,
         use_cache=False,
     ).logits
-    found = _log_softmax(logits).gather(2, flat.unsqueeze(2)).squeeze(2) * inside
+    found = _of_tokens(logits, flat) * inside
     return found[:, len(opening) :].sum(1).unflatten(0, (size, count))
 
 
@@ -239,6 +219,11 @@ def calibrated(scores: Tensor, prior: Tensor) -> Tensor:
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
+
+
+def _of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return log p of the tokens [B, T] from logits [B, T, V]."""
+    return _log_softmax(logits).gather(2, tokens.unsqueeze(2)).squeeze(2)
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool = False) -> tuple[Tensor, Tensor, Tensor]:

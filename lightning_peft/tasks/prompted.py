@@ -1,17 +1,13 @@
 """The base class of tasks that ask a frozen language model: the model, templates, demonstrations, scores."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
@@ -21,7 +17,7 @@ from lightning_peft.prompting.demonstrations import Order, Select
 from lightning_peft.prompting.encoding import Style
 from lightning_peft.prompting.instruction_files import instructions_of
 from lightning_peft.prompting.template import Template
-from lightning_peft.tasks.base import Dtype, Split
+from lightning_peft.tasks.base import Dtype, Split, without_weights
 from lightning_peft.tasks.embedding import Embedder
 from lightning_peft.tasks.frozen import FrozenTask
 from lightning_peft.tasks.in_context import Front, InContext
@@ -41,7 +37,7 @@ _LONGEST = 2048
 class PromptedTask(FrozenTask):
     """A frozen language model that is asked.
 
-    A subclass holds what writes the prompts of a row (`write`, `room_left`) and what reads the model's answers.
+    A subclass holds what writes the prompts of a row (`write_prompts`, `room_left`) and what reads the model's answers.
 
     Args:
         model: folder or hub id of the language model, or ``package://NAME/FOLDER`` in an installed package.
@@ -124,7 +120,7 @@ class PromptedTask(FrozenTask):
         Raises:
             TuningError: a weight is missing.
         """
-        missing = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+        missing = sorted(without_weights(info))
         if missing:
             raise TuningError(
                 f"{self.model_name} has no weights for {len(missing)} tensors of {type(model).__name__}, e.g. "
@@ -156,17 +152,11 @@ class PromptedTask(FrozenTask):
         if self._in_context is None:
             rows = self.training_rows("demonstrations") if self.demonstrations else []
             self._in_context = InContext(
-                rows,
-                self.answer_of if self.show_answers else None,
+                rows, self.answer_of if self.show_answers else None,
                 self.classes_of(rows) if self.demonstrations and self.select == "balanced" else [],
-                self.demonstrations,
-                self.select,
-                self.order,
-                self.separator,
-                self.instruction,
-                self.seed,
-                self._embed,
-            )
+                self.demonstrations, self.select, self.order, self.separator, self.instruction, self.seed,
+                lambda texts: self._embed(texts),
+            )  # fmt: skip
         return self._in_context
 
     def answer_of(self, row: Mapping[str, Any]) -> str:
@@ -181,7 +171,7 @@ class PromptedTask(FrozenTask):
         """Return how many tokens a row leaves for its demonstrations."""
         raise NotImplementedError
 
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[list[int]]]:
+    def write_prompts(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[list[int]]]:
         """Return the prompts of rows, and their token ids."""
         raise NotImplementedError
 
@@ -210,7 +200,7 @@ class PromptedTask(FrozenTask):
         """Write the prompts of the rows."""
         if "prompts" in batch:
             return batch
-        prompts, ids = self.write(self.rows_of(batch))
+        prompts, ids = self.write_prompts(self.rows_of(batch))
         return {**batch, **padded(self.tokenizer, self.lm, ids), "prompts": prompts}
 
     def metrics(self, split: Split) -> Sequence[MetricCollection]:
@@ -229,13 +219,8 @@ class PromptedTask(FrozenTask):
         if self.demonstrations:
             self.log(f"{split}_demonstrations", self.shown.compute(), sync_dist=True)
 
-    def _embed(self, texts: Sequence[str]) -> Tensor:
-        embed = self.__dict__.get("_embedder")
-        if embed is None:
-            embed = self.__dict__["_embedder"] = self._build_embedder()
-        return embed(texts)
-
-    def _build_embedder(self) -> Embedder:
+    @cached_property
+    def _embed(self) -> Embedder:
         if self.embedder is None:
             return Embedder(self.backbone, self.tokenizer, self.room)
         return load_embedder(self.embedder, next(self.backbone.parameters()).device)

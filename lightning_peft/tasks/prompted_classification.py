@@ -112,7 +112,7 @@ class PromptedClassification(PromptedTask, ClassScores):
         """Return how many tokens a row leaves for its demonstrations."""
         return self.room - self.prompts.length(template, fields)
 
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[list[int]]]:
+    def write_prompts(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[list[int]]]:
         """Return the prompts of rows, and of the inputs without content that they are compared with."""
         prompts: list[Prompt] = []
         known = set(self.label_scores.without_row)

@@ -139,7 +139,7 @@ class PromptedGeneration(PromptedTask):
         """Return how many tokens a row leaves for its demonstrations."""
         return self.prompts.room(self.room) - len(self.prompts.ids(self.templates[template], fields))
 
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[list[int]]]:
+    def write_prompts(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[list[int]]]:
         """Return the prompts of rows as texts, and their token ids."""
         texts, ids = [], []
         for number, row, front in self.fronts(rows, None):

@@ -371,6 +371,7 @@ def test_lightning_has_the_parts_that_are_replaced(tmp_path: Path) -> None:
     fit = trainer(tmp_path)
     assert callable(fit._signal_connector.register_signal_handlers)
     assert callable(fit._checkpoint_connector.resume_start)
+    assert callable(fit.fit_loop._load_combined_loader_states)
     loops = fit.fit_loop.state_dict()
     for name in ("epoch_loop.val_loop.batch_progress", "epoch_loop.batch_progress", "epoch_loop.state_dict"):
         assert name in loops

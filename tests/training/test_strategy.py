@@ -4,7 +4,8 @@ import enum
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from lightning_peft.core import select, sharded, structure
 from lightning_peft.core.delta import metadata
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.graft import grafts
-from lightning_peft.training import checks, strategy_files
+from lightning_peft.training import checks, patches, strategy_files
 from lightning_peft.training.shard_units import plan, wrap_policy
 from lightning_peft.training.weights import files_of, on_meta
 from tests.contract import assert_near, assert_same
@@ -223,6 +224,28 @@ def test_the_module_is_left_as_it_was(tmp_path: Path) -> None:
     run.validate(module, loader("bert"), verbose=False)
     assert "configure_model" not in vars(module)
     assert "process_dataloader" not in vars(run.strategy)
+
+
+class Stopped(Tuned):
+    """Fails in its first step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        raise ValueError("stopped")
+
+
+@pytest.mark.parametrize("kind", [Tuned, Stopped])
+def test_after_a_run_the_delta_is_saved_still(tmp_path: Path, kind: type[Tuned]) -> None:
+    module, run = kind("bert"), trainer(tmp_path, LoRA(r=2), strategy=gloo(), precision="bf16-true", max_steps=1)
+    with pytest.raises(ValueError, match="stopped") if kind is Stopped else nullcontext():
+        run.fit(module, loader("bert"))
+    hooks = {name for name, value in vars(run.strategy).items() if isinstance(value, partial)}
+    assert hooks == {"connect", "lightning_module_state_dict", "optimizer_state"}
+    assert not {"convert_module", "clip_grad_by_norm"} & vars(run.precision_plugin).keys()
+    assert "configure_model" not in vars(module)
+    run.save_checkpoint(tmp_path / "delta.ckpt")
+    assert len(read_delta(tmp_path / "delta.ckpt")[0]) == 10
+    patches.restore(run)
+    assert not {name for name, value in vars(run.strategy).items() if isinstance(value, partial)}
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "vit"])

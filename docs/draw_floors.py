@@ -63,8 +63,8 @@ def draw() -> str:
                 reach = RIGHT + 24 + (bottom - top) * 0.44
                 width = 0.6 + 0.25 * min(count, 16) ** 0.75
                 parts.append(
-                    f'<path d="M {RIGHT} {top} C {reach:.0f} {top}, {reach:.0f} {bottom}, {RIGHT} {bottom}" fill="none" '
-                    f'stroke="#2a6f97" stroke-width="{width:.2f}" opacity="0.55">'
+                    f'<path d="M {RIGHT} {top} C {reach:.0f} {top}, {reach:.0f} {bottom}, {RIGHT} {bottom}" '
+                    f'fill="none" stroke="#2a6f97" stroke-width="{width:.2f}" opacity="0.55">'
                     f"<title>{floor} imports from {other}: {count}</title></path>"
                 )
     return "\n".join([*parts, "</svg>", ""])

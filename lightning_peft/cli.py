@@ -1,4 +1,4 @@
-"""The console script ``lightning-peft``: dispatch, help and errors. Heavy imports wait until a command needs them."""
+"""The console script: dispatch, help and errors. Heavy imports wait until a command needs them."""
 
 import os
 import signal

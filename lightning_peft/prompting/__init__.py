@@ -1,4 +1,4 @@
-"""Prompts as text: templates, verbalizers, demonstrations, instructions and reasoning. No torch, no tokenizer."""
+"""Prompts as text, without torch: templates, verbalizers, demonstrations, instructions, reasoning, encoding."""
 
 from lightning_peft.prompting.demonstrations import balanced_rows, context, ordered, random_rows, within, written
 from lightning_peft.prompting.instructions import Instructions, mixed, mixing_rates, over_templates

@@ -5,7 +5,6 @@ statistics of a trained BatchNorm). There is no other registry of names.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +15,63 @@ from lightning_peft.core.delta_file import FORMAT, versions, write_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.fingerprint import fingerprint_of
 from lightning_peft.core.graft import graft_prefixes, grafts
+from lightning_peft.core.run import below_backbones, canonical, own_tunings, run_of, trained, trained_names, unwrapped
 from lightning_peft.core.sharded import gathered, whole
-from lightning_peft.core.tuning import tunings
-
-_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
 
 def delta_names(module: nn.Module) -> list[str]:
     """Return the names of the delta in the state dict of ``module``, each tied tensor once.
 
     A graft's persistent buffers belong to it. Another buffer does when its own module trains its parameters; outside of
-    the backbones, when the nearest module around it that has parameters trains one.
+    the backbones, when the nearest module around it that has parameters trains one, and when it has moved in the run.
     """
-    backbones = tuple(f"{name}." if name else "" for name, _, _ in tunings(module))
-    inside_grafts = graft_prefixes(module)
+    names, run, below = trained_names(module), run_of(module), below_backbones(module)
+    moved = run.outside if run is not None else set()
+    in_grafts = tuple(
+        f"{path}.{prefix}".lstrip(".")
+        for path, backbone, _ in own_tunings(module)
+        for prefix in graft_prefixes(backbone)
+    )
     first = dict(module.named_parameters())
     every = dict(module.named_parameters(remove_duplicate=False))
-    names = []
+    found = []
     for name in module.state_dict():
         if name in every:
-            keep = name in first and first[name].requires_grad
+            keep = name in first and canonical(name) in names
         else:
-            keep = name.startswith(inside_grafts) or _goes_along(module, name, name.startswith(backbones))
+            keep = (
+                name.startswith(in_grafts) or canonical(name) in moved or _goes_along(module, name, names, below(name))
+            )
         if keep:
-            names.append(name)
-    return names
+            found.append(name)
+    return found
 
 
 def collect(module: nn.Module) -> dict[str, Tensor]:
     """Return the delta of ``module`` by canonical name: the live tensors, detached."""
+    module = unwrapped(module)
     names = delta_names(module)
     state = module.state_dict()
     return {canonical(name): state[name] for name in names}
 
 
-def canonical(name: str) -> str:
-    """Return a tensor's name without what torch.compile, FSDP and activation checkpointing put into it."""
-    return _WRAPPERS.sub("", name)
+def left_out(module: nn.Module) -> list[str]:
+    """Return the canonical names of the tensors outside of the tuned backbones that are not in the delta."""
+    below, names = below_backbones(module), set(delta_names(module))
+    return sorted(canonical(name) for name in module.state_dict() if not below(name) and name not in names)
 
 
 def not_frozen(backbone: nn.Module) -> set[str]:
     """Return the names of what a fingerprint leaves out: what is trained, under the names of tied weights, too."""
-    thawed = {n for n, p in backbone.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return thawed.union(delta_names(backbone))
+    ids = {id(p) for p in trained(backbone).values()}
+    return {n for n, p in backbone.named_parameters(remove_duplicate=False) if id(p) in ids}.union(
+        delta_names(backbone)
+    )
 
 
 def keep_fingerprints(module: nn.Module) -> None:
     """Let the fingerprints of backbones be computed now, before their weights are rounded, replaced or sharded."""
-    for _, backbone, _ in tunings(module):
+    for _, backbone, _ in own_tunings(module):
         if not any(p.is_meta for p in backbone.parameters()):
             fingerprint_of(backbone, not_frozen(backbone))
 
@@ -77,8 +85,8 @@ def metadata(module: nn.Module) -> dict[str, Any]:
                 "unmerge it first."
             )
     meta: dict[str, Any] = {"format": FORMAT, "versions": dict(versions())}
-    meta["methods"], meta["backbones"] = [], {}
-    for path, backbone, tuning in tunings(module):
+    meta["methods"], meta["backbones"], meta["left_out"] = [], {}, left_out(module)
+    for path, backbone, tuning in own_tunings(module):
         path = canonical(path)
         for method in tuning.methods.values():
             kind = type(method)
@@ -94,25 +102,32 @@ def save_delta(module: nn.Module, path: str | Path) -> Path:
     Raises:
         TuningError: the module trains nothing.
     """
-    with gathered(p for p in module.parameters() if p.requires_grad):
+    module = unwrapped(module)
+    if (run := run_of(module)) is not None:
+        run.note_moved(module)
+    with gathered(trained(module).values()):
         tensors = {name: whole(tensor).contiguous().cpu() for name, tensor in collect(module).items()}
         if not tensors:
             raise TuningError(f"{type(module).__name__} trains nothing, so it has no delta: apply a method first.")
         return write_delta(path, tensors, metadata(module))
 
 
-def _goes_along(module: nn.Module, buffer: str, in_backbone: bool) -> bool:
+def _goes_along(module: nn.Module, buffer: str, trained: set[str], in_backbone: bool) -> bool:
     path = buffer.rpartition(".")[0]
     try:
-        module.get_submodule(path)
+        owner = module.get_submodule(path)
     except AttributeError:  # the scales of a quantised weight lie below a parameter
         return False
     if in_backbone:
-        own = [p.requires_grad for p in module.get_submodule(path).parameters(recurse=False)]
+        own = [_is_of(trained, path, name) for name, _ in owner.named_parameters(recurse=False)]
         return bool(own) and all(own)
     while path and next(module.get_submodule(path).parameters(), None) is None:
         path = path.rpartition(".")[0]
-    return any(p.requires_grad for p in module.get_submodule(path).parameters())
+    return any(_is_of(trained, path, name) for name, _ in module.get_submodule(path).named_parameters())
+
+
+def _is_of(names: set[str], path: str, name: str) -> bool:
+    return canonical(f"{path}.{name}".lstrip(".")) in names
 
 
 def _identity(backbone: nn.Module) -> dict[str, Any]:

@@ -25,7 +25,14 @@ FORMAT = 2
 IN_FOLDER = "delta.safetensors"
 """The delta among the files of a checkpoint that DeepSpeed has written."""
 _SEALED, _CHECKED = "checksums", "checked"
-_SCHEMA: dict[str, type] = {"format": int, "versions": dict, "methods": list, "backbones": dict, _SEALED: dict}
+_SCHEMA: dict[str, type] = {
+    "format": int,
+    "versions": dict,
+    "methods": list,
+    "backbones": dict,
+    "left_out": list,
+    _SEALED: dict,
+}
 _METHOD: dict[str, type] = {"class_path": str, "init_args": dict, "backbone": str}
 _BACKBONE: dict[str, type] = {"class": str, "name_or_path": str, "parameters": int, "config": dict, "fingerprint": str}
 

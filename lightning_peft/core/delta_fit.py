@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.core.delta import canonical, collect, metadata
+from lightning_peft.core.delta import collect, metadata
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.fingerprint import same_weights
+from lightning_peft.core.run import ATTRIBUTE, Run, below_backbones, canonical, own_tunings, run_of
 from lightning_peft.core.select import near
-from lightning_peft.core.tuning import tunings
 
 
 def fitted(
@@ -30,21 +30,27 @@ def fitted(
     _check_methods(module, meta, source)
     if not allow_other_backbone:
         _check_backbones(meta["backbones"], ours["backbones"], source)
-    for path, backbone, tuning in tunings(module):
+    for path, backbone, tuning in own_tunings(module):
         start = f"{canonical(path)}." if path else ""
         below = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
         for method in tuning.methods.values():
             method.expect(backbone, below)
-    _check_tensors(tensors, collect(module), meta, source)
+    state = {canonical(name): tensor for name, tensor in module.state_dict().items()}
+    live = collect(module)
+    others = _check_names(module, tensors, live, state, meta, source)
+    _check_forms(tensors, state, meta, source)
     parameters = {canonical(name) for name, _ in module.named_parameters()}
     if broken := [n for n, t in tensors.items() if n in parameters and not t.isfinite().all()]:
         raise TuningError(f"{source} has NaN or infinity in {broken[0]}: its run diverged, so take an earlier file.")
+    if others:  # they are of the delta from now on
+        run = run_of(module) or vars(module).setdefault(ATTRIBUTE, Run())
+        run.outside |= others
     return tensors
 
 
 def methods_of(module: nn.Module) -> str:
     """Return the classes of the methods that are applied to the backbones in ``module``, for a sentence."""
-    return " + ".join(type(m).__name__ for _, _, tuning in tunings(module) for m in tuning.methods.values())
+    return " + ".join(type(m).__name__ for _, _, tuning in own_tunings(module) for m in tuning.methods.values())
 
 
 def _check_backbones(saved: Mapping[str, Any], here: Mapping[str, Any], source: str) -> None:
@@ -56,19 +62,37 @@ def _check_backbones(saved: Mapping[str, Any], here: Mapping[str, Any], source: 
             )
 
 
-def _check_tensors(
-    tensors: Mapping[str, Tensor], live: Mapping[str, Tensor], meta: Mapping[str, Any], source: str
-) -> None:
-    if missing := sorted(live.keys() - tensors.keys()):
+def _check_names(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    live: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    source: str,
+) -> set[str]:
+    """See that a file has the tensors of the delta; return what else it has, outside of backbones, that had moved.
+
+    What the file's run has neither trained nor moved is as it was built: the module may train it, and the file lack it.
+    """
+    run, below = run_of(module), below_backbones(module)
+    moved = run.outside if run is not None else set()
+    if missing := sorted(live.keys() - tensors.keys() - (set(meta["left_out"]) - moved)):
         raise TuningError(
             f"{source} lacks {len(missing)} of {len(live)} tensors of the delta, e.g. {missing[0]}: "
             "it was saved by another version of this module, or is not whole."
         )
-    if unexpected := sorted(tensors.keys() - live.keys()):
+    others = {name for name in tensors.keys() - live.keys() if name in state and not below(name)}
+    if unexpected := sorted(tensors.keys() - live.keys() - others):
         raise TuningError(
             f"{source} has {len(unexpected)} tensors that this module does not train, e.g. {unexpected[0]}"
             f"{near(unexpected[0], live)}."
         )
+    return others
+
+
+def _check_forms(
+    tensors: Mapping[str, Tensor], live: Mapping[str, Tensor], meta: Mapping[str, Any], source: str
+) -> None:
     for name, tensor in tensors.items():
         if tensor.shape != live[name].shape:
             raise TuningError(
@@ -99,7 +123,7 @@ def _rebase(
 def _check_methods(module: nn.Module, meta: Mapping[str, Any], source: str) -> None:
     applied = {
         (canonical(path), f"{type(m).__module__}.{type(m).__qualname__}"): m
-        for path, _, tuning in tunings(module)
+        for path, _, tuning in own_tunings(module)
         for m in tuning.methods.values()
     }
     saved = {(m["backbone"], m["class_path"]): m["init_args"] for m in meta["methods"]}

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.delta import canonical, delta_names, save_delta
+from lightning_peft.core.delta import delta_names, save_delta
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.delta_fit import fitted, methods_of
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.run import canonical, unwrapped
 from lightning_peft.core.select import near
 from lightning_peft.core.sharded import like
 from lightning_peft.core.storage import read_torch
@@ -23,10 +24,10 @@ def load_delta(module: nn.Module, path: str | Path, allow_other_backbone: bool =
     Raises:
         TuningError: the file is no whole delta, or was made for another backbone, method or set of tensors.
     """
+    module = unwrapped(module)
     tensors, meta = read_delta(path)
     tensors = fitted(module, tensors, meta, str(path), allow_other_backbone)
-    state = module.state_dict()
-    live = {canonical(name): state[name] for name in delta_names(module)}
+    live = {canonical(name): tensor for name, tensor in module.state_dict().items()}
     with torch.no_grad():
         for name, tensor in tensors.items():
             live[name].copy_(like(live[name], tensor))

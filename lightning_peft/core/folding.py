@@ -10,6 +10,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, Grafted, detach, grafts, overrides
 from lightning_peft.core.master_weights import MasterWeights
 from lightning_peft.core.quantized import dense, has_quantized_weight, is_quantized, with_float_weight
+from lightning_peft.core.run import unwrapped
 from lightning_peft.core.tuning import tunings
 
 _log = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ def merge(module: nn.Module, dequantize: bool = False) -> nn.Module:
     Raises:
         TuningError: a graft cannot be folded; nothing has been changed then.
     """
+    whole, module = module, unwrapped(module)
     masters = [place for place in grafts(module) if isinstance(place.graft, MasterWeights)]
     places, worst, layers = foldable(module, dequantize), 0.0, dict(module.named_modules())
     for path, host, name, graft in [*places, *masters]:
@@ -150,7 +152,7 @@ def merge(module: nn.Module, dequantize: bool = False) -> nn.Module:
         tuning.end(backbone)
     if worst:
         _log.warning("Merging into half precision rounded away %.1f %% of the update, where it was most.", 100 * worst)
-    return module
+    return whole
 
 
 def foldable(module: nn.Module, dequantize: bool = False, owner: str | None = None) -> list[Grafted[Graft]]:

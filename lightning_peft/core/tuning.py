@@ -112,11 +112,12 @@ class Tuning:
         return set().union(*self.trains.values())
 
     def freeze(self, backbone: nn.Module) -> None:
-        """Let require gradients just what the methods train, whatever has been done to the flags since."""
+        """Freeze again what the methods do not train; what they train stays frozen where the user has frozen it."""
         trained = self.trained_in_place()
         in_grafts = _in_grafts(backbone)
         for name, parameter in backbone.named_parameters():
-            parameter.requires_grad_(name in trained or id(parameter) in in_grafts)
+            if name not in trained and id(parameter) not in in_grafts:
+                parameter.requires_grad_(False)
 
 
 def tunings(root: nn.Module) -> Iterator[tuple[str, nn.Module, Tuning]]:

@@ -255,7 +255,8 @@ class DiffPruning(Method):
         for before, now in zip(old, strategy.lr_scheduler_configs, strict=True):
             advance(before, now.scheduler)
         checks.check_optimizers(module, trainer.optimizers)
-        self._seen_gradients = self._is_dense = False
+        checks.expect_gradients(module)
+        self._is_dense = False
 
     def _step_of_projection(self, trainer: L.Trainer) -> float:
         if self.prune_steps is not None:

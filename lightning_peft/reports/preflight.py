@@ -14,9 +14,10 @@ from rich.console import Console
 from torch import nn
 
 from lightning_peft.core import structure
-from lightning_peft.core.delta import canonical, collect
+from lightning_peft.core.delta import collect
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.run import canonical
 from lightning_peft.core.tuning import tunings
 from lightning_peft.reports import meta_check
 from lightning_peft.reports.findings import Finding, fits, table, writable

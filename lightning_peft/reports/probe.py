@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import structure
-from lightning_peft.core.delta import canonical
+from lightning_peft.core.run import canonical
 from lightning_peft.core.tuning import tunings
 from lightning_peft.reports.findings import Finding
 from lightning_peft.reports.live_memory import LiveBytes, extrapolate

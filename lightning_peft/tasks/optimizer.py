@@ -9,8 +9,8 @@ from torch.optim import AdamW
 from transformers import get_linear_schedule_with_warmup
 
 from lightning_peft.core import structure
-from lightning_peft.core.delta import canonical
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.run import canonical
 
 Shapes: TypeAlias = dict[str, tuple[int, bool]]
 """Canonical name -> the number of dimensions of a parameter, and whether it is of the head."""

@@ -7,11 +7,12 @@ import lightning as L
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.delta import canonical, delta_names, metadata
+from lightning_peft.core.delta import delta_names, metadata
 from lightning_peft.core.delta_file import META, meta_of, seal
 from lightning_peft.core.delta_fit import fitted
 from lightning_peft.core.delta_load import complete
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.run import canonical
 from lightning_peft.training import patches, strategy
 from lightning_peft.training.loaders import gather, random_state, set_random_state
 from lightning_peft.training.record import Life, Pause, trainer_of
@@ -22,9 +23,16 @@ def on_save_checkpoint(
 ) -> None:
     """Keep the delta alone of the weights, and add what describes it and what a run needs to go on."""
     patches.inherited(module, instance_hook, "on_save_checkpoint")(checkpoint)
+    Life.of(module).note_moved(module)
     names = {canonical(name) for name in delta_names(module)}
     for holder, key in _states(checkpoint):
-        holder[key] = {canonical(n): t for n, t in holder[key].items() if canonical(n) in names}
+        kept = {canonical(n): t for n, t in holder[key].items() if canonical(n) in names}
+        if lost := sorted(names - kept.keys()):
+            raise TuningError(
+                f"{lost[0]} is trained and not among the {len(holder[key])} tensors to be saved, e.g. "
+                f"{next(iter(holder[key]))}: let on_save_checkpoint, callbacks and state_dict keep their names."
+            )
+        holder[key] = kept
     meta = metadata(module)
     trainer = trainer_of(module)
     if trainer is not None and "optimizer_states" in checkpoint:

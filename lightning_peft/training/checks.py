@@ -4,18 +4,19 @@ from collections.abc import Iterable
 
 import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import grafts
+from lightning_peft.core.run import below_backbones, own_tunings, trained
 from lightning_peft.training import strategy
-from lightning_peft.training.lifecycle import trained
 from lightning_peft.training.record import Life
 
-
-def without_gradient(module: nn.Module) -> list[str]:
-    """Return the names of trained parameters that have no gradient."""
-    return [name for name, p in trained(module).items() if p.grad is None]
+STEPS = 200
+"""How many optimizer steps a trained parameter may go without a gradient, if the first epoch has as many."""
 
 
 def check_averaging(trainer: L.Trainer, method: L.Callback) -> None:
@@ -34,58 +35,93 @@ def check_averaging(trainer: L.Trainer, method: L.Callback) -> None:
 
 
 def check_optimizers(module: L.LightningModule, optimizers: Iterable[Optimizer]) -> None:
-    """See that every trained parameter is in exactly one optimizer group.
+    """See that an optimizer holds every trained parameter.
 
     Raises:
-        TuningError: it is in none or in several.
+        TuningError: none holds one.
     """
     if strategy.keeps_own_optimizer(module):
         return
-    counts: dict[int, int] = {}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in trained(module).items():
-        if counts.get(id(parameter), 0) != 1:
+        if id(parameter) not in held and below_backbones(module)(name):
             raise TuningError(
-                f"{name} is trained but stands in {counts.get(id(parameter), 0)} optimizer groups: "
-                "let configure_optimizers of the module list each parameter once."
+                f"{name} is trained but stands in no optimizer group: let configure_optimizers of the module hold it."
             )
 
 
-def check_gradients(module: L.LightningModule) -> None:
-    """See that every trained parameter has got a gradient.
+def check_averages(module: L.LightningModule) -> None:
+    """See that no average of a backbone inside the module was made before a method has added parameters to it.
 
     Raises:
-        TuningError: one has none, since nothing in the forward pass that gave the loss uses it.
+        TuningError: one was, and would be updated by the parameters of others.
     """
-    if not strategy.keeps_own_optimizer(module):  # whose gradients are no more where autograd has put them
-        _refuse_without(without_gradient(module))
+    tuned = [backbone for _, backbone, _ in own_tunings(module) if any(grafts(backbone))]
+    for name, average in module.named_modules():
+        if not isinstance(average, AveragedModel) or any(grafts(average)):
+            continue
+        if any(type(average.module) is type(backbone) for backbone in tuned):
+            raise TuningError(
+                f"{name} averages a {type(average.module).__name__} as it was without grafts, and would pair its "
+                "parameters with others now: make it when the method has been applied, or use DeltaEMA, which averages "
+                "what is trained."
+            )
+
+
+def expect_gradients(module: L.LightningModule) -> None:
+    """Begin to look for gradients, of all that is trained now."""
+    life = Life.of(module)
+    life.without_gradient, life.steps = None, 0
 
 
 def note_gradients(module: L.LightningModule, optimizer: Optimizer) -> None:
-    """Note which parameters of an optimizer that is about to step have a gradient."""
-    names, seen = {id(p): name for name, p in module.named_parameters()}, Life.of(module).gradients
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names[id(parameter)]
-            seen[name] = seen.get(name, False) or parameter.grad is not None
-
-
-def check_noted_gradients(module: L.LightningModule) -> None:
-    """See that every parameter noted by `note_gradients` has got a gradient in one of the steps.
+    """Note which trained parameters have a gradient before a step; after the first one, warn of those that have none.
 
     Raises:
-        TuningError: one has not.
+        TuningError: one has had none in `STEPS` steps.
     """
-    seen, Life.of(module).gradients = Life.of(module).gradients, {}
-    _refuse_without([name for name, has in seen.items() if not has])
-
-
-def _refuse_without(without: list[str]) -> None:
-    if without:
-        raise TuningError(
-            f"{len(without)} trained parameters got no gradient, e.g. {without[0]}: no loss depends on them, "
-            "so leave them out with exclude= (a regex), or use the module that holds them in training_step."
+    life = Life.of(module)
+    if strategy.keeps_own_optimizer(module) or life.without_gradient == set():
+        return  # gradients of such an optimizer are no more where autograd has put them
+    first = life.without_gradient is None
+    known = trained(module)
+    waiting = set(known) if life.without_gradient is None else life.without_gradient
+    life.without_gradient = {name for name in waiting if name in known and known[name].grad is None}
+    life.steps += 1
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    late = sorted(name for name in life.without_gradient if id(known[name]) in held)
+    if first and late:
+        rank_zero_warn(
+            f"{len(late)} trained parameters got no gradient in the first step, e.g. {late[0]}: it is an error if they "
+            "get none in the first epoch."
         )
+    if life.steps >= STEPS:
+        check_gradients(module)
+
+
+def check_gradients(module: L.LightningModule) -> None:
+    """See that every trained parameter has had a gradient; it is asked at the end of the first epoch.
+
+    Raises:
+        TuningError: one has had none, since no loss depends on it.
+    """
+    life = Life.of(module)
+    known = trained(module)
+    late = sorted(name for name in life.without_gradient or () if name in known and known[name].requires_grad)
+    life.without_gradient = set()
+    if late:
+        raise TuningError(_sentence(module, late))
+
+
+def without_gradient(module: nn.Module) -> list[str]:
+    """Return the names of trained parameters that have no gradient."""
+    return [name for name, p in trained(module).items() if p.grad is None]
+
+
+def _sentence(module: nn.Module, late: list[str]) -> str:
+    inside = below_backbones(module)(late[0])
+    remedy = "leave them out with exclude= (a regex)" if inside else "take them out of the optimizer"
+    return (
+        f"{len(late)} trained parameters got no gradient, e.g. {late[0]}: no loss depends on them, so {remedy}, or use "
+        "the module that holds them in training_step."
+    )

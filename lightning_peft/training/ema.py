@@ -12,10 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from lightning_peft.core.delta import canonical
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.run import canonical, trained
 from lightning_peft.core.sharded import like, whole
-from lightning_peft.training.lifecycle import trained
 
 _CURRENT = "current_model_state"
 

@@ -6,7 +6,7 @@ four hooks of the module are extended on the instance.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from torch import nn
@@ -14,11 +14,15 @@ from torch.optim import Optimizer
 
 from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.run import below_backbones, canonical, own_tunings, trained
 from lightning_peft.core.tuning import tunings
 from lightning_peft.training import checkpoint_content, patches, precision, strategy
-from lightning_peft.training.param_groups import schedulers_in, split_groups
+from lightning_peft.training.param_groups import add_new, drop, schedulers_in, split_groups
 from lightning_peft.training.record import Life, trainer_of
 from lightning_peft.training.weights import on_meta
+
+if TYPE_CHECKING:
+    from lightning_peft.training.method import Method
 
 
 def extend(module: L.LightningModule) -> Life:
@@ -43,15 +47,19 @@ def await_backbone(module: L.LightningModule, trainer: L.Trainer) -> None:
 def apply(module: L.LightningModule) -> None:
     """Apply each method whose backbone is there, and freeze again what something else may have thawed."""
     plugin = _replace_layers(module)
-    for method in Life.of(module).methods:
-        if method.finds_backbone(module) and not method.is_applied(module) and not strategy.goes_first(module):
+    life = Life.of(module)
+    for method in life.methods:
+        if method.finds_backbone(module) and not strategy.goes_first(module):
+            life.tuned = {*(life.tuned or ()), _path_of(module, method)}
+            if method.is_applied(module):
+                continue
             try:
                 method.apply(module)
             except TuningError as error:
                 if hint := precision.hint(plugin):
                     raise TuningError(f"{error}{hint}") from None
                 raise
-    for _, backbone, tuning in tunings(module):
+    for _, backbone, tuning in own_tunings(module):
         tuning.freeze(backbone)
     if precision.replaces_layers(plugin):
         precision.check_trainable(module)
@@ -69,9 +77,10 @@ def _replace_layers(module: L.LightningModule) -> Any:
     return plugin
 
 
-def trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that require gradients, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+def _path_of(module: L.LightningModule, method: "Method") -> str:
+    """Return where the backbone of a method is in the module."""
+    backbone = select.backbone_of(module, method.backbone)
+    return canonical(next(name for name, child in module.named_modules() if child is backbone))
 
 
 def _configure_model(module: L.LightningModule, instance_hook: Callable[..., Any] | None) -> None:
@@ -88,33 +97,57 @@ def _configure_model(module: L.LightningModule, instance_hook: Callable[..., Any
 
 def _configure_optimizers(module: L.LightningModule, instance_hook: Callable[..., Any] | None) -> Any:
     configured = patches.inherited(module, instance_hook, "configure_optimizers")()
-    optimizers = optimizers_in(configured)
-    wanted = trained(module)
-    if not wanted:
+    optimizers, below = optimizers_in(configured), below_backbones(module)
+    wanted = {name: p for name, p in trained(module).items() if below(name)}
+    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    frozen = {id(p) for name, p in module.named_parameters() if below(name)} - {id(p) for p in wanted.values()}
+    outside = [p for p in held if id(p) not in frozen]
+    if not wanted and not outside:
         raise TuningError(
             f"{type(module).__name__} has nothing to train: give it a head, or train more of the backbone."
         )
-    ids = {id(p) for p in wanted.values()}
-    held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]} & ids
     if not held:
         raise TuningError(
             f"configure_optimizers of {type(module).__name__} gives no optimizer that holds one of the {len(wanted)} "
             "trained parameters: build it from self.parameters()."
         )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) in ids]
-    optimizers[0].param_groups[0]["params"].extend(p for p in wanted.values() if id(p) not in held)
+    add_new(optimizers, _homeless(module, optimizers, wanted))
+    drop(optimizers, frozen)
+    if not strategy.keeps_own_optimizer(module):
+        Life.of(module).begin(module, outside)
     options = _options(module)
     split_groups(optimizers, schedulers_in(configured), lambda parameter: options.get(id(parameter), {}))
     return configured
+
+
+def _homeless(
+    module: L.LightningModule, optimizers: list[Optimizer], wanted: dict[str, nn.Parameter]
+) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+    """Return the trained parameters that no optimizer holds, each with the group that holds others of its backbone.
+
+    Raises:
+        TuningError: no group of several optimizers holds one.
+    """
+    groups = {id(p): group for o in optimizers for group in o.param_groups for p in group["params"]}
+    found: list[tuple[nn.Parameter, dict[str, Any]]] = []
+    for path, backbone, _ in own_tunings(module):
+        start = f"{path}." if path else ""
+        new = [p for name, p in wanted.items() if name.startswith(start) and id(p) not in groups]
+        home = next((groups[id(p)] for p in backbone.parameters() if id(p) in groups), None)
+        if new and home is None and len(optimizers) > 1:
+            raise TuningError(
+                f"none of the {len(optimizers)} optimizers of {type(module).__name__} holds a parameter of "
+                f"{path or 'its backbone'}, so it is not known which shall train what the methods add: give it to one."
+            )
+        found += [(p, optimizers[0].param_groups[0] if home is None else home) for p in new]
+    return found
 
 
 def _options(module: L.LightningModule) -> dict[int, dict[str, Any]]:
     """Return what the methods ask of the optimizer for single parameters, by the identity of the parameter."""
     return {
         id(parameter): dict(merged)
-        for _, backbone, tuning in tunings(module)
+        for _, backbone, tuning in own_tunings(module)
         for name, parameter in trained(backbone).items()
         if (merged := [item for m in tuning.methods.values() for item in m.optimizer_options(name).items()])
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -12,6 +13,7 @@ from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.method import TuningMethod
+from lightning_peft.core.tuning import Tuning
 from lightning_peft.training import checkpoint_content, checks, lifecycle, precision, trainer_hooks
 from lightning_peft.training.checkpoint_io import Claim
 from lightning_peft.training.record import Life
@@ -41,6 +43,7 @@ class Method(TuningMethod, L.Callback):
         lifecycle.await_backbone(pl_module, trainer)
         lifecycle.apply(pl_module)
         self._assert_same(pl_module)
+        self._warn_of_others(trainer, pl_module)
         precision.install(trainer, self.keep_fp32)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -48,10 +51,12 @@ class Method(TuningMethod, L.Callback):
         self._assert_applied(pl_module)
         self._assert_checkpointing(trainer, pl_module)
         Claim.folders(trainer)
+        checks.check_averages(pl_module)
         checks.check_optimizers(pl_module, trainer.optimizers)
+        checks.expect_gradients(pl_module)
+        self._asked = False
         checkpoint_content.remap_optimizers(pl_module, trainer.optimizers)
         checkpoint_content.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
-        self._seen_gradients, self._first_epoch = False, trainer.current_epoch
         # Lightning warns of modules in eval mode before it calls on_train_start: the modes are set after that.
         select.backbone_of(pl_module, self.backbone).train()
 
@@ -76,27 +81,22 @@ class Method(TuningMethod, L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Add this method's penalty to the loss."""
+        self._asked = True
         penalty = self.penalty(pl_module)
         if penalty is not None:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             scale = scaler.get_scale() if scaler is not None else 1.0
             loss.add_(penalty.to(loss.dtype) * (scale / trainer.accumulate_grad_batches))
 
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse, after the first backward pass, a trained parameter that got no gradient."""
-        if not self._seen_gradients and pl_module.automatic_optimization:
-            checks.check_gradients(pl_module)
-        self._seen_gradients = True
-
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Note what gets gradients where the module optimizes by hand, in several backward passes, perhaps."""
-        if not pl_module.automatic_optimization and trainer.current_epoch == self._first_epoch:
+        """Note which trained parameters get gradients."""
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if next(callback for callback in callbacks if isinstance(callback, Method)) is self:
             checks.note_gradients(pl_module, optimizer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse, after the first epoch of manual optimization, a trained parameter that never got a gradient."""
-        if not pl_module.automatic_optimization and trainer.current_epoch == self._first_epoch:
-            checks.check_noted_gradients(pl_module)
+        """Refuse, after the first epoch, a trained parameter that has had no gradient."""
+        checks.check_gradients(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that the method is applied."""
@@ -113,8 +113,17 @@ class Method(TuningMethod, L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Give the batch back as it was."""
-        self._leave(batch)
+        """Give the batch back as it was, and refuse a loss that the penalty was not added to.
+
+        Raises:
+            TuningError: the module has called ``loss.backward()``, which tells no callback.
+        """
+        self._leave()
+        if type(self).penalty is not TuningMethod.penalty and not self._asked and trainer.global_step:
+            raise TuningError(
+                f"{type(pl_module).__name__} calls loss.backward(), which leaves out the penalty of "
+                f"{type(self).__name__}: call self.manual_backward(loss)."
+            )
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -132,7 +141,11 @@ class Method(TuningMethod, L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Give the batch back as it was."""
-        self._leave(batch)
+        self._leave()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the batch back as it was."""
+        self._leave()
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
@@ -146,6 +159,18 @@ class Method(TuningMethod, L.Callback):
             f"{type(module).__name__} has {hint}, so {type(self).__name__} knows no backbone to tune: "
             f"name it with backbone= (it has {children})."
         )
+
+    def _warn_of_others(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Say which methods were applied before and are trained, too, though they are no callbacks of this Trainer."""
+        methods = [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
+        tuning = Tuning.of(select.backbone_of(module, self.backbone)) if self.finds_backbone(module) else None
+        names = {method.name for method in methods if method.backbone == self.backbone}
+        others = [type(m).__name__ for name, m in tuning.methods.items() if name not in names] if tuning else []
+        if others and methods[0] is self:
+            rank_zero_warn(
+                f"{' and '.join(others)}, applied to {type(module).__name__} before, is trained and saved beside "
+                f"{type(self).__name__}: remove it first, or give it as a callback, too."
+            )
 
     def _assert_same(self, module: L.LightningModule) -> None:
         applied = self.applied(module) if self.finds_backbone(module) else None
@@ -180,11 +205,13 @@ class Method(TuningMethod, L.Callback):
         applied = self.applied(module)
         assert applied is not None
         prepared = applied.prepare(batch)
-        self._batch = {name: batch.get(name) for name in prepared if prepared[name] is not batch.get(name)}
-        batch.update({name: prepared[name] for name in self._batch})
+        before = {name: batch.get(name) for name in prepared if prepared[name] is not batch.get(name)}
+        self._given = batch, before
+        batch.update({name: prepared[name] for name in before})
 
-    def _leave(self, batch: Any) -> None:
-        for name, value in vars(self).pop("_batch", {}).items():
+    def _leave(self) -> None:
+        batch, before = vars(self).pop("_given", ({}, {}))
+        for name, value in before.items():
             if value is None:
                 del batch[name]
             else:

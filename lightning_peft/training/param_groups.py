@@ -20,6 +20,25 @@ _RATE_LISTS = ("base_lrs", "min_lrs", "max_lrs", "_last_lr")
 _LISTS = (*_RATE_LISTS, "lr_lambdas")
 
 
+def add_new(optimizers: Iterable[Optimizer], parameters: Iterable[tuple[nn.Parameter, dict[str, Any]]]) -> None:
+    """Add parameters to groups, with the state that an optimizer gives to those it is built with (Adagrad)."""
+    for parameter, group in parameters:
+        group["params"].append(parameter)  # in place: LBFGS keeps the list
+        optimizer = next(o for o in optimizers if any(each is group for each in o.param_groups))
+        if optimizer.state:
+            options = {name: value for name, value in group.items() if name in optimizer.defaults}
+            optimizer.state.update(type(optimizer)([parameter], **options).state)
+
+
+def drop(optimizers: Iterable[Optimizer], ids: set[int]) -> None:
+    """Take parameters out of optimizers, by identity, with what is kept for them."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"][:] = [p for p in group["params"] if id(p) not in ids]
+        for parameter in [p for p in optimizer.state if id(p) in ids]:
+            del optimizer.state[parameter]
+
+
 def split_groups(
     optimizers: Iterable[Optimizer],
     schedulers: Iterable[Any],
@@ -48,7 +67,7 @@ def split_groups(
                 key, stay = next(iter(apart.items()))
                 del apart[key]
                 _change(group, dict(key), optimizer, schedulers, index)
-            group["params"] = stay
+            group["params"][:] = stay
             for key, parameters in apart.items():
                 new = {name: value for name, value in group.items() if name not in ("params", "param_names")}
                 optimizer.add_param_group({"params": parameters, **new})

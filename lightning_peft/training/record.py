@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
 
+from lightning_peft.core.run import ATTRIBUTE, Run
+
 if TYPE_CHECKING:
     from lightning_peft.training.method import Method
-
-_ATTRIBUTE = "_lightning_peft_life"
 
 
 class Pause(NamedTuple):
@@ -24,16 +24,16 @@ class Pause(NamedTuple):
 
 
 @dataclass
-class Life:
-    """What is known of a LightningModule that methods tune.
+class Life(Run):
+    """What is known of a LightningModule that methods tune: what its run trains, and how far it is.
 
     Attributes:
         methods: the methods, in the order in which they are applied.
         resumed: metadata and optimizer states of the checkpoint that fit resumes from, until they are restored.
         pause: where a save stands that falls between two batches; None: at the hook that saves.
         validation_random: the random state before the latest validation during fit.
-        gradients: whether each parameter that an optimizer has stepped has got a gradient yet, by name; it is kept in
-            the first epoch of manual optimization.
+        without_gradient: names of the trained parameters that have had no gradient yet; None before the first step.
+        steps: how many optimizer steps have looked for gradients.
         is_extended: whether the hooks of the module are extended; see `lifecycle.extend`.
     """
 
@@ -41,19 +41,23 @@ class Life:
     resumed: dict[str, Any] | None = None
     pause: Pause | None = None
     validation_random: dict[str, Any] | None = None
-    gradients: dict[str, bool] = field(default_factory=dict)
+    without_gradient: set[str] | None = None
+    steps: int = 0
     is_extended: bool = False
 
     @classmethod
     def of(cls, module: L.LightningModule) -> "Life":
         """Return the record of this module; the first call makes it."""
-        life: Life = vars(module).setdefault(_ATTRIBUTE, cls())
+        life = vars(module).get(ATTRIBUTE)
+        if not isinstance(life, cls):  # a delta may have been loaded before
+            loaded = life.outside if isinstance(life, Run) else set()
+            life = vars(module)[ATTRIBUTE] = cls(outside=loaded)
         return life
 
     def end_run(self) -> None:
         """Forget what concerns one run: an exception may have ended it before a checkpoint was restored."""
         self.resumed = self.pause = self.validation_random = None
-        self.gradients = {}
+        self.without_gradient, self.steps = None, 0
 
 
 def trainer_of(module: L.LightningModule) -> L.Trainer | None:

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_peft.core import sharded
-from lightning_peft.core.delta import canonical, delta_names, save_delta
+from lightning_peft.core.delta import delta_names, save_delta
 from lightning_peft.core.delta_file import IN_FOLDER
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.run import canonical
 from lightning_peft.training import patches
 from lightning_peft.training.shard_units import wrap_policy
 

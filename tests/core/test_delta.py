@@ -22,10 +22,10 @@ from lightning_peft import (
     read_delta,
     save_delta,
 )
-from lightning_peft.core.delta import canonical
 from lightning_peft.core.delta_file import FORMAT, META, write_delta
 from lightning_peft.core.delta_load import complete
 from lightning_peft.core.fingerprint import fingerprint, same_weights
+from lightning_peft.core.run import canonical
 from tests.contract import assert_near, assert_same, copy_of, frozen_names, output, shake
 from tests.models import KINDS, tiny
 

@@ -99,7 +99,8 @@ def _configure_optimizers(module: L.LightningModule, instance_hook: Callable[...
     configured = patches.inherited(module, instance_hook, "configure_optimizers")()
     optimizers, below = optimizers_in(configured), below_backbones(module)
     wanted = {name: p for name, p in trained(module).items() if below(name)}
-    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    ours = {id(p) for p in module.parameters()}
+    held = [p for o in optimizers for group in o.param_groups for p in group["params"] if id(p) in ours]
     frozen = {id(p) for name, p in module.named_parameters() if below(name)} - {id(p) for p in wanted.values()}
     outside = [p for p in held if id(p) not in frozen]
     if not wanted and not outside:

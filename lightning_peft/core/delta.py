@@ -5,7 +5,6 @@ statistics of a trained BatchNorm). There is no other registry of names.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from lightning_peft.core.delta_file import FORMAT, versions, write_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.fingerprint import fingerprint_of
 from lightning_peft.core.graft import graft_prefixes, grafts
+from lightning_peft.core.private_torch import WRAPPERS
 from lightning_peft.core.sharded import gathered, whole
 from lightning_peft.core.tuning import tunings
-
-_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
 
 def delta_names(module: nn.Module) -> list[str]:
@@ -52,7 +50,7 @@ def collect(module: nn.Module) -> dict[str, Tensor]:
 
 def canonical(name: str) -> str:
     """Return a tensor's name without what torch.compile, FSDP and activation checkpointing put into it."""
-    return _WRAPPERS.sub("", name)
+    return WRAPPERS.sub("", name)
 
 
 def not_frozen(backbone: nn.Module) -> set[str]:

@@ -18,10 +18,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_peft import PromptTuning, SideTuning, TuningError, cache_argument
+from lightning_peft import PromptTuning, SideTuning, TuningError
 from lightning_peft.commands.agreement import PLACES
+from lightning_peft.core import cache_argument
 from lightning_peft.prompts.shared_prompt import decoder_of
-from lightning_peft.tasks import scoring
+from lightning_peft.tasks import likelihoods
 from tests import models
 
 PACKAGE = Path(inspect.getfile(PromptTuning)).parents[1]
@@ -145,7 +146,7 @@ class TestTheCache:
         config = hf.MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=4)
         model = hf.MambaForCausalLM(config).eval()
         assert decoder_of(model) is None
-        assert scoring.read(model, [5, 6, 7]) is None
+        assert likelihoods.read(model, [5, 6, 7]) is None
 
     @pytest.mark.parametrize("kind", CAUSAL)
     @pytest.mark.parametrize("name", cache_argument.NAMES)
@@ -174,10 +175,10 @@ class TestTheCache:
     @pytest.mark.parametrize("kind", CAUSAL)
     def test_it_is_given_by_the_name_of_this_version(self, kind: str) -> None:
         model, ids = models.tiny(kind), models.batch(kind)["input_ids"]
-        shared = scoring.read(model, [5, 6, 7])
+        shared = likelihoods.read(model, [5, 6, 7])
         words = [[[8], [9, 10]]] * len(ids)
-        given = scoring.causal_scores(model, ids, torch.ones_like(ids), words, shared)
-        alone = scoring.recomputed_scores(model, ids, torch.ones_like(ids), words, [5, 6, 7])
+        given = likelihoods.causal_scores(model, ids, torch.ones_like(ids), words, shared)
+        alone = likelihoods.recomputed_scores(model, ids, torch.ones_like(ids), words, [5, 6, 7])
         torch.testing.assert_close(given, alone)
         method = PromptTuning(num_virtual_tokens=4, init="random_uniform")
         method.apply(model)

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 
 if TYPE_CHECKING:
@@ -116,6 +115,7 @@ def info(file: str, tensors: bool = True) -> None:
         file: a delta, as safetensors or checkpoint.
         tensors: list its tensors, too.
     """
+    from lightning_peft.core.delta_file import read_delta
     from lightning_peft.reports.parameters import count, dtypes, size
 
     held, meta = read_delta(file)

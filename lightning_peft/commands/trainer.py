@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lightning_peft
@@ -48,6 +49,7 @@ class TuningCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the method, and the links between data and task."""
+        self.callback_keys = parser.callback_keys
         parser.add_lightning_class_args(Method, "method", subclass_mode=True, required=False)
         parser.link_arguments("model.init_args.model", "data.init_args.tokenizer")
         parser.link_arguments("model.init_args.model", "data.init_args.processor")
@@ -65,39 +67,49 @@ class TuningCLI(LightningCLI):
                 agreement.tell(self.trainer_class, self._places(), sentence(error))
             raise
 
+    def argument(self, config: Namespace, name: str, default: Any = None) -> Any:
+        """Return an argument, whether or not it was given to a subcommand."""
+        return config.get(str(self.subcommand), config).get(name, default)
+
     def _places(self) -> dict[str, Any]:
         """Return the Trainer's arguments with its strategy and plugins built, whatever has become of the rest."""
         parser = LightningArgumentParser()
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        given = self._get(self.config, "trainer", default={})
+        given = self.argument(self.config, "trainer", default={})
         text = parser.parse_object({"trainer": {name: given[name] for name in agreement.PLACES if name in given}})
         return dict(parser.instantiate_classes(text)["trainer"])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the Trainer; where no method is given, a delta's own stand in (Lightning would add None)."""
-        given = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
+        given = [self.argument(self.config_init, key) for key in self.callback_keys]
         methods = [method for method in given if method is not None]
-        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        config = {**self.argument(self.config_init, "trainer", default={}), **kwargs}
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         found = [callback for callback in [*methods, *callbacks] if isinstance(callback, Method)]
         for method in found:
             arguments.check(method)  # before the data are prepared, which may take long
-        delta = Path(str(self._get(self.config_init, "ckpt_path")))
+        delta = Path(str(self.argument(self.config_init, "ckpt_path")))
         if delta.is_file() and not found:
             methods = methods_of(read_delta(delta)[1])
-        trainer = self._instantiate_trainer(config, methods)
+        trainer = self.build_trainer(config, methods)
         if self.tells:
             agreement.install(trainer)
         return trainer
+
+    def build_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> L.Trainer:
+        """Build the Trainer from its arguments and further callbacks."""
+        # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/cli.py
+        return self._instantiate_trainer(config, callbacks)
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         """Build the optimizer of ``--optimizer`` when it is asked for: methods have added their parameters by then.
 
         LightningCLI builds it from ``model.parameters()`` before any callback runs, and the parameters that a callback
-        adds are silently not trained: https://github.com/Lightning-AI/pytorch-lightning/issues/19110.
+        adds are silently not trained: https://github.com/Lightning-AI/pytorch-lightning/issues/19110. That it does it
+        here: https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/cli.py.
         """
-        if self._get(self.config_init, "optimizer"):
+        if self.argument(self.config_init, "optimizer"):
             build = partial(super()._add_configure_optimizers_method_to_model, subcommand)
             hook = partial(_build_optimizer, self.model, build)
             patches.Patches.of(self.model).patch(self.model, "configure_optimizers", hook)
@@ -115,10 +127,11 @@ class CheckingCLI(TuningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Make the model on the meta device, if that is asked for."""
-        if self._get(self.config, "meta"):
+        if self.argument(self.config, "meta"):
             self.parser.add_instantiator(_on_meta, L.LightningModule, subclasses=True, prepend=True)
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+    def build_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> L.Trainer:
+        """Build the Trainer that checks."""
         given = config.get("callbacks") or []
         own = given if isinstance(given, list) else [given]
         return Preflight.of(**config | {"callbacks": [*own, *callbacks]})
@@ -178,7 +191,7 @@ def _build_optimizer(model: L.LightningModule, build: Any) -> Any:
 
 def _names(parser: LightningArgumentParser) -> list[str]:
     """Return the names of arguments that a user may have meant."""
-    names = {action.dest for action in parser._actions}
+    names = set(re.findall(r"--([\w.]*\w)", parser.format_help()))
     names.update(f"trainer.{argument}" for argument in inspect.signature(L.Trainer).parameters)
     kinds: list[type[Any]] = [Method, *_below(Method), *_below(L.LightningModule), *_below(L.LightningDataModule)]
     for kind in kinds:

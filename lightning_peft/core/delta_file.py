@@ -24,6 +24,11 @@ META = "lightning_peft"
 FORMAT = 2
 IN_FOLDER = "delta.safetensors"
 """The delta among the files of a checkpoint that DeepSpeed has written."""
+CLASS_PATH = "_class_path"
+"""The hyper-parameter by which Lightning's command line keeps the class of a module, or of its data.
+
+https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/core/saving.py
+"""
 _SEALED, _CHECKED = "checksums", "checked"
 _SCHEMA: dict[str, type] = {
     "format": int,

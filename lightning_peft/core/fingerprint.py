@@ -20,7 +20,7 @@ from lightning_peft.core.tuning import Tuning
 
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _WITHOUT_EFFECT = {  # on what the weights compute at inference
-    *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *(structure.NAME_OR_PATH, "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"),
     *("id2label", "label2id", "num_labels", "problem_type"),
 }
 

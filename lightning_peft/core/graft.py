@@ -24,18 +24,19 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import takewhile
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.private_torch import Movable, first_hook, is_compiled
 
 G = TypeVar("G", bound="Graft")
 _owner_now: ContextVar[str] = ContextVar("owner", default="")
 
 
-class Graft(nn.Module):
+class Graft(Movable):
     """A module that joins the computation of its one host. Override the joints that it needs.
 
     One more joint than the methods below is ``weight(w: Tensor, name: str) -> Tensor``: what the host reads, while it
@@ -104,12 +105,8 @@ class Graft(nn.Module):
         return getattr(self, joint)(*args, **kwargs)
 
     def is_first(self, host: nn.Module) -> bool:
-        """Tell whether no other hook of the host comes to its output before this graft.
-
-        torch has no public list of hooks (``Module._forward_hooks``); ``tests/core/test_graft.py`` fails when it
-        changes.
-        """
-        return next(iter(host._forward_hooks.values()), None) == self._on_output
+        """Tell whether no other hook of the host comes to its output before this graft."""
+        return first_hook(host) == self._on_output
 
     def _on_input(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -146,14 +143,14 @@ class Graft(nn.Module):
         rest = {name: value for name, value in kwargs.items() if name != self._first_argument}
         return (kwargs[self._first_argument],), rest
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def moving(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Move with the host but keep the dtype: ``.half()`` or bf16-true would round what was learnt."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        return keep_dtype
 
 
 class Grafted(NamedTuple, Generic[G]):
@@ -241,15 +238,6 @@ def grafts(root: nn.Module, owner: str | None = None) -> Iterator[Grafted[Graft]
 def graft_prefixes(root: nn.Module) -> tuple[str, ...]:
     """Return what the names of all modules and tensors begin with that lie in a graft, each with a dot at its end."""
     return tuple(f"{place.full_name}." for place in grafts(root))
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Tell whether ``torch.compile`` was applied to the module, as a wrapper or in place.
-
-    Neither form has a public test (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py and
-    ``torch/_dynamo/eval_frame.py`` name these attributes); ``tests/core/test_graft.py`` fails when they change.
-    """
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 def _surround(host: nn.Module) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core import arguments, compatibility, master_weights, select, structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.graft import Graft, Grafted, grafts, is_compiled, owned_by
+from lightning_peft.core.graft import Graft, Grafted, grafts, owned_by
+from lightning_peft.core.private_torch import is_compiled
 from lightning_peft.core.tuning import Tuning
 
 G = TypeVar("G", bound=Graft)

@@ -5,7 +5,6 @@ trained is saved. Outside of the backbones that is also what moves without a gra
 momentum, a table of prototypes, the statistics of a frozen BatchNorm: each save compares checksums with the start's.
 """
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,10 +13,10 @@ from torch import nn
 
 from lightning_peft.core.checksums import checksum
 from lightning_peft.core.graft import grafts
+from lightning_peft.core.private_torch import WRAPPERS
 from lightning_peft.core.tuning import Tuning, tunings
 
 ATTRIBUTE = "_lightning_peft_life"
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 
 
 @dataclass
@@ -65,8 +64,8 @@ def run_of(module: nn.Module) -> Run | None:
 
 
 def canonical(name: str) -> str:
-    """Return a tensor's name without what torch.compile, FSDP, Fabric and activation checkpointing put into it."""
-    return _WRAPPERS.sub("", name)
+    """Return a tensor's name without what torch.compile, FSDP and activation checkpointing put into it."""
+    return WRAPPERS.sub("", name)
 
 
 def own_tunings(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tuning]]:

@@ -14,6 +14,12 @@ from torch import nn
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import graft_prefixes
 
+NAME_OR_PATH = "_name_or_path"
+"""The entry of a configuration for where a model was loaded from.
+
+https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/configuration_utils.py
+"""
+
 
 def config_of(model: nn.Module) -> Any:
     """Return the configuration of a transformers model."""
@@ -33,11 +39,14 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
 
 def name_or_path(model: nn.Module) -> str:
     """Return the folder or hub id that a model was loaded from, or ''."""
-    return setting(config_of(model), "_name_or_path") or ""
+    return setting(config_of(model), NAME_OR_PATH) or ""
 
 
 def attention_implementation(model: nn.Module) -> str | None:
-    """Return the name of the function that a transformers model computes its attention by."""
+    """Return the name of the function that a transformers model computes its attention by.
+
+    https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/configuration_utils.py
+    """
     return setting(config_of(model), "_attn_implementation")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.core import attention
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import detach, grafts
+from lightning_peft.core.private_torch import times_written
 
 if TYPE_CHECKING:
     from lightning_peft.core.method import TuningMethod
@@ -38,7 +39,7 @@ class Tuning:
         trains: name of a method -> the base tensors that it trains in place.
         required_grad: ``requires_grad`` of each parameter before the first method came.
         originals: the values that tensors trained in place had; where those are not kept, how often the tensor had been
-            written to (``Tensor._version``), which tells whether it has changed.
+            written to, which tells whether it has changed.
         fingerprint: hash of the frozen tensors, computed when a checkpoint first needs it.
     """
 
@@ -69,7 +70,7 @@ class Tuning:
         for tensor in trains:
             if tensor not in self.originals:
                 values = parameters[tensor].detach()
-                self.originals[tensor] = values.clone() if keep else _Version(values._version)
+                self.originals[tensor] = values.clone() if keep else _Version(times_written(values))
             parameters[tensor].requires_grad_(True)
         self.methods[name], self.trains[name] = method, trains
         self.fingerprint = None
@@ -84,7 +85,7 @@ class Tuning:
         own = self.trains.get(name, set()) - others
         parameters = dict(backbone.named_parameters())
         versions = {name: value for name in own if isinstance(value := self.originals[name], int)}
-        lost = sorted(name for name, version in versions.items() if parameters[name]._version != version)
+        lost = sorted(name for name, version in versions.items() if times_written(parameters[name]) != version)
         if lost:
             raise TuningError(f"{name} trained {lost[0]} in place and kept no copy of it: load the backbone anew.")
         for place in grafts(backbone, owner=name):

@@ -18,7 +18,7 @@ from datasets import Dataset
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.text_data import TextData
 
-_LEFT_OUT = re.compile(r"_.*|.*-.*|tests?|.*_tests?|test_.*")
+_LEFT_OUT = re.compile(r"_.*|.*-.*|(.*_)?tests?|test_.*")
 """Folders and modules that have no part in the data: private ones, tests, site-packages."""
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

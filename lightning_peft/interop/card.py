@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.core.delta_file import CLASS_PATH
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.storage import read_torch
 from lightning_peft.interop import serving
@@ -111,7 +112,7 @@ def _data(parameters: Any) -> str | None:
     if not isinstance(parameters, Mapping) or not parameters:
         return None
     shown = {str(k): v for k, v in parameters.items() if not str(k).startswith("_") and v is not None}
-    kind = str(parameters.get("_class_path", "data")).rpartition(".")[2]
+    kind = str(parameters.get(CLASS_PATH, "data")).rpartition(".")[2]
     return f"{kind}({', '.join(f'{key}={json.dumps(value, default=str)}' for key, value in shown.items())})"
 
 

@@ -45,7 +45,7 @@ class LSTM(nn.Module):
         self.hidden, self.dropout = hidden, dropout
         for name, parameter in nn.LSTM(width, hidden, num_layers=2, bidirectional=True).named_parameters():
             self.register_parameter(name, nn.Parameter(parameter.data))
-        self._names = list(self._parameters)
+        self._names = [name for name, _ in self.named_parameters()]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the states of both directions, [P, width] to [P, 2 hidden]."""

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from lightning_peft.core import compatibility, select, sharded, structure
 from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.graft import Graft, attach, detach, is_compiled
+from lightning_peft.core.graft import Graft, attach, detach
+from lightning_peft.core.private_torch import is_compiled
 from lightning_peft.features.activation_memory import Kept, tensors_in
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy

@@ -103,8 +103,8 @@ class Prefix(Graft):
 @contextmanager
 def _gathered(embedding: nn.Embedding) -> Iterator[None]:
     """Let a frozen table be whole: under FSDP2 it belongs to the first block, and this may be a later one."""
-    weight = embedding._parameters["weight"]
-    if weight is None or not is_part(weight):
+    weight = embedding.weight
+    if not is_part(weight):
         yield
         return
     if weight.requires_grad:
@@ -112,11 +112,11 @@ def _gathered(embedding: nn.Embedding) -> Iterator[None]:
             "T5's position bias is trained and sharded, and a prefix reads it outside of its block: leave "
             "relative_attention_bias frozen, or train under DDP."
         )
-    embedding._parameters["weight"] = whole(weight)  # type: ignore[assignment]
+    embedding.weight = nn.Parameter(whole(weight), requires_grad=False)
     try:
         yield
     finally:
-        embedding._parameters["weight"] = weight
+        embedding.weight = weight
 
 
 class ShiftedTable(Graft):

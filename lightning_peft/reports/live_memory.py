@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 # Not public by its path, but what torch.utils.flop_counter is made of, and the one way to see every operation:
-# https://github.com/pytorch/pytorch/blob/main/torch/utils/_python_dispatch.py
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/_python_dispatch.py
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_peft.features.activation_memory import tensors_in

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -13,6 +13,7 @@ from lightning_peft.features.activation_memory import tensors_in
 from lightning_peft.reports.parameters import size
 from lightning_peft.training.shard_units import kept_bytes, plan
 from lightning_peft.training.strategy import FullyShard
+from lightning_peft.training.strategy_files import ddp_options
 
 _RECORD = 320
 """Bytes that a checkpoint needs for a tensor besides its values: its name, its entry in the archive, its padding."""
@@ -122,7 +123,7 @@ def of_rank(module: nn.Module, one: Memory, chosen: Any, ranks: int) -> Memory:
             optimizer=optimizer if stage >= 1 else one.optimizer,
         )
     if ranks > 1:
-        in_place = isinstance(chosen, DDPStrategy) and chosen._ddp_kwargs.get("gradient_as_bucket_view")
+        in_place = ddp_options(chosen).get("gradient_as_bucket_view")
         return one._replace(communication=0 if in_place else one.gradients)
     return one
 

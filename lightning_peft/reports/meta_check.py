@@ -58,6 +58,7 @@ class MetaBytes(LiveBytes):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, or answer."""
+        # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/native_functions.yaml (``Tensor.item``)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
             return any(args[0].untyped_storage() is tensor.untyped_storage() for tensor in self._some)
         out = super().__torch_dispatch__(func, types, args, kwargs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import structure
+from lightning_peft.core.private_torch import times_written
 from lightning_peft.core.run import canonical
 from lightning_peft.core.tuning import tunings
 from lightning_peft.reports.findings import Finding
@@ -56,7 +57,7 @@ class Probe(L.Callback):
             if p.requires_grad:
                 self._start[name] = p.detach().clone()
             else:
-                self._versions[name] = p._version
+                self._versions[name] = times_written(p)
         for path, backbone, _ in tunings(pl_module):
             self.watch_positions(path, backbone)
 
@@ -107,7 +108,7 @@ class Probe(L.Callback):
         """Return what the steps did to the parameters."""
         now = dict(module.named_parameters())
         still = [name for name, p in self._start.items() if torch.equal(p, now[name])]
-        written = [name for name, number in self._versions.items() if now[name]._version != number]
+        written = [name for name, number in self._versions.items() if times_written(now[name]) != number]
         total = f"{len(self._start)} tensors, {count(self._start.values()):,} values"
         return [
             Finding("every trained tensor is in one optimizer group", True, total),  # else the fit has ended

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.graft import Graft
+from lightning_peft.core.private_torch import times_written
 
 
 class ChosenPrompts(Graft):
@@ -177,7 +178,7 @@ class QueryCache:
 
     def get(self, pixels: Tensor, run: Callable[[Tensor], Tensor], host: nn.Module) -> Tensor:
         """Return the queries of a batch, [B, d], after running those images that have not been seen."""
-        versions = [p._version for p in host.parameters() if not p.requires_grad]
+        versions = [times_written(p) for p in host.parameters() if not p.requires_grad]
         if versions != self._versions:
             self.queries, self._versions = {}, versions
         keys = [_digest(image) for image in pixels]

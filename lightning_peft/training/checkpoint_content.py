@@ -68,7 +68,7 @@ def _rewind(loops: dict[str, Any], pause: Pause) -> None:
     """Say of the loops that they stand just after the latest training batch, or just before a validation.
 
     Lightning resumes rightly from few places. The names are those of its loops' ``state_dict``, which have no public
-    form; ``tests/training/test_requeue.py`` compares interrupted runs with uninterrupted ones.
+    form: https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/training_epoch_loop.py
     """
     if pause.in_validation:
         progress = loops["epoch_loop.val_loop.batch_progress"]

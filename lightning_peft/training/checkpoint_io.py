@@ -79,7 +79,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class OrderedAsyncCheckpointIO(AsyncCheckpointIO):
     """Writes and removes in one background thread, in the order in which it is asked to.
 
-    Lightning's removes at once, so that the old file is gone before the new one is whole.
+    Lightning's removes at once, so that the old file is gone before the new one is whole:
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/plugins/io/async_plugin.py
     """
 
     def remove_checkpoint(self, *args: Any, **kwargs: Any) -> None:

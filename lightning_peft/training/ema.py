@@ -9,12 +9,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.run import canonical, trained
 from lightning_peft.core.sharded import like, whole
+from lightning_peft.training.strategy_files import writes_parts
 
 _CURRENT = "current_model_state"
 
@@ -81,7 +81,7 @@ class DeltaEMA(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint's delta be the average."""
         averaged = self.average
-        if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.strategy._save_distributed_checkpoint:
+        if writes_parts(trainer.strategy):
             raise TuningError("DeltaEMA writes one file: give the strategy save_distributed_checkpoint=False.")
         gathered = {name: whole(tensor).cpu() for name, tensor in averaged.items()}  # all ranks take part
         state = {canonical(name): tensor for name, tensor in checkpoint["state_dict"].items()}

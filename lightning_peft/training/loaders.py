@@ -58,8 +58,8 @@ class Resumable:
     def _load_late(self) -> None:
         """Let Lightning load states that it forgets if a schedule has asked for the number of steps before.
 
-        https://github.com/Lightning-AI/pytorch-lightning/issues/20550; ``tests/training/test_requeue.py`` fails if its
-        function is called otherwise.
+        https://github.com/Lightning-AI/pytorch-lightning/issues/20550,
+        https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/fit_loop.py
         """
         if self.trainer is not None:
             self.trainer.fit_loop._load_combined_loader_states()

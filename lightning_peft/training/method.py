@@ -30,6 +30,7 @@ class Method(TuningMethod, L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Apply the method as early as the backbone exists, and see to it that checkpoints hold the delta."""
+        # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/strategies/launchers/multiprocessing.py
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise TuningError(
                 "this strategy starts its processes by spawn or fork, from which grafts do not come back: "

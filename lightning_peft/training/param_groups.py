@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lightning_peft.core.errors import TuningError
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
-# What the schedulers of torch keep for each group; tests/training/test_param_groups.py runs all of them.
+# What the schedulers of torch keep for each group, and how some keep others:
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/optim/lr_scheduler.py
 _RATE_LISTS = ("base_lrs", "min_lrs", "max_lrs", "_last_lr")
 _LISTS = (*_RATE_LISTS, "lr_lambdas")
 
@@ -144,5 +145,5 @@ def advance(before: Any, now: Any) -> None:
 def _unwrapped(scheduler: Any) -> Iterator[Any]:
     """Yield a scheduler and those that it chains."""
     yield scheduler
-    for inner in vars(scheduler).get("_schedulers", ()):  # SequentialLR and ChainedScheduler have no public list
+    for inner in vars(scheduler).get("_schedulers", ()):
         yield from _unwrapped(inner)

@@ -1,6 +1,6 @@
 """What trains is kept in fp32, whatever precision the backbone has or the Trainer asks for.
 
-Grafts look after themselves (`Graft._apply`). A trained head or bias is a parameter of the backbone, which bf16-true
+Grafts look after themselves (`Graft.moving`). A trained head or bias is a parameter of the backbone, which bf16-true
 casts like the rest; here it keeps fp32 values, cast to the dtype of its input each time it is used, and so do its
 gradients and optimizer moments. In bf16 a step of 1e-4 of a weight is lost by rounding.
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import lightning as L
 from torch import nn
 
-from lightning_peft.core.delta_file import meta_of, read_checkpoint, read_delta
+from lightning_peft.core.delta_file import CLASS_PATH, meta_of, read_checkpoint, read_delta
 from lightning_peft.core.delta_load import load_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import load_model, model_class
@@ -101,7 +101,7 @@ def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:
 
 def _built_class(cls: type[L.LightningModule], checkpoint: Mapping[str, Any]) -> type[L.LightningModule]:
     """Return the class that Lightning will build: the CLI writes a subclass's path into the hyper-parameters."""
-    path = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("_class_path")
+    path = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).get(CLASS_PATH)
     stack = [cls]
     while stack:
         kind = stack.pop()

@@ -53,8 +53,8 @@ class SafeRequeue(L.Callback):
         if stage != "fit":
             return
         signals.install()
-        # Its handlers call collectives. The connector has no public switch;
-        # tests/training/test_requeue.py fails if it moves.
+        # Its handlers call collectives, and it has no public switch:
+        # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/trainer.py
         table = patches.of_run(trainer)
         table.patch(trainer._signal_connector, "register_signal_handlers", _leave_signals)
         _fits["begun"] += 1
@@ -83,6 +83,7 @@ class SafeRequeue(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Agree with all ranks, unless gradients are being accumulated."""
+        # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/training_epoch_loop.py
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
         self._agree(trainer)

@@ -25,6 +25,7 @@ from lightning_peft.core import sharded
 from lightning_peft.core.delta import keep_fingerprints
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
+from lightning_peft.core.private_torch import apply
 from lightning_peft.core.tuning import tunings
 from lightning_peft.training import patches, tensor_parallel
 from lightning_peft.training.shard_units import units
@@ -75,6 +76,7 @@ class FullyShard(ModelParallelStrategy):
         )
         self.options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
         self.activation_checkpointing = activation_checkpointing
+        self.tensor_parallel_size = int(tensor_parallel_size)
         self.tensor_parallel_plan = tensor_parallel_plan
         if cpu_offload:
             self.options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
@@ -88,14 +90,16 @@ class FullyShard(ModelParallelStrategy):
         Raises:
             TuningError: the processes do not make up whole groups.
         """
-        size = int(self._tensor_parallel_size)
+        size = self.tensor_parallel_size
+        # Both are read by Lightning's own; how many processes there are, and on what, is known from here on:
+        # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/strategies/model_parallel.py
         self._data_parallel_size, rest = divmod(self.num_nodes * self.num_processes, size) if size > 0 else (0, 1)
         if rest or not self._data_parallel_size:
             raise TuningError(
                 f"tensor_parallel_size={size} does not divide {self.num_nodes} nodes of {self.num_processes} "
                 "processes: take a divisor."
             )
-        if "offload_policy" in self.options and self._process_group_backend is None and self.root_device.type == "cuda":
+        if "offload_policy" in self.options and self.process_group_backend is None and self.root_device.type == "cuda":
             self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms and checkpoints are gathered on the host
         super().setup_environment()
 
@@ -108,7 +112,7 @@ class FullyShard(ModelParallelStrategy):
         for child in self.model.modules():
             own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
             if not any(sharded.is_part(tensor) for tensor in own):
-                child._apply(lambda tensor: tensor.to(self.root_device), recurse=False)
+                apply(child, lambda tensor: tensor.to(self.root_device), recurse=False)
 
 
 def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:

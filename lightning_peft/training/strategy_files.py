@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -29,8 +30,7 @@ def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
         restored: is called when the model has been loaded and before its optimizers are.
     """
     strategy, table = trainer.strategy, patches.of_run(trainer)
-    static = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph")
-    if static and trainer.accumulate_grad_batches > 1:
+    if ddp_options(strategy).get("static_graph") and trainer.accumulate_grad_batches > 1:
         raise TuningError(
             "static_graph=True learns from the first backward pass, in which accumulate_grad_batches keeps DDP from "
             "taking part, and torch fails: give one of the two up."
@@ -41,6 +41,7 @@ def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
         table.patch(strategy, "save_checkpoint", partial(_deepspeed_save_checkpoint, strategy), lasting=True)
         table.patch(strategy, "load_checkpoint", partial(_load_without_frozen, strategy))
     elif isinstance(strategy, FSDPStrategy):
+        # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/strategies/fsdp.py
         if strategy._state_dict_type == "sharded":
             raise TuningError(
                 "FSDP writes deltas as one file: give state_dict_type='full', or take FullyShard (FSDP2)."
@@ -56,6 +57,22 @@ def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
         table.patch(strategy, "load_model_state_dict", partial(_load_model, strategy, trainer, restored))
 
 
+def ddp_options(strategy: Any) -> dict[str, Any]:
+    """Return the options that a strategy gives torch's DDP, if it is one of DDP.
+
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/strategies/ddp.py.
+    """
+    return strategy._ddp_kwargs if isinstance(strategy, DDPStrategy) else {}
+
+
+def writes_parts(strategy: Any) -> bool:
+    """Tell whether a checkpoint of this strategy is a folder to which each rank writes its part.
+
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/strategies/model_parallel.py.
+    """
+    return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
+
+
 @torch.no_grad()
 def _state_dict(strategy: ModelParallelStrategy) -> dict[str, Tensor]:
     """Return the delta: in parts where each rank writes its own, else whole on rank 0, one tensor at a time."""
@@ -63,7 +80,7 @@ def _state_dict(strategy: ModelParallelStrategy) -> dict[str, Tensor]:
     assert module is not None
     state = module.state_dict()
     delta = {canonical(name): state[name] for name in delta_names(module)}
-    if strategy._save_distributed_checkpoint:
+    if writes_parts(strategy):
         return delta
     gathered = ((name, sharded.whole(tensor)) for name, tensor in delta.items())
     first = strategy.is_global_zero
@@ -71,9 +88,10 @@ def _state_dict(strategy: ModelParallelStrategy) -> dict[str, Tensor]:
 
 
 def _optimizer_state(strategy: ModelParallelStrategy, optimizer: Any) -> dict[str, Any]:
-    if strategy._save_distributed_checkpoint:
+    if writes_parts(strategy):
         return type(strategy).optimizer_state(strategy, optimizer)
-    return sharded.optimizer_whole(getattr(optimizer, "_optimizer", optimizer).state_dict())
+    inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+    return sharded.optimizer_whole(inner.state_dict())
 
 
 def _load_checkpoint(
@@ -154,6 +172,7 @@ def _fsdp_state_dict(strategy: FSDPStrategy) -> dict[str, Tensor]:
                 )
     for path, owner in strategy.model.named_modules():
         if strategy.is_global_zero and any(p.requires_grad for p in owner.parameters(recurse=False)):
+            # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py
             transient = owner._non_persistent_buffers_set
             for name, buffer in owner.named_buffers(recurse=False):
                 if name not in transient:

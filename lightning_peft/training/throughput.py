@@ -37,6 +37,8 @@ class Throughput(ThroughputMonitor):
         self._own = not hasattr(pl_module, "flops_per_batch")
         super().on_train_start(trainer, pl_module)
 
+    # Between a hook's own count of rows and its measurement there is no other place:
+    # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/callbacks/throughput_monitor.py
     def _update(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, iter_num: int) -> None:
         if self._own:
             patches.of_run(trainer).patch(pl_module, "flops_per_batch", length(batch) * self._per_token)

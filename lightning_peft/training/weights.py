@@ -6,6 +6,7 @@ No rank ever holds the whole model, neither on its device nor in the memory of i
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lightning_peft.core import select, sharded, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import resolve
+from lightning_peft.core.private_torch import apply
 
 
 def on_meta(module: nn.Module) -> bool:
@@ -41,7 +43,7 @@ def fill(module: nn.Module, device: torch.device) -> None:
         absent = {
             name for name, t in itertools.chain(backbone.named_parameters(), backbone.named_buffers()) if t.is_meta
         }
-        backbone._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+        apply(backbone, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
         _read(backbone, absent, path)
     if on_meta(module):
         names = [n for n, t in itertools.chain(module.named_parameters(), module.named_buffers()) if t.is_meta]
@@ -58,7 +60,9 @@ def files_of(name: str) -> dict[str, Path]:
 
     name = resolve(name)
     try:
-        index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        index = None
+        with suppress(OSError):  # all is in one file
+            index = cached_file(name, "model.safetensors.index.json")
         if index is not None:
             entries = json.loads(Path(index).read_text())["weight_map"]
             paths = {file: Path(str(cached_file(name, file))) for file in set(entries.values())}
@@ -150,6 +154,7 @@ def _recompute(backbone: Any, name: str) -> None:
     marker = torch.nan if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min
     if buffer.dtype is not torch.bool:
         buffer.fill_(marker)
+    # https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/modeling_utils.py
     backbone._init_weights(module)
     buffer = module.get_buffer(leaf)
     untouched = buffer.isnan().any() if buffer.is_floating_point() else (buffer == marker).any()

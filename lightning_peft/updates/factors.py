@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.private_torch import Movable, times_written
 from lightning_peft.updates.in_place import without_autocast
 from lightning_peft.updates.low_rank_init import OF_THE_WEIGHT, Init, factors_of, zero_update
 
@@ -13,7 +14,7 @@ _CHUNK = 2**24
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class Factors(nn.Module):
+class Factors(Movable):
     """The parameters of an update, in fp32: A [..., r, in], B [..., out, r] and, for DoRA, magnitudes m [..., out].
 
     Args:
@@ -45,6 +46,7 @@ class Factors(nn.Module):
         super().__init__()
         self.scale = scale
         self._kept: dict[str, tuple[tuple[Any, ...], Any]] = {}
+        self.register_load_state_dict_pre_hook(_forget)
         shape_a, shape_b = self.shapes(shape, r)
         self.A = nn.Parameter(torch.empty(shape_a, dtype=torch.float32, device=device))
         self.B = nn.Parameter(torch.empty(shape_b, dtype=torch.float32, device=device))
@@ -109,7 +111,7 @@ class Factors(nn.Module):
         """
         if any(tensor.is_inference() for tensor in inputs):  # which does not count what is written to it
             return compute()
-        key = (torch.is_inference_mode_enabled(), *((_address(t), t._version, t.dtype, t.shape) for t in inputs))
+        key = (torch.is_inference_mode_enabled(), *((_address(t), times_written(t), t.dtype, t.shape) for t in inputs))
         if name not in self._kept or self._kept[name][0] != key:
             self._kept[name] = key, compute()
         return self._kept[name][1]
@@ -119,16 +121,17 @@ class Factors(nn.Module):
         self._kept.clear()
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def moving(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Keep nothing from before."""
         self._kept.clear()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._kept.clear()
-        super()._load_from_state_dict(*args, **kwargs)
+        return super().moving(fn)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_kept": {}}
+
+
+def _forget(factors: Factors, *_: Any) -> None:
+    factors._kept.clear()
 
 
 def row_ratio(m: Tensor, weight: Tensor) -> Tensor:

@@ -34,7 +34,10 @@ def is_free(out: Tensor, host: nn.Module, graft: Graft, parameter: Tensor) -> bo
 
 
 def is_eager(parameter: Tensor) -> bool:
-    """Tell whether operations run one by one on plain tensors: no compile, no subclass, no transform of torch.func."""
+    """Tell whether operations run one by one on plain tensors: no compile, no subclass, no transform of torch.func.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_functorch/autograd_function.py asks for the last likewise.
+    """
     return (
         not torch.compiler.is_compiling()
         and type(parameter.data) is Tensor

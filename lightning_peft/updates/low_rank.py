@@ -203,6 +203,7 @@ class LowRankConv2d(LowRank):
         """Return the convolution with A, at the host's stride, padding and dilation, and then with B."""
         assert isinstance(host, nn.Conv2d)
         a, b = self.factors()
+        # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/conv.py
         return F.conv2d(host._conv_forward(x, a.to(x.dtype), None), b.to(x.dtype))
 
     def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor) -> bool:

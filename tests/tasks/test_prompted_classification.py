@@ -198,7 +198,7 @@ def test_a_shared_prefix_changes_nothing(kind: str, options: dict, lms: dict[str
     data = short_data(lms[kind], tmp_path)
     settings = {"demonstrations": 4, "words": words} | options
     shared, full = (scores_of(task(lms[kind], **settings, share_prefix=share), data)[0] for share in (True, False))
-    assert torch.allclose(shared, full, atol=1e-5)
+    assert torch.allclose(shared, full, atol=1e-4)  # differences of log-likelihoods of about 20
 
 
 def test_what_does_not_fit_is_dropped_whole(lms: dict[str, str], tmp_path: Path) -> None:

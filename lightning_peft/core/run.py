@@ -34,8 +34,8 @@ class Run:
     started: dict[str, str] | None = None
 
     def begin(self, module: nn.Module, held: Iterable[nn.Parameter]) -> None:
-        """Note what the optimizers hold outside of the backbones, and what the rest is like before it moves."""
-        ids, below = {id(p) for p in held}, below_backbones(module)
+        """Note what the optimizers train outside of the backbones, and what the rest is like before it moves."""
+        ids, below = {id(p) for p in held if p.requires_grad}, below_backbones(module)
         self.outside |= {canonical(name) for name, p in module.named_parameters() if id(p) in ids and not below(name)}
         if self.started is None:
             self.started = {

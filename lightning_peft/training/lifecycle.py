@@ -114,7 +114,7 @@ def _configure_optimizers(module: L.LightningModule, instance_hook: Callable[...
         )
     add_new(optimizers, _homeless(module, optimizers, wanted))
     drop(optimizers, frozen)
-    if not strategy.keeps_own_optimizer(module):
+    if not strategy.keeps_own_optimizer(module) and not strategy.is_flat(module):
         Life.of(module).begin(module, outside)
     options = _options(module)
     split_groups(optimizers, schedulers_in(configured), lambda parameter: options.get(id(parameter), {}))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -209,8 +209,17 @@ def goes_first(module: L.LightningModule) -> bool:
 
 def keeps_own_optimizer(module: L.LightningModule) -> bool:
     """Tell whether the optimizers hold other tensors than the parameters: DeepSpeed's flat partitions of them."""
+    return _is_under(module, DeepSpeedStrategy)
+
+
+def is_flat(module: L.LightningModule) -> bool:
+    """Tell whether the parameters lie in FSDP's flat units, which a state dict would gather."""
+    return _is_under(module, FSDPStrategy)
+
+
+def _is_under(module: L.LightningModule, kind: type[Strategy]) -> bool:
     try:
-        return isinstance(module.trainer.strategy, DeepSpeedStrategy)
+        return isinstance(module.trainer.strategy, kind)
     except RuntimeError:  # it is attached to no Trainer
         return False
 

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -24,22 +24,35 @@ from lightning_peft import (
 )
 from tests.contract import assert_same
 from tests.models import tiny
-from tests.modules import Tuned, loader
-from tests.modules import trainer as quiet
+from tests.modules import Tuned, loader, trainer
 
 
-def trainer(folder: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
-    return quiet(folder, *callbacks, limit_val_batches=0, **options)
+class Trains(Tuned):
+    """Has no validation."""
+
+    validation_step = L.LightningModule.validation_step
 
 
-def fit(folder: Path, module: L.LightningModule, *callbacks: Callback, epochs: int = 1, **options: Any) -> Path:
-    """Fit, and return the last checkpoint."""
-    save = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
-    trainer(folder, *callbacks, save, max_epochs=epochs).fit(module, loader("bert"), **options)
+def fit(folder: Path, module: L.LightningModule, *callbacks: Callback, epochs: int = 1) -> Path:
+    """Fit, saving after each epoch, and return the last checkpoint."""
+    trainer(folder, *callbacks, Saves(folder), max_epochs=epochs).fit(module, loader("bert"))
     return folder / f"epoch={epochs - 1}.ckpt"
 
 
-class Critic(Tuned):
+class Saves(Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / f"epoch={trainer.current_epoch}.ckpt")
+
+
+def resume(file: Path, module: L.LightningModule, method: LoRA) -> None:
+    """Fit to the end of the second epoch."""
+    trainer(file.parent, method, max_epochs=2).fit(module, loader("bert"), ckpt_path=file)
+
+
+class Critic(Trains):
     """A fixed network that the loss goes through, and that no optimizer has ever held."""
 
     def __init__(self) -> None:
@@ -59,10 +72,10 @@ def test_a_loss_network_is_neither_trained_nor_saved(tmp_path: Path) -> None:
     file = fit(tmp_path, module, LoRA(r=2))
     assert_same(module.critic.state_dict(), before)
     assert not [name for name in read_delta(file)[0] if name.startswith("critic")]
-    fit(tmp_path, Critic(), LoRA(r=2), epochs=2, ckpt_path=file)
+    resume(file, Critic(), LoRA(r=2))
 
 
-class Adversaries(Tuned):
+class Adversaries(Trains):
     """A discriminator that is frozen while the generator steps, and so whenever a file is written."""
 
     automatic_optimization = False
@@ -87,10 +100,10 @@ class Adversaries(Tuned):
 
 def test_what_is_frozen_when_a_file_is_written_is_in_it(tmp_path: Path) -> None:
     module = Adversaries()
-    file = fit(tmp_path, module, LoRA(r=2))
+    file = fit(tmp_path / "part", module, LoRA(r=2))
     assert torch.equal(read_delta(file)[0]["judge.weight"], module.judge.weight)
     again = Adversaries()
-    fit(tmp_path, again, LoRA(r=2), epochs=2, ckpt_path=file)
+    resume(file, again, LoRA(r=2))
     whole = Adversaries()
     fit(tmp_path / "whole", whole, LoRA(r=2), epochs=2)
     assert_same(collect(again), collect(whole))
@@ -104,19 +117,19 @@ class FreezeA(Callback):
 
 
 def test_what_was_trained_and_is_frozen_midway_stays_in_the_file(tmp_path: Path) -> None:
-    module = Tuned()
+    module = Trains()
     file = fit(tmp_path, module, LoRA(r=2), FreezeA(), epochs=2)
     tensors = read_delta(file)[0]
     assert len(tensors) == 10
     first = read_delta(tmp_path / "epoch=0.ckpt")[0]
     assert all(torch.equal(tensors[name], first[name]) for name in tensors if name.endswith("lora.A")), "it was thawed"
-    other = Tuned()
+    other = Trains()
     LoRA(r=2).apply(other)
     load_delta(other, file)
     assert_same(collect(other), collect(module))
 
 
-class Teacher(Tuned):
+class Teacher(Trains):
     """A momentum teacher, prototypes and a frozen BatchNorm move without a gradient."""
 
     def __init__(self) -> None:
@@ -142,27 +155,21 @@ class Teacher(Tuned):
 
 def test_what_moves_without_a_gradient_is_saved_and_resumed(tmp_path: Path) -> None:
     whole = Teacher()
-    fit(tmp_path / "whole", whole, LoRA(r=2, backbone="model"), epochs=2)
-    file = fit(tmp_path, Teacher(), LoRA(r=2, backbone="model"))
+    last = fit(tmp_path / "whole", whole, LoRA(r=2, backbone="model"), epochs=2)
+    file = fit(tmp_path / "part", Teacher(), LoRA(r=2, backbone="model"))
     saved = set(read_delta(file)[0])
     assert {"teacher.weight", "norm.running_mean", "bare.running_var"} <= saved
     assert not any(name.startswith("still") for name in saved)
     again = Teacher()
-    fit(tmp_path, again, LoRA(r=2, backbone="model"), epochs=2, ckpt_path=file)
+    resume(file, again, LoRA(r=2, backbone="model"))
     assert_same(again.state_dict(), whole.state_dict())
     other = Teacher()
     LoRA(r=2, backbone="model").apply(other)
-    load_delta(other, tmp_path / "epoch=1.ckpt")
+    load_delta(other, last)
     assert_same(other.state_dict(), whole.state_dict())
 
 
-class Student(Tuned):
-    def __init__(self, teacher: nn.Module) -> None:
-        super().__init__()
-        self.hparams.clear()
-        self.hparams.update({"optimizer": "Adam", "lr": 1e-2})
-        self.teacher = teacher.requires_grad_(False)
-
+class Student(Trains):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return (self.model(**batch).logits - self.teacher(**batch).logits).pow(2).mean()
 
@@ -171,7 +178,8 @@ def test_a_tuned_teacher_stays_frozen_and_out_of_the_file(tmp_path: Path) -> Non
     teacher = tiny("bert", seed=1)
     LoRA(r=2).apply(teacher)
     before = copy.deepcopy(teacher.state_dict())
-    module = Student(teacher)
+    module = Student()
+    module.teacher = teacher.requires_grad_(False).train()
     file = fit(tmp_path, module, LoRA(r=2, backbone="model"))
     assert_same(module.teacher.state_dict(), before)
     assert not any(p.requires_grad for p in module.teacher.parameters())
@@ -202,7 +210,11 @@ def test_several_optimizers_without_the_backbone_are_refused(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", ["Adagrad", "LBFGS"])
 def test_optimizers_that_have_state_from_the_start(tmp_path: Path, kind: str) -> None:
-    class Other(Tuned):
+    class Other(Trains):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return getattr(torch.optim, kind)(self.parameters(), lr=0.1)
 
@@ -214,13 +226,13 @@ def test_optimizers_that_have_state_from_the_start(tmp_path: Path, kind: str) ->
         module, folder = cls(), tmp_path / cls.__name__
         file = fit(folder, module, LoRA(r=2))
         again, whole = cls(), cls()
-        fit(folder, again, LoRA(r=2), epochs=2, ckpt_path=file)
+        resume(file, again, LoRA(r=2))
         fit(folder / "whole", whole, LoRA(r=2), epochs=2)
         assert_same(collect(again), collect(whole))
 
 
 def test_a_delta_that_lost_its_tensors_is_refused_when_it_is_written(tmp_path: Path) -> None:
-    class Renames(Tuned):
+    class Renames(Trains):
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name.removeprefix("model."): tensor for name, tensor in state.items()}
@@ -231,7 +243,7 @@ def test_a_delta_that_lost_its_tensors_is_refused_when_it_is_written(tmp_path: P
 
 
 def test_an_average_made_before_the_grafts_is_refused(tmp_path: Path) -> None:
-    class Averaged(Tuned):
+    class Averaged(Trains):
         def __init__(self) -> None:
             super().__init__()
             self.average = AveragedModel(self.model)
@@ -241,7 +253,7 @@ def test_an_average_made_before_the_grafts_is_refused(tmp_path: Path) -> None:
 
 
 def test_heads_may_take_turns(tmp_path: Path) -> None:
-    class Turns(Tuned):
+    class Turns(Trains):
         def __init__(self) -> None:
             super().__init__()
             self.heads = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
@@ -254,7 +266,7 @@ def test_heads_may_take_turns(tmp_path: Path) -> None:
 
 
 def test_a_penalty_that_nobody_asks_for_is_refused(tmp_path: Path) -> None:
-    class Bare(Tuned):
+    class Bare(Trains):
         automatic_optimization = False
 
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -270,7 +282,7 @@ def test_a_penalty_that_nobody_asks_for_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_given_back_when_a_step_fails(tmp_path: Path) -> None:
-    class Fails(Tuned):
+    class Fails(Trains):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
             self.seen, self.widened = batch, batch["input_ids"].shape
             raise RuntimeError("boom")
@@ -284,9 +296,9 @@ def test_a_batch_is_given_back_when_a_step_fails(tmp_path: Path) -> None:
 
 
 def test_a_method_that_was_left_behind_is_named(tmp_path: Path) -> None:
-    module = Tuned()
+    module = Trains()
     trainer(tmp_path, LoRA(r=2)).fit(module, loader("bert"))
-    with pytest.warns(UserWarning, match="LoRA, applied to Tuned before, is trained and saved beside BitFit"):
+    with pytest.warns(UserWarning, match="LoRA, applied to Trains before, is trained and saved beside BitFit"):
         trainer(tmp_path, BitFit(exclude=".*pooler.*")).fit(module, loader("bert"))
 
 

@@ -26,7 +26,7 @@ from lightning_peft.core.arguments import positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.features import heads
-from lightning_peft.features.cached_rows import Rows
+from lightning_peft.features.cached_rows import CachedRows
 from lightning_peft.features.frozen_part import FrozenOutput, FrozenPart, Skipped, Tap
 from lightning_peft.training.method import Method
 
@@ -64,7 +64,7 @@ class CachingMethod(Method):
                 f"{self.backbone_mode!r}: use backbone_mode='eval'."
             )
         name = f"{self.name}_cache"
-        rows = Rows(int(self.cache_limit * 2**30))
+        rows = CachedRows(int(self.cache_limit * 2**30))
         base = structure.base_model_of(backbone)
         head = heads.head_modules(backbone)
         if first is not None:
@@ -120,7 +120,7 @@ class CachingMethod(Method):
         if rows is not None:
             rows.epochs += 1
 
-    def _cached(self, module: nn.Module) -> Rows | None:
+    def _cached(self, module: nn.Module) -> CachedRows | None:
         applied = self.applied(module)
         return vars(applied).get("_rows") if applied is not None else None
 

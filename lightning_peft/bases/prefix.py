@@ -109,7 +109,7 @@ class PrefixMethod(Method):
             )
         return batch
 
-    def fold(self, model: nn.Module) -> None:
+    def drop_network(self, model: nn.Module) -> None:
         """Keep the prefix that the network gives and drop the network; what follows is a method with mid_dim=None.
 
         Raises:
@@ -118,7 +118,7 @@ class PrefixMethod(Method):
         applied = self.applied_to(model)
         for place in self.own_grafts(model, Prefix):
             if place.graft.network is not None:
-                place.graft.fold()
+                place.graft.drop_network()
         for network in self.own_grafts(model, PrefixNetwork):
             detach(network.host, network.name)
         self.mid_dim = applied.mid_dim = None

@@ -21,7 +21,7 @@ PLACES = ("accelerator", "strategy", "devices", "num_nodes", "plugins")
 """The arguments of a Trainer that say which ranks there are."""
 
 
-def install(trainer: L.Trainer, problem: str = "") -> None:
+def agree_to_begin(trainer: L.Trainer, problem: str = "") -> None:
     """Let the ranks of this trainer hear, as soon as they have met, whether one of them has a problem.
 
     Args:
@@ -48,7 +48,7 @@ def tell(trainer_class: Callable[..., L.Trainer], settings: Mapping[str, Any], p
     environment = environment_of(trainer)
     started = environment is not None and environment.creates_processes_externally
     if trainer.world_size > 1 and (started or trainer.num_nodes > 1 or "LOCAL_RANK" in os.environ):
-        install(trainer, problem)
+        agree_to_begin(trainer, problem)
         trainer.fit(_Absent(), train_dataloaders=[torch.zeros(1)])
 
 

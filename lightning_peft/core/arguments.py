@@ -8,7 +8,7 @@ keeps what its base says of the field.
 ... class Noise:
 ...     scale: float = positive(1.0)
 ...     kind: Literal["white", "pink"] = choice("white", "is no colour")
->>> check(Noise(scale=0.0))
+>>> check_arguments(Noise(scale=0.0))
 Traceback (most recent call last):
 ...
 lightning_peft.core.errors.TuningError: Noise's scale=0.0 is out of range: take more than 0.
@@ -69,7 +69,7 @@ def choice(default: T, otherwise: str) -> T:
     return bounded(default, otherwise)
 
 
-def check(method: Any) -> None:
+def check_arguments(method: Any) -> None:
     """See that the arguments of a method are what its fields take.
 
     Raises:

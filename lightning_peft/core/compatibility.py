@@ -14,7 +14,7 @@ TOKENS = "the ids of virtual tokens for itself"
 FEATURES = "the features of the last block for itself"
 
 
-def check(backbone: nn.Module, tuning: Tuning) -> None:
+def check_compatible(backbone: nn.Module, tuning: Tuning) -> None:
     """See that the methods of a backbone do not stand in each other's way.
 
     Raises:

@@ -42,7 +42,7 @@ def fitted(
     return tensors
 
 
-def methods_of(module: nn.Module) -> str:
+def method_names(module: nn.Module) -> str:
     """Return the classes of the methods that are applied to the backbones in ``module``, for a sentence."""
     return " + ".join(type(m).__name__ for _, _, tuning in tunings(module) for m in tuning.methods.values())
 
@@ -104,7 +104,7 @@ def _check_methods(module: nn.Module, meta: Mapping[str, Any], source: str) -> N
     }
     saved = {(m["backbone"], m["class_path"]): m["init_args"] for m in meta["methods"]}
     if applied.keys() != saved.keys():
-        here = methods_of(module) or "no method"
+        here = method_names(module) or "no method"
         raise TuningError(f"{source} was trained with {_describe(meta)}, but {here} is applied here: apply the same.")
     for key, init_args in saved.items():
         method, now = applied[key], applied[key].init_args()

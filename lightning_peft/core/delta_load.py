@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.delta import canonical, delta_names, save_delta
 from lightning_peft.core.delta_file import read_delta
-from lightning_peft.core.delta_fit import fitted, methods_of
+from lightning_peft.core.delta_fit import fitted, method_names
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.select import near
 from lightning_peft.core.sharded import like
@@ -52,7 +52,7 @@ def convert(module: nn.Module, full: str | Path, delta: str | Path) -> Path:
             raise TuningError(f"{full} lacks {name}{near(name, tensors)}: give the module that it is a checkpoint of.")
         if name not in names and not torch.equal(tensors[name].to(live), live):
             raise TuningError(
-                f"{full} changed {name}, which {methods_of(module)} freezes: only a tuned model is a delta."
+                f"{full} changed {name}, which {method_names(module)} freezes: only a tuned model is a delta."
             )
     module.load_state_dict(tensors)
     return save_delta(module, delta)

@@ -100,7 +100,7 @@ class TuningMethod:
             TuningError: an argument is out of range, the method is applied already or does not fit the backbone, or the
                 model is compiled.
         """
-        arguments.check(self)
+        arguments.check_arguments(self)
         backbone = select.backbone_of(model, self.backbone)
         tuning = Tuning.of(backbone) or Tuning.begin(backbone)
         if self.name in tuning.methods:
@@ -117,7 +117,7 @@ class TuningMethod:
                 own = set(self.graft(backbone))
             trained = self._kept({*own, *structure.head_names(backbone), *self._also(backbone)})
             tuning.add(backbone, self.name, self, trained, self.keeps_originals)
-            compatibility.check(backbone, tuning)
+            compatibility.check_compatible(backbone, tuning)
         except BaseException:
             tuning.undo(backbone, self.name)
             raise

@@ -40,7 +40,7 @@ def times_written(tensor: Tensor) -> int:
     return tensor._version
 
 
-def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> None:
+def replace_tensors(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> None:
     """Replace the parameters and buffers of a module, and of those below it, by what a function makes of them.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py (``_apply``).

@@ -11,7 +11,7 @@ from lightning_peft.core.errors import TuningError
 
 
 @dataclass
-class Rows:
+class CachedRows:
     """The kept rows, and what is known of the batch at hand. A copy of a model starts with none.
 
     Attributes:
@@ -42,7 +42,7 @@ class Rows:
     stubs: dict[Any, Any] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Rows, (self.limit, self.trained)
+        return CachedRows, (self.limit, self.trained)
 
     def key(self, row: tuple[bytes, int]) -> bytes:
         """Return what a row is kept under: its hash, with its padding where that matters."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_peft.core import cache_argument, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
-from lightning_peft.features.cached_rows import Rows, identify
+from lightning_peft.features.cached_rows import CachedRows, identify
 
 
 class FrozenPart(Graft):
@@ -20,7 +20,7 @@ class FrozenPart(Graft):
         skip: whether the host can be left out; else it holds blocks to be trained, and `Skipped` ones.
     """
 
-    def __init__(self, rows: Rows, skip: bool) -> None:
+    def __init__(self, rows: CachedRows, skip: bool) -> None:
         super().__init__()
         self.rows, self.skip = rows, skip
 
@@ -77,7 +77,7 @@ class FrozenOutput(FrozenPart):
 class Tap(Graft):
     """Keeps the input of its host, or replaces it by what was kept."""
 
-    def __init__(self, rows: Rows, index: int) -> None:
+    def __init__(self, rows: CachedRows, index: int) -> None:
         super().__init__()
         self.rows, self.index = rows, index
 
@@ -90,7 +90,7 @@ class Tap(Graft):
 class Skipped(Graft):
     """Leaves a frozen block out when all rows are known: it hands its input on."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: CachedRows) -> None:
         super().__init__()
         self.rows = rows
 

@@ -140,7 +140,7 @@ def dumps(config: dict[str, Any]) -> str:
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """Return what ``adapter_config.json`` says, keys that it leaves out with their defaults.
 
     Raises:

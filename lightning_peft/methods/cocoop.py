@@ -20,7 +20,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
-from lightning_peft.towers.context_tokens import Call, ContextTokens
+from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
 from lightning_peft.towers.contexts import TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import initial_rows, text_tower, two_towers, word_table
 from lightning_peft.training.method import Method
@@ -39,7 +39,7 @@ class ConditionalTokens(ContextTokens):
         reduction: how many times narrower the network is inside.
     """
 
-    def __init__(self, weight: nn.Parameter, call: Call, features: int, reduction: int) -> None:
+    def __init__(self, weight: nn.Parameter, call: ContextCall, features: int, reduction: int) -> None:
         super().__init__(weight, call)
         inner = features // reduction
         self.meta_net = nn.Sequential(nn.Linear(features, inner), nn.ReLU(), nn.Linear(inner, weight.shape[1]))
@@ -81,7 +81,7 @@ class ImageListener(Graft):
 
     listens_only = True
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: ContextCall) -> None:
         super().__init__()
         self.call = call
 
@@ -97,7 +97,7 @@ class OwnTexts(Graft):
 
     listens_only = True
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: ContextCall) -> None:
         super().__init__()
         self.call = call
 
@@ -155,7 +155,7 @@ class CoCoOp(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the context, and what brings it the image."""
-        tower, call = text_tower(backbone, type(self).__name__), Call()
+        tower, call = text_tower(backbone, type(self).__name__), ContextCall()
         model = two_towers(backbone)
         source = structure.part(model, "visual_projection") or structure.part(model, "vision_model")
         if source is None:

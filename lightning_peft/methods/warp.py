@@ -77,7 +77,7 @@ class WARP(PromptMethod):
         """Attach the prompt tokens and the rows of the classes."""
         if self.template is not None:
             self.num_virtual_tokens = Template(self.template).num_virtual_tokens
-            arguments.check(self)
+            arguments.check_arguments(self)
         decoder = structure.output_embeddings_of(backbone)
         if not isinstance(decoder, nn.Linear) or not structure.is_encoder(backbone):
             raise TuningError(

@@ -21,7 +21,7 @@ def random_rows(rows: int, count: int, seed: int) -> list[int]:
     >>> random_rows(10, 3, seed=0) == random_rows(10, 3, seed=0)
     True
     """
-    _check(rows, count)
+    _check_count(rows, count)
     return random.Random(seed).sample(range(rows), count)
 
 
@@ -32,7 +32,7 @@ def balanced_rows(labels: Sequence[Any], count: int, seed: int) -> list[int]:
     >>> sorted(labels[i] for i in balanced_rows(labels, 4, seed=0))
     ['a', 'a', 'b', 'b']
     """
-    _check(len(labels), count)
+    _check_count(len(labels), count)
     draw = random.Random(seed)
     of: dict[Any, list[int]] = {}
     for row in draw.sample(range(len(labels)), len(labels)):
@@ -109,6 +109,6 @@ def within(lengths: Sequence[int], budget: int) -> int:
     return kept
 
 
-def _check(rows: int, count: int) -> None:
+def _check_count(rows: int, count: int) -> None:
     if not 0 <= count <= rows:
         raise TuningError(f"{count} demonstrations cannot be drawn from {rows} rows: take fewer, or give more rows.")

@@ -19,7 +19,7 @@ IDS = "infix_ids"
 """The argument by which a layer and its attention have the ids: what is computed anew has its arguments again."""
 
 
-class Call:
+class InfixIds:
     """What the decoder and its attentions tell their projections: the ids, [B, T]. Nothing is left of it afterwards."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Call:
 class InfixDecoder(Graft):
     """Tells the projections the ids, and hands them on to the attentions if the model does. Its host is the decoder."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: InfixIds) -> None:
         super().__init__()
         self.call = call
 
@@ -48,7 +48,7 @@ class InfixAttention(Graft):
     It is not the layer: checkpointing in transformers computes a layer's ``forward`` anew, without the layer's hooks.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: InfixIds) -> None:
         super().__init__()
         self.call = call
 
@@ -72,7 +72,7 @@ class InfixStates(Graft):
         call: shared with the decoder and its attentions.
     """
 
-    def __init__(self, count: int, width: int, skip: int, call: Call) -> None:
+    def __init__(self, count: int, width: int, skip: int, call: InfixIds) -> None:
         super().__init__()
         self.states = nn.Parameter(torch.randn(count, width))
         self.skip, self.call = skip, call

@@ -92,7 +92,7 @@ class Prefix(Graft):
             left = table.compute_bias(queries, length, device=bias.device, past_seen_tokens=length - queries)  # type: ignore[operator]
         return left[..., :added]
 
-    def fold(self) -> None:
+    def drop_network(self) -> None:
         """Keep the keys and values, and forget what they were computed from."""
         keys, values = (t.detach().clone() for t in self.rows())
         self.network = None

@@ -83,7 +83,7 @@ def file_bytes(module: nn.Module, optimizers: Iterable[Optimizer]) -> int:
     return stored_bytes(delta) + stored_bytes(state) + _RECORD * (len(delta) + len(state)) + _FRAME
 
 
-def whole(module: nn.Module, optimizers: Iterable[Optimizer]) -> Memory:
+def of_one_process(module: nn.Module, optimizers: Iterable[Optimizer]) -> Memory:
     """Return what a process holds that holds all of a model."""
     gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     return Memory(stored_bytes(held(module)), gradients, stored_bytes(states(optimizers)))

@@ -108,12 +108,12 @@ class Preflight(L.Trainer):
         """Return what the shapes of a model show that was made on the meta device."""
         batch_size, max_length = getattr(datamodule, "batch_size", None), getattr(datamodule, "max_length", None)
         try:
-            optimizers = meta_check.build(model, self)
+            optimizers = meta_check.build_module(model, self)
             for path, backbone, _ in tunings(model):
                 self.probe.watch_positions(path, backbone)
             if self.probe.recompute:
                 strategy.checkpoint_activations(model, on=True)
-            dry = meta_check.run(model, optimizers, batch_size or 1, max_length)
+            dry = meta_check.two_steps(model, optimizers, batch_size or 1, max_length)
         except Exception as error:  # whatever it is, it is what the table is for
             return [*self._devices(), Finding("built on the meta device", False, _said(error), "mend this first")]
         finally:

@@ -13,7 +13,7 @@ from lightning_peft.core.private_torch import times_written
 from lightning_peft.core.tuning import tunings
 from lightning_peft.reports.findings import Finding
 from lightning_peft.reports.live_memory import LiveBytes, extrapolate
-from lightning_peft.reports.memory import Memory, before_step, whole
+from lightning_peft.reports.memory import Memory, before_step, of_one_process
 from lightning_peft.reports.parameters import count, size
 from lightning_peft.training import checks, strategy
 
@@ -91,7 +91,7 @@ class Probe(L.Callback):
         self._step += 1
         if self._step == STEPS:
             trainer.should_stop = True
-        self.memory = whole(pl_module, trainer.optimizers)
+        self.memory = of_one_process(pl_module, trainer.optimizers)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look no more."""

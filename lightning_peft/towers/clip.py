@@ -15,7 +15,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.sharded import whole
-from lightning_peft.towers.context_tokens import Call
+from lightning_peft.towers.context_tokens import ContextCall
 from lightning_peft.towers.contexts import context_of
 from lightning_peft.towers.text_towers import positions_of, reads_end
 
@@ -126,6 +126,6 @@ def images_are_frozen(model: nn.Module) -> bool:
     return not trained and not grafted
 
 
-def _call_of(model: nn.Module) -> Call | None:
+def _call_of(model: nn.Module) -> ContextCall | None:
     context = context_of(model)
     return None if context is None else context.call

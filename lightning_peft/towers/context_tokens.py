@@ -11,7 +11,7 @@ from lightning_peft.core.graft import Graft
 from lightning_peft.prompts.virtual_tokens import VirtualTokens
 
 
-class Call:
+class ContextCall:
     """What the grafts of one method tell each other while a model is called; no tensor is left afterwards.
 
     Attributes:
@@ -40,7 +40,7 @@ class ContextTokens(VirtualTokens):
         call: shared with the other grafts of the method.
     """
 
-    def __init__(self, weight: nn.Parameter, call: Call) -> None:
+    def __init__(self, weight: nn.Parameter, call: ContextCall) -> None:
         super().__init__(weight)
         self.call = call
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, grafts
-from lightning_peft.towers.context_tokens import Call, ContextTokens, LongRows
+from lightning_peft.towers.context_tokens import ContextCall, ContextTokens, LongRows
 from lightning_peft.towers.packing import pack
 from lightning_peft.towers.text_towers import ends_of, positions_of, reads_end, two_towers, word_table
 
@@ -45,7 +45,7 @@ class TextContext(Graft):
     def __init__(
         self,
         layout: Tensor,
-        call: Call,
+        call: ContextCall,
         position: Position = "end",
         share_prefix: bool = True,
         template: str = "{}.",
@@ -234,7 +234,7 @@ def can_pack(tower: nn.Module, kwargs: dict[str, Any]) -> bool:
 def frozen(backbone: nn.Module) -> Iterator[None]:
     """Let the backbone compute what it computed before methods came, as far as they put contexts and prompts in."""
     found = [vars(place.graft).get("call") for place in grafts(backbone)]
-    calls = [call for call in found if isinstance(call, Call)]
+    calls = [call for call in found if isinstance(call, ContextCall)]
     for call in calls:
         call.active = False
     try:

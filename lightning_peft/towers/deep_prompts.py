@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
-from lightning_peft.towers.context_tokens import Call, ContextTokens
+from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
 from lightning_peft.towers.contexts import TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import STANDARD_DEVIATION, reads_end, text_tower, two_towers
 
@@ -38,7 +38,7 @@ class Prompts(Graft):
         self, text: Sequence[nn.Parameter], images: Sequence[nn.Parameter] = (), projections: Sequence[nn.Linear] = ()
     ) -> None:
         super().__init__()
-        self.call = Call()
+        self.call = ContextCall()
         self.call.prompts = self
         self.text = nn.ParameterList(text)
         self.images = nn.ParameterList(images)
@@ -54,7 +54,7 @@ class Prompts(Graft):
 class PromptTokens(ContextTokens):
     """Gives the tokens of a prompt in the text the rows of the first layer."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: ContextCall) -> None:
         super().__init__(None, call)  # type: ignore[arg-type]
 
     def table(self) -> Tensor:
@@ -72,7 +72,7 @@ class DeepPrompt(Graft):
         start: where the prompt is; None: at the end.
     """
 
-    def __init__(self, call: Call, tower: Tower, layer: int, start: int | None = None) -> None:
+    def __init__(self, call: ContextCall, tower: Tower, layer: int, start: int | None = None) -> None:
         super().__init__()
         self.call = call
         self.tower = tower
@@ -91,7 +91,7 @@ class DeepPrompt(Graft):
 class ImagePrompt(Graft):
     """Puts the rows of the first layer behind the patches of an image. Its host gives their embeddings."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: ContextCall) -> None:
         super().__init__()
         self.call = call
 
@@ -103,7 +103,7 @@ class ImagePrompt(Graft):
 class WithoutPrompt(Graft):
     """Takes the last ``count`` tokens out of what its host, the last block of a vision tower, gives."""
 
-    def __init__(self, count: int, call: Call) -> None:
+    def __init__(self, count: int, call: ContextCall) -> None:
         super().__init__()
         self.count = count
         self.call = call
@@ -145,14 +145,14 @@ def vision_tower(backbone: nn.Module, method: str) -> nn.Module:
     return tower
 
 
-def width_of(tower: nn.Module) -> int:
+def tower_width(tower: nn.Module) -> int:
     """Return the hidden size of a tower."""
     return tower.config.hidden_size  # type: ignore[union-attr, return-value]
 
 
-def random_rows(tower: nn.Module, count: int) -> nn.Parameter:
+def random_prompt(tower: nn.Module, count: int) -> nn.Parameter:
     """Return rows drawn from N(0, 0.02²) for a tower, [n, d]."""
-    rows = torch.empty(count, width_of(tower), dtype=torch.float32).normal_(std=STANDARD_DEVIATION)
+    rows = torch.empty(count, tower_width(tower), dtype=torch.float32).normal_(std=STANDARD_DEVIATION)
     return nn.Parameter(rows.to(device_of(tower)))
 
 
@@ -177,7 +177,7 @@ def graft_prompts(model: nn.Module, prompts: Prompts, name: str, template: str, 
     attach(blocks_of(images)[-1], WithoutPrompt(len(prompts.rows("images", 0)), call), f"{name}_end")
 
 
-def rows_in(call: Call, tower: Tower, layer: int) -> Tensor:
+def rows_in(call: ContextCall, tower: Tower, layer: int) -> Tensor:
     """Return the rows of a layer from the graft that holds them."""
     assert isinstance(call.prompts, Prompts)
     return call.prompts.rows(tower, layer)

@@ -20,7 +20,7 @@ from lightning_peft.towers.vision import Tower
 _PARTS = ("attention.relative_position_bias", "layernorm_before", "layernorm_after", "mlp")
 
 
-class PromptRows(Graft):
+class ImagePrompts(Graft):
     """Holds prompts and gives each image of a batch its own copy.
 
     Args:
@@ -54,7 +54,7 @@ def attach_windows(tower: Tower, weights: Mapping[int, nn.Parameter], dropout: f
     last_of = {id(stage.blocks[-1]): stage for stage in _stages(tower)}
     for i in range(first, len(tower.blocks)):
         block: Any = tower.blocks[i]
-        _check(block)
+        _check_block(block)
         keep = i + 1 < len(tower.blocks) and i + 1 not in weights
         stage = last_of.get(id(block)) if keep else None
         attach(block, WindowBlockPrompt(weights.get(i), dropout, keep, aside=stage is not None), name)
@@ -68,7 +68,7 @@ def attach_windows(tower: Tower, weights: Mapping[int, nn.Parameter], dropout: f
 # runs its forward pass again without what stands around it.
 
 
-class WindowBlockPrompt(PromptRows):
+class WindowBlockPrompt(ImagePrompts):
     """Stands around a block: its own prompts, or those that an earlier block passed on before the patches.
 
     Args:
@@ -166,7 +166,7 @@ def _stages(tower: Tower) -> list[Any]:
     raise TuningError(f"{type(tower.module).__name__} has no stages of blocks: take a Swin, or an unwindowed model.")
 
 
-def _check(block: nn.Module) -> None:
+def _check_block(block: nn.Module) -> None:
     names = {name for name, _ in block.named_modules()}
     if missing := [part for part in _PARTS if part not in names]:
         raise TuningError(

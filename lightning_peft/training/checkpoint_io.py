@@ -96,7 +96,7 @@ class OrderedAsyncCheckpointIO(AsyncCheckpointIO):
             self._error = self._error or error
 
 
-def install(trainer: L.Trainer) -> None:
+def write_atomically(trainer: L.Trainer) -> None:
     """Let the trainer use `AtomicCheckpointIO` where it would use Lightning's default; a user's own stays."""
     chosen, ours = trainer.strategy.checkpoint_io, AtomicCheckpointIO()
     table = patches.of_run(trainer)

@@ -21,7 +21,7 @@ from lightning_peft.training.record import Life, trainer_of
 from lightning_peft.training.weights import on_meta
 
 
-def extend(module: L.LightningModule) -> Life:
+def extend_hooks(module: L.LightningModule) -> Life:
     """Extend the hooks of this module, if that has not been done, and return its record.
 
     They stay when a run ends: its checkpoints hold the delta, whoever writes them.
@@ -40,7 +40,7 @@ def await_backbone(module: L.LightningModule, trainer: L.Trainer) -> None:
     patches.extend(patches.of_run(trainer), module, "configure_model", _configure_model)
 
 
-def apply(module: L.LightningModule) -> None:
+def apply_methods(module: L.LightningModule) -> None:
     """Apply each method whose backbone is there, and freeze again what something else may have thawed."""
     plugin = _replace_layers(module)
     for method in Life.of(module).methods:
@@ -82,7 +82,7 @@ def _configure_model(module: L.LightningModule, instance_hook: Callable[..., Any
     strategy.split(module, trainer)
     if on_meta(module):
         strategy.shard(module, trainer)  # its weights come shard by shard; methods may look at them
-    apply(module)
+    apply_methods(module)
     strategy.shard(module, trainer)
 
 

@@ -135,7 +135,7 @@ class ValidationLoader(SameLoader):
             return iter(self.loader)
 
 
-def install(trainer: L.Trainer, on_validation: Callable[[dict[str, Any]], None]) -> None:
+def resume_loaders(trainer: L.Trainer, on_validation: Callable[[dict[str, Any]], None]) -> None:
     """Let fit read its training data through `ResumableLoader`; no loader's workers get the signals of `signals.STOP`.
 
     Args:

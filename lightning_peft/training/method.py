@@ -35,14 +35,14 @@ class Method(TuningMethod, L.Callback):
                 "use strategy='ddp' in a script."
             )
         checks.check_averaging(trainer, self)
-        life = lifecycle.extend(pl_module)
-        trainer_hooks.install(trainer, life, pl_module)
+        life = lifecycle.extend_hooks(pl_module)
+        trainer_hooks.install_hooks(trainer, life, pl_module)
         if not any(type(other) is type(self) and other.backbone == self.backbone for other in life.methods):
             life.methods.append(self)
         lifecycle.await_backbone(pl_module, trainer)
-        lifecycle.apply(pl_module)
+        lifecycle.apply_methods(pl_module)
         self._assert_same(pl_module)
-        precision.install(trainer, self.keep_fp32)
+        precision.patch_plugin(trainer, self.keep_fp32)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what would train nothing or resume wrongly, before the first batch."""

@@ -30,7 +30,7 @@ def replaces_layers(plugin: Any) -> bool:
     return isinstance(plugin, (BitsandbytesPrecision, TransformerEnginePrecision))
 
 
-def install(trainer: L.Trainer, keep_fp32: bool) -> None:
+def patch_plugin(trainer: L.Trainer, keep_fp32: bool) -> None:
     """Let the precision plugin convert modules as `convert_module` does, while this run lasts.
 
     Around ``configure_model``, which methods extend, `BitsandbytesPrecision` would put its own class in the place of

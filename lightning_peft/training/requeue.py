@@ -52,7 +52,7 @@ class SafeRequeue(L.Callback):
         """Take the signals from Lightning, and resume from the own file if the job was started anew."""
         if stage != "fit":
             return
-        signals.install()
+        signals.install_handlers()
         # Its handlers call collectives, and it has no public switch:
         # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/trainer.py
         table = patches.of_run(trainer)
@@ -160,7 +160,7 @@ class SafeRequeue(L.Callback):
         raise SystemExit(EXIT)
 
 
-def install(trainer: L.Trainer) -> None:
+def add_requeue(trainer: L.Trainer) -> None:
     """Add `SafeRequeue` to the callbacks of a Trainer in a job that can be started anew, if it has none.
 
     Raises:
@@ -179,7 +179,7 @@ def install(trainer: L.Trainer) -> None:
     if isinstance(environment, SLURMEnvironment):
         slurm.check_sizes(trainer.num_nodes, trainer.num_devices)
     elif not isinstance(environment, TorchElasticEnvironment) and trainer.world_size > 1:
-        slurm.check()
+        slurm.check_environment()
     foreign = sorted(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
     if foreign:
         raise TuningError(

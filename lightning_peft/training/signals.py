@@ -19,7 +19,7 @@ STOP = (signal.SIGUSR1, signal.SIGTERM) if hasattr(signal, "SIGUSR1") else (sign
 _state = {"pid": 0, "received": 0}
 
 
-def install() -> None:
+def install_handlers() -> None:
     """Let the signals of `STOP` set the flag of this process, from now on."""
     if threading.current_thread() is not threading.main_thread():
         return

@@ -61,7 +61,7 @@ def requeue() -> str:
     return "" if done.returncode == 0 else f"{' '.join(command)} failed ({done.stderr.strip() or done.returncode})"
 
 
-def place() -> str:
+def rank_and_node() -> str:
     """Return which rank on which node this is, for messages; '' where there is but one process."""
     if int(os.environ.get("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_ID" in os.environ:
         return f"rank {os.environ.get('SLURM_PROCID', '?')} on {node()}"
@@ -75,7 +75,7 @@ def node() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def check(environment: Mapping[str, str] = os.environ) -> None:
+def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     """See that a job of several processes was started in a way that lets them find each other.
 
     Raises:

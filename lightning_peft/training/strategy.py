@@ -25,7 +25,7 @@ from lightning_peft.core import sharded
 from lightning_peft.core.delta import keep_fingerprints
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
-from lightning_peft.core.private_torch import apply
+from lightning_peft.core.private_torch import replace_tensors
 from lightning_peft.core.tuning import tunings
 from lightning_peft.training import patches, tensor_parallel
 from lightning_peft.training.shard_units import units
@@ -112,7 +112,7 @@ class FullyShard(ModelParallelStrategy):
         for child in self.model.modules():
             own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
             if not any(sharded.is_part(tensor) for tensor in own):
-                apply(child, lambda tensor: tensor.to(self.root_device), recurse=False)
+                replace_tensors(child, lambda tensor: tensor.to(self.root_device), recurse=False)
 
 
 def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:

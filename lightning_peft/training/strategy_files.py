@@ -20,7 +20,7 @@ from lightning_peft.training import patches
 from lightning_peft.training.shard_units import wrap_policy
 
 
-def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
+def save_deltas(trainer: L.Trainer, restored: Callable[[], None]) -> None:
     """Let the trainer's strategy save and load deltas.
 
     Args:

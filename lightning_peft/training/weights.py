@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_peft.core import select, sharded, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import resolve
-from lightning_peft.core.private_torch import apply
+from lightning_peft.core.private_torch import replace_tensors
 
 
 def on_meta(module: nn.Module) -> bool:
@@ -43,7 +43,7 @@ def fill(module: nn.Module, device: torch.device) -> None:
         absent = {
             name for name, t in itertools.chain(backbone.named_parameters(), backbone.named_buffers()) if t.is_meta
         }
-        apply(backbone, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+        replace_tensors(backbone, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
         _read(backbone, absent, path)
     if on_meta(module):
         names = [n for n, t in itertools.chain(module.named_parameters(), module.named_buffers()) if t.is_meta]

@@ -101,7 +101,7 @@ def delta_name(place: Grafted[Any], parameter: str) -> str:
     return f"{place.full_name}.{parameter}"
 
 
-def tensors_of(place: Grafted[Any]) -> set[str]:
+def graft_tensors(place: Grafted[Any]) -> set[str]:
     """Return the names in the delta of all tensors of a graft."""
     return {delta_name(place, name) for name in place.graft.state_dict()}
 

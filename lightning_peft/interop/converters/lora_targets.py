@@ -48,7 +48,7 @@ def called_in(parts: Parts, target: str) -> str:
     return f"{parts.called.get(module, module)}.{leaf}"
 
 
-def check_targets(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:
+def check_layers(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:
     """See that the layers with tensors are those that the configuration names."""
     if not found:
         raise TuningError(f"{parts.source} has no tensor of LoRA: take another copy of the adapter.")
@@ -96,7 +96,7 @@ def _shape(host: nn.Module) -> tuple[int, ...]:
     return (0, *shape_of(host)) if isinstance(host, nn.Embedding) else shape_of(host)
 
 
-def shapes_of(shape: tuple[int, ...], r: int, dora: bool) -> dict[str, tuple[int, ...]]:
+def file_shapes(shape: tuple[int, ...], r: int, dora: bool) -> dict[str, tuple[int, ...]]:
     """Return the part -> the shape that PEFT gives it, for a matrix or kernel of ``shape``."""
     magnitude: tuple[int, ...]
     if len(shape) == 3 and shape[0] == 0:

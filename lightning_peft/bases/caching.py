@@ -1,4 +1,4 @@
-"""A cache of what the frozen part of a model computes, so that a fixed data set goes through it once.
+"""Caches the output of a model's frozen part, so that a fixed data set goes through it once.
 
 The rows of a batch are told by a hash of all that the frozen part is given, so that it works in any module, whatever
 the batches and their order, for training and validation rows alike. What is kept for a row is the input of the part
@@ -82,7 +82,7 @@ class CachingMethod(Method):
         self._rows = rows
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Learn how many rows there are, to tell augmentation by a row too many."""
+        """Begin to count the training rows anew: more of them than there are mean augmentation."""
         super().on_fit_start(trainer, pl_module)
         rows = self._cached(pl_module)
         if rows is not None:

@@ -1,4 +1,4 @@
-"""What methods that train prefixes share: which attentions get one, what it starts from, where positions count from."""
+"""The base class of methods that train prefixes: which attentions get one, its initial values, and positions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from lightning_peft.training.method import Method
 
 @dataclass(eq=False, kw_only=True)
 class PrefixMethod(Method):
-    """What methods that train prefixes share.
+    """Base class of methods that train prefixes.
 
     Args:
         num_virtual_tokens: length P of the prefix [tokens].

@@ -1,4 +1,4 @@
-"""What methods that train a soft prompt in the input share: where it goes, what it starts from, what it is near to."""
+"""The base class of methods that train a soft prompt: where it goes, its initial values, and its nearest words."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

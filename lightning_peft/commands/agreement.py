@@ -1,4 +1,4 @@
-"""The ranks of a job begin together or not at all: what one of them lacks is said on all of them, at once.
+"""Makes all ranks of a job fail together, with the reason, when one of them cannot begin.
 
 A rank that cannot build its model would end before the others have met it, and they would wait for it until a time-out.
 So it meets them, says why, and all end.
@@ -22,7 +22,7 @@ PLACES = ("accelerator", "strategy", "devices", "num_nodes", "plugins")
 
 
 def agree_to_begin(trainer: L.Trainer, problem: str = "") -> None:
-    """Let the ranks of this trainer hear, as soon as they have met, whether one of them has a problem.
+    """Make the ranks of this trainer exchange their problems as soon as they are connected.
 
     Args:
         trainer: its strategy is changed on the instance; one of a single process is left alone.

@@ -54,20 +54,20 @@ def canonical(name: str) -> str:
 
 
 def not_frozen(backbone: nn.Module) -> set[str]:
-    """Return the names of what a fingerprint leaves out: what is trained, under the names of tied weights, too."""
+    """Return the names that a fingerprint leaves out: those of trained tensors, with all names of tied ones."""
     thawed = {n for n, p in backbone.named_parameters(remove_duplicate=False) if p.requires_grad}
     return thawed.union(delta_names(backbone))
 
 
 def keep_fingerprints(module: nn.Module) -> None:
-    """Let the fingerprints of backbones be computed now, before their weights are rounded, replaced or sharded."""
+    """Compute the fingerprints of backbones now, before their weights are rounded, replaced or sharded."""
     for _, backbone, _ in tunings(module):
         if not any(p.is_meta for p in backbone.parameters()):
             fingerprint_of(backbone, not_frozen(backbone))
 
 
 def metadata(module: nn.Module) -> dict[str, Any]:
-    """Return what a delta file says of itself, primitives only: methods, backbones with fingerprints, versions."""
+    """Return the metadata of a delta file, primitives only: methods, backbones with fingerprints, versions."""
     for place in grafts(module):
         if place.graft.merged:
             raise TuningError(

@@ -1,4 +1,4 @@
-"""Whether the delta of a file fits a module: its methods, its backbone, its tensors."""
+"""Checks that the delta of a file fits a module: its methods, its backbone, its tensors."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Brings a delta file into a module, and turns a full checkpoint into a delta."""
+"""Loads a delta file into a module, and turns a full checkpoint into a delta."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from lightning_peft.core.storage import read_torch
 
 
 def load_delta(module: nn.Module, path: str | Path, allow_other_backbone: bool = False) -> None:
-    """Read a delta file (safetensors or a checkpoint) into ``module``, whose methods must be those of the file.
+    """Load a delta file (safetensors or a checkpoint) into ``module``, whose methods must be those of the file.
 
     Everything is checked before the first tensor changes.
 

@@ -49,10 +49,10 @@ def replace_tensors(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: 
 
 
 class Movable(nn.Module):
-    """A module that has a say when it is moved to another device or dtype."""
+    """A module that can change how it is moved to another device or dtype."""
 
     def moving(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return what shall be done to its tensors in place of ``fn``."""
+        """Return the function that is applied to its tensors in place of ``fn``."""
         return fn
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

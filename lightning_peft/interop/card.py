@@ -26,7 +26,7 @@ _USE = (
 
 @dataclass
 class Facts:
-    """What is said of an adapter beside its tensors; the first three a delta cannot know of its own making.
+    """The facts of a model card; the first three are not in a delta.
 
     Attributes:
         data: what it was trained on.
@@ -42,7 +42,7 @@ class Facts:
 
     @classmethod
     def of(cls, delta: str | Path) -> "Facts":
-        """Return what a checkpoint of a Trainer says: its data module, its best score, and the configuration beside it.
+        """Return the facts in a Trainer's checkpoint: its data module, its best score, and the configuration beside it.
 
         A safetensors file says nothing of these.
         """

@@ -1,4 +1,4 @@
-"""A tuned model as an adapter of PEFT."""
+"""Exports a tuned model as an adapter of PEFT."""
 
 from collections.abc import Mapping
 from dataclasses import replace

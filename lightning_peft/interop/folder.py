@@ -1,4 +1,4 @@
-"""A folder that holds an adapter in the format of PEFT: its configuration and its tensors."""
+"""Reads and writes adapter folders in the format of PEFT: configuration and tensors."""
 
 import json
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ HEADER = "lightning_peft"
 
 @dataclass
 class PeftAdapter:
-    """What an adapter folder holds.
+    """The contents of an adapter folder.
 
     Attributes:
         config: ``adapter_config.json``.
@@ -59,7 +59,7 @@ def write(folder: Path, adapter: PeftAdapter, card: str) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """See that nothing but an older adapter would be overwritten.
+    """Check that nothing but an older adapter would be overwritten.
 
     Raises:
         TuningError: the folder is a file, or holds something else.
@@ -92,5 +92,5 @@ def read_adapter(folder: Path) -> PeftAdapter:
 
 
 def writer_versions() -> dict[str, str]:
-    """Return the versions of what decides about names and formats."""
+    """Return the versions of the packages that decide names and formats."""
     return {package: version(package) for package in ("lightning-peft", "torch", "transformers")}

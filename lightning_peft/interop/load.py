@@ -1,4 +1,4 @@
-"""An adapter of PEFT as a method and its delta, on a model of ours."""
+"""Applies an adapter of PEFT to a model, as a method and its delta."""
 
 import re
 from pathlib import Path
@@ -111,7 +111,7 @@ def _full(names: Names, key: str, prefix: str) -> str:
 
 
 def _check_tied(parts: Parts, names: Names, given: set[str]) -> None:
-    """See that an adapter has all names of a tied tensor: PEFT unties it when it saves one of the modules.
+    """Check that an adapter has all names of a tied tensor: PEFT unties it when it saves one of the modules.
 
     Raises:
         TuningError: it has trained one of the tied modules and left another.
@@ -127,7 +127,7 @@ def _check_tied(parts: Parts, names: Names, given: set[str]) -> None:
 
 
 def _check_copy(ours: Tensor, theirs: Tensor, name: str, source: str) -> None:
-    """See that a copy of a base weight, which PEFT adds for embeddings, is the base's."""
+    """Check that a copy of a base weight, which PEFT adds for embeddings, is the base's."""
     if ours.shape != theirs.shape or not torch.equal(ours.detach().cpu().to(theirs.dtype), theirs):
         raise TuningError(
             f"{source} holds a copy of {name} that is not the one of this model: it was made for another base."
@@ -152,7 +152,7 @@ def _put(parts: Parts, names: Names, name: str, tensor: Tensor) -> None:
 
 
 def _check_base(adapter: PeftAdapter, parts: Parts, names: Names) -> None:
-    """See that the model is the one that the adapter was trained on, as far as the adapter says."""
+    """Check that the model is the one that the adapter was trained on, as far as the adapter says."""
     model: Any = names.model
     hint = "load that one, or allow_other_base=True"
     known = adapter.header.get("fingerprint")

@@ -1,4 +1,4 @@
-"""Profiles of servers: what an adapter must be to be served, checked before anything is written.
+"""Checks, before anything is written, that a server (vLLM) can read an adapter.
 
 vLLM reads ``r``, ``lora_alpha``, ``use_rslora``, ``target_modules`` and the tensors; what it does not read it would
 leave out silently. Its checks are in ``vllm/lora/peft_helper.py``, its ranks in ``vllm/config/lora.py``.
@@ -16,7 +16,7 @@ PROFILES = ("vllm",)
 
 
 def known(profile: str | None) -> None:
-    """See that there is such a profile.
+    """Check that there is such a profile.
 
     Raises:
         TuningError: there is none.
@@ -26,7 +26,7 @@ def known(profile: str | None) -> None:
 
 
 def check_profile(profile: str | None, adapter: PeftAdapter) -> None:
-    """See that a server of this profile can read the adapter.
+    """Check that a server of this profile can read the adapter.
 
     Raises:
         TuningError: it cannot; the message names everything that stands against it, and what to change.

@@ -1,4 +1,4 @@
-"""Full Lightning checkpoints of modules that PEFT has wrapped, as deltas.
+"""Converts full Lightning checkpoints of modules that PEFT has wrapped to deltas.
 
 Such a checkpoint holds the whole base beside the adapter, with names like
 ``net.base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.default.weight``. What it does not hold is the
@@ -112,7 +112,7 @@ def _sorted(
 
 
 def _check_base(base: Mapping[str, Tensor], names: Names, source: str) -> None:
-    """See that the frozen tensors of the checkpoint are those of the model."""
+    """Check that the frozen tensors of the checkpoint are those of the model."""
     for name, tensor in base.items():
         live = names.tensors.get(name)
         if live is None:

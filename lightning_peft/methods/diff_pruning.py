@@ -194,7 +194,7 @@ class DiffPruning(Method):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that the fit has steps after the projection."""
+        """Check that the fit has steps after the projection."""
         super().on_train_start(trainer, pl_module)
         backbone = select.backbone_of(pl_module, self.backbone)
         self._is_dense, self._project_at = self.is_dense(backbone), self._step_of_projection(trainer)

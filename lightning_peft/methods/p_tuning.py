@@ -131,7 +131,7 @@ class PTuning(PromptMethod):
             vars(self)["keeps_originals"] = False
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
-        """Attach the virtual tokens and what computes them."""
+        """Attach the virtual tokens and the encoder that computes them."""
         self._check(backbone)
         table = next(iter(structure.word_tables(backbone).values()))
         weight: Tensor = table.weight  # type: ignore[assignment]

@@ -70,7 +70,7 @@ class TokenPrompt(ImagePrompts):
 
 
 class EmbeddedPrompt(TokenPrompt):
-    """Stands behind the embeddings: the stack then builds its mask for the longer sequence."""
+    """Adds prompts to the output of the embeddings, so that the stack builds its mask for the longer sequence."""
 
     def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Return the embeddings of the image with the prompts among them."""
@@ -78,7 +78,7 @@ class EmbeddedPrompt(TokenPrompt):
 
 
 class BlockPrompt(TokenPrompt):
-    """Stands before a block."""
+    """Puts prompts into the input of a block."""
 
     def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the block's input with prompts of its own."""
@@ -86,7 +86,7 @@ class BlockPrompt(TokenPrompt):
 
 
 class LastBlockPrompt(BlockPrompt):
-    """Stands around the last block, behind which nothing knows of prompts: neither norm, nor pooling, nor head."""
+    """A `BlockPrompt` of the last block, which removes the prompts again: norm, pooling and head do not know them."""
 
     def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return the block's output without the prompts."""
@@ -94,7 +94,7 @@ class LastBlockPrompt(BlockPrompt):
 
 
 class Pooled(Graft):
-    """Gives every token of the last hidden state the vector that the head shall read, however it pools.
+    """Sets every token of the last hidden state to the vector that the head reads, however it pools.
 
     Args:
         pool: 'cls' for the first token, 'mean' for the mean over the patches.

@@ -94,7 +94,7 @@ class WARP(PromptMethod):
         return ()
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
-        """Let nothing decay: the authors' weight decay is 0."""
+        """Ask for no weight decay, as in the authors' code."""
         return {"weight_decay": 0.0} if f".{self.name}." in f".{name}" else {}
 
     def _word_ids(self, backbone: nn.Module) -> Tensor:

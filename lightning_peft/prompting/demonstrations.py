@@ -58,7 +58,7 @@ def ordered(rows: Sequence[int], how: Order, seed: int) -> list[int]:
 
 
 def check_apart(demonstrations: Sequence[Mapping[str, Any]], row: Mapping[str, Any], fields: Sequence[str]) -> None:
-    """See that no demonstration is the row that is asked about.
+    """Check that no demonstration is the row that is asked about.
 
     Raises:
         TuningError: one has the same fields.
@@ -86,7 +86,7 @@ def written(
 
 
 def context(demonstrations: Sequence[str], separator: str = "\n\n", instruction: str = "") -> str:
-    r"""Return what stands before the question: the instruction, and each demonstration, with a separator behind each.
+    r"""Return the text before the question: the instruction and the demonstrations, with a separator behind each.
 
     >>> context(["Q: a\nA: b"], instruction="Answer.")
     'Answer.\n\nQ: a\nA: b\n\n'

@@ -25,7 +25,7 @@ _YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 
 def answer_trigger(kind: Kind, choices: str = "ABCDE", after_rationale: bool = True) -> str:
-    """Return what the second stage asks for the answer with; without a rationale before it, it has no "Therefore".
+    """Return the phrase by which the second stage asks for the answer; without a rationale before it, no "Therefore".
 
     >>> answer_trigger("number")
     'Therefore, the answer (arabic numerals) is'

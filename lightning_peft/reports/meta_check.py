@@ -1,4 +1,4 @@
-"""What can be known of a model without its weights: it is built, grafted and run on the meta device.
+"""Checks a model without its weights: builds, grafts and runs it on the meta device.
 
 Nothing is stored and nothing is computed there, but shapes and dtypes are what they would be, so parameters, units and
 bytes are those of the real run, for a model that fits on no machine at hand.
@@ -30,7 +30,7 @@ COLUMNS = 512
 
 
 class Dry(NamedTuple):
-    """What a step on the meta device showed.
+    """The result of a step on the meta device.
 
     Attributes:
         memory: of one process.
@@ -46,7 +46,7 @@ class Dry(NamedTuple):
 
 
 class MetaBytes(LiveBytes):
-    """Counts bytes on the meta device, and answers what a forward pass asks of the values that are not there.
+    """Counts bytes on the meta device, and answers the questions that a forward pass asks of missing values.
 
     The rows are as they mostly are, of several kinds: of anything there is some (``any``), and not all is alike
     (``all``). So masks are made, since there may be padding, and prompts filled in, since there may be virtual tokens.

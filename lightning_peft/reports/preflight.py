@@ -1,4 +1,4 @@
-"""What can be known before GPU hours are spent: four small steps of a fit, and what they say of the whole."""
+"""Checks a fit by four small steps before GPU hours are spent on it."""
 
 import tempfile
 import warnings
@@ -30,7 +30,7 @@ from lightning_peft.training.strategy import FullyShard
 
 
 class Preflight(L.Trainer):
-    """A Trainer that looks instead of training; `Preflight.of` makes it from the arguments of the one to be checked."""
+    """A Trainer that checks a fit; `Preflight.of` makes it from the arguments of the Trainer to be checked."""
 
     datamodule: L.LightningDataModule | None
     asked: dict[str, Any]
@@ -98,14 +98,14 @@ class Preflight(L.Trainer):
             raise SystemExit(1)
 
     def findings(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None) -> list[Finding]:
-        """Return what four steps show."""
+        """Return the findings of four steps."""
         with self.folder:
             return self._look(model, datamodule)
 
     def findings_on_meta(
         self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None
     ) -> list[Finding]:
-        """Return what the shapes of a model show that was made on the meta device."""
+        """Return the findings for a model that was made on the meta device."""
         batch_size, max_length = getattr(datamodule, "batch_size", None), getattr(datamodule, "max_length", None)
         try:
             optimizers = meta_check.build_module(model, self)

@@ -69,14 +69,14 @@ def tokenize(model: nn.Module, tokenizer: Any, texts: Sequence[str], names: Sequ
 
 
 def image_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Return what the vision tower makes of images, projected, [B, p]."""
+    """Return the projected features of images, [B, p]."""
     return model.get_image_features(pixel_values=pixel_values).pooler_output  # type: ignore[operator]
 
 
 def text_features(
     model: nn.Module, input_ids: Tensor, images: Tensor | None = None, variant: int | None = None
 ) -> Tensor:
-    """Return what the text tower makes of texts, projected, [V C, p], or [B, C, p] where texts depend on the image.
+    """Return the projected features of texts, [V C, p], or [B, C, p] where texts depend on the image.
 
     Args:
         model: the two-tower model.
@@ -119,7 +119,7 @@ def depends_on_images(model: nn.Module) -> bool:
 
 
 def images_are_frozen(model: nn.Module) -> bool:
-    """Tell whether nothing that a method does reaches the features of an image."""
+    """Tell whether no method changes the features of an image."""
     parts = [part for n in ("vision_model", "visual_projection") if (part := structure.part(model, n)) is not None]
     trained = any(p.requires_grad for part in parts for p in part.parameters())
     grafted = any(not place.graft.listens_only for part in parts for place in grafts(part))

@@ -1,4 +1,4 @@
-"""Soft contexts in the texts of a two-tower model (CLIP, SigLIP): what CoOp and its kin share.
+"""Soft contexts in the texts of a two-tower model (CLIP, SigLIP), as CoOp, CoCoOp and DAPL train them.
 
 A context is virtual tokens (`prompts.virtual_tokens`) that a graft around the text tower puts into every text
 which the tower reads, wherever the call comes from: ``model(input_ids=..., pixel_values=...)``,
@@ -62,12 +62,12 @@ class TextContext(Graft):
 
     @property
     def count(self) -> int:
-        """How many tokens the context has."""
+        """The number of tokens of the context."""
         return self.layout.shape[2]
 
     @property
     def variants(self) -> int:
-        """How many prompts there are of each text."""
+        """The number of prompts of each text."""
         return self.layout.shape[0]
 
     def around(
@@ -79,7 +79,7 @@ class TextContext(Graft):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return what the tower gives for the prompts, V C rows, those of the first variant first."""
+        """Return the tower's output for the prompts, V C rows, those of the first variant first."""
         if not self.call.active or input_ids is None:
             return forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         if position_ids is not None:
@@ -232,7 +232,7 @@ def can_pack(tower: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 @contextmanager
 def frozen(backbone: nn.Module) -> Iterator[None]:
-    """Let the backbone compute what it computed before methods came, as far as they put contexts and prompts in."""
+    """Switch off the contexts and prompts of the backbone's methods while the context lasts."""
     found = [vars(place.graft).get("call") for place in grafts(backbone)]
     calls = [call for call in found if isinstance(call, ContextCall)]
     for call in calls:

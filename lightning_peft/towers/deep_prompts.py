@@ -1,4 +1,4 @@
-"""Prompts in the layers of a two-tower model: what MaPLe and IVLP share.
+"""Deep prompts in the layers of a two-tower model, as MaPLe and IVLP train them.
 
 In the text tower the prompt stands behind the start token, in the vision tower at the end of the patches, without
 positions of its own. In the first layers, up to the depth, each layer gets other rows in its place; what the layer
@@ -63,7 +63,7 @@ class PromptTokens(ContextTokens):
 
 
 class DeepPrompt(Graft):
-    """Puts rows in the place of the prompt in the input of a block.
+    """Replaces the prompt in the input of a block by the rows of that layer.
 
     Args:
         call: shared with the other grafts of the method.
@@ -89,7 +89,7 @@ class DeepPrompt(Graft):
 
 
 class ImagePrompt(Graft):
-    """Puts the rows of the first layer behind the patches of an image. Its host gives their embeddings."""
+    """Appends the rows of the first layer to the patch embeddings, which its host computes."""
 
     def __init__(self, call: ContextCall) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class ImagePrompt(Graft):
 
 
 class WithoutPrompt(Graft):
-    """Takes the last ``count`` tokens out of what its host, the last block of a vision tower, gives."""
+    """Removes the last ``count`` tokens from the output of its host, the last block of a vision tower."""
 
     def __init__(self, count: int, call: ContextCall) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
 
 
 def check_depth(tower: nn.Module, depth: int, argument: str) -> None:
-    """See that a tower is as deep as its prompts.
+    """Check that a tower is as deep as its prompts.
 
     Raises:
         TuningError: it is not.
@@ -162,7 +162,7 @@ def device_of(tower: nn.Module) -> torch.device:
 
 
 def graft_prompts(model: nn.Module, prompts: Prompts, name: str, template: str, share_prefix: bool) -> None:
-    """Attach the prompts to a two-tower model and what puts them into its layers."""
+    """Attach the prompts and the grafts that put them into the layers of a two-tower model."""
     call = attach(model, prompts, name).call
     text, images = text_tower(model, name), vision_tower(model, name)
     count = len(prompts.rows("text", 0))

@@ -1,4 +1,4 @@
-"""Text towers of two-tower models (CLIP, SigLIP): where they are, what they read, and the words that they know."""
+"""Finds the text tower of a two-tower model (CLIP, SigLIP), its word table, and where it reads a text."""
 
 from typing import Any
 

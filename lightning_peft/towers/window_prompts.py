@@ -1,4 +1,4 @@
-"""Rows of prompts as grafts give them to images, and prompts in blocks that attend within windows (Swin).
+"""Prompts of images, and prompts in blocks that attend within windows (Swin).
 
 In a windowed block the prompts of an image join each of its windows, with no relative position bias and no shift mask
 of their own. What a window makes of them is averaged over the windows of that image, never over other images. Where the
@@ -69,7 +69,7 @@ def attach_windows(tower: Tower, weights: Mapping[int, nn.Parameter], dropout: f
 
 
 class WindowBlockPrompt(ImagePrompts):
-    """Stands around a block: its own prompts, or those that an earlier block passed on before the patches.
+    """Wraps a block: adds its own prompts, or takes those that an earlier block passed on before the patches.
 
     Args:
         weight: the prompts, [P, d]; None: those passed on.
@@ -106,7 +106,7 @@ class WindowBlockPrompt(ImagePrompts):
 
 
 class WindowPrompt(Graft):
-    """Stands around the attention of windows and lets prompts join each of them."""
+    """Wraps the attention of windows and adds the prompts to each of them."""
 
     def around(
         self,
@@ -133,7 +133,7 @@ class WindowPrompt(Graft):
 
 
 class NoBias(Graft):
-    """Stands behind a table of relative positions, of which prompts have none.
+    """Extends the output of a table of relative positions by zeros for the prompts.
 
     Args:
         width: P.
@@ -149,7 +149,7 @@ class NoBias(Graft):
 
 
 class MergedPrompt(Graft):
-    """Stands around a stage, whose own output has no room for prompts: a prompt is its own four neighbours."""
+    """Wraps a stage, whose own output has no room for prompts: a prompt is merged as its own four neighbours."""
 
     def around(self, forward: Callable[..., Any], host: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the stage's output with the merged prompts before the patches."""

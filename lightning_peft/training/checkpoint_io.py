@@ -1,4 +1,4 @@
-"""How a Trainer writes and reads checkpoint files while a method is at work."""
+"""Writes and reads a Trainer's checkpoint files: atomically, in order, and in folders that no other job writes to."""
 
 import errno
 import fcntl
@@ -97,7 +97,7 @@ class OrderedAsyncCheckpointIO(AsyncCheckpointIO):
 
 
 def write_atomically(trainer: L.Trainer) -> None:
-    """Let the trainer use `AtomicCheckpointIO` where it would use Lightning's default; a user's own stays."""
+    """Use `AtomicCheckpointIO` in place of Lightning's default; a user's own stays."""
     chosen, ours = trainer.strategy.checkpoint_io, AtomicCheckpointIO()
     table = patches.of_run(trainer)
     if type(chosen) is TorchCheckpointIO:

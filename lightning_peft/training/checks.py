@@ -1,4 +1,4 @@
-"""Checks that what is trained can be: it is in one optimizer, it has a gradient, and no callback holds a copy of it."""
+"""Checks that trained parameters are in one optimizer, get a gradient, and are copied by no callback beforehand."""
 
 from collections.abc import Iterable
 
@@ -19,7 +19,7 @@ def without_gradient(module: nn.Module) -> list[str]:
 
 
 def check_averaging(trainer: L.Trainer, method: L.Callback) -> None:
-    """See that no callback has copied the module before this method changes it.
+    """Check that no callback has copied the module before this method changes it.
 
     Raises:
         TuningError: an averaging callback stands before the method in the list.
@@ -34,7 +34,7 @@ def check_averaging(trainer: L.Trainer, method: L.Callback) -> None:
 
 
 def check_optimizers(module: L.LightningModule, optimizers: Iterable[Optimizer]) -> None:
-    """See that every trained parameter is in exactly one optimizer group.
+    """Check that every trained parameter is in exactly one optimizer group.
 
     Raises:
         TuningError: it is in none or in several.
@@ -55,7 +55,7 @@ def check_optimizers(module: L.LightningModule, optimizers: Iterable[Optimizer])
 
 
 def check_gradients(module: L.LightningModule) -> None:
-    """See that every trained parameter has got a gradient.
+    """Check that every trained parameter has got a gradient.
 
     Raises:
         TuningError: one has none, since nothing in the forward pass that gave the loss uses it.
@@ -74,7 +74,7 @@ def note_gradients(module: L.LightningModule, optimizer: Optimizer) -> None:
 
 
 def check_noted_gradients(module: L.LightningModule) -> None:
-    """See that every parameter noted by `note_gradients` has got a gradient in one of the steps.
+    """Check that every parameter noted by `note_gradients` has got a gradient in one of the steps.
 
     Raises:
         TuningError: one has not.

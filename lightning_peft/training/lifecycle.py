@@ -1,4 +1,4 @@
-"""Extends the hooks of a LightningModule: methods are applied, what they train is in its optimizer, and is saved.
+"""Extends the hooks of a LightningModule to apply methods, optimize what they train, and save the delta.
 
 Lightning has no callback hook between ``configure_model`` and the making of the optimizer, does not call
 ``Callback.on_save_checkpoint`` with ``save_weights_only``, and loads weights before ``Callback.on_load_checkpoint``. So

@@ -1,4 +1,4 @@
-"""The life of a method in a Trainer: what it does at each hook of Lightning."""
+"""A tuning method as a Lightning callback."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ class Method(TuningMethod, L.Callback):
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Apply the method as early as the backbone exists, and see to it that checkpoints hold the delta."""
+        """Apply the method as early as the backbone exists, and install the hooks for checkpoints of the delta."""
         # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/strategies/launchers/multiprocessing.py
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise TuningError(
@@ -100,7 +100,7 @@ class Method(TuningMethod, L.Callback):
             checks.check_noted_gradients(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that the method is applied."""
+        """Check that the method is applied."""
         self._assert_applied(pl_module)
 
     on_test_start = on_predict_start = on_validation_start
@@ -108,19 +108,19 @@ class Method(TuningMethod, L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Let the backbone see the batch as `prepare` makes it."""
+        """Replace the batch's entries by those of `prepare`."""
         self._enter(pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Give the batch back as it was."""
+        """Restore the batch."""
         self._leave(batch)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Let the backbone see the batch as `prepare` makes it."""
+        """Replace the batch's entries by those of `prepare`."""
         self._enter(pl_module, batch)
 
     def on_validation_batch_end(
@@ -132,7 +132,7 @@ class Method(TuningMethod, L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Give the batch back as it was."""
+        """Restore the batch."""
         self._leave(batch)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start

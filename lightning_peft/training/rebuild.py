@@ -1,4 +1,4 @@
-"""Modules and backbones from delta files alone."""
+"""Builds methods, modules and backbones from delta files alone."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress

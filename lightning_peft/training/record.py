@@ -1,4 +1,4 @@
-"""What is known of a LightningModule that methods tune; it stands on the module itself."""
+"""The record that a LightningModule keeps of the methods that tune it and of their run."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +12,7 @@ _ATTRIBUTE = "_lightning_peft_life"
 
 
 class Pause(NamedTuple):
-    """A save between two batches.
+    """The random state of a save between two batches.
 
     Attributes:
         random: the state of the random generators to go on with.
@@ -25,7 +25,7 @@ class Pause(NamedTuple):
 
 @dataclass
 class Life:
-    """What is known of a LightningModule that methods tune.
+    """The record of a LightningModule that methods tune; it is kept on the module.
 
     Attributes:
         methods: the methods, in the order in which they are applied.
@@ -34,7 +34,7 @@ class Life:
         validation_random: the random state before the latest validation during fit.
         gradients: whether each parameter that an optimizer has stepped has got a gradient yet, by name; it is kept in
             the first epoch of manual optimization.
-        is_extended: whether the hooks of the module are extended; see `lifecycle.extend`.
+        is_extended: whether the hooks of the module are extended; see `lifecycle.extend_hooks`.
     """
 
     methods: list["Method"] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Life:
         return life
 
     def end_run(self) -> None:
-        """Forget what concerns one run: an exception may have ended it before a checkpoint was restored."""
+        """Clear the state of one run: an exception may have ended it before a checkpoint was restored."""
         self.resumed = self.pause = self.validation_random = None
         self.gradients = {}
 

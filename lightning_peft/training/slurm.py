@@ -1,4 +1,4 @@
-"""What SLURM says of this process, and the ways to start a job that would hang or train something else.
+"""Reads the SLURM job of this process, and refuses jobs that were started so that they would hang.
 
 Standard library only: the console script looks before it imports torch.
 """
@@ -76,7 +76,7 @@ def node() -> str:
 
 
 def check_environment(environment: Mapping[str, str] = os.environ) -> None:
-    """See that a job of several processes was started in a way that lets them find each other.
+    """Check that a job of several processes was started in a way that lets them find each other.
 
     Raises:
         TuningError: no srun, ``--ntasks`` without ``--ntasks-per-node``, a job name that hides SLURM, or a signal that
@@ -107,7 +107,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_sizes(num_nodes: int, num_devices: int, environment: Mapping[str, str] = os.environ) -> None:
-    """See that the Trainer's numbers are those of the job.
+    """Check that the Trainer's numbers are those of the job.
 
     Raises:
         TuningError: they differ.

@@ -85,7 +85,7 @@ class FullyShard(ModelParallelStrategy):
             self.options["mp_policy"] = policy
 
     def setup_environment(self) -> None:
-        """Let all processes be one data-parallel group, or several that each have a part of every split layer.
+        """Make all processes one data-parallel group, or several that each have a part of every split layer.
 
         Raises:
             TuningError: the processes do not make up whole groups.
@@ -154,7 +154,7 @@ def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
 
 
 def checkpoint_activations(module: L.LightningModule, on: bool) -> None:
-    """Let transformers compute the activations of blocks anew, or no more."""
+    """Switch transformers' recomputation of block activations on or off."""
     switch = "activation_checkpointing_enable" if on else "activation_checkpointing_disable"
     for _, backbone, _ in tunings(module):
         holders = [child for child in backbone.modules() if getattr(child, "supports_gradient_checkpointing", False)]

@@ -10,7 +10,7 @@ from lightning_peft.training.record import Life
 
 
 def install_hooks(trainer: L.Trainer, life: Life, module: L.LightningModule) -> None:
-    """Let checkpoints be written whole, data resume in order, strategies know the delta, and SLURM jobs requeue.
+    """Install our hooks: atomic checkpoints, resumable data, strategies that save the delta, and SLURM requeueing.
 
     Raises:
         TuningError: the strategy would lose the delta, or a SLURM job was started wrongly.

@@ -1,4 +1,4 @@
-"""Filling a backbone that was built on the meta device: each rank reads its own part of each tensor from the files.
+"""Fills a backbone that was built on the meta device: each rank reads its own part of each tensor from the files.
 
 No rank ever holds the whole model, neither on its device nor in the memory of its host.
 """
@@ -27,7 +27,7 @@ def on_meta(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def fill(module: nn.Module, device: torch.device) -> None:
-    """Give storage to what is on the meta device, and the values of the folder or hub id that the model names.
+    """Allocate what is on the meta device, and read the values from the folder or hub id that the model names.
 
     Buffers that no file has (rotary frequencies) are computed as transformers does; a new task head is drawn, the same
     on all ranks.

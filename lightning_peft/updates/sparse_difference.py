@@ -195,7 +195,7 @@ class Twin(Folding):
         self.refer(first=first)
 
     def weight(self, w: Tensor, name: str) -> Tensor:
-        """Return what the other graft makes of the parameter."""
+        """Return the parameter as the other graft changes it."""
         return self.first.weight(w, self.names[name])
 
 

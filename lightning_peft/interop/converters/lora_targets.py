@@ -1,4 +1,4 @@
-"""Which layers the tensors of a LoRA adapter of PEFT are for, and whether they have the shapes of these layers."""
+"""Finds the layers that the tensors of a LoRA adapter of PEFT belong to, and checks their shapes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +49,7 @@ def called_in(parts: Parts, target: str) -> str:
 
 
 def check_layers(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:
-    """See that the layers with tensors are those that the configuration names."""
+    """Check that the layers with tensors are those that the configuration names."""
     if not found:
         raise TuningError(f"{parts.source} has no tensor of LoRA: take another copy of the adapter.")
     expected = [
@@ -79,7 +79,7 @@ def check_layers(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:
 
 
 def check_parts(parts: Parts, key: str, shapes: Mapping[str, tuple[int, ...]], r: int) -> None:
-    """See that a layer has all its tensors, in the shapes of the host and the rank."""
+    """Check that a layer has all its tensors, in the shapes of the host and the rank."""
     have = parts.layers.get(key, {})
     if lacking := sorted(shapes.keys() - have.keys()):
         raise TuningError(f"{parts.source} lacks {lacking[0]} of {key}: take another copy of the adapter.")

@@ -85,7 +85,7 @@ def _prefixes(model: nn.Module, method: Any) -> list[Grafted[Any]]:
 
 
 def _check_model(model: nn.Module) -> None:
-    """See that PEFT puts prefixes where they are here.
+    """Check that PEFT puts prefixes where they are here.
 
     Raises:
         TuningError: the model is an encoder-decoder, or has no task type.

@@ -57,7 +57,7 @@ class PTuningConverter(PromptConverter):
 
 
 def check_place(model: nn.Module) -> None:
-    """See that PEFT puts the prompt where it is here.
+    """Check that PEFT puts the prompt where it is here.
 
     Raises:
         TuningError: the model is an encoder, or PEFT has no class for prompts in its task.
@@ -72,7 +72,7 @@ def check_place(model: nn.Module) -> None:
 
 
 def model_settings(model: nn.Module) -> dict[str, Any]:
-    """Return what PEFT writes of the model into the configuration of a prompt."""
+    """Return the settings of the model that PEFT writes into the configuration of a prompt."""
     config = structure.config_of(model).get_text_config()
     return {"num_attention_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers}
 

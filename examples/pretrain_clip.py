@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lightning_peft import ColouredShapes
 from lightning_peft.data.coloured_shapes import COLOURS, SHAPES, STYLES
-from lightning_peft.data.drawing import draw
+from lightning_peft.data.drawing import draw_shape
 
 SIZE, PATCH, POSITIONS = 32, 8, 77
 TEMPLATES = ("a photo of a {}.", "{}.", "a {}.", "this is a {}.", "a picture of one {}.")
@@ -109,7 +109,7 @@ def pictures(counts: dict[str, int], leave_out: int, seed: int) -> tuple[Tensor,
     kept = [pair for i, pair in enumerate(pairs) if i % leave_out != leave_out - 1]
     random = np.random.default_rng(seed)
     drawn = [
-        (np.asarray(draw(COLOURS[colour], shape, style, SIZE, random)), f"{colour} {shape}", style)
+        (np.asarray(draw_shape(COLOURS[colour], shape, style, SIZE, random)), f"{colour} {shape}", style)
         for style, count in counts.items()
         for colour, shape in kept
         for _ in range(count)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lightning_peft import ColouredShapes
 from lightning_peft.data.coloured_shapes import COLOURS, SHAPES, STYLES
-from lightning_peft.data.drawing import draw
+from lightning_peft.data.drawing import draw_shape
 
 SIZE, PATCH = 32, 8
 
@@ -34,7 +34,7 @@ def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
     pairs = ColouredShapes(colours=list(COLOURS), shapes=list(SHAPES)).class_pairs
     random = np.random.default_rng(seed)
     drawn = [
-        (np.asarray(draw(COLOURS[colour], shape, style, SIZE, random)), label)
+        (np.asarray(draw_shape(COLOURS[colour], shape, style, SIZE, random)), label)
         for label, (colour, shape) in enumerate(pairs[: len(pairs) // 2])
         for style in STYLES
         for _ in range(count)

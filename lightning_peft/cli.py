@@ -71,9 +71,9 @@ def _run(command: str) -> None:
 
             submit(sys.argv[2:])
         elif command in _TRAINER:
-            slurm.check()
+            slurm.check_environment()
             if command == "fit" and (slurm.is_job() or slurm.is_elastic()):
-                signals.install()  # a signal during the imports below would kill the process
+                signals.install_handlers()  # a signal during the imports below would kill the process
             from lightning_peft.commands.trainer import run
 
             run()
@@ -84,7 +84,7 @@ def _run(command: str) -> None:
     except Exception as error:
         if os.environ.get(_DEBUG):
             raise
-        where, said = slurm.place(), sentence(error)
+        where, said = slurm.rank_and_node(), sentence(error)
         fail(f"{where}: {said}" if where and not said.startswith("rank ") else said, 2 if _is_mistake(error) else 1)
     except SystemExit as ended:
         # Lightning ends so on SIGTERM, and half-trained weights are no success.

@@ -146,7 +146,7 @@ class TestTheCache:
         config = hf.MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=4)
         model = hf.MambaForCausalLM(config).eval()
         assert decoder_of(model) is None
-        assert likelihoods.read(model, [5, 6, 7]) is None
+        assert likelihoods.prefill(model, [5, 6, 7]) is None
 
     @pytest.mark.parametrize("kind", CAUSAL)
     @pytest.mark.parametrize("name", cache_argument.NAMES)
@@ -175,7 +175,7 @@ class TestTheCache:
     @pytest.mark.parametrize("kind", CAUSAL)
     def test_it_is_given_by_the_name_of_this_version(self, kind: str) -> None:
         model, ids = models.tiny(kind), models.batch(kind)["input_ids"]
-        shared = likelihoods.read(model, [5, 6, 7])
+        shared = likelihoods.prefill(model, [5, 6, 7])
         words = [[[8], [9, 10]]] * len(ids)
         given = likelihoods.causal_scores(model, ids, torch.ones_like(ids), words, shared)
         alone = likelihoods.recomputed_scores(model, ids, torch.ones_like(ids), words, [5, 6, 7])

@@ -1,4 +1,4 @@
-"""A cache of what the frozen part of a model computes, so that a fixed data set goes through it once.
+"""Caches the output of a model's frozen part, so that a fixed data set goes through it once.
 
 The rows of a batch are told by a hash of all that the frozen part is given, so that it works in any module, whatever
 the batches and their order, for training and validation rows alike. What is kept for a row is the input of the part
@@ -26,7 +26,7 @@ from lightning_peft.core.arguments import positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.features import heads
-from lightning_peft.features.cached_rows import Rows
+from lightning_peft.features.cached_rows import CachedRows
 from lightning_peft.features.frozen_part import FrozenOutput, FrozenPart, Skipped, Tap
 from lightning_peft.training.method import Method
 
@@ -64,7 +64,7 @@ class CachingMethod(Method):
                 f"{self.backbone_mode!r}: use backbone_mode='eval'."
             )
         name = f"{self.name}_cache"
-        rows = Rows(int(self.cache_limit * 2**30))
+        rows = CachedRows(int(self.cache_limit * 2**30))
         base = structure.base_model_of(backbone)
         head = heads.head_modules(backbone)
         if first is not None:
@@ -82,7 +82,7 @@ class CachingMethod(Method):
         self._rows = rows
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Learn how many rows there are, to tell augmentation by a row too many."""
+        """Begin to count the training rows anew: more of them than there are mean augmentation."""
         super().on_fit_start(trainer, pl_module)
         rows = self._cached(pl_module)
         if rows is not None:
@@ -120,7 +120,7 @@ class CachingMethod(Method):
         if rows is not None:
             rows.epochs += 1
 
-    def _cached(self, module: nn.Module) -> Rows | None:
+    def _cached(self, module: nn.Module) -> CachedRows | None:
         applied = self.applied(module)
         return vars(applied).get("_rows") if applied is not None else None
 

@@ -1,4 +1,4 @@
-"""Methods whose grafts the weights can take in for a while, as for inference, and give back."""
+"""Methods whose grafts can be merged into the weights, as for inference, and unmerged again."""
 
 from torch import nn
 
@@ -13,7 +13,7 @@ class MergingMethod(Method):
     """A method with `merge` and `unmerge`; its grafts are of the kind `Folding`."""
 
     def merge(self, model: nn.Module) -> float:
-        """Put what was trained into the weights and let the grafts rest, as for inference.
+        """Merge what was trained into the weights and switch the grafts off, as for inference.
 
         A copy of the weights is kept, with which `unmerge` gives them back bit for bit; `lightning_peft.merge` keeps
         none. While merged, nothing can be trained or saved.
@@ -27,7 +27,7 @@ class MergingMethod(Method):
         return max(place.graft.merge(place.host, keep=True) for place in self._places(model))
 
     def unmerge(self, model: nn.Module) -> None:
-        """Give the weights the values that they had before `merge`, bit for bit, and let the grafts work again."""
+        """Give the weights the values that they had before `merge`, bit for bit, and switch the grafts on again."""
         for place in self.own_grafts(model, Folding):
             place.graft.unmerge(place.host)
 

@@ -1,4 +1,4 @@
-"""What methods that train prefixes share: which attentions get one, what it starts from, where positions count from."""
+"""The base class of methods that train prefixes: which attentions get one, its initial values, and positions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from lightning_peft.training.method import Method
 
 @dataclass(eq=False, kw_only=True)
 class PrefixMethod(Method):
-    """What methods that train prefixes share.
+    """Base class of methods that train prefixes.
 
     Args:
         num_virtual_tokens: length P of the prefix [tokens].
@@ -109,7 +109,7 @@ class PrefixMethod(Method):
             )
         return batch
 
-    def fold(self, model: nn.Module) -> None:
+    def drop_network(self, model: nn.Module) -> None:
         """Keep the prefix that the network gives and drop the network; what follows is a method with mid_dim=None.
 
         Raises:
@@ -118,7 +118,7 @@ class PrefixMethod(Method):
         applied = self.applied_to(model)
         for place in self.own_grafts(model, Prefix):
             if place.graft.network is not None:
-                place.graft.fold()
+                place.graft.drop_network()
         for network in self.own_grafts(model, PrefixNetwork):
             detach(network.host, network.name)
         self.mid_dim = applied.mid_dim = None

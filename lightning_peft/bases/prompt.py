@@ -1,4 +1,4 @@
-"""What methods that train a soft prompt in the input share: where it goes, what it starts from, what it is near to."""
+"""The base class of methods that train a soft prompt: where it goes, its initial values, and its nearest words."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.prompts.shared_prompt import SharedPrompt, decoder_of
-from lightning_peft.prompts.virtual_tokens import PromptRows, VirtualTokens, insert, is_widened, nearest
+from lightning_peft.prompts.virtual_tokens import PromptRows, VirtualTokens, best_words, insert, is_widened
 from lightning_peft.training.method import Method
 
 
@@ -109,7 +109,7 @@ class PromptMethod(Method):
         with torch.no_grad():
             words = F.normalize(table.weight.float(), dim=1)  # type: ignore[arg-type]
             cosine = F.normalize(self.rows(backbone).float(), dim=1) @ words.t()
-        return nearest(cosine, k, tokenizer_of(backbone, self.tokenizer, "nearest_words"))
+        return best_words(cosine, k, tokenizer_of(backbone, self.tokenizer, "nearest_words"))
 
     def ids_of(self, backbone: nn.Module, text: str | None) -> list[int]:
         """Return the token ids of the words that a prompt starts from.

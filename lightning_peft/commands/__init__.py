@@ -1,4 +1,4 @@
-"""What the console script can do, and how it fails."""
+"""The commands of the console script, and how they fail."""
 
 import re
 from typing import NoReturn
@@ -14,7 +14,7 @@ def fail(sentence: str, code: int = 2) -> NoReturn:
 
 
 def sentence(error: Exception) -> str:
-    """Return what an error says to a user, in one sentence."""
+    """Return the message of an error for a user, in one sentence."""
     from lightning_peft.core.errors import TuningError
 
     cause: BaseException | None = error

@@ -1,4 +1,4 @@
-"""The ranks of a job begin together or not at all: what one of them lacks is said on all of them, at once.
+"""Makes all ranks of a job fail together, with the reason, when one of them cannot begin.
 
 A rank that cannot build its model would end before the others have met it, and they would wait for it until a time-out.
 So it meets them, says why, and all end.
@@ -21,8 +21,8 @@ PLACES = ("accelerator", "strategy", "devices", "num_nodes", "plugins")
 """The arguments of a Trainer that say which ranks there are."""
 
 
-def install(trainer: L.Trainer, problem: str = "") -> None:
-    """Let the ranks of this trainer hear, as soon as they have met, whether one of them has a problem.
+def agree_to_begin(trainer: L.Trainer, problem: str = "") -> None:
+    """Make the ranks of this trainer exchange their problems as soon as they are connected.
 
     Args:
         trainer: its strategy is changed on the instance; one of a single process is left alone.
@@ -48,7 +48,7 @@ def tell(trainer_class: Callable[..., L.Trainer], settings: Mapping[str, Any], p
     environment = environment_of(trainer)
     started = environment is not None and environment.creates_processes_externally
     if trainer.world_size > 1 and (started or trainer.num_nodes > 1 or "LOCAL_RANK" in os.environ):
-        install(trainer, problem)
+        agree_to_begin(trainer, problem)
         trainer.fit(_Absent(), train_dataloaders=[torch.zeros(1)])
 
 

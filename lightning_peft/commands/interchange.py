@@ -75,7 +75,7 @@ def _export(file: str, folder: str, backbone: str | None, names: Any, data: str 
     facts.metrics = chosen["metrics"] or facts.metrics
     model = from_delta(file, backbone)
     written = to_peft(model, folder, names, chosen["for"], facts)
-    adapter = folders.read(written)
+    adapter = folders.read_adapter(written)
     console = Console(soft_wrap=True)
     held = f"{len(adapter.tensors)} tensors, {count(adapter.tensors.values()):,} values"
     console.print(
@@ -90,16 +90,16 @@ def _import(source: str, file: str, backbone: str | None, config: str | None, al
     if Path(file).suffix != ".safetensors":
         raise TuningError(f"{file} is to be a delta: give it the suffix .safetensors.")
     if Path(source).is_dir():
-        adapter = folders.read(Path(source))
-        model = load.build(adapter, backbone)
-        method = load.load(model, adapter, allow_other_base)
+        adapter = folders.read_adapter(Path(source))
+        model = load.load_base(adapter, backbone)
+        method = load.apply_adapter(model, adapter, allow_other_base)
     elif config is None:
         raise TuningError(
             f"{source} is no adapter folder, and a full checkpoint does not say alpha and the like: give --config."
         )
     else:
-        base, adapter = wrapped.read(source, config)
-        model = load.build(adapter, backbone)
+        base, adapter = wrapped.read_wrapped(source, config)
+        model = load.load_base(adapter, backbone)
         method = wrapped.load_wrapped(model, base, adapter)
     save_delta(model, file)
     Console(soft_wrap=True).print(

@@ -65,7 +65,7 @@ def methods(name: str | None = None) -> None:
 
 
 def row_of(method: "type[TuningMethod]") -> tuple[str, str, str]:
-    """Return what a table says of a method: its kind, what it trains, and authors and year of its paper."""
+    """Return the row of a method in the table: its kind, what it trains, and authors and year of its paper."""
     return method.kind, method.trains, method.paper.split(", arXiv")[0]
 
 

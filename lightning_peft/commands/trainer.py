@@ -88,13 +88,13 @@ class TuningCLI(LightningCLI):
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         found = [callback for callback in [*methods, *callbacks] if isinstance(callback, Method)]
         for method in found:
-            arguments.check(method)  # before the data are prepared, which may take long
+            arguments.check_arguments(method)  # before the data are prepared, which may take long
         delta = Path(str(self.argument(self.config_init, "ckpt_path")))
         if delta.is_file() and not found:
             methods = methods_of(read_delta(delta)[1])
         trainer = self.build_trainer(config, methods)
         if self.tells:
-            agreement.install(trainer)
+            agreement.agree_to_begin(trainer)
         return trainer
 
     def build_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> L.Trainer:

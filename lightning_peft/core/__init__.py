@@ -1,1 +1,1 @@
-"""What a method needs of a backbone, by torch alone: the graft, the record of what is tuned, the delta."""
+"""Grafts, the record of what is tuned, and the delta; no Lightning below here."""

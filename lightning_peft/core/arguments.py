@@ -1,4 +1,4 @@
-"""What the arguments of a method may be: said at the field, and checked before anything is changed.
+"""Declares the bounds and choices of a method's arguments at its fields, and checks them before anything is changed.
 
 The annotation says the type, the choices (``Literal``) and whether None is one; the default says which numbers are
 taken, alone or in lists, as in ``dropout: float = rate(0.1)``. Every float is finite. A class that changes a default
@@ -8,7 +8,7 @@ keeps what its base says of the field.
 ... class Noise:
 ...     scale: float = positive(1.0)
 ...     kind: Literal["white", "pink"] = choice("white", "is no colour")
->>> check(Noise(scale=0.0))
+>>> check_arguments(Noise(scale=0.0))
 Traceback (most recent call last):
 ...
 lightning_peft.core.errors.TuningError: Noise's scale=0.0 is out of range: take more than 0.
@@ -27,7 +27,7 @@ _KEY = "bounds"
 
 @dataclass(frozen=True)
 class Bounds:
-    """Which numbers a field takes, and what is said of a value that it does not take."""
+    """The range of numbers that a field takes, and the words of the error for other values."""
 
     otherwise: str = ""
     at_least: float | None = None
@@ -45,7 +45,7 @@ class Bounds:
 
 
 def bounded(default: T, otherwise: str = "", **ends: float) -> T:
-    """Return a field whose numbers have `Bounds`; ``otherwise`` is said of other values, as in "is no size"."""
+    """Return a field whose numbers have `Bounds`; the error says ``otherwise`` of other values, as in "is no size"."""
     return field(default=default, metadata={_KEY: Bounds(otherwise, **ends)})
 
 
@@ -65,12 +65,12 @@ def rate(default: T, otherwise: str = "is no probability below 1") -> T:
 
 
 def choice(default: T, otherwise: str) -> T:
-    """Return a field that takes what its ``Literal`` says; ``otherwise`` is said of other values."""
+    """Return a field that takes what its ``Literal`` says; the error says ``otherwise`` of other values."""
     return bounded(default, otherwise)
 
 
-def check(method: Any) -> None:
-    """See that the arguments of a method are what its fields take.
+def check_arguments(method: Any) -> None:
+    """Check that the arguments of a method are what its fields take.
 
     Raises:
         TuningError: one is not.

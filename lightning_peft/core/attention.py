@@ -38,7 +38,7 @@ class Attention(NamedTuple):
 
 
 def join(backbone: nn.Module) -> list[Attention]:
-    """Let grafts of the model's attentions take part in the joint `key_value`; return the attentions in their order.
+    """Route the model's attentions through the joint `key_value` of their grafts; return the attentions in their order.
 
     Raises:
         TuningError: the model computes no attention through the interface, or by a kernel that takes no wider mask.
@@ -71,7 +71,7 @@ def join(backbone: nn.Module) -> list[Attention]:
 
 
 def leave(backbone: nn.Module) -> None:
-    """Give the model its own attention back when no graft takes part in the joint any more."""
+    """Give the model its own attention back when no graft uses the joint any more."""
     implementation = structure.attention_implementation(backbone) or ""
     if implementation.startswith(_GRAFTED) and not any(overrides(p.graft, "key_value") for p in grafts(backbone)):
         _set(backbone, implementation.removeprefix(_GRAFTED))

@@ -1,4 +1,4 @@
-"""Finds the cache of keys and values among a model's inputs, or in its output, by either name that transformers has.
+"""Finds the cache of keys and values in a model's inputs or output, under either name that transformers gives it.
 
 Argument and output field are called `cache` since transformers 5.24, and were `past_key_values` before. Until 5.40 a
 model renames the old name inside its ``forward``, where a graft around it does not see that:

@@ -1,4 +1,4 @@
-"""Whether several methods can live on one backbone: none may keep another from training, or from what it counts on."""
+"""Checks that the methods on one backbone do not keep each other from training, or break what another relies on."""
 
 from itertools import permutations
 
@@ -14,8 +14,8 @@ TOKENS = "the ids of virtual tokens for itself"
 FEATURES = "the features of the last block for itself"
 
 
-def check(backbone: nn.Module, tuning: Tuning) -> None:
-    """See that the methods of a backbone do not stand in each other's way.
+def check_compatible(backbone: nn.Module, tuning: Tuning) -> None:
+    """Check that the methods of a backbone work together.
 
     Raises:
         TuningError: one breaks what another needs, or hides a tensor that the other trains.

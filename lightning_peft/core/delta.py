@@ -77,7 +77,7 @@ def keep_fingerprints(module: nn.Module) -> None:
 
 
 def metadata(module: nn.Module) -> dict[str, Any]:
-    """Return what a delta file says of itself, primitives only: methods, backbones with fingerprints, versions."""
+    """Return the metadata of a delta file, primitives only: methods, backbones with fingerprints, versions."""
     for place in grafts(module):
         if place.graft.merged:
             raise TuningError(

@@ -1,4 +1,4 @@
-"""What a delta file says of itself, and how it is read: whole, unchanged since it was written, and without running it.
+"""Writes and reads delta files and their metadata, checked against checksums and without running code in them.
 
 The metadata names the methods with their arguments, the backbones with their fingerprints, the versions, and a checksum
 of each tensor, of all else that the file holds, and of the metadata itself.

@@ -1,4 +1,4 @@
-"""Whether the delta of a file fits a module: its methods, its backbone, its tensors."""
+"""Checks that the delta of a file fits a module: its methods, its backbone, its tensors."""
 
 import json
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ def fitted(
     return tensors
 
 
-def methods_of(module: nn.Module) -> str:
+def method_names(module: nn.Module) -> str:
     """Return the classes of the methods that are applied to the backbones in ``module``, for a sentence."""
     return " + ".join(type(m).__name__ for _, _, tuning in own_tunings(module) for m in tuning.methods.values())
 
@@ -70,7 +70,7 @@ def _check_names(
     meta: Mapping[str, Any],
     source: str,
 ) -> set[str]:
-    """See that a file has the tensors of the delta; return what else it has, outside of backbones, that had moved.
+    """Check that a file has the tensors of the delta; return what else it has, outside of backbones, that had moved.
 
     What the file's run has neither trained nor moved is as it was built: the module may train it, and the file lack it.
     """
@@ -128,7 +128,7 @@ def _check_methods(module: nn.Module, meta: Mapping[str, Any], source: str) -> N
     }
     saved = {(m["backbone"], m["class_path"]): m["init_args"] for m in meta["methods"]}
     if applied.keys() != saved.keys():
-        here = methods_of(module) or "no method"
+        here = method_names(module) or "no method"
         raise TuningError(f"{source} was trained with {_describe(meta)}, but {here} is applied here: apply the same.")
     for key, init_args in saved.items():
         method, now = applied[key], applied[key].init_args()

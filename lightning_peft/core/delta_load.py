@@ -1,4 +1,4 @@
-"""Brings a delta file into a module, and turns a full checkpoint into a delta."""
+"""Loads a delta file into a module, and turns a full checkpoint into a delta."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.delta import delta_names, save_delta
 from lightning_peft.core.delta_file import read_delta
-from lightning_peft.core.delta_fit import fitted, methods_of
+from lightning_peft.core.delta_fit import fitted, method_names
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.run import canonical, unwrapped
 from lightning_peft.core.select import near
@@ -17,7 +17,7 @@ from lightning_peft.core.storage import read_torch
 
 
 def load_delta(module: nn.Module, path: str | Path, allow_other_backbone: bool = False) -> None:
-    """Read a delta file (safetensors or a checkpoint) into ``module``, whose methods must be those of the file.
+    """Load a delta file (safetensors or a checkpoint) into ``module``, whose methods must be those of the file.
 
     Everything is checked before the first tensor changes.
 
@@ -53,7 +53,7 @@ def convert(module: nn.Module, full: str | Path, delta: str | Path) -> Path:
             raise TuningError(f"{full} lacks {name}{near(name, tensors)}: give the module that it is a checkpoint of.")
         if name not in names and not torch.equal(tensors[name].to(live), live):
             raise TuningError(
-                f"{full} changed {name}, which {methods_of(module)} freezes: only a tuned model is a delta."
+                f"{full} changed {name}, which {method_names(module)} freezes: only a tuned model is a delta."
             )
     module.load_state_dict(tensors)
     return save_delta(module, delta)

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class Folding(Graft):
-    """A graft whose effect parameters of its host can take in, for good (`merge`) or for a while (`LoRA.merge`).
+    """A graft whose effect can be folded into its host's parameters, for good (`merge`) or for a while (`LoRA.merge`).
 
     While it is folded in, its joints return what they get.
     """

@@ -71,15 +71,15 @@ class Graft(Movable):
         self._first_argument = ""
 
     def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return what the host shall see in place of its first argument ``x``."""
+        """Return the new first argument of the host, from its first argument ``x``."""
         raise NotImplementedError
 
     def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Return what the callers of the host shall see in place of its output ``out``."""
+        """Return the new output of the host, from its output ``out``."""
         raise NotImplementedError
 
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Return what is computed in place of the host's ``forward``, which may be called, or not."""
+        """Compute the host's output in place of its ``forward``, which may be called, or not."""
         raise NotImplementedError
 
     def key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ class Graft(Movable):
         return getattr(self, joint)(*args, **kwargs)
 
     def is_first(self, host: nn.Module) -> bool:
-        """Tell whether no other hook of the host comes to its output before this graft."""
+        """Tell whether this graft's hook is the first to see the host's output."""
         return first_hook(host) == self._on_output
 
     def _on_input(
@@ -154,7 +154,7 @@ class Graft(Movable):
 
 
 class Grafted(NamedTuple, Generic[G]):
-    """Where a graft sits: ``path`` is the dotted name of ``host``, ``name`` that of the graft in it."""
+    """A graft with its place: ``path`` is the dotted name of ``host``, ``name`` that of the graft in it."""
 
     path: str
     host: nn.Module
@@ -219,7 +219,7 @@ def detach(host: nn.Module, name: str) -> None:
 
 @contextmanager
 def owned_by(name: str) -> Iterator[None]:
-    """Let every graft that is attached inside the context belong to the method of this name."""
+    """Make the method of this name the owner of every graft that is attached inside the context."""
     token = _owner_now.set(name)
     try:
         yield
@@ -236,7 +236,7 @@ def grafts(root: nn.Module, owner: str | None = None) -> Iterator[Grafted[Graft]
 
 
 def graft_prefixes(root: nn.Module) -> tuple[str, ...]:
-    """Return what the names of all modules and tensors begin with that lie in a graft, each with a dot at its end."""
+    """Return the name prefixes, each with a dot at its end, of all modules and tensors that lie in a graft."""
     return tuple(f"{place.full_name}." for place in grafts(root))
 
 
@@ -271,6 +271,6 @@ def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def overrides(graft: Graft, joint: str) -> bool:
-    """Tell whether the graft takes part in this joint."""
+    """Tell whether the graft overrides this joint."""
     own = takewhile(lambda kind: kind is not Graft, type(graft).__mro__)
     return any(joint in vars(kind) for kind in own)

@@ -1,4 +1,4 @@
-"""Opens what a folder, a hub id or an installed package holds: tokenizers, image processors, configurations, models."""
+"""Loads tokenizers, image processors, configurations and models from a folder, a hub id or an installed package."""
 
 import importlib.util
 from collections.abc import Iterator

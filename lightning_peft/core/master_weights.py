@@ -1,4 +1,4 @@
-"""What is trained in place is kept in fp32 where its backbone is in half precision, and cast when it is used."""
+"""Keeps fp32 master copies of weights trained in place in a half-precision backbone, cast when they are used."""
 
 from typing import Any
 

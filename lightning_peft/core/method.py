@@ -19,7 +19,7 @@ M = TypeVar("M")
 
 @dataclass(eq=False, kw_only=True)
 class TuningMethod:
-    """Freezes a backbone, adds what is to be trained, and can take all of it off again.
+    """Freezes a backbone, adds what is to be trained, and can remove all of it again.
 
     Several methods on one backbone add up: the first one freezes. A task head (what lies outside the base model of a
     model that is no language model) is trained beside them.
@@ -61,15 +61,15 @@ class TuningMethod:
         raise NotImplementedError
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the batch as the backbone shall see it."""
+        """Return the batch as the backbone gets it."""
         return batch
 
     def penalty(self, module: nn.Module) -> Tensor | None:
-        """Return what is added to the loss of each training batch, or None."""
+        """Return the penalty that is added to the loss of each training batch, or None."""
         return None
 
     def expect(self, backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Take the form of saved tensors before they are checked and loaded, where a method has several forms.
+        """Bring the method's grafts into the form of saved tensors before these are loaded, where it has several forms.
 
         Args:
             backbone: the tuned backbone.
@@ -77,7 +77,7 @@ class TuningMethod:
         """
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
-        """Return what the optimizer shall do otherwise with the trained parameter ``name`` of the backbone.
+        """Return the optimizer options of the trained parameter ``name`` of the backbone, where it has some of its own.
 
         ``lr_ratio`` multiplies the learning rate of its group; every other name is an option of the optimizer, such as
         ``lr`` and ``weight_decay``.
@@ -100,7 +100,7 @@ class TuningMethod:
             TuningError: an argument is out of range, the method is applied already or does not fit the backbone, or the
                 model is compiled.
         """
-        arguments.check(self)
+        arguments.check_arguments(self)
         backbone = select.backbone_of(model, self.backbone)
         tuning = Tuning.of(backbone) or Tuning.begin(backbone)
         if self.name in tuning.methods:
@@ -117,7 +117,7 @@ class TuningMethod:
                 own = set(self.graft(backbone))
             trained = self._kept({*own, *structure.head_names(backbone), *self._also(backbone)})
             tuning.add(backbone, self.name, self, trained, self.keeps_originals)
-            compatibility.check(backbone, tuning)
+            compatibility.check_compatible(backbone, tuning)
         except BaseException:
             tuning.undo(backbone, self.name)
             raise

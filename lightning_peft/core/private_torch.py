@@ -40,7 +40,7 @@ def times_written(tensor: Tensor) -> int:
     return tensor._version
 
 
-def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> None:
+def replace_tensors(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> None:
     """Replace the parameters and buffers of a module, and of those below it, by what a function makes of them.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py (``_apply``).
@@ -49,10 +49,10 @@ def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tru
 
 
 class Movable(nn.Module):
-    """A module that has a say when it is moved to another device or dtype."""
+    """A module that can change how it is moved to another device or dtype."""
 
     def moving(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return what shall be done to its tensors in place of ``fn``."""
+        """Return the function that is applied to its tensors in place of ``fn``."""
         return fn
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

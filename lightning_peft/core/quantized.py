@@ -1,4 +1,4 @@
-"""Weights in a few bits: of bitsandbytes (4 and 8 bits) and torchao. They can be read as floats, but take in no update.
+"""Quantised weights of bitsandbytes (4 and 8 bits) and torchao: they are read as floats, and no update is folded in.
 
 A graft needs no class of its own for such a layer: it joins the output. Only what reads or writes the weight itself
 comes through here.

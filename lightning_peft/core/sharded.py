@@ -1,4 +1,4 @@
-"""Tensors of which each rank holds a part, and checkpoints that are folders with a file for each rank.
+"""Sharded tensors, and checkpoints that are folders with a file for each rank.
 
 ``torch.distributed.tensor`` takes as long to import as torch itself, and is imported where such a tensor is made.
 """
@@ -100,7 +100,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 @contextmanager
 def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Give parameters that DeepSpeed's ZeRO-3 has emptied their whole values for a while; every rank must call it."""
+    """Gather the parameters that DeepSpeed's ZeRO-3 has partitioned, for a while; every rank must call it."""
     emptied = [p for p in parameters if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"]
     if not emptied:
         yield

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read without running anything that is in them, found in installed packages."""
+"""Writes files whole or not at all, and reads them without running anything that is in them."""
 
 import json
 import os
@@ -69,5 +69,5 @@ def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metada
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says first, for a place inside of a sentence."""
+    """Return the first line of an error's message, to be put into a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:120]

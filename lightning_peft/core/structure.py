@@ -1,4 +1,4 @@
-"""What a backbone is: its configuration, sizes, tables, blocks and head, each asked for here and nowhere else.
+"""Reads what a backbone is: configuration, sizes, tables, blocks and head, each asked for here and nowhere else.
 
 Nothing here changes a model, and no table lists architectures: what a model says of itself is read, and a block is an
 entry of an outermost list of equal modules. What a model does not have is None, or an empty mapping.

@@ -32,7 +32,7 @@ class _Version(int):
 
 @dataclass
 class Tuning:
-    """What methods did to one backbone.
+    """The record of what methods did to one backbone.
 
     Attributes:
         methods: name of a method -> the method.
@@ -76,7 +76,7 @@ class Tuning:
         self.fingerprint = None
 
     def undo(self, backbone: nn.Module, name: str) -> None:
-        """Take a method off the backbone, bit for bit; after the last one nothing of this record is left.
+        """Undo a method, bit for bit; after the last one nothing of this record is left.
 
         Raises:
             TuningError: it trained tensors in place whose values were not kept.

@@ -51,7 +51,7 @@ class ClozeData(SourcedData):
         return Padder.of(self.tokenizer, "right", self.pad_to_multiple_of)
 
     def _arguments(self, rows: Dataset, masks: int) -> dict[str, Any]:
-        self.template.check(rows.column_names)
+        self.template.check_columns(rows.column_names)
         if self.style == "masked":
             self.template.cloze()
         return {

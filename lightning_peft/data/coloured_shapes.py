@@ -117,7 +117,7 @@ class ColouredShapes(ImageData):
 def _rows(
     pairs: tuple[tuple[str, str], ...], styles: tuple[str, ...], count: int, offset: int, pixels: int, drawing: int
 ) -> Iterator[dict[str, Any]]:
-    from lightning_peft.data.drawing import draw
+    from lightning_peft.data.drawing import draw_shape
 
     for style in styles:
         for label, (colour, shape) in enumerate(pairs):
@@ -125,5 +125,5 @@ def _rows(
                 key = f"{drawing} {style} {colour} {shape} {offset + i}"
                 seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
                 file = io.BytesIO()
-                draw(COLOURS[colour], shape, style, pixels, np.random.default_rng(seed)).save(file, "PNG")
+                draw_shape(COLOURS[colour], shape, style, pixels, np.random.default_rng(seed)).save(file, "PNG")
                 yield {"image": {"bytes": file.getvalue(), "path": None}, "label": label, "style": style}

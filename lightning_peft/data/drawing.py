@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 
-def draw(hue: float, shape: str, style: str, pixels: int, random: np.random.Generator) -> Image.Image:
+def draw_shape(hue: float, shape: str, style: str, pixels: int, random: np.random.Generator) -> Image.Image:
     """Return one RGB picture of ``pixels`` by ``pixels``, drawn four times as large and scaled down.
 
     Args:

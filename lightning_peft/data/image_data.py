@@ -76,7 +76,7 @@ class ImageData(DataModule):
         self.save_hyperparameters()
         check_least(1, shots=shots, validation_shots=validation_shots, image_size=image_size, batch_size=batch_size)
         check_least(0, seed=seed)
-        _check(augment, crop_scale, classes)
+        _check_arguments(augment, crop_scale, classes)
         self.processor = processor
         self.image_size = image_size
         self.augment = tuple(augment)
@@ -256,7 +256,7 @@ class ImageData(DataModule):
         return rows.select(kept) if skipped else rows
 
 
-def _check(augment: Sequence[str], crop_scale: tuple[float, float], classes: str) -> None:
+def _check_arguments(augment: Sequence[str], crop_scale: tuple[float, float], classes: str) -> None:
     if importlib.util.find_spec("PIL") is None:
         raise TuningError("images need Pillow, which is not there: pip install 'lightning-peft[vision]'.")
     if odd := [name for name in augment if name not in AUGMENTATIONS]:

@@ -102,7 +102,7 @@ class Instructed(SourcedData):
         for name, rows in found.items():
             check_columns(rows, split, [self.tasks[name].answer] if split != "predict" else [])
             for template in self.instructions[name].templates if split == "train" else self.instructions[name].scored:
-                template.check([*rows.column_names, "answer"])
+                template.check_columns([*rows.column_names, "answer"])
         draw = random.Random(f"{split} {self.seed}")
         return Dataset.from_list([self._written(name, found[name][row], split, draw) for name, row in drawn])
 

@@ -1,1 +1,1 @@
-"""What a frozen part gives: heads and side networks on it, a cache of it, and the memory that it takes."""
+"""Heads and side networks on a frozen model, a cache of its features, and the memory of its activations."""

@@ -1,4 +1,4 @@
-"""How many bytes a forward pass keeps for the backward pass: what autograd saves, the parameters left out."""
+"""Counts the bytes that autograd saves in a forward pass for the backward pass, parameters left out."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The rows of a feature cache: a row is told by a hash of all that the frozen part is given of it."""
+"""The rows of a feature cache, each under a hash of all that the frozen part gets of it."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from lightning_peft.core.errors import TuningError
 
 
 @dataclass
-class Rows:
-    """The kept rows, and what is known of the batch at hand. A copy of a model starts with none.
+class CachedRows:
+    """The cached rows and the state of the current batch. A copy of a model starts with none.
 
     Attributes:
         limit: most bytes to keep.
@@ -42,10 +42,10 @@ class Rows:
     stubs: dict[Any, Any] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Rows, (self.limit, self.trained)
+        return CachedRows, (self.limit, self.trained)
 
     def key(self, row: tuple[bytes, int]) -> bytes:
-        """Return what a row is kept under: its hash, with its padding where that matters."""
+        """Return the key of a row: its hash, with its padding where that matters."""
         return row[0] if self.vectors else row[0] + row[1].to_bytes(8, "little")
 
     def begin(self, keys: list[tuple[bytes, int]]) -> bool:
@@ -81,7 +81,7 @@ class Rows:
             )
 
     def tap(self, index: int, x: Tensor) -> Tensor:
-        """Return what a part that is trained shall read: ``x``, which is kept, or what was kept of these rows."""
+        """Return the input of a trained part: ``x``, which is cached, or what was cached of these rows."""
         self.taps.add(index)
         if self.mode == "replay":
             assert self.trained is not None

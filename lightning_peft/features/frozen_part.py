@@ -1,4 +1,4 @@
-"""Grafts that leave the frozen part of a model out for rows whose features are known."""
+"""Grafts that skip the frozen part of a model for rows whose features are cached."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from lightning_peft.core import cache_argument, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
-from lightning_peft.features.cached_rows import Rows, identify
+from lightning_peft.features.cached_rows import CachedRows, identify
 
 
 class FrozenPart(Graft):
-    """Runs its host without a graph, and not at all when all rows are known: its output is then a stub of zeros.
+    """Runs its host without a graph, and not at all when all rows are cached: its output is then a stub of zeros.
 
     Args:
         rows: shared with the taps that put the kept rows in place of the stub.
         skip: whether the host can be left out; else it holds blocks to be trained, and `Skipped` ones.
     """
 
-    def __init__(self, rows: Rows, skip: bool) -> None:
+    def __init__(self, rows: CachedRows, skip: bool) -> None:
         super().__init__()
         self.rows, self.skip = rows, skip
 
@@ -60,7 +60,7 @@ class FrozenPart(Graft):
 
 
 class FrozenOutput(FrozenPart):
-    """Gives what the host gave for these rows before: for a backbone whose head lies outside of it."""
+    """Returns the host's cached output for these rows: for a backbone whose head lies outside of it."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -75,9 +75,9 @@ class FrozenOutput(FrozenPart):
 
 
 class Tap(Graft):
-    """Keeps the input of its host, or replaces it by what was kept."""
+    """Caches the input of its host, or replaces it by the cached one."""
 
-    def __init__(self, rows: Rows, index: int) -> None:
+    def __init__(self, rows: CachedRows, index: int) -> None:
         super().__init__()
         self.rows, self.index = rows, index
 
@@ -88,9 +88,9 @@ class Tap(Graft):
 
 
 class Skipped(Graft):
-    """Leaves a frozen block out when all rows are known: it hands its input on."""
+    """Skips a frozen block when all rows are cached: its input is its output."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: CachedRows) -> None:
         super().__init__()
         self.rows = rows
 

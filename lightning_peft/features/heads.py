@@ -1,4 +1,4 @@
-"""What methods do to a task head: finding its layers, a BatchNorm before them, and other initial values.
+"""Finds the layers of a task head, puts a BatchNorm before them, and gives them initial values.
 
 Initial values: 'vpt' is Kaiming-normal over the outputs with all biases at -log(99) = -4.595, so that each class
 starts at a probability of 1 % (Jia et al. 2022, arXiv 2203.12119); 'mae' a normal distribution of std 0.01, cut at two

@@ -1,4 +1,4 @@
-"""What side networks need of the frozen model that they run beside: its inputs by name, its output, no graph in it."""
+"""Runs a side network beside a frozen model: on its inputs by name and its output, without a graph in it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from lightning_peft.core.graft import Graft
 
 
 class BesideFrozen(Graft):
-    """Runs its host without a graph, and then something beside it that is given the same inputs.
+    """Runs its host without a graph, and then a network beside it on the same inputs.
 
     Args:
         host: the frozen model.
@@ -24,11 +24,11 @@ class BesideFrozen(Graft):
         self.names = structure.arguments_of(host)
 
     def beside(self, out: Any, host: nn.Module, given: dict[str, Any]) -> Any:
-        """Return what the callers of the host shall see, from its output and its inputs by name."""
+        """Return the new output of the host, from its output and its inputs by name."""
         raise NotImplementedError
 
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Return what `beside` makes of the host's output."""
+        """Return the host's output as `beside` changes it."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
         cache = cache_in(given)
         if cache is not None and cache.get_seq_length() > 0:

@@ -1,4 +1,4 @@
-"""``adapter_config.json``: what it holds for each type of adapter, and which task a model does.
+"""Reads and writes ``adapter_config.json``, with PEFT's defaults for each type of adapter and its names of tasks.
 
 Read by hand, so that PEFT need not be installed. Keys are sorted, and lists of names too, so that equal adapters have
 equal files; PEFT writes sets in the order of their hashes.
@@ -140,8 +140,8 @@ def dumps(config: dict[str, Any]) -> str:
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Return what ``adapter_config.json`` says, keys that it leaves out with their defaults.
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the contents of ``adapter_config.json``, keys that it leaves out with their defaults.
 
     Raises:
         TuningError: there is no such file, it is no JSON, or it is of a type, or asks for something, unknown here.

@@ -12,7 +12,7 @@ from lightning_peft.core.delta_file import CLASS_PATH
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.storage import read_torch
 from lightning_peft.interop import serving
-from lightning_peft.interop.folder import Adapter
+from lightning_peft.interop.folder import PeftAdapter
 from lightning_peft.reports.parameters import count, repr_short, size
 
 _UNKNOWN = "not recorded"
@@ -26,7 +26,7 @@ _USE = (
 
 @dataclass
 class Facts:
-    """What is said of an adapter beside its tensors; the first three a delta cannot know of its own making.
+    """The facts of a model card; the first three are not in a delta.
 
     Attributes:
         data: what it was trained on.
@@ -42,7 +42,7 @@ class Facts:
 
     @classmethod
     def of(cls, delta: str | Path) -> "Facts":
-        """Return what a checkpoint of a Trainer says: its data module, its best score, and the configuration beside it.
+        """Return the facts in a Trainer's checkpoint: its data module, its best score, and the configuration beside it.
 
         A safetensors file says nothing of these.
         """
@@ -59,7 +59,7 @@ class Facts:
         return facts
 
 
-def text(adapter: Adapter, method: TuningMethod, facts: Facts, name: str, profile: str | None = None) -> str:
+def text(adapter: PeftAdapter, method: TuningMethod, facts: Facts, name: str, profile: str | None = None) -> str:
     """Return the model card: YAML for the hub, then a page for a reader."""
     base = adapter.config["base_model_name_or_path"]
     kind = adapter.config["peft_type"]
@@ -103,7 +103,7 @@ def _code(word: str) -> str:
     return f"<code>{escape(word).replace('|', '&#124;')}</code>"
 
 
-def _bytes(adapter: Adapter) -> str:
+def _bytes(adapter: PeftAdapter) -> str:
     return size(sum(tensor.nbytes for tensor in adapter.tensors.values()))
 
 

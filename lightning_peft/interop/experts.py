@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.interop.folder import Adapter
+from lightning_peft.interop.folder import PeftAdapter
 from lightning_peft.interop.names import BASE_LAYER, LAYERS, PREFIX, Names
 from lightning_peft.interop.patterns import value_of
 
@@ -38,7 +38,7 @@ class Layer(NamedTuple):
     row: int
 
 
-def stack(adapter: Adapter, names: Names) -> Adapter:
+def stack(adapter: PeftAdapter, names: Names) -> PeftAdapter:
     """Return an adapter in which the updates of single experts have become updates of the stacks.
 
     Raises:
@@ -100,7 +100,7 @@ def _update(layer: Layer, tensors: dict[str, Tensor], source: str) -> list[Tenso
 
 
 def _stacked(
-    weight: Tensor, updates: dict[Layer, list[Tensor]], adapter: Adapter
+    weight: Tensor, updates: dict[Layer, list[Tensor]], adapter: PeftAdapter
 ) -> tuple[dict[str, Tensor], int, float]:
     """Return the update of a stack by PEFT's parts, its rank and its alpha."""
     config, (experts, out, inside) = adapter.config, weight.shape

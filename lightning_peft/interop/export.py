@@ -1,4 +1,4 @@
-"""A tuned model as an adapter of PEFT."""
+"""Exports a tuned model as an adapter of PEFT."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,10 +14,10 @@ from lightning_peft.core.fingerprint import fingerprint
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.tuning import tunings
-from lightning_peft.interop import adapter_config, card, folder, in_place, serving
+from lightning_peft.interop import adapter_config, base_tensors, card, folder, serving
 from lightning_peft.interop.converters import CONVERTERS, Converter
 from lightning_peft.interop.converters.base import Exported
-from lightning_peft.interop.folder import Adapter
+from lightning_peft.interop.folder import PeftAdapter
 from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, compact
 
 
@@ -49,14 +49,14 @@ def to_peft(
     serving.known(profile)
     backbone, method = _tuned(model)
     adapter = adapter_of(backbone, method, "disk" if profile else names)
-    serving.check(profile, adapter)
+    serving.check_profile(profile, adapter)
     facts = facts or card.Facts()
     facts = replace(facts, words=facts.words or _words(backbone, method))
     folder.write(path, adapter, card.text(adapter, method, facts, path.name, profile))
     return path
 
 
-def adapter_of(backbone: nn.Module, method: TuningMethod, naming: str = "memory") -> Adapter:
+def adapter_of(backbone: nn.Module, method: TuningMethod, naming: str = "memory") -> PeftAdapter:
     """Return what is trained in a backbone as an adapter.
 
     Args:
@@ -69,11 +69,11 @@ def adapter_of(backbone: nn.Module, method: TuningMethod, naming: str = "memory"
     """
     converter, names = _converter(method), Names(backbone)
     exported = converter.export(backbone, method, names)
-    found = in_place.in_place(names, exported.layers)
+    found = base_tensors.trained_outside(names, exported.layers)
     config = {"peft_type": converter.peft_type} | exported.config | _base(backbone)
     if found.biases:
         config["bias"] = _bias(converter, found.biases, exported)
-    kept = in_place.tensors_of(names, found, every_bias=config.get("bias") == "all")
+    kept = base_tensors.saved_tensors(names, found, every_bias=config.get("bias") == "all")
     config |= {"modules_to_save": found.modules or None} | _task(names, found.modules, converter.peft_type)
     if found.tied and "ensure_weight_tying" in adapter_config.DEFAULTS[converter.peft_type]:
         config["ensure_weight_tying"] = True
@@ -88,9 +88,9 @@ def adapter_of(backbone: nn.Module, method: TuningMethod, naming: str = "memory"
         "fingerprint": fingerprint(backbone, skipped(names, kept)),
         "names": naming,
         "on_disk": {m: names.on_disk[m] for m in sorted({*exported.layers, *found.modules} & names.on_disk.keys())},
-        "versions": folder.versions(),
+        "versions": folder.writer_versions(),
     }
-    return Adapter(adapter_config.full(config), _plain(tensors), header)
+    return PeftAdapter(adapter_config.full(config), _plain(tensors), header)
 
 
 def _bias(converter: Converter, biases: set[str], exported: Exported) -> str:
@@ -179,7 +179,7 @@ def _base(backbone: Any) -> dict[str, Any]:
 def _task(names: Names, modules: list[str], peft_type: str) -> dict[str, Any]:
     """Return the task, or where PEFT would then want more than is trained, the class that it finds the base by."""
     task = adapter_config.task_of(names.model)
-    if task is not None and in_place.fits_task(names, task, modules):
+    if task is not None and base_tensors.fits_task(names, task, modules):
         return {"task_type": task}
     if adapter_config.is_prompt({"peft_type": peft_type}):
         raise TuningError(

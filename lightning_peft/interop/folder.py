@@ -1,4 +1,4 @@
-"""A folder that holds an adapter in the format of PEFT: its configuration and its tensors."""
+"""Reads and writes adapter folders in the format of PEFT: configuration and tensors."""
 
 import json
 from dataclasses import dataclass, field
@@ -20,8 +20,8 @@ HEADER = "lightning_peft"
 
 
 @dataclass
-class Adapter:
-    """What an adapter folder holds.
+class PeftAdapter:
+    """The contents of an adapter folder.
 
     Attributes:
         config: ``adapter_config.json``.
@@ -36,7 +36,7 @@ class Adapter:
     source: str = "the adapter"
 
 
-def write(folder: Path, adapter: Adapter, card: str) -> None:
+def write(folder: Path, adapter: PeftAdapter, card: str) -> None:
     """Write an adapter; its configuration, which makes the folder an adapter, comes last.
 
     Raises:
@@ -59,7 +59,7 @@ def write(folder: Path, adapter: Adapter, card: str) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """See that nothing but an older adapter would be overwritten.
+    """Check that nothing but an older adapter would be overwritten.
 
     Raises:
         TuningError: the folder is a file, or holds something else.
@@ -70,13 +70,13 @@ def check_free(folder: Path) -> None:
         raise TuningError(f"{folder} is not empty and no adapter: give a new folder.")
 
 
-def read(folder: Path) -> Adapter:
+def read_adapter(folder: Path) -> PeftAdapter:
     """Read an adapter. Nothing in it is executed.
 
     Raises:
         TuningError: it is not whole, or of a type that is unknown here.
     """
-    config = adapter_config.read(folder / adapter_config.FILE)
+    config = adapter_config.read_config(folder / adapter_config.FILE)
     weights = folder / WEIGHTS
     if weights.is_file():
         try:
@@ -85,12 +85,12 @@ def read(folder: Path) -> Adapter:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise TuningError(f"{weights} is truncated or no safetensors file ({error}): take another copy.") from None
-        return Adapter(config, tensors, header, str(folder))
+        return PeftAdapter(config, tensors, header, str(folder))
     if (folder / PICKLED).is_file():
-        return Adapter(config, read_torch(folder / PICKLED), {}, str(folder))
+        return PeftAdapter(config, read_torch(folder / PICKLED), {}, str(folder))
     raise TuningError(f"{folder} has neither {WEIGHTS} nor {PICKLED}: take another copy of the adapter.")
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what decides about names and formats."""
+def writer_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide names and formats."""
     return {package: version(package) for package in ("lightning-peft", "torch", "transformers")}

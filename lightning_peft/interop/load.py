@@ -1,4 +1,4 @@
-"""An adapter of PEFT as a method and its delta, on a model of ours."""
+"""Applies an adapter of PEFT to a model, as a method and its delta."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ from lightning_peft.interop.converters import CONVERTERS, Converter
 from lightning_peft.interop.converters.base import Parts
 from lightning_peft.interop.experts import stack
 from lightning_peft.interop.export import skipped
-from lightning_peft.interop.folder import Adapter
+from lightning_peft.interop.folder import PeftAdapter
 from lightning_peft.interop.names import PREFIX, PROMPT_PREFIX, Names, strip
 
 _COPIES = re.compile(r"\.(?:original_module|modules_to_save)\.[^.]+$")
@@ -41,10 +41,10 @@ def from_peft(model: nn.Module, path: str | Path, allow_other_base: bool = False
     Raises:
         TuningError: the base differs, tensors are missing or unknown, or there is no twin; nothing has changed then.
     """
-    return load(model, folder.read(Path(path)), allow_other_base)
+    return apply_adapter(model, folder.read_adapter(Path(path)), allow_other_base)
 
 
-def load(model: nn.Module, adapter: Adapter, allow_other_base: bool = False) -> TuningMethod:
+def apply_adapter(model: nn.Module, adapter: PeftAdapter, allow_other_base: bool = False) -> TuningMethod:
     """Apply an adapter that has been read; see `from_peft`."""
     backbone = select.backbone_of(model)
     if Tuning.of(backbone) is not None:
@@ -67,7 +67,7 @@ def load(model: nn.Module, adapter: Adapter, allow_other_base: bool = False) -> 
     return method
 
 
-def _parts(adapter: Adapter, names: Names) -> Parts:
+def _parts(adapter: PeftAdapter, names: Names) -> Parts:
     """Sort the tensors of an adapter by where they belong."""
     parts = Parts(adapter.config, {}, {}, {}, {}, adapter.source)
     unknown = []
@@ -111,7 +111,7 @@ def _full(names: Names, key: str, prefix: str) -> str:
 
 
 def _check_tied(parts: Parts, names: Names, given: set[str]) -> None:
-    """See that an adapter has all names of a tied tensor: PEFT unties it when it saves one of the modules.
+    """Check that an adapter has all names of a tied tensor: PEFT unties it when it saves one of the modules.
 
     Raises:
         TuningError: it has trained one of the tied modules and left another.
@@ -127,7 +127,7 @@ def _check_tied(parts: Parts, names: Names, given: set[str]) -> None:
 
 
 def _check_copy(ours: Tensor, theirs: Tensor, name: str, source: str) -> None:
-    """See that a copy of a base weight, which PEFT adds for embeddings, is the base's."""
+    """Check that a copy of a base weight, which PEFT adds for embeddings, is the base's."""
     if ours.shape != theirs.shape or not torch.equal(ours.detach().cpu().to(theirs.dtype), theirs):
         raise TuningError(
             f"{source} holds a copy of {name} that is not the one of this model: it was made for another base."
@@ -151,8 +151,8 @@ def _put(parts: Parts, names: Names, name: str, tensor: Tensor) -> None:
     parts.in_place[first] = tensor
 
 
-def _check_base(adapter: Adapter, parts: Parts, names: Names) -> None:
-    """See that the model is the one that the adapter was trained on, as far as the adapter says."""
+def _check_base(adapter: PeftAdapter, parts: Parts, names: Names) -> None:
+    """Check that the model is the one that the adapter was trained on, as far as the adapter says."""
     model: Any = names.model
     hint = "load that one, or allow_other_base=True"
     known = adapter.header.get("fingerprint")
@@ -236,7 +236,7 @@ def _unread(parts: Parts, given: dict[str, Tensor]) -> list[str]:
     return sorted(name for name, tensor in every.items() if tensor.untyped_storage().data_ptr() not in read)
 
 
-def build(adapter: Adapter, backbone: str | None = None) -> nn.Module:
+def load_base(adapter: PeftAdapter, backbone: str | None = None) -> nn.Module:
     """Load the model that an adapter was trained on.
 
     Args:

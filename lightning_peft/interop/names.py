@@ -1,4 +1,4 @@
-"""Names of tensors: in the model, in its checkpoints, and in the files of Hugging Face PEFT.
+"""Translates names of tensors between the model, its checkpoints, and the files of Hugging Face PEFT.
 
 PEFT writes ``base_model.model.<module>.<part>``, or ``base_model.<module>.<part>`` for prompts, whose own tensor has no
 prefix; a wrapped layer's own tensors stand below ``base_layer``. transformers 5 has renamed the modules of some models

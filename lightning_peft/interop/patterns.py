@@ -1,4 +1,4 @@
-"""Which modules an adapter's configuration means, and values by patterns of their names: ours and PEFT's.
+"""Matches modules by the name patterns of an adapter's configuration, ours and PEFT's.
 
 Ours are suffixes of names, the last that fits wins; PEFT's are regexes of the end of a name, the first that fits wins.
 """

@@ -1,4 +1,4 @@
-"""Profiles of servers: what an adapter must be to be served, checked before anything is written.
+"""Checks, before anything is written, that a server (vLLM) can read an adapter.
 
 vLLM reads ``r``, ``lora_alpha``, ``use_rslora``, ``target_modules`` and the tensors; what it does not read it would
 leave out silently. Its checks are in ``vllm/lora/peft_helper.py``, its ranks in ``vllm/config/lora.py``.
@@ -7,7 +7,7 @@ leave out silently. Its checks are in ``vllm/lora/peft_helper.py``, its ranks in
 from typing import Any
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.interop.folder import Adapter
+from lightning_peft.interop.folder import PeftAdapter
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` of vLLM may be; an adapter's own rank may be anything up to it."""
@@ -16,7 +16,7 @@ PROFILES = ("vllm",)
 
 
 def known(profile: str | None) -> None:
-    """See that there is such a profile.
+    """Check that there is such a profile.
 
     Raises:
         TuningError: there is none.
@@ -25,8 +25,8 @@ def known(profile: str | None) -> None:
         raise TuningError(f"{profile!r} is no server that is known: take one of {', '.join(PROFILES)}.")
 
 
-def check(profile: str | None, adapter: Adapter) -> None:
-    """See that a server of this profile can read the adapter.
+def check_profile(profile: str | None, adapter: PeftAdapter) -> None:
+    """Check that a server of this profile can read the adapter.
 
     Raises:
         TuningError: it cannot; the message names everything that stands against it, and what to change.
@@ -38,13 +38,13 @@ def check(profile: str | None, adapter: Adapter) -> None:
         raise TuningError(f"vLLM cannot serve this adapter: {'; '.join(faults)}.")
 
 
-def flags(adapter: Adapter) -> str:
+def flags(adapter: PeftAdapter) -> str:
     """Return the arguments of ``vllm serve`` that the adapter needs."""
     rank = next(rank for rank in VLLM_RANKS if adapter.config["r"] <= rank)
     return f"--enable-lora --max-lora-rank {rank}"
 
 
-def _vllm(config: dict[str, Any], adapter: Adapter) -> list[str]:
+def _vllm(config: dict[str, Any], adapter: PeftAdapter) -> list[str]:
     if config["peft_type"] != "LORA":
         return [f"it is a {config['peft_type']} adapter, and only LoRA is served: train with LoRA, or merge"]
     faults = []

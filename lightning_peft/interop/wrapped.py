@@ -1,4 +1,4 @@
-"""Full Lightning checkpoints of modules that PEFT has wrapped, as deltas.
+"""Converts full Lightning checkpoints of modules that PEFT has wrapped to deltas.
 
 Such a checkpoint holds the whole base beside the adapter, with names like
 ``net.base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.default.weight``. What it does not hold is the
@@ -20,8 +20,8 @@ from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.select import backbone_of, near
 from lightning_peft.core.storage import read_torch
 from lightning_peft.interop import adapter_config
-from lightning_peft.interop.folder import Adapter
-from lightning_peft.interop.load import load
+from lightning_peft.interop.folder import PeftAdapter
+from lightning_peft.interop.load import apply_adapter
 from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, strip
 
 _START = re.compile(r"^(?P<outer>.*?)(?P<key>base_model\..+|prompt_encoder\..+)$")
@@ -47,25 +47,25 @@ def convert_wrapped(
     Raises:
         TuningError: the checkpoint holds no module of PEFT, its base is not ``model``, or tensors are missing.
     """
-    base, read_adapter = read(full, config, adapter)
+    base, read_adapter = read_wrapped(full, config, adapter)
     load_wrapped(model, base, read_adapter)
     return save_delta(model, delta)
 
 
-def read(
+def read_wrapped(
     full: str | Path, config: str | Path | Mapping[str, Any], adapter: str = "default"
-) -> tuple[dict[str, Tensor], Adapter]:
+) -> tuple[dict[str, Tensor], PeftAdapter]:
     """Return the tensors of the base by their names in the model, and the adapter; see `convert_wrapped`."""
     checkpoint = read_torch(full)
     settings = _config(config)
     base, own = _sorted(checkpoint.get("state_dict", checkpoint), adapter, settings, str(full))
-    return base, Adapter(settings, own, source=str(full))
+    return base, PeftAdapter(settings, own, source=str(full))
 
 
-def load_wrapped(model: nn.Module, base: Mapping[str, Tensor], adapter: Adapter) -> TuningMethod:
+def load_wrapped(model: nn.Module, base: Mapping[str, Tensor], adapter: PeftAdapter) -> TuningMethod:
     """Apply an adapter to ``model``, whose weights must be those of ``base``."""
     _check_base(base, Names(backbone_of(model)), adapter.source)
-    return load(model, adapter, allow_other_base=True)
+    return apply_adapter(model, adapter, allow_other_base=True)
 
 
 def _sorted(
@@ -112,7 +112,7 @@ def _sorted(
 
 
 def _check_base(base: Mapping[str, Tensor], names: Names, source: str) -> None:
-    """See that the frozen tensors of the checkpoint are those of the model."""
+    """Check that the frozen tensors of the checkpoint are those of the model."""
     for name, tensor in base.items():
         live = names.tensors.get(name)
         if live is None:
@@ -128,4 +128,4 @@ def _config(config: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         plain["peft_type"] = kind.value if isinstance(kind, Enum) else kind
         return adapter_config.checked(plain, "the configuration")
     path = Path(config)
-    return adapter_config.read(path / adapter_config.FILE if path.is_dir() else path)
+    return adapter_config.read_config(path / adapter_config.FILE if path.is_dir() else path)

@@ -20,7 +20,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
-from lightning_peft.towers.context_tokens import Call, ContextTokens
+from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
 from lightning_peft.towers.contexts import TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import initial_rows, text_tower, two_towers, word_table
 from lightning_peft.training.method import Method
@@ -39,13 +39,13 @@ class ConditionalTokens(ContextTokens):
         reduction: how many times narrower the network is inside.
     """
 
-    def __init__(self, weight: nn.Parameter, call: Call, features: int, reduction: int) -> None:
+    def __init__(self, weight: nn.Parameter, call: ContextCall, features: int, reduction: int) -> None:
         super().__init__(weight, call)
         inner = features // reduction
         self.meta_net = nn.Sequential(nn.Linear(features, inner), nn.ReLU(), nn.Linear(inner, weight.shape[1]))
 
     def shift(self, images: Tensor) -> Tensor:
-        """Return what is added to every token of the context for each image, [B, d]."""
+        """Return the shift of the context's tokens for each image, [B, d]."""
         shift: Tensor = self.meta_net(F.normalize(images.float(), dim=-1))
         return shift
 
@@ -60,7 +60,7 @@ class ConditionalContext(TextContext):
         self.tokens = tokens
 
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Return what the tower gives for the prompts of all images, B C rows, those of the first image first."""
+        """Return the tower's output for the prompts of all images, B C rows, those of the first image first."""
         if not self.call.active:
             return super().around(forward, host, *args, **kwargs)
         if self.call.images is None:
@@ -77,11 +77,11 @@ class ConditionalContext(TextContext):
 
 
 class ImageListener(Graft):
-    """Tells the text tower the features of the images that the same call of the model has. It changes nothing."""
+    """Passes the image features of a call to the text tower. It changes nothing."""
 
     listens_only = True
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: ContextCall) -> None:
         super().__init__()
         self.call = call
 
@@ -97,7 +97,7 @@ class OwnTexts(Graft):
 
     listens_only = True
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: ContextCall) -> None:
         super().__init__()
         self.call = call
 
@@ -154,8 +154,8 @@ class CoCoOp(Method):
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "chunk", "share_prefix", "tokenizer"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
-        """Attach the context, and what brings it the image."""
-        tower, call = text_tower(backbone, type(self).__name__), Call()
+        """Attach the context, and the graft that passes it the image features."""
+        tower, call = text_tower(backbone, type(self).__name__), ContextCall()
         model = two_towers(backbone)
         source = structure.part(model, "visual_projection") or structure.part(model, "vision_model")
         if source is None:

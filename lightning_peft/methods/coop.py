@@ -22,7 +22,7 @@ from lightning_peft.core import select
 from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
-from lightning_peft.towers.context_tokens import Call, ContextTokens
+from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
 from lightning_peft.towers.contexts import Position, TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import initial_rows, nearest_words, text_tower, word_table
 from lightning_peft.training.method import Method
@@ -67,7 +67,7 @@ class CoOp(Method):
                 f"class_specific={self.class_specific} and num_classes={self.num_classes} do not go together: "
                 "give both for a context of each class, or neither."
             )
-        tower, call = text_tower(backbone, type(self).__name__), Call()
+        tower, call = text_tower(backbone, type(self).__name__), ContextCall()
         rows = initial_rows(
             backbone, word_table(tower), self.num_virtual_tokens, self.init, self.tokenizer, DEFAULT_LENGTH
         )

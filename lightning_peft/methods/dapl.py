@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.arguments import bounded, natural
 from lightning_peft.core.errors import TuningError
-from lightning_peft.towers.context_tokens import Call, ContextTokens
+from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
 from lightning_peft.towers.contexts import TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import STANDARD_DEVIATION, text_tower, word_table
 from lightning_peft.training.method import Method
@@ -32,7 +32,7 @@ class DomainTokens(ContextTokens):
         call: shared with the other grafts of the method.
     """
 
-    def __init__(self, weight: nn.Parameter, domains: nn.Parameter, call: Call) -> None:
+    def __init__(self, weight: nn.Parameter, domains: nn.Parameter, call: ContextCall) -> None:
         super().__init__(weight, call)
         self.domains = domains
 
@@ -73,7 +73,7 @@ class DAPL(Method):
                 f"class_specific={self.class_specific} and num_classes={self.num_classes} do not go together: "
                 "give both for a context of each class, or neither."
             )
-        tower, call = text_tower(backbone, type(self).__name__), Call()
+        tower, call = text_tower(backbone, type(self).__name__), ContextCall()
         width, common = word_table(tower).embedding_dim, self.num_virtual_tokens * (self.num_classes or 1)
         shapes = ((common, width), (self.domains, self.num_domain_tokens, width))
         weight, domains = (nn.Parameter(torch.empty(shape).normal_(std=STANDARD_DEVIATION)) for shape in shapes)

@@ -34,7 +34,7 @@ from lightning_peft.training import checks
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.training.param_groups import advance
-from lightning_peft.updates.sparse_difference import Gates, Noise, SparseDifference, Twin, draw, readers
+from lightning_peft.updates.sparse_difference import Gates, Noise, SparseDifference, Twin, draw_seed, readers
 
 
 @dataclass(eq=False, kw_only=True)
@@ -194,7 +194,7 @@ class DiffPruning(Method):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that the fit has steps after the projection."""
+        """Check that the fit has steps after the projection."""
         super().on_train_start(trainer, pl_module)
         backbone = select.backbone_of(pl_module, self.backbone)
         self._is_dense, self._project_at = self.is_dense(backbone), self._step_of_projection(trainer)
@@ -217,7 +217,7 @@ class DiffPruning(Method):
         if trainer.global_step >= self._project_at:
             self._exchange(trainer, pl_module, backbone)
             return
-        value = draw()
+        value = draw_seed()
         self._noise(backbone).give(trainer.strategy.broadcast(value) if trainer.world_size > 1 else value)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

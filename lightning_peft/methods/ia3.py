@@ -133,7 +133,7 @@ class IA3(MergingMethod):
         return ()
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
-        """Return that no vector decays to 0."""
+        """Ask for no weight decay of the vectors."""
         return {"weight_decay": 0.0} if name.endswith(f"{self.name}.l") else {}
 
     def _keys_and_values(self, backbone: nn.Module) -> dict[str, nn.Module]:

@@ -13,7 +13,14 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft.core.arguments import natural
-from lightning_peft.towers.deep_prompts import Prompts, check_depth, device_of, graft_prompts, random_rows, vision_tower
+from lightning_peft.towers.deep_prompts import (
+    Prompts,
+    check_depth,
+    device_of,
+    graft_prompts,
+    random_prompt,
+    vision_tower,
+)
 from lightning_peft.towers.text_towers import initial_rows, text_tower, two_towers, word_table
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -59,8 +66,8 @@ class IVLP(Method):
             backbone, word_table(text), self.num_virtual_tokens, self.init, self.tokenizer, DEFAULT_LENGTH
         )
         first = nn.Parameter(rows.to(device_of(text)))
-        texts = [first, *(random_rows(text, len(rows)) for _ in range(self.depth - 1))]
-        prompts = Prompts(texts, [random_rows(images, self.num_image_tokens) for _ in range(image_depth)])
+        texts = [first, *(random_prompt(text, len(rows)) for _ in range(self.depth - 1))]
+        prompts = Prompts(texts, [random_prompt(images, self.num_image_tokens) for _ in range(image_depth)])
         graft_prompts(two_towers(backbone), prompts, self.name, "{}.", self.share_prefix)
         return ()
 

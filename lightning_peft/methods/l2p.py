@@ -132,7 +132,7 @@ class L2P(Method):
         ]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Warn where a cache of queries has been of no use."""
+        """Warn where the cache of queries was never hit."""
         super().on_train_epoch_end(trainer, pl_module)
         cache = self.pool(pl_module).cache
         if cache is not None and cache.hits == 0 and trainer.current_epoch == 1 and len(cache.queries) > 0:

@@ -27,7 +27,7 @@ from lightning_peft.training.mixin import TunedBy
 
 
 class Rung(Graft):
-    """Notes what a block gives, and the first one what it is given, until the pass through the backbone is over.
+    """Keeps a block's output, and the first one its input too, until the pass through the backbone is over.
 
     Args:
         seen: shared with the ladder: index of the block -> its output; -1 -> the input of the first block.

@@ -53,7 +53,7 @@ class LinearProbe(CachingMethod):
             )
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
-        """Add nothing, or a BatchNorm: the head is trained beside every method, here it stands alone."""
+        """Add nothing, or a BatchNorm before the head, which every method trains."""
         if structure.output_embeddings_of(backbone) is not None and self.also_train is None:
             raise TuningError(
                 f"{type(backbone).__name__} has no task head but that of a language model: take a classifier, or name "

@@ -17,21 +17,21 @@ from torch import nn
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.prompts.virtual_tokens import word_rows
 from lightning_peft.towers.deep_prompts import (
     Prompts,
     check_depth,
     device_of,
     graft_prompts,
-    random_rows,
+    random_prompt,
+    tower_width,
     vision_tower,
-    width_of,
 )
 from lightning_peft.towers.text_towers import (
+    ids_of,
     initial_rows,
-    rows_of,
     text_tower,
     two_towers,
-    word_ids,
     word_table,
 )
 from lightning_peft.training.method import Method
@@ -73,9 +73,9 @@ class MaPLe(Method):
         else:
             tokenizer = tokenizer_of(backbone, self.tokenizer, f"init={self.init!r}")
             first, template = split_words(tokenizer, self.init, count)
-            rows = rows_of(word_table(text), first)
-        weights = [nn.Parameter(rows.to(device_of(text))), *(random_rows(text, count) for _ in range(self.depth - 1))]
-        maps = [nn.Linear(width_of(text), width_of(images)).to(device_of(images)) for _ in range(self.depth)]
+            rows = word_rows(word_table(text), first)
+        weights = [nn.Parameter(rows.to(device_of(text))), *(random_prompt(text, count) for _ in range(self.depth - 1))]
+        maps = [nn.Linear(tower_width(text), tower_width(images)).to(device_of(images)) for _ in range(self.depth)]
         graft_prompts(model, Prompts(weights, projections=maps), self.name, template, self.share_prefix)
         return ()
 
@@ -86,9 +86,9 @@ def split_words(tokenizer: Any, words: str, count: int) -> tuple[list[int], str]
     Raises:
         TuningError: there are fewer tokens, or the last of them ends within a word.
     """
-    every, parts = word_ids(tokenizer, words), words.split()
+    every, parts = ids_of(tokenizer, words), words.split()
     for i in range(1, len(parts) + 1):
-        ids = word_ids(tokenizer, " ".join(parts[:i]))
+        ids = ids_of(tokenizer, " ".join(parts[:i]))
         if len(ids) == count:
             return ids, " ".join([*parts[i:], "{}."])
     raise TuningError(

@@ -2,8 +2,8 @@
 
 ``h_i = MLP([LSTM(h_0 .. h_i) : LSTM(h_m .. h_i)])``, where ``h`` [P, H] is a table of its own and H the width of the
 word embeddings. The LSTM sees the virtual tokens as one sequence in the order of the template, without the text between
-them, and runs once a step. After training `fold` keeps the rows that it gives, [P, H], and drops it; a checkpoint of a
-run keeps it, so that training can go on.
+them, and runs once a step. After training `drop_network` keeps the rows that it gives, [P, H], and drops it; a
+checkpoint of a run keeps it, so that training can go on.
 
 Source: Liu et al. 2021, arXiv 2103.10385, section 3. The authors' code has two sizes: ``'lstm_half'`` (LAMA: a
 bidirectional LSTM of H / 2, ``14 H² + 18 H + P H`` parameters) and ``'lstm'`` (few-shot SuperGLUE: of H,
@@ -104,7 +104,7 @@ class PTuning(PromptMethod):
         template: where the virtual tokens are, e.g. ``"{v:3} {sub} {v:3} {mask}"``, as the template of the data; its
             slots say how many there are. None: ``num_virtual_tokens`` at the front.
         encoder: 'lstm_half' as the authors' LAMA code, 'lstm' as their few-shot code, 'mlp' without the LSTM, 'none'
-            for the rows alone, which is what remains after `fold`.
+            for the rows alone, which is what remains after `drop_network`.
         dropout: between the layers of the LSTM.
         init: what the table starts from: 'random' N(0, 1); or 'text', the embeddings of ``text``.
         text: the words of init='text'.
@@ -131,7 +131,7 @@ class PTuning(PromptMethod):
             vars(self)["keeps_originals"] = False
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
-        """Attach the virtual tokens and what computes them."""
+        """Attach the virtual tokens and the encoder that computes them."""
         self._check(backbone)
         table = next(iter(structure.word_tables(backbone).values()))
         weight: Tensor = table.weight  # type: ignore[assignment]
@@ -164,7 +164,7 @@ class PTuning(PromptMethod):
             )
         return super().insert(batch)
 
-    def fold(self, model: nn.Module) -> None:
+    def drop_network(self, model: nn.Module) -> None:
         """Keep the rows that the encoder gives and drop it; what follows is a method with encoder='none'.
 
         Raises:
@@ -174,7 +174,7 @@ class PTuning(PromptMethod):
         for encoder in self.own_grafts(model, PromptEncoder):
             weight = nn.Parameter(self.rows(model).detach().clone())
             for prompt in self.own_grafts(model, PromptRows):
-                prompt.graft.fold(weight)
+                prompt.graft.keep(weight)
             detach(encoder.host, encoder.name)
         self.encoder = applied.encoder = "none"
 
@@ -199,10 +199,10 @@ class PTuning(PromptMethod):
 class PTuningMixin(TunedBy[PTuning]):
     """For a LightningModule that is tuned by P-Tuning: set ``self.method`` to change its arguments."""
 
-    def fold(self) -> None:
+    def drop_network(self) -> None:
         """Keep the rows that the encoder gives and drop it."""
         method, module = self._owned()
-        method.fold(module)
+        method.drop_network(module)
 
     def nearest_words(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return, for each virtual token, the k words of highest cosine, with it."""

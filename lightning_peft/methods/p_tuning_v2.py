@@ -44,7 +44,7 @@ class PTuningV2(PrefixMethod):
 class PTuningV2Mixin(TunedBy[PTuningV2]):
     """For a LightningModule that is tuned by P-Tuning v2: set ``self.method`` to change its arguments."""
 
-    def fold(self) -> None:
+    def drop_network(self) -> None:
         """Keep the prefix that the network gives and drop the network."""
         method, module = self._owned()
-        method.fold(module)
+        method.drop_network(module)

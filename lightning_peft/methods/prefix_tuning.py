@@ -1,8 +1,8 @@
 """Prefix-Tuning: P trained keys and values before those of the text in every attention; the model is frozen.
 
 ``Attn(q, [P_k; K], [P_v; V])``, where the prefix of all layers is ``MLP(E)`` in training, ``E`` [P, d] being a table of
-its own, and plain numbers after it (`fold`). An encoder-decoder has three independent sets: encoder self-attention,
-decoder self-attention and cross-attention.
+its own, and plain numbers after it (`drop_network`). An encoder-decoder has three independent sets: encoder
+self-attention, decoder self-attention and cross-attention.
 
 Source: Li & Liang 2021, arXiv 2101.00190, sections 4.2, 4.3 and 7.4. The authors' table is as wide as the model, where
 the paper says "smaller", and their model is in eval mode while the prefix trains: we follow the code in both. Their
@@ -48,7 +48,7 @@ class PrefixTuning(PrefixMethod):
         if self.form == "prefix":
             return super().graft(backbone)
         self._check_infix(backbone)
-        count, call = self.num_virtual_tokens, infix.Call()
+        count, call = self.num_virtual_tokens, infix.InfixIds()
         (table,) = structure.word_tables(backbone).values()
         width: int = table.embedding_dim  # type: ignore[assignment]
         device = table.weight.device
@@ -96,7 +96,7 @@ class PrefixTuning(PrefixMethod):
 class PrefixTuningMixin(TunedBy[PrefixTuning]):
     """For a LightningModule that is tuned by a prefix: set ``self.method`` to change its arguments."""
 
-    def fold(self) -> None:
+    def drop_network(self) -> None:
         """Keep the prefix that the network gives and drop the network."""
         method, module = self._owned()
-        method.fold(module)
+        method.drop_network(module)

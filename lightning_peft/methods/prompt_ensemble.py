@@ -156,7 +156,7 @@ class PromptEnsemble(Method):
         if len(rows) != 1:
             raise TuningError(
                 f"{path} holds {len(rows)} prompts among {len(tensors)} tensors: give the delta of a PromptTuning, "
-                "or of a PTuning after fold()."
+                "or of a PTuning after drop_network()."
             )
         if len(tensors) > 1:
             others = next(name for name in tensors if tensors[name] is not rows[0])

@@ -23,7 +23,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
-from lightning_peft.prompts.virtual_tokens import frequent_ids, insert, random_rows, word_rows
+from lightning_peft.prompts.virtual_tokens import frequent_ids, insert, uniform_rows, word_rows
 from lightning_peft.training.mixin import TunedBy
 
 
@@ -91,7 +91,7 @@ class PromptTuning(PromptMethod):
         count = self.num_virtual_tokens
         weight: Tensor = table.weight  # type: ignore[assignment]
         if self.init == "random_uniform" or weight.is_meta:
-            return random_rows(count, weight.shape[1])
+            return uniform_rows(count, weight.shape[1])
         if self.init == "text":
             return word_rows(table, cut_to(self.ids_of(backbone, self.text), count))
         rows = word_rows(table, self._sampled(backbone, weight.shape[0]))

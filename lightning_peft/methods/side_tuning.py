@@ -33,7 +33,7 @@ _LEFT_OUT = (*cache_argument.NAMES, "use_cache", "output_hidden_states", "output
 
 
 class Side(BesideFrozen):
-    """Blends the output of its host with that of a network that sees the same inputs.
+    """Blends the output of its host with that of a network on the same inputs.
 
     Args:
         host: the frozen model.

@@ -180,7 +180,7 @@ class TinyTL(Method):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin to count what the first step keeps, but not of sharded weights, of which autograd keeps copies."""
+        """Begin to count what the first step saves, but not of sharded weights, of which autograd keeps copies."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         first = trainer.global_step == 0 and batch_idx == 0
         plain = not any(sharded.is_part(parameter) for parameter in pl_module.parameters())
@@ -197,7 +197,7 @@ class TinyTL(Method):
             pl_module.log("activation_memory_mib", kept.bytes / 2**20, batch_size=1)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Count no further."""
+        """Stop counting."""
         super().on_exception(trainer, pl_module, exception)
         self._end()
 

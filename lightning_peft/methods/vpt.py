@@ -24,12 +24,12 @@ from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach, owned_by
 from lightning_peft.towers.vision import Tower, tower
-from lightning_peft.towers.window_prompts import PromptRows, attach_windows
+from lightning_peft.towers.window_prompts import ImagePrompts, attach_windows
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
 
-class TokenPrompt(PromptRows):
+class TokenPrompt(ImagePrompts):
     """Puts prompts after the first n tokens, or in the place of those that stand there.
 
     Args:
@@ -70,7 +70,7 @@ class TokenPrompt(PromptRows):
 
 
 class EmbeddedPrompt(TokenPrompt):
-    """Stands behind the embeddings: the stack then builds its mask for the longer sequence."""
+    """Adds prompts to the output of the embeddings, so that the stack builds its mask for the longer sequence."""
 
     def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Return the embeddings of the image with the prompts among them."""
@@ -78,7 +78,7 @@ class EmbeddedPrompt(TokenPrompt):
 
 
 class BlockPrompt(TokenPrompt):
-    """Stands before a block."""
+    """Puts prompts into the input of a block."""
 
     def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the block's input with prompts of its own."""
@@ -86,7 +86,7 @@ class BlockPrompt(TokenPrompt):
 
 
 class LastBlockPrompt(BlockPrompt):
-    """Stands around the last block, behind which nothing knows of prompts: neither norm, nor pooling, nor head."""
+    """A `BlockPrompt` of the last block, which removes the prompts again: norm, pooling and head do not know them."""
 
     def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return the block's output without the prompts."""
@@ -94,7 +94,7 @@ class LastBlockPrompt(BlockPrompt):
 
 
 class Pooled(Graft):
-    """Gives every token of the last hidden state the vector that the head shall read, however it pools.
+    """Sets every token of the last hidden state to the vector that the head reads, however it pools.
 
     Args:
         pool: 'cls' for the first token, 'mean' for the mean over the patches.
@@ -188,10 +188,10 @@ class VPT(Method):
 
     def prompts(self, model: nn.Module) -> list[Tensor]:
         """Return the trained prompts of each block that has some, [P, d] or, before a projection, [P, dp]."""
-        sources = [place.graft for place in self.own_grafts(model, PromptRows)]
+        sources = [place.graft for place in self.own_grafts(model, ImagePrompts)]
         return [graft.weight for graft in sources if graft.weight is not None]
 
-    def fold(self, model: nn.Module) -> None:
+    def to_key_values(self, model: nn.Module) -> None:
         """Turn deep prompts into keys and values of each attention, for inference: no query and no MLP sees them.
 
         The outputs stay the same, since deep prompts' outputs are thrown away. What was trained is gone from the model
@@ -207,7 +207,7 @@ class VPT(Method):
         if chosen != list(range(chosen[0], len(found.blocks))):
             raise TuningError(
                 "the outputs of these prompts go on to the next block, so no keys and values can stand for them: "
-                "fold prompts that are deep down to the last block."
+                "make the prompts deep down to the last block."
             )
         prompted = {id(m) for i in chosen for m in found.blocks[i].modules()}
         start = 0 if found.windowed else found.prefix

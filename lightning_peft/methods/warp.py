@@ -77,7 +77,7 @@ class WARP(PromptMethod):
         """Attach the prompt tokens and the rows of the classes."""
         if self.template is not None:
             self.num_virtual_tokens = Template(self.template).num_virtual_tokens
-            arguments.check(self)
+            arguments.check_arguments(self)
         decoder = structure.output_embeddings_of(backbone)
         if not isinstance(decoder, nn.Linear) or not structure.is_encoder(backbone):
             raise TuningError(
@@ -94,7 +94,7 @@ class WARP(PromptMethod):
         return ()
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
-        """Let nothing decay: the authors' weight decay is 0."""
+        """Ask for no weight decay, as in the authors' code."""
         return {"weight_decay": 0.0} if f".{self.name}." in f".{name}" else {}
 
     def _word_ids(self, backbone: nn.Module) -> Tensor:

@@ -21,7 +21,7 @@ def random_rows(rows: int, count: int, seed: int) -> list[int]:
     >>> random_rows(10, 3, seed=0) == random_rows(10, 3, seed=0)
     True
     """
-    _check(rows, count)
+    _check_count(rows, count)
     return random.Random(seed).sample(range(rows), count)
 
 
@@ -32,7 +32,7 @@ def balanced_rows(labels: Sequence[Any], count: int, seed: int) -> list[int]:
     >>> sorted(labels[i] for i in balanced_rows(labels, 4, seed=0))
     ['a', 'a', 'b', 'b']
     """
-    _check(len(labels), count)
+    _check_count(len(labels), count)
     draw = random.Random(seed)
     of: dict[Any, list[int]] = {}
     for row in draw.sample(range(len(labels)), len(labels)):
@@ -58,7 +58,7 @@ def ordered(rows: Sequence[int], how: Order, seed: int) -> list[int]:
 
 
 def check_apart(demonstrations: Sequence[Mapping[str, Any]], row: Mapping[str, Any], fields: Sequence[str]) -> None:
-    """See that no demonstration is the row that is asked about.
+    """Check that no demonstration is the row that is asked about.
 
     Raises:
         TuningError: one has the same fields.
@@ -86,7 +86,7 @@ def written(
 
 
 def context(demonstrations: Sequence[str], separator: str = "\n\n", instruction: str = "") -> str:
-    r"""Return what stands before the question: the instruction, and each demonstration, with a separator behind each.
+    r"""Return the text before the question: the instruction and the demonstrations, with a separator behind each.
 
     >>> context(["Q: a\nA: b"], instruction="Answer.")
     'Answer.\n\nQ: a\nA: b\n\n'
@@ -109,6 +109,6 @@ def within(lengths: Sequence[int], budget: int) -> int:
     return kept
 
 
-def _check(rows: int, count: int) -> None:
+def _check_count(rows: int, count: int) -> None:
     if not 0 <= count <= rows:
         raise TuningError(f"{count} demonstrations cannot be drawn from {rows} rows: take fewer, or give more rows.")

@@ -1,4 +1,4 @@
-"""From a template, a tokenizer and a row to token ids: one place for cloze, soft prompts and prompting.
+"""Turns a template and a row into token ids, for cloze tasks, soft prompts and prompting alike.
 
 The words between two slots are tokenised together, as the model saw text in pretraining; only then it is asked which
 tokens come from which field, so that a prompt that is too long loses tokens of the data, the last field first,

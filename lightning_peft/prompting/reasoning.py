@@ -25,14 +25,14 @@ _YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 
 def answer_trigger(kind: Kind, choices: str = "ABCDE", after_rationale: bool = True) -> str:
-    """Return what the second stage asks for the answer with; without a rationale before it, it has no "Therefore".
+    """Return the phrase by which the second stage asks for the answer; without a rationale before it, no "Therefore".
 
     >>> answer_trigger("number")
     'Therefore, the answer (arabic numerals) is'
     >>> answer_trigger("choice", after_rationale=False)
     'Among A through E, the answer is'
     """
-    _check(kind)
+    _check_kind(kind)
     among = f"among {choices[0]} through {choices[-1]}, the answer is"
     words = among if kind == "choice" else f"the answer{_FORM[kind]} is"
     return f"Therefore, {words}" if after_rationale else words[0].upper() + words[1:]
@@ -84,7 +84,7 @@ def extract_answer(text: str, kind: Kind = "number", choices: str = "ABCDE", pic
     Raises:
         TuningError: there is no such kind.
     """
-    _check(kind)
+    _check_kind(kind)
     segments = _PHRASE.split(text)
     said = len(segments) > 1
     segment = segments[-1]
@@ -150,6 +150,6 @@ def _line(text: str, pick: Pick) -> str | None:
     return (lines[0] if pick == "first" else lines[-1]) if lines else None
 
 
-def _check(kind: str) -> None:
+def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise TuningError(f"kind={kind!r} is no kind of answer: take {', '.join(KINDS)}.")

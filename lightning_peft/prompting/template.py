@@ -156,7 +156,7 @@ class Template:
         self.slot  # noqa: B018 (a mask and an answer are too many)
         return self
 
-    def check(self, columns: Iterable[str]) -> "Template":
+    def check_columns(self, columns: Iterable[str]) -> "Template":
         """Return the template itself if rows with these columns can fill it.
 
         Raises:
@@ -213,7 +213,7 @@ class Template:
             return part.text
         if isinstance(part, Field):
             if part.name not in fields:
-                self.check(fields)
+                self.check_columns(fields)
             return words_of(fields[part.name], part.name)
         if isinstance(part, Soft):
             return "[v]" * part.count

@@ -32,12 +32,12 @@ class Soft:
 
 @dataclass(frozen=True)
 class Mask:
-    """What a masked language model fills in."""
+    """The mask that a masked language model fills in."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a language model goes on with."""
+    """The answer that a language model generates."""
 
 
 @dataclass(frozen=True)

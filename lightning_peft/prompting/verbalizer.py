@@ -1,4 +1,4 @@
-"""Verbalizers: the words by which a language model says a label.
+"""Verbalizers: the words that stand for each label in a language model's output.
 
 A label has one word or several, a word has one token or several (its tokens are the business of `prompting.encoding`).
 The score of a label is made of the log-likelihoods of its words: their ``mean`` (PET; the same order of labels as the

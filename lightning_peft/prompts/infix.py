@@ -19,17 +19,17 @@ IDS = "infix_ids"
 """The argument by which a layer and its attention have the ids: what is computed anew has its arguments again."""
 
 
-class Call:
-    """What the decoder and its attentions tell their projections: the ids, [B, T]. Nothing is left of it afterwards."""
+class InfixIds:
+    """The token ids of the current call, [B, T], passed from the decoder to its projections, and cleared after it."""
 
     def __init__(self) -> None:
         self.ids: Tensor | None = None
 
 
 class InfixDecoder(Graft):
-    """Tells the projections the ids, and hands them on to the attentions if the model does. Its host is the decoder."""
+    """Passes the token ids to the projections, and on to the attentions if the model does. Its host is the decoder."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: InfixIds) -> None:
         super().__init__()
         self.call = call
 
@@ -43,12 +43,12 @@ class InfixDecoder(Graft):
 
 
 class InfixAttention(Graft):
-    """Tells the projections the ids when their layer is computed anew. Its host has the projections.
+    """Passes the token ids to the projections when their layer is recomputed. Its host has the projections.
 
     It is not the layer: checkpointing in transformers computes a layer's ``forward`` anew, without the layer's hooks.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: InfixIds) -> None:
         super().__init__()
         self.call = call
 
@@ -72,7 +72,7 @@ class InfixStates(Graft):
         call: shared with the decoder and its attentions.
     """
 
-    def __init__(self, count: int, width: int, skip: int, call: Call) -> None:
+    def __init__(self, count: int, width: int, skip: int, call: InfixIds) -> None:
         super().__init__()
         self.states = nn.Parameter(torch.randn(count, width))
         self.skip, self.call = skip, call
@@ -96,7 +96,7 @@ class InfixStates(Graft):
 
 
 def projections(backbone: nn.Module) -> dict[str, tuple[nn.Module, int, int]]:
-    """Return the projections of keys and values by name, with how wide what they give is and where it starts."""
+    """Return the projections of keys and values by name, with the width and the start of those in their output."""
     from transformers.pytorch_utils import Conv1D
 
     kinds = (nn.Linear, Conv1D)

@@ -31,7 +31,7 @@ class PrefixNetwork(Graft):
         )
 
     def hidden(self, kind: str) -> Tensor:
-        """Return what the prefixes of this kind of attention are projected from, [P, mid]."""
+        """Return the hidden states that the prefixes of this kind of attention are projected from, [P, mid]."""
         table, *rest = self.trunks[kind].children()
         return nn.Sequential(*rest)(table.weight)
 
@@ -92,8 +92,8 @@ class Prefix(Graft):
             left = table.compute_bias(queries, length, device=bias.device, past_seen_tokens=length - queries)  # type: ignore[operator]
         return left[..., :added]
 
-    def fold(self) -> None:
-        """Keep the keys and values, and forget what they were computed from."""
+    def drop_network(self) -> None:
+        """Store the keys and values, and drop the network that computed them."""
         keys, values = (t.detach().clone() for t in self.rows())
         self.network = None
         del self.project
@@ -120,7 +120,7 @@ def _gathered(embedding: nn.Embedding) -> Iterator[None]:
 
 
 class ShiftedTable(Graft):
-    """Lets a position table count from P: its host reads the rows from P on, and too long an input is out of range."""
+    """Shifts a position table by P: its host reads the rows from P on, and too long an input is out of range."""
 
     weights = ("weight",)
 
@@ -134,7 +134,7 @@ class ShiftedTable(Graft):
 
 
 class ShiftedRotary(Graft):
-    """Lets rotary positions count from P."""
+    """Shifts rotary positions by P."""
 
     def __init__(self, by: int) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ class PromptRows(Graft):
         """Return the rows of virtual tokens 0, 1 ..., [P, d]."""
         return self.weight if self.encoder is None else self.encoder()
 
-    def fold(self, weight: nn.Parameter) -> None:
+    def keep(self, weight: nn.Parameter) -> None:
         """Keep rows in place of the module that computed them."""
         self.encoder, self.weight = None, weight
 
@@ -113,7 +113,7 @@ def is_widened(batch: Mapping[str, Any]) -> bool:
     return bool((_input_ids(batch) < 0).any())
 
 
-def random_rows(count: int, dim: int) -> Tensor:
+def uniform_rows(count: int, dim: int) -> Tensor:
     """Return rows drawn from U(-0.5, 0.5), [P, d]."""
     return torch.empty(count, dim, dtype=torch.float32).uniform_(-0.5, 0.5)
 
@@ -141,7 +141,7 @@ def frequent_ids(tokenizer: Any, vocab_size: int, most: int) -> list[int]:
     return found
 
 
-def nearest(scores: Tensor, k: int, tokenizer: Any, largest: bool = True) -> list[list[tuple[str, float]]]:
+def best_words(scores: Tensor, k: int, tokenizer: Any, largest: bool = True) -> list[list[tuple[str, float]]]:
     """Return, for each row of scores [P, words], the k words of the greatest or the least, with these.
 
     Raises:

@@ -1,1 +1,1 @@
-"""What a person reads: tables of parameters, and what a run has come to."""
+"""Reports for people: tables of parameters, memory, checks before a run, and its results."""

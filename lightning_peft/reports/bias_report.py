@@ -1,4 +1,4 @@
-"""Which biases moved most: the paper of BitFit finds those of the query and of the first feed-forward projection.
+"""Reports which biases moved most: in the paper of BitFit those of the query and the first feed-forward projection.
 
 The change of a bias is the mean of ``|b - b0|`` over its values, with b0 the backbone's (Ben Zaken et al. 2022, arXiv
 2106.10199, section 4); it is 0 for biases that are not trained, which are left out.
@@ -23,7 +23,7 @@ _BIASES = ("bias", "in_proj_bias", "shift")
 
 
 class BiasChange(NamedTuple):
-    """How far a bias has moved.
+    """The distance that a bias has moved.
 
     Attributes:
         kind: its name inside the block, such as ``attention.self.query``; outside of the blocks, its whole name.
@@ -49,7 +49,7 @@ class BiasReport(L.Callback):
         self.rows = rows
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that there will be something to report, before training.
+        """Check that there will be something to report, before training.
 
         Raises:
             TuningError: no trained bias has a known starting point, or matplotlib is missing.

@@ -1,4 +1,4 @@
-"""Which classes are taken for which."""
+"""The confusion matrix as a table."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What a look at a run has found: one line each, with what to do where something is wrong."""
+"""The findings of a check: one line each, with the remedy where one fails."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from lightning_peft.reports.parameters import size
 
 
 class Finding(NamedTuple):
-    """One line of the table: what was looked at, whether it passes, what was seen, and what to do if it does not."""
+    """One line of the table: what was checked, whether it passes, what was found, and the remedy if it does not."""
 
     what: str
     passes: bool
@@ -20,7 +20,7 @@ class Finding(NamedTuple):
 
 
 def fits(rank: Memory, ranks: int) -> list[Finding]:
-    """Say what each of several processes takes, and whether that is less than its GPU has, where there is one."""
+    """Return the memory of each process as a finding: whether it fits its GPU, where there is one."""
     what = f"memory of each of {ranks} processes" if ranks > 1 else "memory of the process"
     seen = f"{size(rank.total)}: {rank}"
     if not torch.cuda.is_available():
@@ -41,7 +41,7 @@ def table(findings: list[Finding]) -> Table:
 
 
 def writable(folder: Path, needed: int) -> Finding:
-    """Say whether a folder can be written to and has room for a file of this size [bytes]."""
+    """Return whether a folder can be written to and has room for a file of this size [bytes], as a finding."""
     import os
     import shutil
 

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive, operation by operation, and what that says of larger batches."""
+"""Counts the bytes of live tensors, operation by operation, and extrapolates them to larger batches."""
 
 import weakref
 from collections.abc import Iterable, Sequence

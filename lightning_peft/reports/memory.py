@@ -1,4 +1,4 @@
-"""The memory of a process: what it holds under each strategy, and what a step takes besides."""
+"""Predicts the memory of a process: what it holds under each strategy, and what a step needs besides."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ class Memory(NamedTuple):
         return sum(self)
 
     def at_peak(self, peak: int) -> "Memory":
-        """Return the same with what a step whose most bytes are ``peak`` takes besides."""
+        """Return the same with the activations of a step whose peak is ``peak`` bytes."""
         return self._replace(activations=max(peak - self.weights - self.gradients - self.optimizer, 0))
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Memory(NamedTuple):
 
 
 def held(module: nn.Module) -> list[Tensor]:
-    """Return the tensors that a module holds for good."""
+    """Return the parameters and buffers of a module, and the values kept to undo its methods."""
     originals = [t for _, _, tuning in tunings(module) for t in tuning.originals.values() if isinstance(t, Tensor)]
     return [*module.parameters(), *module.buffers(), *originals]
 
@@ -83,14 +83,14 @@ def file_bytes(module: nn.Module, optimizers: Iterable[Optimizer]) -> int:
     return stored_bytes(delta) + stored_bytes(state) + _RECORD * (len(delta) + len(state)) + _FRAME
 
 
-def whole(module: nn.Module, optimizers: Iterable[Optimizer]) -> Memory:
-    """Return what a process holds that holds all of a model."""
+def of_one_process(module: nn.Module, optimizers: Iterable[Optimizer]) -> Memory:
+    """Return the memory of a process that holds the whole model."""
     gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     return Memory(stored_bytes(held(module)), gradients, stored_bytes(states(optimizers)))
 
 
 def of_rank(module: nn.Module, one: Memory, chosen: Any, ranks: int) -> Memory:
-    """Return what each of ``ranks`` processes holds under a strategy, where one alone would hold ``one``.
+    """Return the memory of each of ``ranks`` processes under a strategy, where one alone would have ``one``.
 
     Args:
         module: the tuned module, not sharded, perhaps on the meta device.

@@ -1,4 +1,4 @@
-"""What can be known of a model without its weights: it is built, grafted and run on the meta device.
+"""Checks a model without its weights: builds, grafts and runs it on the meta device.
 
 Nothing is stored and nothing is computed there, but shapes and dtypes are what they would be, so parameters, units and
 bytes are those of the real run, for a model that fits on no machine at hand.
@@ -21,7 +21,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.tuning import tunings
 from lightning_peft.features.activation_memory import tensors_in
 from lightning_peft.reports.live_memory import LiveBytes
-from lightning_peft.reports.memory import Memory, before_step, whole
+from lightning_peft.reports.memory import Memory, before_step, of_one_process
 from lightning_peft.training import checks, lifecycle, precision
 from lightning_peft.training.method import Method
 
@@ -30,7 +30,7 @@ COLUMNS = 512
 
 
 class Dry(NamedTuple):
-    """What a step on the meta device showed.
+    """The result of a step on the meta device.
 
     Attributes:
         memory: of one process.
@@ -46,7 +46,7 @@ class Dry(NamedTuple):
 
 
 class MetaBytes(LiveBytes):
-    """Counts bytes on the meta device, and answers what a forward pass asks of the values that are not there.
+    """Counts bytes on the meta device, and answers the questions that a forward pass asks of missing values.
 
     The rows are as they mostly are, of several kinds: of anything there is some (``any``), and not all is alike
     (``all``). So masks are made, since there may be padding, and prompts filled in, since there may be virtual tokens.
@@ -96,7 +96,7 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def build(module: L.LightningModule, trainer: L.Trainer) -> list[Optimizer]:
+def build_module(module: L.LightningModule, trainer: L.Trainer) -> list[Optimizer]:
     """Apply the methods, store what the precision plugin would, and return the optimizers.
 
     Args:
@@ -114,13 +114,13 @@ def build(module: L.LightningModule, trainer: L.Trainer) -> list[Optimizer]:
             f"{type(module).__name__} has {real} on the {module.get_parameter(real).device.type}: let it take "
             "torch.get_default_device() and build its model by from_config there, or check without --meta."
         )
-    life, own = lifecycle.extend(module), module.configure_callbacks()
+    life, own = lifecycle.extend_hooks(module), module.configure_callbacks()
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.extend([own] if isinstance(own, L.Callback) else own)
     life.methods.extend(callback for callback in callbacks if isinstance(callback, Method))
     if not life.methods:
         raise TuningError("no method is given, and the task has none: give --method.")
-    lifecycle.apply(module)
+    lifecycle.apply_methods(module)
     plugin = trainer.precision_plugin
     if isinstance(plugin, HalfPrecision):
         precision.convert_module(module, plugin.convert_module, all(method.keep_fp32 for method in life.methods))
@@ -136,11 +136,11 @@ def build(module: L.LightningModule, trainer: L.Trainer) -> list[Optimizer]:
     return optimizers
 
 
-def run(module: L.LightningModule, optimizers: list[Optimizer], rows: int, columns: int | None) -> Dry:
+def two_steps(module: L.LightningModule, optimizers: list[Optimizer], rows: int, columns: int | None) -> Dry:
     """Take two steps on the meta device; the second has the optimizer's state, and its bytes are counted.
 
     Args:
-        module: as `build` left it.
+        module: as `build_module` left it.
         optimizers: its optimizers.
         rows: how many rows the batch has.
         columns: how many tokens a text has; None: half of the model's positions, and no more than 512.
@@ -159,7 +159,7 @@ def run(module: L.LightningModule, optimizers: list[Optimizer], rows: int, colum
                 fed = _step(backbone, batch, optimizers)
             peak = live.peak
         shape = f"{rows} rows" + (f" of {columns} tokens" if "input_ids" in batch else "")
-        memory = whole(module, optimizers).at_peak(peak)
+        memory = of_one_process(module, optimizers).at_peak(peak)
         return Dry(memory, checks.without_gradient(module), f"{fed}, {shape}")
     except TuningError:
         raise
@@ -169,7 +169,7 @@ def run(module: L.LightningModule, optimizers: list[Optimizer], rows: int, colum
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         for optimizer in optimizers:
             optimizer.step()
-        return Dry(whole(module, optimizers), [], path, f"{type(error).__name__}: {why[:160]}")
+        return Dry(of_one_process(module, optimizers), [], path, f"{type(error).__name__}: {why[:160]}")
 
 
 def _batch(module: nn.Module, backbone: nn.Module, rows: int, columns: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The words that a soft prompt has come near to, as a table after each epoch."""
+"""Prints the words nearest to a soft prompt after each epoch."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ class NearestWords(L.Callback):
         self.k, self.every_n_epochs, self.tokens = k, every_n_epochs, tokens
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that there is a soft prompt to look at.
+        """Check that there is a soft prompt.
 
         Raises:
             TuningError: no method of the Trainer trains virtual tokens.

@@ -1,4 +1,4 @@
-"""Predictions as a file that a killed run leaves whole rows in, and the next one goes on with."""
+"""Writes predictions to a file that a killed run leaves whole rows in and the next run continues."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ _SKIPPED: dict[str, Any] = {}
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what ``predict_step`` returns as JSON lines, one a row with its number, in the order of the rows.
+    """Writes the output of ``predict_step`` as JSON lines, one a row with its number, in the order of the rows.
 
     ``predict_step`` returns a mapping of things that have one entry a row, or one such thing. Each process writes as it
     goes; the first one puts the rows together in the end. A run that was killed leaves its rows beside the file; the

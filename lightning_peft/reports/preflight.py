@@ -1,4 +1,4 @@
-"""What can be known before GPU hours are spent: four small steps of a fit, and what they say of the whole."""
+"""Checks a fit by four small steps before GPU hours are spent on it."""
 
 import tempfile
 import warnings
@@ -31,7 +31,7 @@ from lightning_peft.training.strategy import FullyShard
 
 
 class Preflight(L.Trainer):
-    """A Trainer that looks instead of training; `Preflight.of` makes it from the arguments of the one to be checked."""
+    """A Trainer that checks a fit; `Preflight.of` makes it from the arguments of the Trainer to be checked."""
 
     datamodule: L.LightningDataModule | None
     asked: dict[str, Any]
@@ -99,22 +99,22 @@ class Preflight(L.Trainer):
             raise SystemExit(1)
 
     def findings(self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None) -> list[Finding]:
-        """Return what four steps show."""
+        """Return the findings of four steps."""
         with self.folder:
             return self._look(model, datamodule)
 
     def findings_on_meta(
         self, model: L.LightningModule, datamodule: L.LightningDataModule | None = None
     ) -> list[Finding]:
-        """Return what the shapes of a model show that was made on the meta device."""
+        """Return the findings for a model that was made on the meta device."""
         batch_size, max_length = getattr(datamodule, "batch_size", None), getattr(datamodule, "max_length", None)
         try:
-            optimizers = meta_check.build(model, self)
+            optimizers = meta_check.build_module(model, self)
             for path, backbone, _ in tunings(model):
                 self.probe.watch_positions(path, backbone)
             if self.probe.recompute:
                 strategy.checkpoint_activations(model, on=True)
-            dry = meta_check.run(model, optimizers, batch_size or 1, max_length)
+            dry = meta_check.two_steps(model, optimizers, batch_size or 1, max_length)
         except Exception as error:  # whatever it is, it is what the table is for
             return [*self._devices(), Finding("built on the meta device", False, _said(error), "mend this first")]
         finally:

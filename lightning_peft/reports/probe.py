@@ -1,4 +1,4 @@
-"""A callback that watches four steps: one to begin with, two small ones, and one of a whole batch."""
+"""A callback that measures four steps: one to begin with, two small ones, and one of a whole batch."""
 
 from collections.abc import Callable, MutableMapping
 from typing import Any
@@ -13,7 +13,7 @@ from lightning_peft.core.run import canonical
 from lightning_peft.core.tuning import tunings
 from lightning_peft.reports.findings import Finding
 from lightning_peft.reports.live_memory import LiveBytes, extrapolate
-from lightning_peft.reports.memory import Memory, before_step, whole
+from lightning_peft.reports.memory import Memory, before_step, of_one_process
 from lightning_peft.reports.parameters import count, size
 from lightning_peft.training import checks, strategy
 
@@ -23,7 +23,7 @@ STEPS = 4
 
 
 class Probe(L.Callback):
-    """Watches four steps of a fit on the same rows, and lets it end then.
+    """Measures four steps of a fit on the same rows, and ends it then.
 
     The first step makes the optimizer's state; the next two take a few rows of the batch and say what the whole one
     will need, which is measured in the last. Where the rows of a batch cannot be told apart, it is measured alone.
@@ -47,12 +47,12 @@ class Probe(L.Callback):
         self._handles: list[Any] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let activations be computed anew, if the strategy to be checked does."""
+        """Switch activation checkpointing on, if the strategy to be checked does."""
         if self.recompute:
             strategy.checkpoint_activations(pl_module, on=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note what the steps must change, and what no step may."""
+        """Note the trained parameters, which the steps must change, and the frozen ones, which none may."""
         for name, p in pl_module.named_parameters():
             if p.requires_grad:
                 self._start[name] = p.detach().clone()
@@ -76,7 +76,7 @@ class Probe(L.Callback):
             self._live = LiveBytes(before_step(pl_module, trainer.optimizers, batch)).__enter__()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Note who got no gradient."""
+        """Note the parameters without a gradient."""
         self._without = checks.without_gradient(pl_module)
 
     def on_train_batch_end(
@@ -91,21 +91,21 @@ class Probe(L.Callback):
         self._step += 1
         if self._step == STEPS:
             trainer.should_stop = True
-        self.memory = whole(pl_module, trainer.optimizers)
+        self.memory = of_one_process(pl_module, trainer.optimizers)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Look no more."""
+        """Stop measuring."""
         for handle in self._handles:
             handle.remove()
 
     def close(self) -> None:
-        """Count no more; a step that failed has not come to its end."""
+        """Stop counting; a step that failed has not come to its end."""
         if self._live is not None:
             live, self._live = self._live, None
             live.__exit__(None, None, None)
 
     def findings(self, module: nn.Module) -> list[Finding]:
-        """Return what the steps did to the parameters."""
+        """Return the findings about the parameters."""
         now = dict(module.named_parameters())
         still = [name for name, p in self._start.items() if torch.equal(p, now[name])]
         written = [name for name, number in self._versions.items() if times_written(now[name]) != number]

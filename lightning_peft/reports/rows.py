@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 class ResultRows(L.Callback):
-    """Appends to a file what a test has come to, and what the module and its methods give by ``result_rows()``.
+    """Appends the scores of a test, and the ``result_rows()`` of the module and its methods, to a file.
 
     The module's ``result_rows()`` takes no argument, that of a callback takes the module.
 
@@ -58,7 +58,7 @@ class ResultRows(L.Callback):
         self._write(trainer, pl_module, rows)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write what the module gives; see that the values of epochs were logged.
+        """Write the rows of the module; check that the values of epochs were logged.
 
         Raises:
             TuningError: one was not.

@@ -1,4 +1,4 @@
-"""What a run says of itself before and after training."""
+"""Prints a summary of a run before and after training."""
 
 import shlex
 from pathlib import Path

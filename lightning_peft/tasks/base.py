@@ -142,17 +142,17 @@ class Task(MethodMixin, L.LightningModule):
         """See that the data fit the model, and note which parameters are matrices before a strategy flattens them.
 
         Raises:
-            TuningError: texts may be longer than the model's positions, or as `check` says.
+            TuningError: texts may be longer than the model's positions, or as `check_data` says.
         """
         data, limit = self.data, structure.max_positions(self.backbone)
-        self.check(data, stage)
+        self.check_data(data, stage)
         if limit is not None and isinstance(data, Truncated) and data.max_length > limit:
             raise TuningError(
                 f"max_length={data.max_length} of the data is beyond the {limit} positions of the model: lower it."
             )
         self._shapes = shapes_of(self, self.backbone)
 
-    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
+    def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data are for this task."""
 
     def score_by(self, metrics: Mapping[str, Any]) -> None:

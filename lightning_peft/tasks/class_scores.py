@@ -33,7 +33,7 @@ class ClassScores(Task):
         self.score_by(class_metrics(len(labels)))
         self.confusion = MulticlassConfusionMatrix(len(labels))
 
-    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
+    def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have the classes of the model.
 
         Raises:

@@ -40,7 +40,7 @@ class GapTask(Task):
         self.what = f"{lm} language model"
         self.backbone = self.load()
 
-    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
+    def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have gaps for this model.
 
         Raises:
@@ -109,14 +109,14 @@ class ClozeClassification(GapTask, ClassScores):
         self.masks = max(map(len, self.tokens_of))
         self.score_classes(self.verbalizer.labels)
 
-    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
+    def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have the labels and gaps for these words.
 
         Raises:
             TuningError: they have others.
         """
-        GapTask.check(self, data, stage)
-        ClassScores.check(self, data, stage)
+        GapTask.check_data(self, data, stage)
+        ClassScores.check_data(self, data, stage)
         if isinstance(data, MaskedGaps) and data.masks != self.masks:
             raise TuningError(
                 f"the gap of the data has {data.masks} tokens, the longest word {self.masks}: use one verbalizer."

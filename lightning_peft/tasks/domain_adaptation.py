@@ -73,13 +73,13 @@ class DomainAdaptation(TwoTowerTask):
         self.weight = weight
         self.score_by({"loss": CrossEntropy(), "accuracy": Accuracy()})
 
-    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
+    def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that data and method are for adaptation.
 
         Raises:
             TuningError: the data are of one domain, or a method changes the model that gives the pseudo labels.
         """
-        super().check(data, stage)
+        super().check_data(data, stage)
         classes = MulticlassAccuracy(len(self.classes), average="macro")
         self.test_scores.add_metrics({"class_accuracy": classes})
         self.coverage, self.pseudo_accuracy = MeanMetric(), Accuracy()

@@ -45,7 +45,7 @@ class Embedder:
         return torch.cat(found)[back]
 
 
-def nearest(queries: Tensor, pool: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def nearest_rows(queries: Tensor, pool: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the cosines and numbers of the ``count`` rows of the pool nearest to each query, nearest first [Q, K]."""
     found = (queries @ pool.T).sort(dim=1, descending=True, stable=True)
     return found.values[:, :count], found.indices[:, :count]

@@ -34,13 +34,13 @@ class FrozenTask(Task):
         """Check that the data are for this task.
 
         Raises:
-            TuningError: something is to be trained, or as `check` says.
+            TuningError: something is to be trained, or as `check_data` says.
         """
         if stage == "fit":
             raise TuningError(f"{type(self).__name__} trains nothing: run validate, test or predict.")
         # Prompts are written before a batch is moved, by this module and not by the data, which Lightning warns of.
         warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
-        self.check(self.data, stage)
+        self.check_data(self.data, stage)
 
     def teardown(self, stage: str) -> None:
         """Let the data module encode its rows itself again."""

@@ -10,7 +10,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.prompting import demonstrations as text
 from lightning_peft.prompting.encoding import text_ids
 from lightning_peft.prompting.template import Template
-from lightning_peft.tasks.embedding import nearest
+from lightning_peft.tasks.embedding import nearest_rows
 
 
 @dataclass
@@ -85,7 +85,7 @@ class InContext:
             if self.count > len(self.rows):
                 text.random_rows(len(self.rows), self.count, self.seed)  # says that there are too few
             own = self.embed([_joined(row, fields) for row in queries])
-            numbers = nearest(own, self._embedded(tuple(fields)), self.count)[1].tolist()
+            numbers = nearest_rows(own, self._embedded(tuple(fields)), self.count)[1].tolist()
             chosen = [text.ordered(row, self.order, self.seed) for row in numbers]
         for query, numbers in zip(queries, chosen, strict=True):
             text.check_apart([self.rows[number] for number in numbers], query, fields)

@@ -49,13 +49,13 @@ class KnowledgeProbing(GapTask):
         one, ten = (MulticlassAccuracy(count, top_k=min(k, count), average="micro") for k in (1, 10))
         self.score_by({"loss": CrossEntropy(), "p_at_1": one, "p_at_10": ten})
 
-    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
+    def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have the candidates of the model.
 
         Raises:
             TuningError: they have others.
         """
-        super().check(data, stage)
+        super().check_data(data, stage)
         if stage != "predict" and isinstance(data, Candidates) and list(data.candidates) != self.candidates:
             raise TuningError(
                 f"the data have {len(data.candidates)} candidates, the model {len(self.candidates)} others: "

@@ -105,7 +105,7 @@ class LabelScores:
         if front not in self._shared:
             while len(self._shared) > len(self.prompts.templates):
                 self._shared.pop(next(iter(self._shared)))
-            self._shared[front] = likelihoods.read(model, front)
+            self._shared[front] = likelihoods.prefill(model, front)
         return self._shared[front]
 
     def _labels(self, words: Tensor, template: int) -> Tensor:

@@ -45,7 +45,7 @@ class Shared:
         return cache
 
 
-def read(model: nn.Module, ids: Sequence[int]) -> Shared | None:
+def prefill(model: nn.Module, ids: Sequence[int]) -> Shared | None:
     """Let a causal model read what many sequences begin with; None: its cache cannot be shared."""
     tokens = torch.tensor([list(ids)], device=_device(model))
     out = model(input_ids=tokens, use_cache=True, **_keep(model, 1))

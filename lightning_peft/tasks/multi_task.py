@@ -83,7 +83,7 @@ class MultiTask(Task):
         logits: Tensor = self.heads(self.dropout(hidden.to(self.heads.weight.dtype))).float()
         return logits.masked_fill(self.owner != tasks.unsqueeze(1), -torch.inf)
 
-    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
+    def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have the tasks and classes of the model.
 
         Raises:

@@ -14,7 +14,7 @@ from lightning_peft.data.classes import class_numbers
 from lightning_peft.data.protocols import TextColumns
 from lightning_peft.tasks.base import Dtype
 from lightning_peft.tasks.class_scores import ClassScores
-from lightning_peft.tasks.embedding import Embedder, nearest
+from lightning_peft.tasks.embedding import Embedder, nearest_rows
 from lightning_peft.tasks.frozen import FrozenTask
 
 
@@ -61,9 +61,9 @@ class NearestDemonstrations(FrozenTask, ClassScores):
         self._columns: list[str] = []
         self._pool: tuple[Tensor, Tensor] | None = None
 
-    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
+    def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have these classes, and columns of text."""
-        ClassScores.check(self, data, stage)
+        ClassScores.check_data(self, data, stage)
         self._pool = None
         self._columns = self.text or (list(data.text) if isinstance(data, TextColumns) else [])
         if not self._columns:
@@ -80,7 +80,7 @@ class NearestDemonstrations(FrozenTask, ClassScores):
         pool, classes = self._pool
         if len(pool) < self.neighbours:
             raise TuningError(f"neighbours={self.neighbours}, but there are {len(pool)} training rows: take fewer.")
-        cosines, rows = nearest(self._embed(self.rows_of(batch)), pool, self.neighbours)
+        cosines, rows = nearest_rows(self._embed(self.rows_of(batch)), pool, self.neighbours)
         votes = torch.zeros(len(cosines), len(self.labels), device=cosines.device)
         votes.scatter_add_(1, classes[rows], (cosines / self.temperature).softmax(1))
         return votes.clamp(min=1e-6).log().log_softmax(1)

@@ -140,7 +140,7 @@ class PromptedTask(FrozenTask):
         """
         rows = super().rows_of(batch)
         for template in self.templates if rows else ():
-            template.check(rows[0])
+            template.check_columns(rows[0])
         return rows
 
     def in_context(self) -> InContext:

@@ -91,9 +91,9 @@ class PromptedClassification(PromptedTask, ClassScores):
         self.best_template: str | None = None
         self._answers: dict[Any, str] = {}
 
-    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
+    def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have the classes of the verbalizer, and the columns of the templates."""
-        ClassScores.check(self, data, stage)
+        ClassScores.check_data(self, data, stage)
         self._forget()
 
     def answer_of(self, row: Mapping[str, Any]) -> str:

@@ -52,7 +52,7 @@ class QuestionAnswering(Task):
         lowest = torch.finfo(torch.float32).min
         return first.masked_fill(hidden, lowest), last.masked_fill(hidden, lowest)
 
-    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
+    def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data tell which tokens are of the context.
 
         Raises:

@@ -49,7 +49,7 @@ class TokenClassification(Task):
         logits = self.backbone(**self.inputs(batch)).logits
         return self.text_columns(logits, batch).float()
 
-    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
+    def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have the tags of the model.
 
         Raises:

@@ -68,7 +68,7 @@ class TwoTowerTask(Task):
         self._kept: dict[tuple[Any, ...], Tensor] = {}
         self._keeps = False
 
-    def check(self, data: L.LightningDataModule | None, stage: str) -> None:
+    def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """Take the names of the classes from the data, where none are given, and see that they fit the model.
 
         Raises:

@@ -1,1 +1,1 @@
-"""Prompts in vision models and in models of two towers."""
+"""Prompts in vision models and in two-tower models."""

@@ -15,7 +15,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.sharded import whole
-from lightning_peft.towers.context_tokens import Call
+from lightning_peft.towers.context_tokens import ContextCall
 from lightning_peft.towers.contexts import context_of
 from lightning_peft.towers.text_towers import positions_of, reads_end
 
@@ -69,14 +69,14 @@ def tokenize(model: nn.Module, tokenizer: Any, texts: Sequence[str], names: Sequ
 
 
 def image_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Return what the vision tower makes of images, projected, [B, p]."""
+    """Return the projected features of images, [B, p]."""
     return model.get_image_features(pixel_values=pixel_values).pooler_output  # type: ignore[operator]
 
 
 def text_features(
     model: nn.Module, input_ids: Tensor, images: Tensor | None = None, variant: int | None = None
 ) -> Tensor:
-    """Return what the text tower makes of texts, projected, [V C, p], or [B, C, p] where texts depend on the image.
+    """Return the projected features of texts, [V C, p], or [B, C, p] where texts depend on the image.
 
     Args:
         model: the two-tower model.
@@ -119,13 +119,13 @@ def depends_on_images(model: nn.Module) -> bool:
 
 
 def images_are_frozen(model: nn.Module) -> bool:
-    """Tell whether nothing that a method does reaches the features of an image."""
+    """Tell whether no method changes the features of an image."""
     parts = [part for n in ("vision_model", "visual_projection") if (part := structure.part(model, n)) is not None]
     trained = any(p.requires_grad for part in parts for p in part.parameters())
     grafted = any(not place.graft.listens_only for part in parts for place in grafts(part))
     return not trained and not grafted
 
 
-def _call_of(model: nn.Module) -> Call | None:
+def _call_of(model: nn.Module) -> ContextCall | None:
     context = context_of(model)
     return None if context is None else context.call

@@ -1,4 +1,4 @@
-"""The virtual tokens of a context in the word table of a text tower, and what one call of the tower says of them."""
+"""The virtual tokens of a context in the word table of a text tower, and the state that its grafts share in a call."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +11,8 @@ from lightning_peft.core.graft import Graft
 from lightning_peft.prompts.virtual_tokens import VirtualTokens
 
 
-class Call:
-    """What the grafts of one method tell each other while a model is called; no tensor is left afterwards.
+class ContextCall:
+    """The state that the grafts of one method share while a model is called; no tensor is left afterwards.
 
     Attributes:
         active: whether the context is put in; without it the model is the frozen one.
@@ -40,7 +40,7 @@ class ContextTokens(VirtualTokens):
         call: shared with the other grafts of the method.
     """
 
-    def __init__(self, weight: nn.Parameter, call: Call) -> None:
+    def __init__(self, weight: nn.Parameter, call: ContextCall) -> None:
         super().__init__(weight)
         self.call = call
 
@@ -60,7 +60,7 @@ class ContextTokens(VirtualTokens):
 
 
 class LongRows(Graft):
-    """Lets the embeddings of a text tower take rows of more tokens than it has positions.
+    """Makes the embeddings of a text tower take rows of more tokens than it has positions.
 
     CLIPTextEmbeddings refuses them, though a tree's positions are depths, all within its table
     (https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/clip/modeling_clip.py). An

@@ -1,4 +1,4 @@
-"""Soft contexts in the texts of a two-tower model (CLIP, SigLIP): what CoOp and its kin share.
+"""Soft contexts in the texts of a two-tower model (CLIP, SigLIP), as CoOp, CoCoOp and DAPL train them.
 
 A context is virtual tokens (`prompts.virtual_tokens`) that a graft around the text tower puts into every text
 which the tower reads, wherever the call comes from: ``model(input_ids=..., pixel_values=...)``,
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, grafts
-from lightning_peft.towers.context_tokens import Call, ContextTokens, LongRows
+from lightning_peft.towers.context_tokens import ContextCall, ContextTokens, LongRows
 from lightning_peft.towers.packing import pack
 from lightning_peft.towers.text_towers import ends_of, positions_of, reads_end, two_towers, word_table
 
@@ -45,7 +45,7 @@ class TextContext(Graft):
     def __init__(
         self,
         layout: Tensor,
-        call: Call,
+        call: ContextCall,
         position: Position = "end",
         share_prefix: bool = True,
         template: str = "{}.",
@@ -62,12 +62,12 @@ class TextContext(Graft):
 
     @property
     def count(self) -> int:
-        """How many tokens the context has."""
+        """The number of tokens of the context."""
         return self.layout.shape[2]
 
     @property
     def variants(self) -> int:
-        """How many prompts there are of each text."""
+        """The number of prompts of each text."""
         return self.layout.shape[0]
 
     def around(
@@ -79,7 +79,7 @@ class TextContext(Graft):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return what the tower gives for the prompts, V C rows, those of the first variant first."""
+        """Return the tower's output for the prompts, V C rows, those of the first variant first."""
         if not self.call.active or input_ids is None:
             return forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         if position_ids is not None:
@@ -232,9 +232,9 @@ def can_pack(tower: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 @contextmanager
 def frozen(backbone: nn.Module) -> Iterator[None]:
-    """Let the backbone compute what it computed before methods came, as far as they put contexts and prompts in."""
+    """Switch off the contexts and prompts of the backbone's methods while the context lasts."""
     found = [vars(place.graft).get("call") for place in grafts(backbone)]
-    calls = [call for call in found if isinstance(call, Call)]
+    calls = [call for call in found if isinstance(call, ContextCall)]
     for call in calls:
         call.active = False
     try:

@@ -1,4 +1,4 @@
-"""Prompts in the layers of a two-tower model: what MaPLe and IVLP share.
+"""Deep prompts in the layers of a two-tower model, as MaPLe and IVLP train them.
 
 In the text tower the prompt stands behind the start token, in the vision tower at the end of the patches, without
 positions of its own. In the first layers, up to the depth, each layer gets other rows in its place; what the layer
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
-from lightning_peft.towers.context_tokens import Call, ContextTokens
+from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
 from lightning_peft.towers.contexts import TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import STANDARD_DEVIATION, reads_end, text_tower, two_towers
 
@@ -38,7 +38,7 @@ class Prompts(Graft):
         self, text: Sequence[nn.Parameter], images: Sequence[nn.Parameter] = (), projections: Sequence[nn.Linear] = ()
     ) -> None:
         super().__init__()
-        self.call = Call()
+        self.call = ContextCall()
         self.call.prompts = self
         self.text = nn.ParameterList(text)
         self.images = nn.ParameterList(images)
@@ -54,7 +54,7 @@ class Prompts(Graft):
 class PromptTokens(ContextTokens):
     """Gives the tokens of a prompt in the text the rows of the first layer."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: ContextCall) -> None:
         super().__init__(None, call)  # type: ignore[arg-type]
 
     def table(self) -> Tensor:
@@ -63,7 +63,7 @@ class PromptTokens(ContextTokens):
 
 
 class DeepPrompt(Graft):
-    """Puts rows in the place of the prompt in the input of a block.
+    """Replaces the prompt in the input of a block by the rows of that layer.
 
     Args:
         call: shared with the other grafts of the method.
@@ -72,7 +72,7 @@ class DeepPrompt(Graft):
         start: where the prompt is; None: at the end.
     """
 
-    def __init__(self, call: Call, tower: Tower, layer: int, start: int | None = None) -> None:
+    def __init__(self, call: ContextCall, tower: Tower, layer: int, start: int | None = None) -> None:
         super().__init__()
         self.call = call
         self.tower = tower
@@ -89,9 +89,9 @@ class DeepPrompt(Graft):
 
 
 class ImagePrompt(Graft):
-    """Puts the rows of the first layer behind the patches of an image. Its host gives their embeddings."""
+    """Appends the rows of the first layer to the patch embeddings, which its host computes."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: ContextCall) -> None:
         super().__init__()
         self.call = call
 
@@ -101,9 +101,9 @@ class ImagePrompt(Graft):
 
 
 class WithoutPrompt(Graft):
-    """Takes the last ``count`` tokens out of what its host, the last block of a vision tower, gives."""
+    """Removes the last ``count`` tokens from the output of its host, the last block of a vision tower."""
 
-    def __init__(self, count: int, call: Call) -> None:
+    def __init__(self, count: int, call: ContextCall) -> None:
         super().__init__()
         self.count = count
         self.call = call
@@ -119,7 +119,7 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
 
 
 def check_depth(tower: nn.Module, depth: int, argument: str) -> None:
-    """See that a tower is as deep as its prompts.
+    """Check that a tower is as deep as its prompts.
 
     Raises:
         TuningError: it is not.
@@ -145,14 +145,14 @@ def vision_tower(backbone: nn.Module, method: str) -> nn.Module:
     return tower
 
 
-def width_of(tower: nn.Module) -> int:
+def tower_width(tower: nn.Module) -> int:
     """Return the hidden size of a tower."""
     return tower.config.hidden_size  # type: ignore[union-attr, return-value]
 
 
-def random_rows(tower: nn.Module, count: int) -> nn.Parameter:
+def random_prompt(tower: nn.Module, count: int) -> nn.Parameter:
     """Return rows drawn from N(0, 0.02²) for a tower, [n, d]."""
-    rows = torch.empty(count, width_of(tower), dtype=torch.float32).normal_(std=STANDARD_DEVIATION)
+    rows = torch.empty(count, tower_width(tower), dtype=torch.float32).normal_(std=STANDARD_DEVIATION)
     return nn.Parameter(rows.to(device_of(tower)))
 
 
@@ -162,7 +162,7 @@ def device_of(tower: nn.Module) -> torch.device:
 
 
 def graft_prompts(model: nn.Module, prompts: Prompts, name: str, template: str, share_prefix: bool) -> None:
-    """Attach the prompts to a two-tower model and what puts them into its layers."""
+    """Attach the prompts and the grafts that put them into the layers of a two-tower model."""
     call = attach(model, prompts, name).call
     text, images = text_tower(model, name), vision_tower(model, name)
     count = len(prompts.rows("text", 0))
@@ -177,7 +177,7 @@ def graft_prompts(model: nn.Module, prompts: Prompts, name: str, template: str, 
     attach(blocks_of(images)[-1], WithoutPrompt(len(prompts.rows("images", 0)), call), f"{name}_end")
 
 
-def rows_in(call: Call, tower: Tower, layer: int) -> Tensor:
+def rows_in(call: ContextCall, tower: Tower, layer: int) -> Tensor:
     """Return the rows of a layer from the graft that holds them."""
     assert isinstance(call.prompts, Prompts)
     return call.prompts.rows(tower, layer)

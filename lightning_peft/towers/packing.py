@@ -1,4 +1,4 @@
-"""Texts that begin alike, packed into one tree of tokens: a causal tower then computes each common beginning once.
+"""Packs texts with common prefixes into trees of tokens, so that a causal tower computes each prefix once.
 
 In a causal tower a token depends on those before it alone. Where texts share a beginning (the start token and a soft
 context), its tokens are written once; each token sees its ancestors and has the position of its depth. A tower that
@@ -22,7 +22,7 @@ Rows = tuple[tuple[int, ...], ...]
 
 
 class Packing(NamedTuple):
-    """Trees of tokens, each in a row of N tokens, its shorter ones filled up with tokens that see themselves alone.
+    """Trees of tokens, each in a row of N tokens, padded with tokens that attend to themselves alone.
 
     Attributes:
         ids: the tokens, [G, N].

@@ -1,4 +1,4 @@
-"""A pool of prompts: each image chooses those whose keys are nearest to its query, which may be kept in a cache."""
+"""A pool of prompts, of which each image gets those whose keys are nearest to its query; queries can be cached."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from lightning_peft.core.private_torch import times_written
 
 
 class ChosenPrompts(Graft):
-    """Stands around the embeddings and puts the chosen prompts among the tokens.
+    """Wraps the embeddings and puts the chosen prompts among the tokens.
 
     Args:
         start: how many tokens stand before the prompts.
@@ -53,7 +53,7 @@ class ChosenPrompts(Graft):
 
 
 class PromptPool(Graft):
-    """Stands around a vision transformer: chooses prompts for each image and pools what comes of them.
+    """Wraps a vision transformer: chooses prompts for each image and pools their outputs.
 
     Args:
         prompts: [M, L_p, d].
@@ -169,7 +169,7 @@ class PromptPool(Graft):
 
 
 class QueryCache:
-    """Queries by the content of the images, for as long as the frozen weights stay as they are."""
+    """A cache of queries by image content, cleared when the frozen weights change."""
 
     def __init__(self) -> None:
         self.queries: dict[bytes, Tensor] = {}

@@ -1,6 +1,5 @@
-"""Text towers of two-tower models (CLIP, SigLIP): where they are, what they read, and the words that they know."""
+"""Finds the text tower of a two-tower model (CLIP, SigLIP), its word table, and where it reads a text."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
-from lightning_peft.prompts.virtual_tokens import nearest
+from lightning_peft.prompts.virtual_tokens import best_words, word_rows
 
 STANDARD_DEVIATION = 0.02
 """Of the random initial values of a context."""
@@ -82,15 +81,15 @@ def initial_rows(
     if init is None:
         shape = (default if count is None else count, table.embedding_dim)
         return torch.empty(shape, dtype=torch.float32).normal_(std=STANDARD_DEVIATION)
-    ids = word_ids(tokenizer_of(backbone, tokenizer, f"init={init!r}"), init)
+    ids = ids_of(tokenizer_of(backbone, tokenizer, f"init={init!r}"), init)
     if count not in (None, len(ids)):
         raise TuningError(
             f"init={init!r} has {len(ids)} tokens, and num_virtual_tokens={count}: give one of them, or other words."
         )
-    return rows_of(table, ids)
+    return word_rows(table, ids)
 
 
-def word_ids(tokenizer: Any, words: str) -> list[int]:
+def ids_of(tokenizer: Any, words: str) -> list[int]:
     """Return the ids of words.
 
     Raises:
@@ -102,17 +101,12 @@ def word_ids(tokenizer: Any, words: str) -> list[int]:
     return ids
 
 
-def rows_of(table: nn.Embedding, ids: Sequence[int]) -> Tensor:
-    """Return the embeddings of words, in fp32, [len(ids), d]."""
-    return table.weight.detach()[torch.tensor(ids, device=table.weight.device)].float().clone()
-
-
 def nearest_words(backbone: nn.Module, rows: Tensor, tokenizer: Any, k: int) -> list[list[tuple[str, float]]]:
     """Return, for each token of a context, the k words of least Euclidean distance, with it."""
     table = word_table(two_towers(backbone).text_model)  # type: ignore[arg-type]
     with torch.no_grad():
         distances = torch.cdist(rows.float(), table.weight.float())
-    return nearest(distances, k, tokenizer, largest=False)
+    return best_words(distances, k, tokenizer, largest=False)
 
 
 def _is_known(tower: nn.Module) -> bool:

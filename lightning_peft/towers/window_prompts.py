@@ -1,4 +1,4 @@
-"""Rows of prompts as grafts give them to images, and prompts in blocks that attend within windows (Swin).
+"""Prompts of images, and prompts in blocks that attend within windows (Swin).
 
 In a windowed block the prompts of an image join each of its windows, with no relative position bias and no shift mask
 of their own. What a window makes of them is averaged over the windows of that image, never over other images. Where the
@@ -20,7 +20,7 @@ from lightning_peft.towers.vision import Tower
 _PARTS = ("attention.relative_position_bias", "layernorm_before", "layernorm_after", "mlp")
 
 
-class PromptRows(Graft):
+class ImagePrompts(Graft):
     """Holds prompts and gives each image of a batch its own copy.
 
     Args:
@@ -54,7 +54,7 @@ def attach_windows(tower: Tower, weights: Mapping[int, nn.Parameter], dropout: f
     last_of = {id(stage.blocks[-1]): stage for stage in _stages(tower)}
     for i in range(first, len(tower.blocks)):
         block: Any = tower.blocks[i]
-        _check(block)
+        _check_block(block)
         keep = i + 1 < len(tower.blocks) and i + 1 not in weights
         stage = last_of.get(id(block)) if keep else None
         attach(block, WindowBlockPrompt(weights.get(i), dropout, keep, aside=stage is not None), name)
@@ -68,8 +68,8 @@ def attach_windows(tower: Tower, weights: Mapping[int, nn.Parameter], dropout: f
 # runs its forward pass again without what stands around it.
 
 
-class WindowBlockPrompt(PromptRows):
-    """Stands around a block: its own prompts, or those that an earlier block passed on before the patches.
+class WindowBlockPrompt(ImagePrompts):
+    """Wraps a block: adds its own prompts, or takes those that an earlier block passed on before the patches.
 
     Args:
         weight: the prompts, [P, d]; None: those passed on.
@@ -106,7 +106,7 @@ class WindowBlockPrompt(PromptRows):
 
 
 class WindowPrompt(Graft):
-    """Stands around the attention of windows and lets prompts join each of them."""
+    """Wraps the attention of windows and adds the prompts to each of them."""
 
     def around(
         self,
@@ -133,7 +133,7 @@ class WindowPrompt(Graft):
 
 
 class NoBias(Graft):
-    """Stands behind a table of relative positions, of which prompts have none.
+    """Extends the output of a table of relative positions by zeros for the prompts.
 
     Args:
         width: P.
@@ -149,7 +149,7 @@ class NoBias(Graft):
 
 
 class MergedPrompt(Graft):
-    """Stands around a stage, whose own output has no room for prompts: a prompt is its own four neighbours."""
+    """Wraps a stage, whose own output has no room for prompts: a prompt is merged as its own four neighbours."""
 
     def around(self, forward: Callable[..., Any], host: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the stage's output with the merged prompts before the patches."""
@@ -166,7 +166,7 @@ def _stages(tower: Tower) -> list[Any]:
     raise TuningError(f"{type(tower.module).__name__} has no stages of blocks: take a Swin, or an unwindowed model.")
 
 
-def _check(block: nn.Module) -> None:
+def _check_block(block: nn.Module) -> None:
     names = {name for name, _ in block.named_modules()}
     if missing := [part for part in _PARTS if part not in names]:
         raise TuningError(

@@ -1,1 +1,1 @@
-"""What a method does in a Trainer: checkpoints, resuming, precision, sharding, pre-emption."""
+"""Methods in a Trainer: checkpoints, resuming, precision, sharding, pre-emption."""

@@ -1,4 +1,4 @@
-"""What a checkpoint of a tuned module holds: the delta, and what a run needs to go on exactly where it was saved."""
+"""Writes the delta, and what a run needs to resume exactly, into a module's checkpoint, and restores them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,7 +21,7 @@ from lightning_peft.training.record import Life, Pause, trainer_of
 def on_save_checkpoint(
     module: L.LightningModule, instance_hook: Callable[..., Any] | None, checkpoint: dict[str, Any]
 ) -> None:
-    """Keep the delta alone of the weights, and add what describes it and what a run needs to go on."""
+    """Reduce the weights to the delta, and add its metadata and what a run needs to resume."""
     patches.inherited(module, instance_hook, "on_save_checkpoint")(checkpoint)
     Life.of(module).note_moved(module)
     names = {canonical(name) for name in delta_names(module)}
@@ -131,7 +131,7 @@ def optimizer_names(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[
 
 
 def restore_random_state(module: L.LightningModule, rank: int, mid_epoch: bool) -> None:
-    """Put this rank's generators where they were when the checkpoint being resumed was written.
+    """Restore this rank's random generators from the checkpoint being resumed.
 
     A run saved at the end of an epoch makes its next data iterator after that, one saved inside an epoch has made it
     before: the caller says at which of the two it stands.

@@ -1,4 +1,4 @@
-"""How a Trainer writes and reads checkpoint files while a method is at work."""
+"""Writes and reads a Trainer's checkpoint files: atomically, in order, and in folders that no other job writes to."""
 
 import errno
 import fcntl
@@ -96,8 +96,8 @@ class OrderedAsyncCheckpointIO(AsyncCheckpointIO):
             self._error = self._error or error
 
 
-def install(trainer: L.Trainer) -> None:
-    """Let the trainer use `AtomicCheckpointIO` where it would use Lightning's default; a user's own stays."""
+def write_atomically(trainer: L.Trainer) -> None:
+    """Use `AtomicCheckpointIO` in place of Lightning's default; a user's own stays."""
     chosen, ours = trainer.strategy.checkpoint_io, AtomicCheckpointIO()
     table = patches.of_run(trainer)
     if type(chosen) is TorchCheckpointIO:

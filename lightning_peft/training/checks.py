@@ -1,4 +1,4 @@
-"""Checks that what is trained can be: it is in one optimizer, it has a gradient, and no callback holds a copy of it."""
+"""Checks that trained parameters are in one optimizer, get a gradient, and are copied by no callback beforehand."""
 
 from collections.abc import Iterable
 
@@ -20,7 +20,7 @@ STEPS = 200
 
 
 def check_averaging(trainer: L.Trainer, method: L.Callback) -> None:
-    """See that no callback has copied the module before this method changes it.
+    """Check that no callback has copied the module before this method changes it.
 
     Raises:
         TuningError: an averaging callback stands before the method in the list.
@@ -35,7 +35,7 @@ def check_averaging(trainer: L.Trainer, method: L.Callback) -> None:
 
 
 def check_optimizers(module: L.LightningModule, optimizers: Iterable[Optimizer]) -> None:
-    """See that an optimizer holds every trained parameter.
+    """Check that an optimizer holds every trained parameter.
 
     Raises:
         TuningError: none holds one.
@@ -51,7 +51,7 @@ def check_optimizers(module: L.LightningModule, optimizers: Iterable[Optimizer])
 
 
 def check_averages(module: L.LightningModule) -> None:
-    """See that no average of a backbone inside the module was made before a method has added parameters to it.
+    """Check that no average of a backbone inside the module was made before a method has added parameters to it.
 
     Raises:
         TuningError: one was, and would be updated by the parameters of others.
@@ -100,7 +100,7 @@ def note_gradients(module: L.LightningModule, optimizer: Optimizer) -> None:
 
 
 def check_gradients(module: L.LightningModule) -> None:
-    """See that every trained parameter has had a gradient; it is asked at the end of the first epoch.
+    """Check that every trained parameter has had a gradient; it is asked at the end of the first epoch.
 
     Raises:
         TuningError: one has had none, since no loss depends on it.

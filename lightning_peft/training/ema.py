@@ -1,4 +1,4 @@
-"""An exponential moving average of what is trained, and of nothing else.
+"""An exponential moving average of the trained parameters alone.
 
 Lightning's averages the whole module: twice the memory of the backbone, and its update ``d p + (1 - d) p`` drifts the
 frozen weights by rounding. Here the frozen weights are not touched.

@@ -1,4 +1,4 @@
-"""Extends the hooks of a LightningModule: methods are applied, what they train is in its optimizer, and is saved.
+"""Extends the hooks of a LightningModule to apply methods, optimize what they train, and save the delta.
 
 Lightning has no callback hook between ``configure_model`` and the making of the optimizer, does not call
 ``Callback.on_save_checkpoint`` with ``save_weights_only``, and loads weights before ``Callback.on_load_checkpoint``. So
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_peft.training.method import Method
 
 
-def extend(module: L.LightningModule) -> Life:
+def extend_hooks(module: L.LightningModule) -> Life:
     """Extend the hooks of this module, if that has not been done, and return its record.
 
     They stay when a run ends: its checkpoints hold the delta, whoever writes them.
@@ -44,7 +44,7 @@ def await_backbone(module: L.LightningModule, trainer: L.Trainer) -> None:
     patches.extend(patches.of_run(trainer), module, "configure_model", _configure_model)
 
 
-def apply(module: L.LightningModule) -> None:
+def apply_methods(module: L.LightningModule) -> None:
     """Apply each method whose backbone is there, and freeze again what something else may have thawed."""
     plugin = _replace_layers(module)
     life = Life.of(module)
@@ -91,7 +91,7 @@ def _configure_model(module: L.LightningModule, instance_hook: Callable[..., Any
     strategy.split(module, trainer)
     if on_meta(module):
         strategy.shard(module, trainer)  # its weights come shard by shard; methods may look at them
-    apply(module)
+    apply_methods(module)
     strategy.shard(module, trainer)
 
 

@@ -1,4 +1,4 @@
-"""Loaders that go on in the middle of an epoch after an interruption, and the random numbers that go with them.
+"""Makes data loaders resume in the middle of an epoch, with the random state that belongs to it.
 
 Lightning counts the batches of an interrupted epoch but starts its sampler again, so the first batches are seen twice
 and the last ones never. `Resumable` is the one place that remembers where an epoch stands: the loaders of our
@@ -19,7 +19,7 @@ from lightning_peft.training import patches, signals
 
 
 class Resumable:
-    """A loader that can go on in the middle of an epoch; a subclass says how an iterator begins, and what it needs."""
+    """A loader that can resume in the middle of an epoch; a subclass makes the iterator and its state."""
 
     trainer: L.Trainer | None = None
     """Whose training reads it; it knows which of the batches that were given out have been begun."""
@@ -45,14 +45,14 @@ class Resumable:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the epoch stands; every rank must call it."""
+        """Return the position in the epoch; every rank must call it."""
         self._load_late()
         if self._resume is not None:  # nothing has been read since
             return dict(self._resume)
         return self.position(self._given if self.trainer is None else _begun(self.trainer))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Let the next iterator go on from there."""
+        """Make the next iterator start from that position."""
         self._resume = state_dict if state_dict["batches"] else None
 
     def _load_late(self) -> None:
@@ -66,7 +66,7 @@ class Resumable:
 
 
 class SameLoader:
-    """A loader that is in all else the one that it is made of, for reading and for writing of attributes."""
+    """A wrapper of a loader that forwards reading and writing of attributes to it."""
 
     loader: Any = None
 
@@ -88,7 +88,7 @@ class SameLoader:
 
 
 class ResumableLoader(Resumable, SameLoader):
-    """Any loader, which goes on by reading again what was read, from the random state that it was read from."""
+    """Any loader, which resumes by reading the epoch again up to the batch, from the same random state."""
 
     _random: dict[str, Any] | None = None
 
@@ -116,7 +116,7 @@ class ResumableLoader(Resumable, SameLoader):
 
 
 class ValidationLoader(SameLoader):
-    """Any loader, which says from which random state a validation begins.
+    """Any loader, which reports the random state that a validation begins from.
 
     Args:
         loader: what Lightning is about to read.
@@ -135,8 +135,8 @@ class ValidationLoader(SameLoader):
             return iter(self.loader)
 
 
-def install(trainer: L.Trainer, on_validation: Callable[[dict[str, Any]], None]) -> None:
-    """Let fit read its training data through `ResumableLoader`; no loader's workers get the signals of `signals.STOP`.
+def resume_loaders(trainer: L.Trainer, on_validation: Callable[[dict[str, Any]], None]) -> None:
+    """Wrap the training loaders of fit in `ResumableLoader`; no loader's workers get the signals of `signals.STOP`.
 
     Args:
         trainer: its strategy is asked by Lightning to process each loader.
@@ -182,7 +182,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the random generators of this process where `random_state` found them."""
+    """Set the random generators of this process to what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
     numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))

@@ -1,4 +1,4 @@
-"""The life of a method in a Trainer: what it does at each hook of Lightning."""
+"""A tuning method as a Lightning callback."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ class Method(TuningMethod, L.Callback):
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Apply the method as early as the backbone exists, and see to it that checkpoints hold the delta."""
+        """Apply the method as early as the backbone exists, and install the hooks for checkpoints of the delta."""
         # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/strategies/launchers/multiprocessing.py
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise TuningError(
@@ -37,15 +37,15 @@ class Method(TuningMethod, L.Callback):
                 "use strategy='ddp' in a script."
             )
         checks.check_averaging(trainer, self)
-        life = lifecycle.extend(pl_module)
-        trainer_hooks.install(trainer, life, pl_module)
+        life = lifecycle.extend_hooks(pl_module)
+        trainer_hooks.install_hooks(trainer, life, pl_module)
         if not any(type(other) is type(self) and other.backbone == self.backbone for other in life.methods):
             life.methods.append(self)
         lifecycle.await_backbone(pl_module, trainer)
-        lifecycle.apply(pl_module)
+        lifecycle.apply_methods(pl_module)
         self._assert_same(pl_module)
         self._warn_of_others(trainer, pl_module)
-        precision.install(trainer, self.keep_fp32)
+        precision.patch_plugin(trainer, self.keep_fp32)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what would train nothing or resume wrongly, before the first batch."""
@@ -100,7 +100,7 @@ class Method(TuningMethod, L.Callback):
         checks.check_gradients(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that the method is applied."""
+        """Check that the method is applied."""
         self._assert_applied(pl_module)
 
     on_test_start = on_predict_start = on_validation_start
@@ -108,7 +108,7 @@ class Method(TuningMethod, L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Let the backbone see the batch as `prepare` makes it."""
+        """Replace the batch's entries by those of `prepare`."""
         self._enter(pl_module, batch)
 
     def on_train_batch_end(
@@ -129,7 +129,7 @@ class Method(TuningMethod, L.Callback):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Let the backbone see the batch as `prepare` makes it."""
+        """Replace the batch's entries by those of `prepare`."""
         self._enter(pl_module, batch)
 
     def on_validation_batch_end(

@@ -1,4 +1,4 @@
-"""Optimizer options of single parameters, such as a learning rate of their own, in optimizers that a module has built.
+"""Splits optimizer groups, so that single parameters have options of their own, such as a learning rate.
 
 A method states them by `Method.optimizer_options`. The groups of the optimizer are split where they differ, and what a
 scheduler keeps per group is kept for the new group too, so the module's ``configure_optimizers`` needs no change.

@@ -43,7 +43,7 @@ class _Replaced:
 
 
 class Patches:
-    """A table of what has been changed on objects, in order, from which all of it can be undone.
+    """A table of all changes made to objects, in order, from which they can be undone.
 
     It pickles and deep-copies with the object that keeps it, if the new values do: give functions of a module, or
     `functools.partial` of them, not closures.
@@ -62,7 +62,7 @@ class Patches:
         return len(self._changes)
 
     def patch(self, owner: Any, name: str, value: Any, lasting: bool = False) -> None:
-        """Give an object another value of an attribute; done twice, what is put back is still the first value.
+        """Set an attribute and record its first value, which `undo` puts back.
 
         Args:
             owner: a strategy, a plugin, a module, a class, another part of a Trainer.
@@ -77,7 +77,7 @@ class Patches:
         setattr(owner, name, value)
 
     def record(self, owner: Any, name: str, undo: Callable[[], None], lasting: bool = False) -> None:
-        """Let ``undo`` be called with the rest, for what is changed in another way than by replacing an attribute."""
+        """Record a function that undoes a change other than a replaced attribute."""
         if self._find(owner, name) is None:
             self._changes.append(_Change(owner, name, lasting, undo))
 
@@ -113,12 +113,12 @@ def of_run(trainer: L.Trainer) -> Patches:
 
 
 def restore(trainer: L.Trainer) -> None:
-    """Undo all that has been changed on a Trainer."""
+    """Undo all changes made to a Trainer."""
     Patches.of(trainer).restore()
 
 
 def extend(table: Patches, module: L.LightningModule, name: str, function: Callable[..., Any]) -> None:
-    """Let a function of a module, the hook of the instance or None, and the arguments stand in for a hook of it.
+    """Replace a hook of a module by a function of the module, the instance's own hook or None, and the arguments.
 
     It is a `functools.partial`: the module still pickles and deep-copies, and Lightning sees that the hook is
     overridden (with `functools.wraps` it would not). A hook that the function extends already stays as it is.
@@ -134,13 +134,13 @@ def inherited(module: L.LightningModule, instance_hook: Callable[..., Any] | Non
 
 
 def once(owner: Any, name: str, function: Callable[..., Any]) -> None:
-    """Let a function be called in the place of a hook, one time; the hook is back when it is called."""
+    """Replace a hook by a function for one call; the hook is back when the function runs."""
     Patches.of(owner).patch(owner, name, partial(_once, owner, name, function))
 
 
 @contextmanager
 def patched(owner: Any, name: str, *value: Any) -> Iterator[Callable[[], None]]:
-    """Give an object another value of an attribute for a while, or, without a value, that of its class.
+    """Set an attribute for a while, or, without a value, let that of the class show.
 
     Yields:
         A function that ends it early.

@@ -1,4 +1,4 @@
-"""What trains is kept in fp32, whatever precision the backbone has or the Trainer asks for.
+"""Keeps trained parameters in fp32, whatever precision the backbone has or the Trainer asks for.
 
 Grafts look after themselves (`Graft.moving`). A trained head or bias is a parameter of the backbone, which bf16-true
 casts like the rest; here it keeps fp32 values, cast to the dtype of its input each time it is used, and so do its
@@ -30,8 +30,8 @@ def replaces_layers(plugin: Any) -> bool:
     return isinstance(plugin, (BitsandbytesPrecision, TransformerEnginePrecision))
 
 
-def install(trainer: L.Trainer, keep_fp32: bool) -> None:
-    """Let the precision plugin convert modules as `convert_module` does, while this run lasts.
+def patch_plugin(trainer: L.Trainer, keep_fp32: bool) -> None:
+    """Make the precision plugin convert modules by our `convert_module`, while this run lasts.
 
     Around ``configure_model``, which methods extend, `BitsandbytesPrecision` would put its own class in the place of
     ``torch.nn.Linear``: heads would be of it, too, and it refuses to with ``ignore_modules``. `replace_layers` does it
@@ -46,7 +46,7 @@ def install(trainer: L.Trainer, keep_fp32: bool) -> None:
 
 
 def hint(plugin: Any) -> str:
-    """Return what may be why a method does not fit a backbone; '' for nothing."""
+    """Return why the precision plugin may keep a method from fitting a backbone; '' for no reason."""
     if isinstance(plugin, TransformerEnginePrecision) and plugin.replace_layers is not False:
         return (
             " TransformerEnginePrecision has put layers of its own in the place of the backbone's, which few methods "
@@ -76,7 +76,7 @@ def replace_layers(module: nn.Module, backbones: Iterable[nn.Module], plugin: An
 
 
 def check_trainable(module: nn.Module) -> None:
-    """See that nothing is trained that will be stored in few bits.
+    """Check that nothing is trained that will be stored in few bits.
 
     Raises:
         TuningError: a weight is.

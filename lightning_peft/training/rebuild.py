@@ -1,4 +1,4 @@
-"""Modules and backbones from delta files alone."""
+"""Builds methods, modules and backbones from delta files alone."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -116,8 +116,8 @@ def _applying(cls: type[L.LightningModule], methods: list[Method]) -> Iterator[N
     """Apply the methods between the building of a module of this class and the loading of its weights."""
 
     def on_load_checkpoint(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        lifecycle.extend(module).methods.extend(methods)
-        lifecycle.apply(module)
+        lifecycle.extend_hooks(module).methods.extend(methods)
+        lifecycle.apply_methods(module)
         # The instance's hook, which is extended by now, calls the class's again: that must be the user's by then.
         restore()
         module.on_load_checkpoint(checkpoint)

@@ -1,4 +1,4 @@
-"""What is known of a LightningModule that methods tune; it stands on the module itself."""
+"""The record that a LightningModule keeps of the methods that tune it and of their run."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Pause(NamedTuple):
-    """A save between two batches.
+    """The random state of a save between two batches.
 
     Attributes:
         random: the state of the random generators to go on with.
@@ -55,7 +55,7 @@ class Life(Run):
         return life
 
     def end_run(self) -> None:
-        """Forget what concerns one run: an exception may have ended it before a checkpoint was restored."""
+        """Clear the state of one run: an exception may have ended it before a checkpoint was restored."""
         self.resumed = self.pause = self.validation_random = None
         self.without_gradient, self.steps = None, 0
 

@@ -1,4 +1,4 @@
-"""Pre-emption and time limits under SLURM: save at a batch boundary, requeue, stop, and go on by itself.
+"""Saves and requeues a SLURM job at pre-emption or its time limit, and resumes it by itself.
 
 Lightning saves inside the signal handler, where each rank is at another place: its barrier meets another rank's
 collective, and the job hangs (https://github.com/Lightning-AI/pytorch-lightning/issues/21406). Here the handler sets a
@@ -49,10 +49,10 @@ class SafeRequeue(L.Callback):
         self._saved = time.monotonic()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the signals from Lightning, and resume from the own file if the job was started anew."""
+        """Handle the signals in place of Lightning, and resume from this job's own file if it was requeued."""
         if stage != "fit":
             return
-        signals.install()
+        signals.install_handlers()
         # Its handlers call collectives, and it has no public switch:
         # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/trainer.py
         table = patches.of_run(trainer)
@@ -160,7 +160,7 @@ class SafeRequeue(L.Callback):
         raise SystemExit(EXIT)
 
 
-def install(trainer: L.Trainer) -> None:
+def add_requeue(trainer: L.Trainer) -> None:
     """Add `SafeRequeue` to the callbacks of a Trainer in a job that can be started anew, if it has none.
 
     Raises:
@@ -179,7 +179,7 @@ def install(trainer: L.Trainer) -> None:
     if isinstance(environment, SLURMEnvironment):
         slurm.check_sizes(trainer.num_nodes, trainer.num_devices)
     elif not isinstance(environment, TorchElasticEnvironment) and trainer.world_size > 1:
-        slurm.check()
+        slurm.check_environment()
     foreign = sorted(Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt"))
     if foreign:
         raise TuningError(
@@ -195,7 +195,7 @@ def install(trainer: L.Trainer) -> None:
 
 
 def environment_of(trainer: L.Trainer) -> ClusterEnvironment | None:
-    """Return what started the processes of a Trainer; None where its strategy has one process."""
+    """Return the cluster environment of a Trainer; None where its strategy has one process."""
     return trainer.strategy.cluster_environment if isinstance(trainer.strategy, ParallelStrategy) else None
 
 

@@ -1,4 +1,4 @@
-"""The units of sharded training: what is gathered, computed with and freed together."""
+"""The units of sharded training: modules whose parameters are gathered and freed together."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from lightning_peft.core import structure
 
 
 def units(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield what is gathered and freed together, inner ones first: each block, then each child that has parameters.
+    """Yield the units, inner ones first: each block, then each child that has parameters.
 
     The module itself is none: Lightning calls its ``training_step``, and torch gathers a unit when it is called.
     """

@@ -1,4 +1,4 @@
-"""The signals by which a batch system asks a run to end: they set a flag, and nothing else happens inside the handler.
+"""Handles the signals by which a batch system asks a run to end: the handler sets a flag and does nothing else.
 
 Standard library only, so that the console script can install it before anything heavy is imported: a signal that comes
 during ``import torch`` would otherwise kill the process. Data-loader workers inherit the handler and ignore the signals
@@ -19,8 +19,8 @@ STOP = (signal.SIGUSR1, signal.SIGTERM) if hasattr(signal, "SIGUSR1") else (sign
 _state = {"pid": 0, "received": 0}
 
 
-def install() -> None:
-    """Let the signals of `STOP` set the flag of this process, from now on."""
+def install_handlers() -> None:
+    """Install handlers that set this process's flag at the signals of `STOP`."""
     if threading.current_thread() is not threading.main_thread():
         return
     _state["pid"] = os.getpid()

@@ -1,4 +1,4 @@
-"""What SLURM says of this process, and the ways to start a job that would hang or train something else.
+"""Reads the SLURM job of this process, and refuses jobs that were started so that they would hang.
 
 Standard library only: the console script looks before it imports torch.
 """
@@ -61,7 +61,7 @@ def requeue() -> str:
     return "" if done.returncode == 0 else f"{' '.join(command)} failed ({done.stderr.strip() or done.returncode})"
 
 
-def place() -> str:
+def rank_and_node() -> str:
     """Return which rank on which node this is, for messages; '' where there is but one process."""
     if int(os.environ.get("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_ID" in os.environ:
         return f"rank {os.environ.get('SLURM_PROCID', '?')} on {node()}"
@@ -75,8 +75,8 @@ def node() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def check(environment: Mapping[str, str] = os.environ) -> None:
-    """See that a job of several processes was started in a way that lets them find each other.
+def check_environment(environment: Mapping[str, str] = os.environ) -> None:
+    """Check that a job of several processes was started in a way that lets them find each other.
 
     Raises:
         TuningError: no srun, ``--ntasks`` without ``--ntasks-per-node``, a job name that hides SLURM, or a signal that
@@ -107,7 +107,7 @@ def check(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_sizes(num_nodes: int, num_devices: int, environment: Mapping[str, str] = os.environ) -> None:
-    """See that the Trainer's numbers are those of the job.
+    """Check that the Trainer's numbers are those of the job.
 
     Raises:
         TuningError: they differ.

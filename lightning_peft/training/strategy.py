@@ -25,7 +25,7 @@ from lightning_peft.core import sharded
 from lightning_peft.core.delta import keep_fingerprints
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
-from lightning_peft.core.private_torch import apply
+from lightning_peft.core.private_torch import replace_tensors
 from lightning_peft.core.tuning import tunings
 from lightning_peft.training import patches, tensor_parallel
 from lightning_peft.training.shard_units import units
@@ -85,7 +85,7 @@ class FullyShard(ModelParallelStrategy):
             self.options["mp_policy"] = policy
 
     def setup_environment(self) -> None:
-        """Let all processes be one data-parallel group, or several that each have a part of every split layer.
+        """Make all processes one data-parallel group, or several that each have a part of every split layer.
 
         Raises:
             TuningError: the processes do not make up whole groups.
@@ -112,7 +112,7 @@ class FullyShard(ModelParallelStrategy):
         for child in self.model.modules():
             own = [*child.parameters(recurse=False), *child.buffers(recurse=False)]
             if not any(sharded.is_part(tensor) for tensor in own):
-                apply(child, lambda tensor: tensor.to(self.root_device), recurse=False)
+                replace_tensors(child, lambda tensor: tensor.to(self.root_device), recurse=False)
 
 
 def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
@@ -154,7 +154,7 @@ def shard(module: L.LightningModule, trainer: L.Trainer | None) -> None:
 
 
 def checkpoint_activations(module: L.LightningModule, on: bool) -> None:
-    """Let transformers compute the activations of blocks anew, or no more."""
+    """Switch transformers' recomputation of block activations on or off."""
     switch = "activation_checkpointing_enable" if on else "activation_checkpointing_disable"
     for _, backbone, _ in tunings(module):
         holders = [child for child in backbone.modules() if getattr(child, "supports_gradient_checkpointing", False)]

@@ -1,4 +1,4 @@
-"""What sharding strategies save and load: the delta and nothing else, one tensor at a time."""
+"""Makes sharding strategies save and load the delta alone, one tensor at a time."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,8 +21,8 @@ from lightning_peft.training import patches
 from lightning_peft.training.shard_units import wrap_policy
 
 
-def install(trainer: L.Trainer, restored: Callable[[], None]) -> None:
-    """Let the trainer's strategy save and load deltas.
+def save_deltas(trainer: L.Trainer, restored: Callable[[], None]) -> None:
+    """Patch the trainer's strategy to save and load deltas.
 
     Args:
         trainer: its strategy is changed on the instance; what saves stays after the run, since

@@ -1,4 +1,4 @@
-"""Tensor parallel: the ranks of a group each compute with a part of every weight, and LoRA is split as its layers are.
+"""Tensor parallelism: splits layers of the backbone between ranks, and LoRA as its layers are split.
 
 For a column-wise layer, W [out/p, in], A is whole on each rank and B [out/p, r] is split like W; for a row-wise one,
 W [out, in/p], A [r, in/p] is split and B whole, and what is summed over the ranks is the small ``x Aᵀ``, [..., r].

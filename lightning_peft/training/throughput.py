@@ -1,4 +1,4 @@
-"""Rows, tokens and images a second, and the share of the device's peak that is used, in the logs of a run."""
+"""Logs rows, tokens and images a second, and the share of the device's peak that is used."""
 
 from collections.abc import Mapping
 from typing import Any

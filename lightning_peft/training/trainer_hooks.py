@@ -9,17 +9,17 @@ from lightning_peft.training import checkpoint_content, checkpoint_io, loaders, 
 from lightning_peft.training.record import Life
 
 
-def install(trainer: L.Trainer, life: Life, module: L.LightningModule) -> None:
-    """Let checkpoints be written whole, data resume in order, strategies know the delta, and SLURM jobs requeue.
+def install_hooks(trainer: L.Trainer, life: Life, module: L.LightningModule) -> None:
+    """Install our hooks: atomic checkpoints, resumable data, strategies that save the delta, and SLURM requeueing.
 
     Raises:
         TuningError: the strategy would lose the delta, or a SLURM job was started wrongly.
     """
     patches.of_run(trainer).record(life, "run", life.end_run)
-    strategy_files.install(trainer, partial(_restored, trainer, module))
-    checkpoint_io.install(trainer)
-    loaders.install(trainer, partial(_remember, life))
-    requeue.install(trainer)
+    strategy_files.save_deltas(trainer, partial(_restored, trainer, module))
+    checkpoint_io.write_atomically(trainer)
+    loaders.resume_loaders(trainer, partial(_remember, life))
+    requeue.add_requeue(trainer)
 
 
 def _remember(life: Life, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Filling a backbone that was built on the meta device: each rank reads its own part of each tensor from the files.
+"""Fills a backbone that was built on the meta device: each rank reads its own part of each tensor from the files.
 
 No rank ever holds the whole model, neither on its device nor in the memory of its host.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_peft.core import select, sharded, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import resolve
-from lightning_peft.core.private_torch import apply
+from lightning_peft.core.private_torch import replace_tensors
 
 
 def on_meta(module: nn.Module) -> bool:
@@ -27,7 +27,7 @@ def on_meta(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def fill(module: nn.Module, device: torch.device) -> None:
-    """Give storage to what is on the meta device, and the values of the folder or hub id that the model names.
+    """Allocate what is on the meta device, and read the values from the folder or hub id that the model names.
 
     Buffers that no file has (rotary frequencies) are computed as transformers does; a new task head is drawn, the same
     on all ranks.
@@ -43,7 +43,7 @@ def fill(module: nn.Module, device: torch.device) -> None:
         absent = {
             name for name, t in itertools.chain(backbone.named_parameters(), backbone.named_buffers()) if t.is_meta
         }
-        apply(backbone, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+        replace_tensors(backbone, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
         _read(backbone, absent, path)
     if on_meta(module):
         names = [n for n, t in itertools.chain(module.named_parameters(), module.named_buffers()) if t.is_meta]

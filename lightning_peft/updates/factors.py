@@ -105,7 +105,7 @@ class Factors(Movable):
             return torch.maximum(moved, 1e-7 * square).clamp_(min=_TINY).sqrt_()
 
     def kept(self, name: str, inputs: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
-        """Return what ``compute`` gave the last time, unless an input is another tensor now or was written to.
+        """Return the cached result of ``compute``, unless an input is another tensor now or was written to.
 
         Writing through ``.data`` goes unseen: nothing is kept beyond a change of mode, of device or of state.
         """
@@ -117,12 +117,12 @@ class Factors(Movable):
         return self._kept[name][1]
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode and keep nothing from before."""
+        """Set the mode and clear the cache."""
         self._kept.clear()
         return super().train(mode)
 
     def moving(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Keep nothing from before."""
+        """Clear the cache."""
         self._kept.clear()
         return super().moving(fn)
 

@@ -35,7 +35,7 @@ def uniform(like: Tensor, seed: int) -> Tensor:
 @torch.library.custom_op("lightning_peft::uniform", mutates_args=())
 def uniform_op(like: Tensor, seed: Tensor, index: int) -> Tensor:
     """Return `uniform` noise where a graph is compiled, which must not see the seed as a number."""
-    return uniform(like, place(int(seed.item()), index))
+    return uniform(like, seed_of(int(seed.item()), index))
 
 
 @uniform_op.register_fake
@@ -43,7 +43,7 @@ def _(like: Tensor, seed: Tensor, index: int) -> Tensor:  # noqa: ARG001 (the op
     return torch.empty(like.shape, device=like.device, dtype=torch.float32)
 
 
-def place(seed: int, index: int) -> int:
+def seed_of(seed: int, index: int) -> int:
     """Return a seed for the noise of one of many tensors."""
     return (seed + index * 2654435761) % 2**32
 
@@ -150,7 +150,7 @@ def scatter(base: Tensor, values: Tensor, indices: Tensor) -> Tensor:
 
 
 def _noise(like: Tensor, seed: int | None, part: int) -> Tensor | None:
-    return None if seed is None else uniform(like, place(seed, part))
+    return None if seed is None else uniform(like, seed_of(seed, part))
 
 
 def _concrete(alpha: Tensor, noise: Tensor | None) -> Tensor:

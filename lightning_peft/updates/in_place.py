@@ -1,4 +1,4 @@
-"""Updates that are written into the output of a linear layer, with gradients that keep as little as can be.
+"""Adds updates in place to the output of a linear layer, with gradients that save as little as possible.
 
 A frozen linear layer does not need its own output, so a graft that comes first may add to that buffer, or scale it,
 instead of making others. Elsewhere plain operations give the same (`is_free` tells): under compile and autocast, for

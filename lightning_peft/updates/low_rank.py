@@ -224,7 +224,7 @@ class LowRankConv2d(LowRank):
 
 
 class LowRankWeights(Folding):
-    """Changes weights that their host reads without calling a layer: to ``W + s B A``, with DoRA at its magnitudes.
+    """Changes weights that their host reads without calling a layer, to ``W + s B A``, rescaled with DoRA.
 
     For ``nn.MultiheadAttention`` (the packed in-projection and the output projection) and for experts stacked in one
     tensor, each of which gets matrices of its own. The gradient goes through the whole weight, so a step costs as many

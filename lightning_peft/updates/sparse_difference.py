@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.folding import Folding
-from lightning_peft.updates.hard_concrete import ExpectedCount, Masked, Scattered, gate, place, scatter, uniform_op
+from lightning_peft.updates.hard_concrete import ExpectedCount, Masked, Scattered, gate, scatter, seed_of, uniform_op
 
 _SEEDS = 2**31 - 1
 
@@ -28,7 +28,7 @@ class Gates(NamedTuple):
     structured: bool
 
 
-def draw() -> int:
+def draw_seed() -> int:
     """Draw the seed of the noise of all gates in one step."""
     return int(torch.randint(_SEEDS, ()).item())
 
@@ -50,7 +50,7 @@ class Noise(Folding):
             if torch.compiler.is_compiling():
                 self.seed = torch.randint(_SEEDS, (1,))
             else:
-                self.give(draw())
+                self.give(draw_seed())
         return forward(*args, **kwargs)
 
     def give(self, value: int) -> None:
@@ -121,7 +121,7 @@ class SparseDifference(Folding):
         number = 2 * self.numbers[name]
         if torch.compiler.is_compiling():
             return self._traced(w, dense, alpha, group, self.noise.seed if self.training else None, number)
-        seed = place(self.noise.value, number) if self.training else None  # place(seed, 1) is that of the group
+        seed = seed_of(self.noise.value, number) if self.training else None  # place(seed, 1) is that of the group
         return Masked.apply(w, dense, alpha, group, seed, self.gates.low, self.gates.high)
 
     def delta(self, name: str) -> Tensor | None:
@@ -195,7 +195,7 @@ class Twin(Folding):
         self.refer(first=first)
 
     def weight(self, w: Tensor, name: str) -> Tensor:
-        """Return what the other graft makes of the parameter."""
+        """Return the parameter as the other graft changes it."""
         return self.first.weight(w, self.names[name])
 
 

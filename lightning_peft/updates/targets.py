@@ -17,7 +17,7 @@ from lightning_peft.core.graft import graft_prefixes
 
 
 class Target(NamedTuple):
-    """A matrix: ``weight`` is its name below ``host``, which calls no layer for it; None: the host is the layer."""
+    """A matrix: ``weight`` is its name below ``host``, if that calls no layer for it; None: the host is the layer."""
 
     host: nn.Module
     weight: str | None = None

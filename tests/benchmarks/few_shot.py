@@ -19,7 +19,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from lightning_peft.tasks.likelihoods import causal_scores, read, recomputed_scores
+from lightning_peft.tasks.likelihoods import causal_scores, prefill, recomputed_scores
 from tests.benchmarks.measure import interleave, ratio, table, versions
 
 TOKENS = 20
@@ -36,12 +36,12 @@ def ways(model: torch.nn.Module, demonstrations: int, labels: int, queries: int)
     mask = torch.ones_like(ids)
     words = torch.randint(vocabulary, (labels, 2), generator=draw).tolist()
     every = [words] * queries
-    kept = read(model, front)
+    kept = prefill(model, front)
     assert kept is not None
 
     return {
         "all in full": lambda: recomputed_scores(model, ids, mask, every, front),
-        "demonstrations once a batch": lambda: causal_scores(model, ids, mask, every, read(model, front)),
+        "demonstrations once a batch": lambda: causal_scores(model, ids, mask, every, prefill(model, front)),
         "demonstrations kept": lambda: causal_scores(model, ids, mask, every, kept),
     }
 

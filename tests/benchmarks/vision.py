@@ -116,7 +116,7 @@ def run(width: int, layers: int, size: int, rounds: int) -> list[dict[str, Any]]
         model, method = build(width, layers), VPT(num_virtual_tokens=PROMPTS)
         method.apply(model)
         if fold:
-            method.fold(model)
+            method.to_key_values(model)
         calls[name] = torch.no_grad()(lambda model=model: model(pixel_values=batch["pixel_values"]).logits)
     times = measure.interleave(calls, rounds)
     rows = [{"step": name, "cpu_ms": 1e3 * median(times[name].cpu), "against": "", "ratio": None} for name in calls]

@@ -10,7 +10,7 @@ from torch import nn
 
 import lightning_peft
 from lightning_peft import LoRA, Method, PrefixTuning, TuningError
-from lightning_peft.core.arguments import Bounds, bounds_of, check
+from lightning_peft.core.arguments import Bounds, bounds_of, check_arguments
 from lightning_peft.core.tuning import Tuning
 
 EXPORTED = [getattr(lightning_peft, name) for name in lightning_peft.__all__]
@@ -102,7 +102,7 @@ def test_what_a_field_takes_is_accepted(method: type[Method], name: str) -> None
         values += {str: ["text"], bool: [False, True], list[str]: [["text"], ("text",), []]}.get(option, [])
     assert values or get_origin(hint) is not None
     for value in values:
-        check(method(**{name: value}))
+        check_arguments(method(**{name: value}))
 
 
 def test_numbers_have_bounds() -> None:
@@ -124,9 +124,9 @@ def test_a_class_that_changes_a_default_keeps_the_bounds() -> None:
         pass
 
     for method in (Long, Longer):
-        check(method())
+        check_arguments(method())
         with pytest.raises(TuningError, match=f"{method.__name__}'s num_virtual_tokens=0 is no prefix: take 1 or more"):
-            check(method(num_virtual_tokens=0))
+            check_arguments(method(num_virtual_tokens=0))
 
 
 def test_what_is_changed_afterwards_is_checked_too() -> None:

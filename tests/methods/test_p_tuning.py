@@ -63,14 +63,14 @@ def test_counts_of_the_papers_code(encoder: Any, length: int, count: int) -> Non
 @pytest.mark.parametrize("length", [1, P])
 @pytest.mark.parametrize("encoder", ["lstm_half", "lstm", "mlp"])
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
-def test_folded_is_live(kind: str, encoder: Any, length: int, tmp_path: Path) -> None:
+def test_without_its_network_it_is_live(kind: str, encoder: Any, length: int, tmp_path: Path) -> None:
     model = tiny(kind)
     method = PTuning(num_virtual_tokens=length, encoder=encoder)
     method.apply(model)
     shake(model)
     assert method.rows(model).shape == (length, HIDDEN)
     live = output(model, kind, method)
-    method.fold(model)
+    method.drop_network(model)
     assert method.encoder == "none"
     assert not any(isinstance(module, PromptEncoder) for module in model.modules())
     assert_near({"": live}, {"": output(model, kind, method)}, 1e-6)
@@ -198,9 +198,9 @@ def test_a_batch_without_the_templates_tokens_is_refused() -> None:
         method.prepare({"input_ids": torch.tensor([[3, -1, -2, -3]])})
 
 
-def test_folding_what_is_not_applied_is_refused() -> None:
+def test_dropping_the_network_of_what_is_not_applied_is_refused() -> None:
     with pytest.raises(TuningError, match="PTuning is not applied"):
-        PTuning().fold(tiny("bert"))
+        PTuning().drop_network(tiny("bert"))
 
 
 def test_it_costs_prompt_tuning_and_its_encoder() -> None:

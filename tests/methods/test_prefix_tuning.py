@@ -134,7 +134,7 @@ def test_counts_of_the_paper(config: Any, auto: Any, length: int, mid: int | Non
     method = PrefixTuning(num_virtual_tokens=length, mid_dim=mid)
     method.apply(model)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
-    method.fold(model)
+    method.drop_network(model)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == saved
 
 
@@ -275,7 +275,7 @@ def test_generation_from_a_left_padded_prompt() -> None:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "vit", "bart"])
-def test_folded_is_live(kind: str, tmp_path: Path) -> None:
+def test_without_its_network_it_is_live(kind: str, tmp_path: Path) -> None:
     model = model_of(kind)
     method = PrefixTuning(num_virtual_tokens=P, mid_dim=5)
     method.apply(model)
@@ -283,7 +283,7 @@ def test_folded_is_live(kind: str, tmp_path: Path) -> None:
     inputs = batch("t5" if kind == "bart" else kind)
     with torch.no_grad():
         live = model(**inputs).logits
-        method.fold(model)
+        method.drop_network(model)
         assert_near({"": live}, {"": model(**inputs).logits}, 1e-6)
     assert method.mid_dim is None
     assert all(name.endswith((".keys", ".values")) for name in collect(model) if ".prefixtuning." in name)
@@ -297,9 +297,9 @@ def test_folded_is_live(kind: str, tmp_path: Path) -> None:
     assert_same(snapshot(model_of(kind), kind) if kind in SETS else {}, snapshot(model, kind) if kind in SETS else {})
 
 
-def test_folding_what_is_not_applied_is_refused() -> None:
+def test_dropping_the_network_of_what_is_not_applied_is_refused() -> None:
     with pytest.raises(TuningError, match="PrefixTuning is not applied to this BertFor"):
-        PrefixTuning().fold(tiny("bert"))
+        PrefixTuning().drop_network(tiny("bert"))
 
 
 def test_the_network_is_fitted_to_real_words(tmp_path: Path) -> None:

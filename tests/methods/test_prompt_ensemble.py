@@ -92,13 +92,13 @@ def test_remove_gives_the_model_back(tmp_path: Path) -> None:
     assert "forward" not in vars(model)
 
 
-def test_a_folded_p_tuning_votes_too(tmp_path: Path) -> None:
+def test_a_p_tuning_without_its_network_votes_too(tmp_path: Path) -> None:
     model, method = tiny("mlm"), PTuning(num_virtual_tokens=3)
     method.apply(model)
     live = save_delta(model, tmp_path / "live.safetensors")
-    with pytest.raises(TuningError, match=r"holds 0 prompts among .*a PTuning after fold"):
+    with pytest.raises(TuningError, match=r"holds 0 prompts among .*a PTuning after drop_network"):
         PromptEnsemble(prompts=[str(live)]).apply(tiny("mlm"))
-    method.fold(model)
+    method.drop_network(model)
     file = save_delta(model, tmp_path / "folded.safetensors")
     PromptEnsemble(prompts=[str(file)]).apply(tiny("mlm"))
 

@@ -157,11 +157,11 @@ def test_initial_values_fill_their_range() -> None:
 
 @pytest.mark.parametrize("kind", IMAGES)
 @pytest.mark.parametrize("arguments", [{}, {"num_deep_layers": 1, "deep_from": "top"}], ids=["deep", "top"])
-def test_folded_prompts_are_keys_and_values(kind: str, arguments: dict) -> None:
+def test_prompts_become_keys_and_values(kind: str, arguments: dict) -> None:
     model, method = applied(kind, **arguments)
     shake(model)
     before, plain = output(model, kind), output(tiny(kind), kind)
-    method.fold(model)
+    method.to_key_values(model)
     assert_near({"": before}, {"": output(model, kind)}, 1e-5)
     assert not torch.allclose(before, plain, atol=1e-3)
     assert not any(p.requires_grad for name, p in model.named_parameters() if "vpt" in name)
@@ -172,15 +172,15 @@ def test_folded_prompts_are_keys_and_values(kind: str, arguments: dict) -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"deep": False}, {"num_deep_layers": 1}], ids=["shallow", "bottom"])
-def test_prompts_whose_outputs_go_on_are_not_folded(arguments: dict) -> None:
+def test_prompts_whose_outputs_go_on_do_not(arguments: dict) -> None:
     model, method = applied("vit", **arguments)
     before = output(model, "vit")
     with pytest.raises(TuningError, match="go on to the next block"):
-        method.fold(model)
+        method.to_key_values(model)
     assert torch.equal(output(model, "vit"), before)
     method.remove(model)
     with pytest.raises(TuningError, match="is not applied"):
-        method.fold(model)
+        method.to_key_values(model)
 
 
 def test_their_order_does_not_matter() -> None:

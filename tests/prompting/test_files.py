@@ -19,7 +19,7 @@ def test_shipped_wordings(file: Path) -> None:
     assert 1 <= sum(template.inverse for template in found.templates) <= 3
     rows = synthetic.load({"opinions": "opinions", "topics": "sentences"}[found.task])["train"]
     for template in found.templates:
-        template.check([*rows.column_names, "answer"])
+        template.check_columns([*rows.column_names, "answer"])
     assert {row[{"opinions": "label", "topics": "topic"}[found.task]] for row in rows} == set(found.words)
 
 

@@ -91,7 +91,7 @@ def test_values_of_fields() -> None:
 
 def test_an_unknown_field() -> None:
     with pytest.raises(TuningError, match=r"asks for 'txt', rows have text, label: did you mean 'text'"):
-        Template("{txt} {mask}").check(["text", "label"])
+        Template("{txt} {mask}").check_columns(["text", "label"])
     with pytest.raises(TuningError, match="template 'q' asks for 'zzz', rows have text: write braces of the text as"):
         Template("{zzz}", name="q").render({"text": "a"})
 

@@ -11,7 +11,7 @@ from lightning_peft.prompts.virtual_tokens import (
     frequent_ids,
     insert,
     is_widened,
-    random_rows,
+    uniform_rows,
     word_rows,
 )
 from tests.models import batch, tiny
@@ -160,7 +160,7 @@ def test_tokens_anywhere_in_a_template() -> None:
 
 
 def test_random_rows_are_uniform_and_symmetric() -> None:
-    rows = random_rows(100, 768)
+    rows = uniform_rows(100, 768)
     assert rows.shape == (100, 768)
     assert rows.dtype == torch.float32
     assert rows.abs().max() <= 0.5

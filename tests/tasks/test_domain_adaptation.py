@@ -39,7 +39,7 @@ def prepared(model: str, **arguments: Any) -> tuple[DomainAdaptation, dict[str, 
     """Return a task with DAPL applied and a batch."""
     task, images = DomainAdaptation(model, **arguments), data(model)
     DAPL(**DAPL_SMALL).apply(task.backbone)
-    task.check(images, "fit")
+    task.check_data(images, "fit")
     images.setup("fit")
     task.log = task.log_dict = lambda *args, **kwargs: None
     return task, next(iter(images.train_dataloader()))
@@ -131,7 +131,7 @@ def test_the_coverage_of_an_epoch_is_that_of_all_its_batches(model: str, tmp_pat
             found.append(float(trainer.callback_metrics["train_coverage"]))
 
     task, images = DomainAdaptation(model), data(model)
-    task.check(images, "validate")
+    task.check_data(images, "validate")
     images.setup("fit")
 
     def share(threshold: float) -> float:

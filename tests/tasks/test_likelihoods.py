@@ -14,7 +14,7 @@ from lightning_peft.tasks.likelihoods import (
     combined,
     content_free_prior,
     masked_scores,
-    read,
+    prefill,
     recomputed_scores,
     seq2seq_scores,
 )
@@ -76,7 +76,7 @@ def test_a_shared_prefix_is_exact(kind: str, front: list[int], longest: int) -> 
     model = CAUSAL[kind]()
     ids, mask = prompts([3, 7, 1])
     words = [[[10], [11, 12, 13][:longest], [14, 15][:longest]]] * 2 + [[[20, 21][:longest], [22], [10]]]
-    shared = read(model, front) if front else None
+    shared = prefill(model, front) if front else None
     assert (shared is None) == (kind == "mistral" or not front)  # a sliding window cannot be shared
     if front and shared is None:
         found = recomputed_scores(model, ids, mask, words, front)
@@ -92,7 +92,7 @@ def test_a_shared_prefix_is_exact(kind: str, front: list[int], longest: int) -> 
 @torch.no_grad()
 def test_what_is_shared_stays_as_it_was() -> None:
     model = tiny("gpt2")
-    shared = read(model, FRONT)
+    shared = prefill(model, FRONT)
     assert shared is not None
     ids, mask = prompts([3, 4])
     words = [[[10, 11], [12]]] * 2

@@ -355,7 +355,7 @@ def test_torchrun_that_restarts_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     with pytest.warns(UserWarning, match="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
-        requeue.install(trainer(tmp_path))
+        requeue.add_requeue(trainer(tmp_path))
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     for restarts, has in (("0", False), ("2", True)):
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
@@ -390,9 +390,9 @@ def test_lightning_has_the_parts_that_are_replaced(tmp_path: Path) -> None:
 def test_a_job_started_wrongly(environment: dict[str, str | None], words: str) -> None:
     whole = {n: v for n, v in (JOB | environment).items() if v is not None}
     with pytest.raises(TuningError, match=words):
-        slurm.check(whole)
-    slurm.check(JOB)
-    slurm.check({})
+        slurm.check_environment(whole)
+    slurm.check_environment(JOB)
+    slurm.check_environment({})
 
 
 def test_sizes_that_differ() -> None:

@@ -1,4 +1,4 @@
-"""What a converter does, and what it is given: the two sides of one adapter, apart from names and from base tensors."""
+"""The base class of converters between a method and a type of adapter, and the two forms that they convert."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from lightning_peft.interop.names import Names
 
 @dataclass
 class Exported:
-    """What a method is in the format of PEFT.
+    """A method in the format of PEFT.
 
     Attributes:
         config: the keys of ``adapter_config.json`` that are not the default.
@@ -52,7 +52,7 @@ class Parts:
 
 
 class Converter(ABC):
-    """Turns one method into one type of adapter, and back. The methods know nothing of it."""
+    """Converts one method to one type of adapter, and back. The methods know nothing of it."""
 
     peft_type: ClassVar[str]
     methods: ClassVar[tuple[str, ...]]
@@ -64,7 +64,7 @@ class Converter(ABC):
 
     @abstractmethod
     def export(self, model: nn.Module, method: Any, names: Names) -> Exported:
-        """Return what the method is in the format of PEFT.
+        """Return the method in the format of PEFT.
 
         Raises:
             TuningError: PEFT would compute something else.
@@ -83,7 +83,7 @@ class Converter(ABC):
         """Return the adapter's tensors by their names in the delta of ``model``, to which ``method`` is applied."""
 
     def config_of_bias(self, biases: set[str], layers: Iterable[str]) -> str | None:
-        """Return what says that lonely biases are trained; None: this type has no word for it."""
+        """Return the value of ``bias`` for biases that are trained alone; None: this type has none."""
         return None
 
     def trains_bias(self, parts: Parts, name: str) -> bool:
@@ -101,13 +101,13 @@ def delta_name(place: Grafted[Any], parameter: str) -> str:
     return f"{place.full_name}.{parameter}"
 
 
-def tensors_of(place: Grafted[Any]) -> set[str]:
+def graft_tensors(place: Grafted[Any]) -> set[str]:
     """Return the names in the delta of all tensors of a graft."""
     return {delta_name(place, name) for name in place.graft.state_dict()}
 
 
 def refuse(config: Mapping[str, Any], keys: Iterable[str], source: str) -> None:
-    """See that a configuration uses none of these features.
+    """Check that a configuration uses none of these features.
 
     Raises:
         TuningError: it does.

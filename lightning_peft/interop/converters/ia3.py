@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, tensors_of
+from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, graft_tensors, places
 from lightning_peft.interop.names import Names, compact
 from lightning_peft.interop.patterns import is_target
 from lightning_peft.methods.ia3 import ScaledOutput
@@ -37,7 +37,7 @@ class IA3Converter(Converter):
                 inputs.append(place.path)
                 vector = l.view(1, inside)
             exported.layers[place.path] = {PART: vector}
-            exported.delta |= tensors_of(place)
+            exported.delta |= graft_tensors(place)
         exported.config = {
             "fan_in_fan_out": any(isinstance(place.host, Conv1D) for place in places(model, method)),
             "feedforward_modules": compact(inputs, names.modules),

@@ -13,10 +13,10 @@ from lightning_peft.core.graft import Grafted
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, refuse
 from lightning_peft.interop.converters.lora_targets import (
     called_in,
+    check_layers,
     check_parts,
-    check_targets,
+    file_shapes,
     found_in,
-    shapes_of,
     wrapped_keys,
 )
 from lightning_peft.interop.names import Names, compact
@@ -108,7 +108,7 @@ class LoRAConverter(Converter):
                 "the base: save it with path_initial_model_for_weight_conversion= of save_pretrained."
             )
         found = found_in(parts, names)
-        check_targets(parts, names, found)
+        check_layers(parts, names, found)
         head = set(structure.head_names(names.model))
         in_head = [target for target in found if f"{target}.weight" in head]
         if in_head:
@@ -120,7 +120,7 @@ class LoRAConverter(Converter):
         ranks = {target: value_of(config["rank_pattern"], called[target], config["r"]) for target in found}
         alphas = {t: value_of(config["alpha_pattern"], called[t], config["lora_alpha"]) for t in found}
         for target, (key, shape) in found.items():
-            check_parts(parts, key, shapes_of(shape, ranks[target], config["use_dora"]), ranks[target])
+            check_parts(parts, key, file_shapes(shape, ranks[target], config["use_dora"]), ranks[target])
         candidates = [n for n in {*names.modules, *names.tensors} if n not in head and f"{n}.weight" not in head]
         arguments = {
             "r": config["r"],

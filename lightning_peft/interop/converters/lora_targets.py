@@ -1,4 +1,4 @@
-"""Which layers the tensors of a LoRA adapter of PEFT are for, and whether they have the shapes of these layers."""
+"""Finds the layers that the tensors of a LoRA adapter of PEFT belong to, and checks their shapes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -48,8 +48,8 @@ def called_in(parts: Parts, target: str) -> str:
     return f"{parts.called.get(module, module)}.{leaf}"
 
 
-def check_targets(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:
-    """See that the layers with tensors are those that the configuration names."""
+def check_layers(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:
+    """Check that the layers with tensors are those that the configuration names."""
     if not found:
         raise TuningError(f"{parts.source} has no tensor of LoRA: take another copy of the adapter.")
     expected = [
@@ -79,7 +79,7 @@ def check_targets(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:
 
 
 def check_parts(parts: Parts, key: str, shapes: Mapping[str, tuple[int, ...]], r: int) -> None:
-    """See that a layer has all its tensors, in the shapes of the host and the rank."""
+    """Check that a layer has all its tensors, in the shapes of the host and the rank."""
     have = parts.layers.get(key, {})
     if lacking := sorted(shapes.keys() - have.keys()):
         raise TuningError(f"{parts.source} lacks {lacking[0]} of {key}: take another copy of the adapter.")
@@ -96,7 +96,7 @@ def _shape(host: nn.Module) -> tuple[int, ...]:
     return (0, *shape_of(host)) if isinstance(host, nn.Embedding) else shape_of(host)
 
 
-def shapes_of(shape: tuple[int, ...], r: int, dora: bool) -> dict[str, tuple[int, ...]]:
+def file_shapes(shape: tuple[int, ...], r: int, dora: bool) -> dict[str, tuple[int, ...]]:
     """Return the part -> the shape that PEFT gives it, for a matrix or kernel of ``shape``."""
     magnitude: tuple[int, ...]
     if len(shape) == 3 and shape[0] == 0:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Grafted
 from lightning_peft.interop.adapter_config import task_of
-from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, tensors_of
+from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, graft_tensors, places
 from lightning_peft.interop.converters.prompt import TENSOR
 from lightning_peft.interop.names import Names
 from lightning_peft.prompts.prefix import Prefix
@@ -26,7 +26,7 @@ class PrefixConverter(Converter):
 
     def export(self, model: nn.Module, method: Any, names: Names) -> Exported:
         """Return the keys and values of all layers."""
-        _check(model)
+        _check_model(model)
         prefixes = _prefixes(model, method)
         rows = [place.graft.rows() for place in prefixes]
         if method.positions != "shifted":
@@ -46,12 +46,12 @@ class PrefixConverter(Converter):
             "num_virtual_tokens": count,
             "token_dim": heads * dim,
         }
-        delta = {name for place in places(model, method) for name in tensors_of(place)}
+        delta = {name for place in places(model, method) for name in graft_tensors(place)}
         return Exported(config, bare={TENSOR: stacked.flatten(1)}, delta=delta)
 
     def arguments(self, parts: Parts, names: Names) -> dict[str, Any]:
         """Return the length of the prefix."""
-        _check(names.model)
+        _check_model(names.model)
         table, count = parts.bare.get(TENSOR), parts.config["num_virtual_tokens"]
         width = 2 * parts.config["num_layers"] * parts.config["token_dim"]
         if table is None or list(table.shape) != [count, width]:
@@ -84,8 +84,8 @@ def _prefixes(model: nn.Module, method: Any) -> list[Grafted[Any]]:
     return [place for place in places(model, method) if isinstance(place.graft, Prefix)]
 
 
-def _check(model: nn.Module) -> None:
-    """See that PEFT puts prefixes where they are here.
+def _check_model(model: nn.Module) -> None:
+    """Check that PEFT puts prefixes where they are here.
 
     Raises:
         TuningError: the model is an encoder-decoder, or has no task type.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.interop.adapter_config import task_of
-from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, tensors_of
+from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, graft_tensors, places
 from lightning_peft.interop.names import Names
 from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
@@ -29,20 +29,20 @@ class PromptConverter(Converter):
         if isinstance(method, PTuning) and (method.template is not None or method.tune_backbone):
             raise TuningError("a prompt of PEFT stands at the front of a frozen model: train without a template.")
         rows: Tensor = method.rows(model)
-        config = shape_of(model) | {"num_virtual_tokens": rows.shape[0], "token_dim": rows.shape[1]}
-        delta = {name for place in places(model, method) for name in tensors_of(place)}
+        config = model_settings(model) | {"num_virtual_tokens": rows.shape[0], "token_dim": rows.shape[1]}
+        delta = {name for place in places(model, method) for name in graft_tensors(place)}
         return Exported(config, bare={TENSOR: rows}, delta=delta)
 
     def arguments(self, parts: Parts, names: Names) -> dict[str, Any]:
         """Return the length of the prompt."""
         check_place(names.model)
-        return {"num_virtual_tokens": rows_of(parts).shape[0], "init": "random_uniform"}
+        return {"num_virtual_tokens": prompt_rows(parts).shape[0], "init": "random_uniform"}
 
     def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
         """Return the rows by their name in the delta, in which tied tables have them once."""
         first = places(model, method)[0]
         ((name, _),) = first.graft.named_parameters()
-        return {delta_name(first, name): rows_of(parts)}
+        return {delta_name(first, name): prompt_rows(parts)}
 
 
 class PTuningConverter(PromptConverter):
@@ -57,7 +57,7 @@ class PTuningConverter(PromptConverter):
 
 
 def check_place(model: nn.Module) -> None:
-    """See that PEFT puts the prompt where it is here.
+    """Check that PEFT puts the prompt where it is here.
 
     Raises:
         TuningError: the model is an encoder, or PEFT has no class for prompts in its task.
@@ -71,13 +71,13 @@ def check_place(model: nn.Module) -> None:
         raise TuningError(f"PEFT has no task type for {type(model).__name__}, which its prompts need: keep the delta.")
 
 
-def shape_of(model: nn.Module) -> dict[str, Any]:
-    """Return what PEFT writes of the model into the configuration of a prompt."""
+def model_settings(model: nn.Module) -> dict[str, Any]:
+    """Return the settings of the model that PEFT writes into the configuration of a prompt."""
     config = structure.config_of(model).get_text_config()
     return {"num_attention_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers}
 
 
-def rows_of(parts: Parts) -> Tensor:
+def prompt_rows(parts: Parts) -> Tensor:
     """Return the rows that reach the input, [P, d].
 
     For an encoder-decoder PEFT makes rows for the decoder, too, which nothing reads.

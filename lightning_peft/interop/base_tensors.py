@@ -19,7 +19,7 @@ _ADDED_BY_TASK = {
 
 @dataclass
 class InPlace:
-    """How PEFT stores what is trained in place.
+    """The modules and biases of the base that are trained, as PEFT stores them.
 
     Attributes:
         modules: what ``modules_to_save`` names, whole modules.
@@ -32,7 +32,7 @@ class InPlace:
     tied: bool
 
 
-def in_place(names: Names, grafted: Iterable[str]) -> InPlace:
+def trained_outside(names: Names, grafted: Iterable[str]) -> InPlace:
     """Find the modules and biases that the tensors of the delta outside of grafts make up.
 
     Raises:
@@ -66,8 +66,8 @@ def in_place(names: Names, grafted: Iterable[str]) -> InPlace:
     return InPlace(sorted(modules), biases, _tied(names, modules))
 
 
-def tensors_of(names: Names, found: InPlace, every_bias: bool) -> dict[str, Tensor]:
-    """Return what the file holds in place of tensors of the base, by their names in the model.
+def saved_tensors(names: Names, found: InPlace, every_bias: bool) -> dict[str, Tensor]:
+    """Return the tensors that replace those of the base in the file, by their names in the model.
 
     ``every_bias`` adds the biases that are not trained, since PEFT's bias='all' means all.
     """

@@ -14,6 +14,7 @@ from lightning_peft.core.delta_load import complete
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.run import canonical
 from lightning_peft.training import patches, strategy
+from lightning_peft.training.guard import check_finite
 from lightning_peft.training.loaders import gather, random_state, set_random_state
 from lightning_peft.training.record import Life, Pause, trainer_of
 
@@ -23,6 +24,7 @@ def on_save_checkpoint(
 ) -> None:
     """Reduce the weights to the delta, and add its metadata and what a run needs to resume."""
     patches.inherited(module, instance_hook, "on_save_checkpoint")(checkpoint)
+    check_finite(module, trainer_of(module))
     Life.of(module).note_moved(module)
     names = {canonical(name) for name in delta_names(module)}
     for holder, key in _states(checkpoint):

@@ -7,12 +7,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_peft import (
     BitFit,
+    DeltaGuard,
     DiffPruning,
     LoRA,
     PromptTuning,
@@ -314,3 +315,24 @@ def test_a_module_that_fabric_has_wrapped_is_the_module(tmp_path: Path) -> None:
     LoRA(r=2).apply(other)
     load_delta(fabric.setup_module(other), file)
     assert_same(collect(other), collect(model))
+
+
+class Diverges(Trains):
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.model(**batch).loss * (torch.nan if self.current_epoch else 1)
+
+
+def test_a_run_that_diverges_writes_over_no_file(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    save = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
+    with pytest.raises(TuningError, match="has NaN or infinity, so no checkpoint is written over the last one"):
+        trainer(tmp_path, LoRA(r=2), save, max_epochs=2).fit(Diverges(), loader("bert"))
+    assert all(bool(tensor.isfinite().all()) for tensor in read_delta(file)[0].values())
+
+
+def test_a_guard_may_warn(tmp_path: Path) -> None:
+    run = trainer(tmp_path, LoRA(r=2), DeltaGuard("warn"), Saves(tmp_path), max_epochs=2)
+    with pytest.warns(UserWarning, match="has NaN or infinity"):
+        run.fit(Diverges(), loader("bert"))
+    with pytest.raises(TuningError, match="is no action of DeltaGuard"):
+        DeltaGuard("ignore")

@@ -61,9 +61,7 @@ def draw() -> str:
             if other in known:
                 top, bottom = middle[floor] + 6, middle[other] - 6
                 reach = RIGHT + 24 + (bottom - top) * 0.44
-                width = 0.4 * min(
-                    count.bit_length(), 7
-                )  # as wide as its logarithm, so that one import more changes little
+                width = 0.4 * min(count.bit_length(), 7)  # its logarithm: one import more changes little
                 parts.append(
                     f'<path d="M {RIGHT} {top} C {reach:.0f} {top}, {reach:.0f} {bottom}, {RIGHT} {bottom}" '
                     f'fill="none" stroke="#2a6f97" stroke-width="{width:.2f}" opacity="0.55">'

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from lightning_peft.core import select
 from lightning_peft.core.arguments import choice, natural
-from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
-from lightning_peft.towers.contexts import Position, TextContext, graft_context, plain_layout
+from lightning_peft.towers.contexts import Position, TextContext, check_classes, graft_context, plain_layout
 from lightning_peft.towers.text_towers import initial_rows, nearest_words, text_tower, word_table
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -62,11 +61,7 @@ class CoOp(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the context to the text tower."""
-        if self.class_specific != (self.num_classes is not None):
-            raise TuningError(
-                f"class_specific={self.class_specific} and num_classes={self.num_classes} do not go together: "
-                "give both for a context of each class, or neither."
-            )
+        check_classes(self.class_specific, self.num_classes)
         tower, call = text_tower(backbone, type(self).__name__), ContextCall()
         rows = initial_rows(
             backbone, word_table(tower), self.num_virtual_tokens, self.init, self.tokenizer, DEFAULT_LENGTH

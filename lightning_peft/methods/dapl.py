@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.arguments import bounded, natural
-from lightning_peft.core.errors import TuningError
 from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
-from lightning_peft.towers.contexts import TextContext, graft_context, plain_layout
+from lightning_peft.towers.contexts import TextContext, check_classes, graft_context, plain_layout
 from lightning_peft.towers.text_towers import STANDARD_DEVIATION, text_tower, word_table
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -68,11 +67,7 @@ class DAPL(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the contexts to the text tower."""
-        if self.class_specific != (self.num_classes is not None):
-            raise TuningError(
-                f"class_specific={self.class_specific} and num_classes={self.num_classes} do not go together: "
-                "give both for a context of each class, or neither."
-            )
+        check_classes(self.class_specific, self.num_classes)
         tower, call = text_tower(backbone, type(self).__name__), ContextCall()
         width, common = word_table(tower).embedding_dim, self.num_virtual_tokens * (self.num_classes or 1)
         shapes = ((common, width), (self.domains, self.num_domain_tokens, width))

@@ -208,6 +208,19 @@ class TextContext(Graft):
         return type(out)(pooler_output=hidden.flatten(0, 1)[index.flatten()])
 
 
+def check_classes(class_specific: bool, num_classes: int | None) -> None:
+    """Check that a context of each class comes with the number of classes.
+
+    Raises:
+        TuningError: only one of the two is given.
+    """
+    if class_specific != (num_classes is not None):
+        raise TuningError(
+            f"class_specific={class_specific} and num_classes={num_classes} do not go together: "
+            "give both for a context of each class, or neither."
+        )
+
+
 def plain_layout(count: int, classes: int | None = None) -> Tensor:
     """Return the layout of one prompt of each text, [1, C, M]: the same for all texts, or for each of its own."""
     return -1 - torch.arange(count * (classes or 1)).view(1, -1, count)

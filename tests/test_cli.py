@@ -279,3 +279,16 @@ def test_optimizers_are_those_of_torch() -> None:
     assert _torch_first(["fit", "--optimizer=AdamW"]) == ["fit", "--optimizer=torch.optim.AdamW"]
     others = ["fit", "--optimizer", "bitsandbytes.optim.SGD", "--model", "SGD", "--optimizer"]
     assert _torch_first(others) == others
+
+
+def test_one_batch_is_no_share_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`typing` may give `float | int` for Trainer's `int | float`."""
+    import lightning as L
+
+    from lightning_peft.commands.trainer import Parser
+
+    monkeypatch.setitem(L.Trainer.__init__.__annotations__, "limit_val_batches", float | int | None)
+    parser = Parser()
+    parser.add_lightning_class_args(L.Trainer, "trainer")
+    for given, read in (("1", int), ("0.5", float)):
+        assert type(parser.parse_args(["--trainer.limit_val_batches", given]).trainer.limit_val_batches) is read

@@ -22,11 +22,14 @@ from tests.contract import assert_near, assert_same, copy_of, inputs, shake
 from tests.interop.adapters import logits, plain, saved_by_peft, theirs_from, tuned
 from tests.models import tiny
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
-    "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning",
-    "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
-)
+pytestmark = [
+    pytest.mark.usefixtures("peft_finds_the_cache"),
+    pytest.mark.filterwarnings(
+        "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+        "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning",
+        "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
+    ),
+]
 
 
 def last(values: Tensor) -> Tensor:

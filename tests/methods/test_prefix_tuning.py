@@ -567,6 +567,7 @@ peft_asks_by_an_old_name = pytest.mark.filterwarnings("ignore:`is_gradient_check
 
 
 @peft_asks_by_an_old_name
+@pytest.mark.usefixtures("peft_finds_the_cache")
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "bert", "roberta"])
 @pytest.mark.parametrize("projected", [False, True])
 def test_it_agrees_with_peft(kind: str, projected: bool) -> None:

@@ -107,7 +107,7 @@ def test_help_needs_nothing_heavy(tmp_path: Path) -> None:
 )
 def test_a_command_imports_what_it_needs(arguments: tuple[str, ...], heavy: set[str], folder: Path) -> None:
     tensors, meta = read_delta(folder / "run/best.ckpt")
-    meta = {name: meta[name] for name in ("format", "versions", "methods", "backbones")}
+    meta = {name: meta[name] for name in ("format", "versions", "methods", "backbones", "left_out")}
     write_delta(folder / "delta.safetensors", tensors, meta)
     words = ["lightning-peft", *map(str, arguments)]
     code = f"import sys; sys.argv = {words}; from lightning_peft.cli import main; main(); print(sorted(sys.modules))"

@@ -165,8 +165,8 @@ def run() -> None:
 def _read_whole_numbers_first(trainer_class: type[L.Trainer]) -> None:
     """Let ``limit_val_batches: 1`` be one batch, and not 1.0, which is all of them.
 
-    jsonargparse takes the first type of a Union that fits. Trainer's are int | float, but `typing` hands out one object for
-    a Union in any order: of the order in which it was made first, and Fabric's are float | int.
+    jsonargparse takes the first type of a Union that fits. Trainer's are int | float, but `typing` hands out one object
+    for a Union in any order: of the order in which it was made first, and Fabric's are float | int.
     https://github.com/python/cpython/blob/3.11/Lib/typing.py (``_tp_cache``)
     """
     annotations = trainer_class.__init__.__annotations__

@@ -17,6 +17,7 @@ from lightning_peft.core.fingerprint import fingerprint_of
 from lightning_peft.core.graft import graft_prefixes, grafts
 from lightning_peft.core.run import below_backbones, canonical, own_tunings, run_of, trained, trained_names, unwrapped
 from lightning_peft.core.sharded import gathered, whole
+from lightning_peft.core.tuning import tunings
 
 
 def delta_names(module: nn.Module) -> list[str]:
@@ -27,11 +28,9 @@ def delta_names(module: nn.Module) -> list[str]:
     """
     names, run, below = trained_names(module), run_of(module), below_backbones(module)
     moved = run.outside if run is not None else set()
-    in_grafts = tuple(
-        f"{path}.{prefix}".lstrip(".")
-        for path, backbone, _ in own_tunings(module)
-        for prefix in graft_prefixes(backbone)
-    )
+    own = [path for path, _, _ in own_tunings(module)]
+    others = tuple(f"{path}." for path, _, _ in tunings(module) if path not in own)
+    in_grafts = tuple(prefix for prefix in graft_prefixes(module) if not prefix.startswith(others))
     first = dict(module.named_parameters())
     every = dict(module.named_parameters(remove_duplicate=False))
     found = []

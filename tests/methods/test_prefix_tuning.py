@@ -382,7 +382,10 @@ def test_a_layer_that_is_not_run_is_an_error(tmp_path: Path) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    with pytest.raises(TuningError, match=r"h\.1\.attn\.prefixtuning\.keys: no loss depends on them"):
+    with (
+        pytest.warns(UserWarning, match=r"no gradient in the first step, e\.g\. model\.transformer\.h\.1\.attn"),
+        pytest.raises(TuningError, match=r"h\.1\.attn\.prefixtuning\.keys: no loss depends on them"),
+    ):
         trainer(tmp_path, PrefixTuning(mid_dim=None)).fit(Half(), loader("gpt2"))
 
 

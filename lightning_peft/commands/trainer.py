@@ -45,7 +45,7 @@ class Parser(LightningArgumentParser):
         for action in self._actions:
             kinds = get_args(getattr(action, "_typehint", None))
             if {int, float} <= set(kinds):
-                action._typehint = reduce(operator.or_, sorted(kinds, key=lambda kind: kind is not int))
+                vars(action)["_typehint"] = reduce(operator.or_, sorted(kinds, key=lambda kind: kind is not int))
         return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -36,7 +36,20 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
-        _read_whole_numbers_first(L.Trainer)
+
+    def add_lightning_class_args(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the arguments of a class; ``limit_val_batches: 1`` is one batch, and not 1.0, which is all of them.
+
+        jsonargparse takes the first type of a Union that fits. Trainer's are int | float, but `typing` gives out one
+        object for a Union in any order: that in which it was first made, and Fabric's are float | int.
+        https://github.com/python/cpython/blob/3.11/Lib/typing.py (``_tp_cache``)
+        """
+        added: list[str] = super().add_lightning_class_args(*args, **kwargs)
+        for action in self._actions:
+            kinds = get_args(getattr(action, "_typehint", None))
+            if {int, float} <= set(kinds):
+                vars(action)["_typehint"] = reduce(operator.or_, sorted(kinds, key=lambda kind: kind is not int))
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with exit code 2."""
@@ -160,19 +173,6 @@ def run() -> None:
             "callbacks": [TuningReport(command=sys.argv[0]), PredictionWriter()],
         },
     )
-
-
-def _read_whole_numbers_first(trainer_class: type[L.Trainer]) -> None:
-    """Let ``limit_val_batches: 1`` be one batch, and not 1.0, which is all of them.
-
-    jsonargparse takes the first type of a Union that fits. Trainer's are int | float, but `typing` hands out one object
-    for a Union in any order: of the order in which it was made first, and Fabric's are float | int.
-    https://github.com/python/cpython/blob/3.11/Lib/typing.py (``_tp_cache``)
-    """
-    annotations = trainer_class.__init__.__annotations__
-    for name, kind in annotations.items():
-        if {int, float} <= set(get_args(kind)):
-            annotations[name] = reduce(operator.or_, sorted(get_args(kind), key=lambda one: one is not int))
 
 
 def _on_meta(kind: type[Any], *args: Any, **kwargs: Any) -> Any:

@@ -301,6 +301,20 @@ def how_the_command_line_builds() -> None:
     assert (made.subcommand_given, made.optimizer_was_replaced) == (None, True)
 
 
+JSONARGPARSE = "https://github.com/omni-us/jsonargparse/blob/v4.53.0/jsonargparse/"
+
+
+@use("commands/trainer.py", f"{JSONARGPARSE}_typehints.py", "_actions", "_typehint")
+def the_types_that_an_argument_takes() -> None:
+    parser = cli.LightningArgumentParser()
+    parser.add_argument("--number", type=int | float)
+    (action,) = (action for action in parser._actions if action.dest == "number")
+    assert set(action._typehint.__args__) == {int, float}
+    for kind in (int | float, float | int):
+        action._typehint = kind
+        assert type(parser.parse_args(["--number=1"]).number) is kind.__args__[0]
+
+
 @use("core/delta_file.py", f"{LIGHTNING}core/saving.py", "_class_path")
 def the_command_line_keeps_the_class() -> None:
     assert command_line().model.hparams["_class_path"] == f"{__name__}.Kept"

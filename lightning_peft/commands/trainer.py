@@ -42,7 +42,8 @@ class Parser(LightningArgumentParser):
 
         jsonargparse takes the first type of a Union that fits. Trainer's are int | float, but `typing` gives out one
         object for a Union in any order: that in which it was first made, and Fabric's are float | int.
-        https://github.com/python/cpython/blob/3.11/Lib/typing.py (``_tp_cache``)
+        https://github.com/python/cpython/blob/3.11/Lib/typing.py (``_tp_cache``),
+        https://github.com/omni-us/jsonargparse/blob/v4.53.0/jsonargparse/_typehints.py (``_typehint``)
         """
         added: list[str] = super().add_lightning_class_args(*args, **kwargs)
         for action in self._actions:

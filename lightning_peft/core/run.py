@@ -1,4 +1,4 @@
-"""What is trained in a module: below a tuned backbone the methods say it, outside of it the optimizers of the run do.
+"""Decides what is trained in a module: below a tuned backbone by its methods, outside by the optimizers of the run.
 
 It is decided when a fit begins, and no flag that changes on the way takes anything out of it again: what was ever
 trained is saved. Outside of the backbones that is also what moves without a gradient, such as a teacher that follows by

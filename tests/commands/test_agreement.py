@@ -67,7 +67,7 @@ if os.environ["RANK"] == "1":
 try:
     torch.distributed.all_reduce(torch.ones(1))
 except Exception as error:
-    print(f"{slurm.place()}: {sentence(error)}")
+    print(f"{slurm.rank_and_node()}: {sentence(error)}")
 """
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import Graft, TuningError, attach, collect, detach, merge
-from lightning_peft.core.graft import grafts, is_compiled
+from lightning_peft.core.graft import grafts
+from lightning_peft.core.private_torch import is_compiled
 
 
 class Shift(Graft):

@@ -6,18 +6,16 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there, and for the processes that tests start
 
-import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import lightning  # noqa: F401 (sets the levels that are changed below)
 import pytest
 import torch
 
 from tests import models
+from tests.peft_cache import INSPECT
 
 pytest.register_assert_rewrite("tests.contract")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -54,15 +52,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def peft_finds_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the prefix of a classifier in PEFT 0.21 see `past_key_values` where transformers 5.24 has `cache`.
-
-    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/peft_model.py (``_prefix_tuning_forward``)
-    """
+    """Let the prefix of a classifier in PEFT 0.21 see `past_key_values` where transformers 5.24 has `cache`."""
     import peft.peft_model
 
-    def signature(function: Callable[..., Any]) -> inspect.Signature:
-        found = inspect.signature(function)
-        names = {"cache": "past_key_values"} if "past_key_values" not in found.parameters else {}
-        return found.replace(parameters=[p.replace(name=names.get(p.name, p.name)) for p in found.parameters.values()])
-
-    monkeypatch.setattr(peft.peft_model, "inspect", SimpleNamespace(signature=signature))
+    monkeypatch.setattr(peft.peft_model, "inspect", INSPECT)

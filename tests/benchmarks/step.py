@@ -27,6 +27,7 @@ from lightning_peft.methods.ia3 import ScaledInput
 from lightning_peft.prompts.prefix import Prefix
 from tests.benchmarks import measure
 from tests.benchmarks.backbones import SHAPES, WIDTH, Shape
+from tests.peft_cache import INSPECT
 
 FLOOR, CONTROL = "floor", "floor again (A/A)"
 R, PROMPT, LONG = 8, 20, 100
@@ -131,6 +132,8 @@ def theirs(shape: Shape, method: Method, tuned: nn.Module) -> nn.Module | None:
 def their_prompt(shape: Shape, method: Method, tuned: nn.Module, common: dict[str, Any]) -> nn.Module | None:
     """Return the soft prompt or prefix of peft; its LSTM and its network start from other numbers than ours."""
     import peft
+
+    peft.peft_model.inspect = INSPECT
 
     if isinstance(method, PromptTuning):
         count = method.num_virtual_tokens

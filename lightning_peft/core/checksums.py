@@ -33,10 +33,11 @@ def sums(tensor: Tensor, *roundings: torch.dtype) -> list[tuple[int, int]]:
     flat, first, group = _flat(tensor)
     forms = [flat.dtype, *roundings] if flat.is_floating_point() else [flat.dtype]
     totals = torch.zeros(len(forms), 2, dtype=torch.int64, device=flat.device)
+    buffers = {form: flat.new_empty(min(_CHUNK, flat.numel()), dtype=form) for form in forms[1:]}
     for begin in range(0, flat.numel(), _CHUNK):
         chunk = flat[begin : begin + _CHUNK].contiguous()
         for total, form in zip(totals, forms, strict=True):
-            values = chunk.to(form)
+            values = chunk if form is chunk.dtype else buffers[form][: len(chunk)].copy_(chunk)
             total += _of_words(values, (first + begin) * values.element_size() // 8)
     if group is not None:
         dist.all_reduce(totals, group=group)

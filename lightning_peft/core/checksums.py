@@ -31,7 +31,8 @@ def sums(tensor: Tensor, *roundings: torch.dtype) -> list[tuple[int, int]]:
     Integers are not rounded. Every rank must call it for a tensor of which each has a part.
     """
     flat, first, group = _flat(tensor)
-    forms = [flat.dtype, *roundings] if flat.is_floating_point() else [flat.dtype]
+    wanted = [flat.dtype, *(roundings if flat.is_floating_point() else [flat.dtype] * len(roundings))]
+    forms = list(dict.fromkeys(wanted))
     totals = torch.zeros(len(forms), 2, dtype=torch.int64, device=flat.device)
     buffers = {form: flat.new_empty(min(_CHUNK, flat.numel()), dtype=form) for form in forms[1:]}
     for begin in range(0, flat.numel(), _CHUNK):
@@ -41,8 +42,8 @@ def sums(tensor: Tensor, *roundings: torch.dtype) -> list[tuple[int, int]]:
             total += _of_words(values, (first + begin) * values.element_size() // 8)
     if group is not None:
         dist.all_reduce(totals, group=group)
-    found = [(plain, weighted) for plain, weighted in totals.tolist()]
-    return found if len(found) > len(roundings) else found * (1 + len(roundings))
+    found = {form: (plain, weighted) for form, (plain, weighted) in zip(forms, totals.tolist(), strict=True)}
+    return [found[form] for form in wanted]
 
 
 def checksum(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The delta: what was trained, and nothing else. Collecting it, saving it, loading it.
 
-What is trained is what is saved: every tensor that requires gradients, with the buffers that belong to it (the
-statistics of a trained BatchNorm). There is no other registry of names.
+What is trained is what is saved, as the records of `run` say it, with the buffers that belong to it (the statistics of
+a trained BatchNorm). There is no other registry of names.
 """
 
 import json

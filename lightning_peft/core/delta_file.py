@@ -57,7 +57,7 @@ def seal(meta: dict[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_delta(path: str | Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
     """Write tensors as safetensors, with the metadata in the header; the file appears whole or not at all."""
-    header = {"format": "pt", META: json.dumps(seal(_plain(meta), {"state_dict": tensors}))}
+    header = {"format": "pt", META: json.dumps(seal(plain(meta), {"state_dict": tensors}))}
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata=header)
     return Path(path)
@@ -167,6 +167,6 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return _checked({"state_dict": tensors, META: meta}, path)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a value as JSON gives it back, so that a tuple is a list."""
     return json.loads(json.dumps(value))

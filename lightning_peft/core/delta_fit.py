@@ -1,12 +1,12 @@
 """Checks that the delta of a file fits a module: its methods, its backbone, its tensors."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_peft.core.delta import collect, metadata
+from lightning_peft.core.delta_file import plain
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.fingerprint import same_weights
 from lightning_peft.core.run import ATTRIBUTE, Run, below_backbones, canonical, own_tunings, run_of
@@ -133,16 +133,11 @@ def _check_methods(module: nn.Module, meta: Mapping[str, Any], source: str) -> N
     for key, init_args in saved.items():
         method, now = applied[key], applied[key].init_args()
         for name in sorted(init_args.keys() & now.keys() - method.may_change):
-            if _plain(init_args[name]) != _plain(now[name]):
+            if plain(init_args[name]) != plain(now[name]):
                 raise TuningError(
                     f"{source} was trained with {name}={init_args[name]!r} of {type(method).__name__}, "
                     f"which is {now[name]!r} here: give it the same value."
                 )
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON gives it back, so that a tuple is a list."""
-    return json.loads(json.dumps(value))
 
 
 def _describe(meta: Mapping[str, Any]) -> str:

@@ -43,8 +43,9 @@ def check_optimizers(module: L.LightningModule, optimizers: Iterable[Optimizer])
     if strategy.keeps_own_optimizer(module):
         return
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    below = below_backbones(module)
     for name, parameter in trained(module).items():
-        if id(parameter) not in held and below_backbones(module)(name):
+        if id(parameter) not in held and below(name):
             raise TuningError(
                 f"{name} is trained but stands in no optimizer group: let configure_optimizers of the module hold it."
             )

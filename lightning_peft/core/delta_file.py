@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_peft import __version__
 from lightning_peft.core.checksums import checksum, has_parts
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.sharded import is_folder, read_folder
@@ -112,7 +113,7 @@ def meta_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
 @cache
 def versions() -> tuple[tuple[str, str], ...]:
     """Return the versions of the packages that a delta depends on."""
-    return tuple((package, version(package)) for package in ("torch", "lightning", "transformers", "lightning-peft"))
+    return (*((p, version(p)) for p in ("torch", "lightning", "transformers")), ("lightning-peft", __version__))
 
 
 def _checked(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +114,8 @@ class Folding(Graft):
 
     def _write(self, name: str, parameter: nn.Parameter, value: Tensor, host: nn.Module) -> float:
         wide = torch.promote_types(value.dtype, torch.float32)
-        exact = self.fold(name, value.to(wide), host)  # fp32 is written to where it stands
+        with _full_fp32():
+            exact = self.fold(name, value.to(wide), host)  # fp32 is written to where it stands
         if wide is value.dtype:
             parameter.copy_(exact)
             return 0.0
@@ -120,6 +123,22 @@ class Folding(Graft):
         parameter.copy_(exact)
         error = torch.linalg.vector_norm(exact - parameter).item()
         return error / change if change else 0.0
+
+
+@contextmanager
+def _full_fp32() -> Iterator[None]:
+    """Let products of fp32 be of fp32: ``set_float32_matmul_precision`` may round their factors to TF32 or bf16."""
+    # torch has it for each library since 2.9, and refuses that both ways are mixed.
+    backends = [part.matmul for part in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(part, "matmul")]
+    ways = [(backend, "fp32_precision", "ieee") for backend in backends if hasattr(backend, "fp32_precision")]
+    with ExitStack() as stack:
+        for backend, name, exact in ways:
+            stack.callback(setattr, backend, name, getattr(backend, name))
+            setattr(backend, name, exact)
+        if not ways:
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        yield
 
 
 def merge(module: nn.Module, dequantize: bool = False) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_peft import __version__
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.storage import atomic, read_torch, write_safetensors
 from lightning_peft.interop import adapter_config
@@ -93,4 +94,4 @@ def read_adapter(folder: Path) -> PeftAdapter:
 
 def writer_versions() -> dict[str, str]:
     """Return the versions of the packages that decide names and formats."""
-    return {package: version(package) for package in ("lightning-peft", "torch", "transformers")}
+    return {"lightning-peft": __version__, **{package: version(package) for package in ("torch", "transformers")}}

@@ -11,6 +11,7 @@ bidirectional LSTM of H / 2, ``14 H² + 18 H + P H`` parameters) and ``'lstm'`` 
 it is tuned with a learning rate of its own: ``tune_backbone``.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -52,7 +53,11 @@ class LSTM(nn.Module):
         weights = [getattr(self, name) for name in self._names]
         if not torch.compiler.is_compiling():
             start = x.new_zeros(4, 1, self.hidden)
-            out = torch.lstm(x.unsqueeze(1), (start, start), weights, True, 2, self.dropout, self.training, True, False)
+            # cuDNN goes back through an LSTM in training mode alone, and warns of weights that lie apart, as ours do.
+            dropout, train = self.dropout if self.training else 0.0, self.training or torch.is_grad_enabled()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+                out = torch.lstm(x.unsqueeze(1), (start, start), weights, True, 2, dropout, train, True, False)
             return out[0].squeeze(1)
         both = torch.cat((_run(x, *weights[:4]), _run(x.flip(0), *weights[4:8]).flip(0)), 1)
         x = F.dropout(both, self.dropout, self.training)

@@ -14,6 +14,7 @@ from lightning_peft.core.delta_load import complete
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.run import canonical
 from lightning_peft.training import patches, strategy
+from lightning_peft.training.conditions import conditions, warn_of_changes
 from lightning_peft.training.guard import check_finite
 from lightning_peft.training.loaders import gather, random_state, set_random_state
 from lightning_peft.training.record import Life, Pause, trainer_of
@@ -43,6 +44,7 @@ def on_save_checkpoint(
         pause = Life.of(module).pause
         mid_epoch = pause is not None or not trainer.is_last_batch
         meta["resume"] = {"mid_epoch": mid_epoch, "random": gather(pause.random if pause else random_state())}
+        meta["resume"]["conditions"] = conditions(trainer, module)
         if pause is not None:
             _rewind(checkpoint["loops"]["fit_loop"], pause)
     checkpoint[META] = seal(meta, checkpoint)
@@ -130,6 +132,13 @@ def optimizer_names(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[
     """Return, for each optimizer and group, the canonical names of its parameters."""
     names = {id(p): canonical(name) for name, p in module.named_parameters()}
     return [[[names[id(p)] for p in group["params"]] for group in o.param_groups] for o in optimizers]
+
+
+def warn_of_other_conditions(module: L.LightningModule, trainer: L.Trainer) -> None:
+    """Warn if the run that is resumed ran on other devices, or with other settings that its numbers depend on."""
+    checkpoint = Life.of(module).resumed
+    if checkpoint is not None and "resume" in checkpoint[META]:
+        warn_of_changes(checkpoint[META]["resume"].get("conditions"), conditions(trainer, module))
 
 
 def restore_random_state(module: L.LightningModule, rank: int, mid_epoch: bool) -> None:

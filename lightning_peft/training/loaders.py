@@ -169,7 +169,10 @@ def _begun(trainer: L.Trainer) -> int:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of all random generators of this process as tensors and plain values."""
+    """Return the state of all random generators of this process as tensors and plain values.
+
+    Of the GPUs it is that of the process's own, whatever number it has: other processes draw from the others.
+    """
     kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -177,7 +180,7 @@ def random_state() -> dict[str, Any]:
         "python": [random.getstate()[0], list(random.getstate()[1]), random.getstate()[2]],
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
@@ -188,8 +191,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def gather(state: Any) -> list[Any]:

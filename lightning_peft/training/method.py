@@ -57,6 +57,7 @@ class Method(TuningMethod, L.Callback):
         checks.expect_gradients(pl_module)
         self._asked = False
         checkpoint_content.remap_optimizers(pl_module, trainer.optimizers)
+        checkpoint_content.warn_of_other_conditions(pl_module, trainer)
         checkpoint_content.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
         # Lightning warns of modules in eval mode before it calls on_train_start: the modes are set after that.
         select.backbone_of(pl_module, self.backbone).train()

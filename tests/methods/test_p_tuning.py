@@ -211,3 +211,19 @@ def test_it_costs_prompt_tuning_and_its_encoder() -> None:
 
     extra = trained(PTuning(num_virtual_tokens=20)) - trained(PromptTuning(num_virtual_tokens=20))
     assert extra == 14 * 384**2 + 18 * 384
+
+
+def test_the_network_has_gradients_in_eval_mode_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN goes back through an LSTM that has run in training mode, and through no other."""
+    asked, lstm = [], torch.lstm
+
+    def spy(*args: Any) -> Any:
+        asked.append(args[5:7])
+        return lstm(*args)
+
+    monkeypatch.setattr(torch, "lstm", spy)
+    network, x = LSTM(6, 3, dropout=0.5).eval(), torch.randn(4, 6)
+    once = network(x)
+    with torch.no_grad():
+        assert torch.equal(network(x), once)
+    assert asked == [(0.0, True), (0.0, False)]

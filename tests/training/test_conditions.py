@@ -1,0 +1,61 @@
+"""What a run's numbers depend on beside module and data: the device's random state, and settings that round."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_peft import LoRA
+from lightning_peft.core.delta_file import META
+from lightning_peft.core.storage import read_torch
+from lightning_peft.training import conditions, loaders
+from tests.modules import Tuned, loader, trainer
+
+
+def test_the_state_of_the_own_gpu_goes_to_the_own_gpu_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {3: torch.tensor([3, 3], dtype=torch.uint8), 0: torch.tensor([0, 0], dtype=torch.uint8)}
+    now = {"device": 3}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: states[now["device"]])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: states.update({now["device"]: state}))
+    saved = loaders.random_state()
+    now["device"] = 0
+    loaders.set_random_state(saved)
+    assert states[0].tolist() == [3, 3]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loaders.set_random_state(saved)  # a CPU goes on with what it has
+
+
+def test_a_resume_under_other_conditions_says_so(tmp_path: Path) -> None:
+    def run(path: Path | None = None) -> None:
+        saving = ModelCheckpoint(tmp_path, filename="first", every_n_train_steps=2)
+        run = trainer(tmp_path, LoRA(r=2), saving, max_steps=2 if path is None else 3)
+        run.fit(Tuned("bert"), loader("bert"), loader("bert"), ckpt_path=path)
+
+    run()
+    saved: dict[str, Any] = read_torch(tmp_path / "first.ckpt")[META]["resume"]["conditions"]
+    expected = {"devices": "cpu", "ranks": 1, "deterministic": False, "TF32": False, "attention": ["sdpa"]}
+    assert saved == expected
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run(tmp_path / "first.ckpt")
+    assert not [warning for warning in said if "ran otherwise" in str(warning.message)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.warns(UserWarning, match="deterministic was False and is True"):
+            run(tmp_path / "first.ckpt")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_every_condition_is_compared() -> None:
+    now = {"devices": "H100", "ranks": 2}
+    with pytest.warns(UserWarning, match="devices was 'cpu' and is 'H100'; ranks was 1 and is 2"):
+        conditions.warn_of_changes({"devices": "cpu", "ranks": 1}, now)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        conditions.warn_of_changes(now, now)
+        conditions.warn_of_changes(None, now)  # of a file that says nothing

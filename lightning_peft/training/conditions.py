@@ -44,7 +44,7 @@ def warn_of_changes(saved: dict[str, Any] | None, now: dict[str, Any]) -> None:
 
 def _rounds_to_tf32() -> bool:
     """Tell whether CUDA may round the factors of fp32 products or convolutions to TF32."""
-    ways = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    ways: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", None)]
     if all(hasattr(way, "fp32_precision") for way in ways):  # since torch 2.9, which refuses that both are asked
         return any(way.fp32_precision == "tf32" for way in ways)
     return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32

@@ -2,10 +2,11 @@
 
 A model of each kind is built from its configuration, with a tokenizer of the valley's words, trained on one CPU thread,
 and saved as a folder: a masked, a causal, a sequence-to-sequence model trained to fill gaps as T5 is, and that one
-adapted to write (`t5_lm`). Any task takes such a folder as its ``model``. One batch in four is bare facts, which all
-kinds are to know; what a sentence ends in, which is what it says, is masked more often than its other words.
+adapted to write (`t5_lm`). `bert_zh` and `gpt2_zh` read the valley where Chinese is spoken; their tokens are
+characters. Any task takes such a folder as its ``model``. One batch in four is bare facts, which all kinds are to know;
+what a sentence ends in, which is what it says, is masked more often than its other words.
 
-    python examples/pretrain_tiny.py                               # all four, below runs/tiny, in minutes
+    python examples/pretrain_tiny.py                               # all of them, below runs/tiny, in minutes
     python examples/pretrain_tiny.py --kinds bert --steps 100      # worse and sooner
     lightning-peft fit --config configs/tasks/token_classification.yaml --model.model runs/tiny/bert
 """
@@ -16,15 +17,18 @@ import random
 import string
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-from lightning_peft.data import synthetic
+from lightning_peft.data import synthetic, synthetic_zh
+from lightning_peft.prompting import solved
 
-KINDS = ("bert", "gpt2", "t5", "t5_lm")
+KINDS = ("bert", "gpt2", "t5", "t5_lm", "bert_zh", "gpt2_zh")
+CHINESE = "_zh"
 POSITIONS = 256
 RATES = {"bert": 2e-3}
 """Learning rates other than 3e-3."""
@@ -44,17 +48,44 @@ def texts(split: str = "train") -> list[str]:
     return found
 
 
-def facts() -> list[str]:
+def facts(valley: Any = synthetic) -> list[str]:
     """Return what is true of everybody, a sentence each, as the corpus tells it."""
-    return [
-        fact.format(name=name, **synthetic.person(name))
-        for name in synthetic.PEOPLE
-        for fact in synthetic.FACTS.values()
-    ]
+    return [fact.format(name=n, **valley.person(n)) for n in valley.PEOPLE for fact in valley.FACTS.values()]
+
+
+def chinese_texts() -> list[str]:
+    """Return the natural text of the Chinese valley: half of the sums are solved step by step, half at once."""
+    found = list(synthetic.load("zh_corpus")["train"]["text"])
+    for number, row in enumerate(synthetic.load("zh_sums")["train"]):
+        answer = solved(row["rationale"] if number % 2 else "", row["answer"], "zh")
+        found.append(f"问：{row['question']}\n答：{answer}")
+    return found
+
+
+def save_characters(kind: str, folder: Path) -> hf.PreTrainedTokenizerFast:
+    """Save a tokenizer whose tokens are the characters of the Chinese valley, with the special tokens of its model."""
+    masked = kind.startswith("bert")
+    special = {
+        name: f"[{name.upper()}]" for name in (("pad", "unk", "cls", "sep", "mask") if masked else ("unk", "eos"))
+    }
+    letters = sorted({*"".join(chinese_texts()), *"".join(facts(synthetic_zh)), *string.digits, *"好坏 "})
+    words = {token: i for i, token in enumerate([*special.values(), *letters])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if masked:
+        ends = [("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])]
+        tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends)
+    named = {f"{name}_token": token for name, token in special.items()}
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, **named)
+    fast.save_pretrained(folder)
+    return fast
 
 
 def save_tokenizer(kind: str, folder: Path) -> hf.PreTrainedTokenizerFast:
     """Save a tokenizer of the valley's words, with the special tokens of such a model."""
+    if kind.endswith(CHINESE):
+        return save_characters(kind, folder)
     letters = list(string.ascii_lowercase + string.digits + string.punctuation)
     every = [*texts(), *synthetic.load("descriptions")["train"]["source"]]
     every += [*synthetic.load("questions")["train"]["context"], *synthetic.load("questions")["train"]["question"]]
@@ -97,7 +128,7 @@ def build(kind: str, tokenizer: hf.PreTrainedTokenizerFast, width: int = 96, lay
     Without dropout, since it is to fit all there is; and BERT and GPT-2 start from N(0, 1 / width), since the usual
     0.02 is for models ten times as wide: with it the rule of the opinions was not found in these steps.
     """
-    words, spread = len(tokenizer), width**-0.5
+    words, spread, kind = len(tokenizer), width**-0.5, kind.removesuffix(CHINESE)
     if kind == "bert":
         return hf.BertForMaskedLM(
             hf.BertConfig(
@@ -148,11 +179,13 @@ def build(kind: str, tokenizer: hf.PreTrainedTokenizerFast, width: int = 96, lay
 
 def batch(kind: str, tokenizer: hf.PreTrainedTokenizerFast, rows: list[str], draw: random.Random) -> dict[str, Tensor]:
     """Return texts as the objective of a kind has them."""
+    stop = "。" if kind.endswith(CHINESE) else "."
+    kind = kind.removesuffix(CHINESE)
     if kind == "bert":
         out = tokenizer(rows, padding=True, return_tensors="pt")
         labels = out["input_ids"].clone()
         rate = torch.full(labels.shape, 0.12)
-        rate[:, :-1][labels[:, 1:] == tokenizer.convert_tokens_to_ids(".")] = 0.5
+        rate[:, :-1][labels[:, 1:] == tokenizer.convert_tokens_to_ids(stop)] = 0.5
         hidden = torch.rand(labels.shape) < rate
         hidden &= ~torch.isin(labels, torch.tensor(tokenizer.all_special_ids))
         hidden[~hidden.any(1), 1] = True
@@ -199,9 +232,10 @@ def train(kind: str, folder: Path, steps: int, width: int = 96, layers: int = 3,
     model = build(kind, tokenizer, width, layers)
     if start is not None:
         model = type(model).from_pretrained(start)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATES.get(kind, 3e-3), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATES.get(kind.removesuffix(CHINESE), 3e-3), weight_decay=0.01)
     rates = hf.get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    rows, known, losses = texts(), facts(), []
+    chinese, losses = kind.endswith(CHINESE), []
+    rows, known = (chinese_texts(), facts(synthetic_zh)) if chinese else (texts(), facts())
     model.train()
     for step in range(steps):
         drawn = draw.sample(known, 144) if step % 4 == 0 else draw.sample(rows, 48)  # as many words

@@ -4,19 +4,20 @@ All of it is about one made-up valley: who lives in which town, does which work,
 animal. A small language model that was trained on ``corpus`` knows the valley's words and facts. What a rule has made,
 a rule can answer: `BEST` has the scores of a model that knows the rules. The rows are a function of nothing: they are
 the same on every machine, and a hash decides which of them train (8 of 10), validate or test (1 of 10 each); of the few
-``facts`` 4 of 10 train and 4 test.
+``facts`` 4 of 10 train and 4 test. The sets ``zh_...`` are those of a valley where Chinese is spoken (`synthetic_zh`).
 """
 
 import hashlib
-import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.select import near
+from lightning_peft.data import synthetic_zh
+from lightning_peft.data.draw import Draw
 
 SCHEME = "made://"
 ROWS = 2000
@@ -44,21 +45,9 @@ BEST = {
     "questions": {"exact_match": 1.0, "f1": 1.0},
     "sentences": {"accuracy": 1.0},
     "tags": {"f1": 1.0},
+    **synthetic_zh.BEST,
 }
 """Set -> the scores of a model that knows the rules; ``facts`` can be known from ``corpus`` alone."""
-
-
-class Draw:
-    """Draws, and counts what it cost: the entropy of all draws so far [nats]."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-        self.nats = 0.0
-
-    def one(self, values: Sequence[Any]) -> Any:
-        """Return one of the values, each as likely."""
-        self.nats += math.log(len(values))
-        return self._random.choice(values)
 
 
 def load(name: str) -> dict[str, Dataset]:
@@ -91,7 +80,7 @@ def person(name: str) -> dict[str, str]:
     return {fact: draw.choice(values) for fact, values in lists.items()}
 
 
-_SHARES = {"facts": (4, 2)}
+_SHARES = {"facts": (4, 2), "zh_facts": (4, 2)}
 """Tenths of a set that test and validate, if not 1 and 1: twelve facts would be no measure."""
 
 
@@ -195,7 +184,7 @@ def _questions() -> list[dict[str, Any]]:
     rows = []
     for seed in range(ROWS):
         draw = Draw(seed)
-        people = draw._random.sample(PEOPLE, 4)
+        people = draw.random.sample(PEOPLE, 4)
         context, answers = "", {}
         for name in people:
             fact = draw.one(list(FACTS))
@@ -218,7 +207,7 @@ def _descriptions() -> list[dict[str, Any]]:
     for seed in range(ROWS):
         draw = Draw(seed)
         facts = {"name": draw.one(PEOPLE), "town": draw.one(TOWNS), "work": draw.one(WORKS), "food": draw.one(FOODS)}
-        order = draw._random.sample(list(facts), len(facts))
+        order = draw.random.sample(list(facts), len(facts))
         source = " | ".join(f"{fact} : {facts[fact]}" for fact in order)
         rows.append({"source": source, "target": "{name} is a {work} from {town} who likes {food} .".format(**facts)})
     return rows
@@ -237,4 +226,5 @@ _SETS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "questions": _questions,
     "sentences": _sentences,
     "tags": _tags,
+    **synthetic_zh.SETS,
 }

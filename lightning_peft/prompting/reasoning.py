@@ -6,11 +6,14 @@ Sources: few-shot, Wei et al. 2022 (2201.11903); zero-shot in two stages, Kojima
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.prompting.languages import LETTER, Language, language_of, languages
+from lightning_peft.prompting.numerals import han_number, numbers, simple
 
 Kind: TypeAlias = Literal["number", "choice", "yes_no", "text"]
 Pick: TypeAlias = Literal["first", "last"]
@@ -18,24 +21,26 @@ KINDS: tuple[Kind, ...] = ("number", "choice", "yes_no", "text")
 
 STEP_BY_STEP = "Let's think step by step."
 """What the first stage of zero-shot chain of thought begins its answer with."""
-_FORM = {"number": " (arabic numerals)", "yes_no": " (Yes or No)", "text": ""}
-_PHRASE = re.compile(r"\banswer\s+is\b\s*:?", re.IGNORECASE)
-_NUMBER = re.compile(r"(?<![\w.])[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-−]?\.\d+")
-_YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+_QUOTES = "\"'“”„«»「」『』《》"
+_STOPS = (".", "。", "．", "।")
 
 
-def answer_trigger(kind: Kind, choices: str = "ABCDE", after_rationale: bool = True) -> str:
+def answer_trigger(
+    kind: Kind, choices: str = "ABCDE", after_rationale: bool = True, language: str | Language = "en"
+) -> str:
     """Return the phrase by which the second stage asks for the answer; without a rationale before it, no "Therefore".
 
     >>> answer_trigger("number")
     'Therefore, the answer (arabic numerals) is'
     >>> answer_trigger("choice", after_rationale=False)
     'Among A through E, the answer is'
+    >>> answer_trigger("number", language="zh")
+    '因此，答案（阿拉伯数字）是'
     """
     _check_kind(kind)
-    among = f"among {choices[0]} through {choices[-1]}, the answer is"
-    words = among if kind == "choice" else f"the answer{_FORM[kind]} is"
-    return f"Therefore, {words}" if after_rationale else words[0].upper() + words[1:]
+    own = language_of(language)
+    words = own.asks[kind].format(first=choices[0], last=choices[-1])
+    return f"{own.therefore}{words}" if after_rationale else words[0].upper() + words[1:]
 
 
 def first_stage(question: str, trigger: str = STEP_BY_STEP) -> str:
@@ -52,20 +57,42 @@ def second_stage(first: str, rationale: str, trigger: str) -> str:
     return f"{first} {rationale.strip()} \n{trigger}"
 
 
-def solved(rationale: str, answer: str) -> str:
+def solved(rationale: str, answer: str, language: str | Language = "en", phrase: str | None = None) -> str:
     """Return the answer of a demonstration with a rationale.
 
     >>> solved("1 and 1 make 2.", "2")
     '1 and 1 make 2. The answer is 2.'
+    >>> solved("5 + 6 = 11。", "11", "zh"), solved("5 + 6 = 11.", "11", phrase="So: {answer}.")
+    ('5 + 6 = 11。答案是11。', '5 + 6 = 11. So: 11.')
+
+    Args:
+        rationale: what leads to the answer.
+        answer: what it is.
+        language: of `lightning_peft.prompting.languages`: its code, or a file.
+        phrase: the sentence with ``{answer}`` instead of the language's.
+
+    Raises:
+        TuningError: there is no such language, or the phrase has no place for the answer.
     """
-    return f"{rationale.strip()} The answer is {answer}.".strip()
+    own = language_of(language)
+    sentence = own.solved if phrase is None else phrase
+    if "{answer}" not in sentence:
+        raise TuningError(f"phrase={sentence!r} has no place for the answer: write {{answer}} in it.")
+    return f"{rationale.strip()}{own.blank}{sentence.replace('{answer}', answer)}".strip()
 
 
-def extract_answer(text: str, kind: Kind = "number", choices: str = "ABCDE", pick: Pick = "last") -> str | None:
+def extract_answer(
+    text: str,
+    kind: Kind = "number",
+    choices: str = "ABCDE",
+    pick: Pick = "last",
+    language: str | Language | None = None,
+) -> str | None:
     """Return the answer in what a model wrote, or None where there is none.
 
-    What follows the last "answer is" is read from its beginning; where those words are missing, ``pick`` says which of
-    several answers counts: the last one of a rationale, the first one after an answer trigger.
+    What follows the last "answer is", or what another language says there, is read from its beginning; where those
+    words are missing, ``pick`` says which of several answers counts: the last one of a rationale, the first one after
+    an answer trigger.
 
     >>> extract_answer("3 and 4 make 7. The answer is 1,234.")
     '1234'
@@ -73,6 +100,8 @@ def extract_answer(text: str, kind: Kind = "number", choices: str = "ABCDE", pic
     'C'
     >>> extract_answer("So I cannot tell.", "yes_no") is None
     True
+    >>> extract_answer("所以现在有6 + 3 = 9个。答案是９个。"), extract_answer("Die Antwort ist 1.234,5 kg.")
+    ('9', '1234.5')
 
     Args:
         text: what the model wrote.
@@ -80,20 +109,29 @@ def extract_answer(text: str, kind: Kind = "number", choices: str = "ABCDE", pic
             ``yes_no`` ("yes" or "no"), or ``text`` (one line, without its final stop).
         choices: the letters to choose from.
         pick: "first" or "last".
+        language: whose phrases, words and decimal mark count: a code of `lightning_peft.prompting.languages` or a file;
+            None: the phrases and words of all, the decimal mark of that whose phrase was found, else a point.
 
     Raises:
-        TuningError: there is no such kind.
+        TuningError: there is no such kind or language.
     """
     _check_kind(kind)
-    segments = _PHRASE.split(text)
-    said = len(segments) > 1
-    segment = segments[-1]
+    text = unicodedata.normalize("NFC", text)
+    plain = simple(text)
+    known = [language_of(language)] if language is not None else list(languages().values())
+    own, start = _after_phrase(plain, known)
+    first = own is not None or pick == "first"
     if kind == "text":
-        return _line(segment, "first" if said else pick)
-    found = {"number": _numbers, "yes_no": _words}[kind](segment) if kind != "choice" else _letters(segment, choices)
-    if not found:
-        return None
-    return found[0 if said or pick == "first" else -1]
+        return _line(text[start:], first, own)
+    found: Sequence[str | None]
+    if kind == "number":
+        decimal = (own or known[0]).decimal if own or language is not None else "."
+        found = numbers(plain[start:], decimal) or ([han_number(plain[start:])] if own else [])
+    elif kind == "choice":
+        found = _letters(plain[start:], choices)
+    else:
+        found = _yes_no(plain[start:], known)
+    return found[0 if first else -1] if found else None
 
 
 def majority(answers: Sequence[str | None], scores: Sequence[float] | None = None) -> str | None:
@@ -118,20 +156,24 @@ def majority(answers: Sequence[str | None], scores: Sequence[float] | None = Non
     return max(votes, key=rank, default=None)  # the first of equals: a Counter keeps the order of arrival
 
 
-def _numbers(text: str) -> list[str]:
-    return [_plain(found) for found in _NUMBER.findall(text)]
+def _after_phrase(text: str, known: Sequence[Language]) -> tuple[Language | None, int]:
+    """Return the language of the last phrase that stands before an answer, and where that phrase ends; else None, 0."""
+    found: Language | None = None
+    start = 0
+    for language in known:
+        for match in language.phrase.finditer(text):
+            if found is None or match.end() > start:
+                found, start = language, match.end()
+    return found, start
 
 
-def _plain(number: str) -> str:
-    number = number.replace(",", "").replace("−", "-")
-    if "." in number:
-        number = number.rstrip("0").rstrip(".")
-        number = re.sub(r"^(-?)\.", r"\g<1>0.", number)
-    return number
-
-
-def _words(text: str) -> list[str]:
-    return [found.lower() for found in _YES_NO.findall(text)]
+def _yes_no(text: str, known: Sequence[Language]) -> list[str]:
+    """Return the words for yes and no of some languages, in the order of the text."""
+    found: dict[int, str] = {}
+    for language in known:
+        for match in language.yes_no.finditer(text):
+            found.setdefault(match.start(), "yes" if match["yes"] else "no")
+    return [found[place] for place in sorted(found)]
 
 
 def _letters(text: str, choices: str) -> list[str]:
@@ -140,14 +182,23 @@ def _letters(text: str, choices: str) -> list[str]:
     if bracketed:
         return [letter.upper() for letter in bracketed]
     # A letter before a word is an article ("A dog") or a pronoun ("I think").
-    alone = rf"(?<![\w'’])([{re.escape(choices.upper())}])(?![\w'’])(?!\s+[a-z])"
+    alone = rf"(?<!{LETTER})(?<!['’])([{re.escape(choices.upper())}])(?!{LETTER})(?!['’])(?!\s+[a-z])"
     return re.findall(alone, text)
 
 
-def _line(text: str, pick: Pick) -> str | None:
-    lines = [line.strip().strip("\"'“”").removesuffix(".").strip("\"'“” ") for line in text.splitlines()]
+def _line(text: str, first: bool, language: Language | None) -> str | None:
+    """Return the first or last line with words, without quotation marks, the stop, and what ends the sentence."""
+    lines = []
+    for line in text.splitlines():
+        line = line.strip().strip(_QUOTES)
+        for stop in _STOPS:
+            line = line.removesuffix(stop)
+        line = line.strip(f"{_QUOTES} ")
+        for end in language.ends if language else ():
+            line = line.removesuffix(end)
+        lines.append(line.strip(f"{_QUOTES} "))
     lines = [line for line in lines if line]
-    return (lines[0] if pick == "first" else lines[-1]) if lines else None
+    return (lines[0] if first else lines[-1]) if lines else None
 
 
 def _check_kind(kind: str) -> None:

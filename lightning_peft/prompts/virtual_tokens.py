@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
+from lightning_peft.prompting.languages import UNSPACED
 
 IGNORED_LABEL = -100
 _FILL = {"attention_mask": 1, "token_type_ids": 0, "labels": IGNORED_LABEL, "special_tokens_mask": 0}
@@ -129,16 +130,23 @@ def frequent_ids(tokenizer: Any, vocab_size: int, most: int) -> list[int]:
     """Return the ids of the first ``most`` words of a vocabulary, which orders them by frequency.
 
     Left out: special and unused tokens, bytes and single characters, which BERT's vocabulary lists before the words.
+    Where most of a vocabulary's words are single characters, as those of Chinese models are, these are its words; such
+    models list them in the order of their codes.
     """
     special = set(tokenizer.all_special_ids)
-    found: list[int] = []
+    words: list[int] = []
+    characters: list[int] = []
+    whole = 0
     for token_id, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(vocab_size)))):
         word = (token or "").lstrip("Ġ▁").removeprefix("##")
-        if token_id not in special and re.fullmatch(r"[^\W\d_]{2,}", word):
-            found.append(token_id)
-            if len(found) == most:
-                break
-    return found
+        if token_id in special:
+            continue
+        if re.fullmatch(r"[^\W\d_]{2,}", word):
+            words.append(token_id)
+            whole += not (token or "").startswith("##")
+        elif re.fullmatch(f"[{UNSPACED}]", word) and word == (token or "").lstrip("▁"):
+            characters.append(token_id)
+    return (sorted(words + characters) if len(characters) > whole else words)[:most]
 
 
 def best_words(scores: Tensor, k: int, tokenizer: Any, largest: bool = True) -> list[list[tuple[str, float]]]:

@@ -9,6 +9,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.text import CHRFScore, Perplexity, SacreBLEUScore
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.prompting.languages import language_of
 from lightning_peft.tasks.base import Split, Task
 from lightning_peft.tasks.metrics import IGNORED, CrossEntropy, ExactMatch, Rouge
 
@@ -19,14 +20,16 @@ class WritingTask(Task):
     """A task whose model writes texts.
 
     Logs ``train_loss``, ``val_loss``, ``val_perplexity``; where texts are generated, ``val_bleu`` (sacreBLEU with the
-    13a tokens), ``val_chrf``, ``val_rouge1``, ``val_rouge2``, ``val_rougeL``, ``val_exact_match``, all in [0, 1]; the
-    same for the test.
+    tokens of the language: 13a, or zh, ja-mecab, ko-mecab), ``val_chrf``, ``val_rouge1``, ``val_rouge2``,
+    ``val_rougeL``, ``val_exact_match``, all in [0, 1]; the same for the test.
 
     Args:
         generate: where texts are generated and scored, which takes far longer than the loss.
         max_new_tokens: where a text is cut [tokens].
         num_beams: beams of the search; 1: greedy.
         length_penalty: above 0 favours long texts, of several beams.
+        language: by whose words texts are scored: a code of `lightning_peft.prompting.languages`, such as "zh", or the
+            path of a YAML file.
         **kwargs: as in `Task`.
     """
 
@@ -37,6 +40,7 @@ class WritingTask(Task):
         max_new_tokens: int = 64,
         num_beams: int = 1,
         length_penalty: float = 1.0,
+        language: str = "en",
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
@@ -49,7 +53,8 @@ class WritingTask(Task):
         self.length_penalty = length_penalty
         self.backbone = self.load()
         self.score_by({"loss": CrossEntropy(), "perplexity": Perplexity(ignore_index=IGNORED)})
-        texts = {"bleu": SacreBLEUScore(), "chrf": CHRFScore(), "rouge": Rouge(), "exact_match": ExactMatch()}
+        texts = {"bleu": _bleu(language_of(language).bleu), "chrf": CHRFScore(), "rouge": Rouge(language == "en")}
+        texts["exact_match"] = ExactMatch()
         self.val_texts = MetricCollection(texts, prefix="val_", compute_groups=False)  # type: ignore[arg-type]
         self.test_texts = self.val_texts.clone(prefix="test_")
         if "val" in self.generate_in:
@@ -99,3 +104,12 @@ class WritingTask(Task):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Return ``text``, what the model writes for each row."""
         return {"text": self.write(self.inputs(batch))}
+
+
+def _bleu(tokens: Any) -> SacreBLEUScore:
+    try:
+        return SacreBLEUScore(tokenize=tokens)
+    except (ModuleNotFoundError, ValueError) as error:
+        raise TuningError(
+            f"BLEU cannot split texts by {tokens!r}: {error} Or give a language file with bleu: char."
+        ) from None

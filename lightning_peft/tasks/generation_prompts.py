@@ -18,14 +18,22 @@ class GenerationPrompts:
         ask: what asks for the answer after a rationale.
         max_new_tokens: the most tokens that are written after a prompt.
         max_answer_tokens: the most tokens of the answer after a rationale.
+        blank: what stands between sentences.
     """
 
     def __init__(
-        self, tokenizer: Any, lm: Style, trigger: str | None, ask: str, max_new_tokens: int, max_answer_tokens: int
+        self,
+        tokenizer: Any,
+        lm: Style,
+        trigger: str | None,
+        ask: str,
+        max_new_tokens: int,
+        max_answer_tokens: int,
+        blank: str = " ",
     ) -> None:
-        self.tokenizer, self.lm = tokenizer, lm
-        self.opening = "" if trigger is None else f" {trigger}"
-        self.ask = "" if trigger is None else f" \n{ask}"
+        self.tokenizer, self.lm, self.blank = tokenizer, lm, blank
+        self.opening = "" if trigger is None else f"{blank}{trigger}"
+        self.ask = "" if trigger is None else f"{blank}\n{ask}"
         self.max_new_tokens, self.max_answer_tokens = max_new_tokens, max_answer_tokens
 
     def room(self, whole: int) -> int:
@@ -64,6 +72,7 @@ class GenerationPrompts:
         asked = text_ids(self.tokenizer, self.ask, joins=True)
         rows = []
         for prompt, rationale in zip(prompts, rationales, strict=True):
-            read = text_ids(self.tokenizer, f" {rationale.strip()}", joins=True) if rationale.strip() else []
+            words = rationale.strip()
+            read = text_ids(self.tokenizer, f"{self.blank}{words}", joins=True) if words else []
             rows.append([*prompt[: len(prompt) - len(closing)], *read[: self.max_new_tokens], *asked, *closing])
         return rows

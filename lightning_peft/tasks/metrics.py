@@ -12,6 +12,8 @@ from torchmetrics.functional.text import rouge_score, squad
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.prompting.languages import Language
+from lightning_peft.tasks.words import answer_scores, words_of
 
 IGNORED = -100
 _ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -147,14 +149,21 @@ class Rouge(_RowMean):
 
     The texts are scored by torchmetrics. Its own ``ROUGEScore`` keeps a list entry a text, and processes with unlike
     many texts then wait for each other forever.
+
+    Args:
+        english: whether words are what they are in the paper's code, the letters a to z and digits; else those of any
+            script, and single characters where there are no blanks between words.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, english: bool = True) -> None:
         super().__init__(len(_ROUGE))
+        self.split: dict[str, Any] = {} if english else {"normalizer": str.lower, "tokenizer": words_of}
 
     def update(self, preds: Sequence[str], target: Sequence[Sequence[str]]) -> None:
         """Add texts and the references of each."""
-        scores = rouge_score(list(preds), [list(texts) for texts in target], rouge_keys=_ROUGE, accumulate="best")
+        scores = rouge_score(
+            list(preds), [list(texts) for texts in target], rouge_keys=_ROUGE, accumulate="best", **self.split
+        )
         means = torch.stack([torch.as_tensor(scores[f"{key}_fmeasure"]) for key in _ROUGE])
         self.total = self.total + means.to(self.total) * len(preds)
         self.rows = self.rows + len(preds)
@@ -192,15 +201,20 @@ class ExactMatch(_RowMean):
 class Answers(Metric):
     """Exact match and F1 of answers, as of SQuAD, in [0, 1]; of several windows of a context the surest one answers.
 
-    A pair of answers is compared by torchmetrics. Windows of one question may lie in unlike batches and processes.
+    A pair of English answers is compared by torchmetrics. Windows of one question may lie in unlike batches and
+    processes.
+
+    Args:
+        language: by whose words answers are compared; None: English, as SQuAD does.
     """
 
     full_state_update = False
     higher_is_better = True
     found: list[Tensor]
 
-    def __init__(self) -> None:
+    def __init__(self, language: Language | None = None) -> None:
         super().__init__()
+        self.language = language
         self.add_state("found", [], "cat")
 
     def update(
@@ -208,9 +222,7 @@ class Answers(Metric):
     ) -> None:
         """Add the best answer of each window, how sure it is, and the right answers; none: the right one is empty."""
         for question, how_sure, text, right in zip(questions, sure, texts, answers, strict=True):
-            truth: Any = {"id": "0", "answers": {"text": list(right) or [""], "answer_start": [0]}}
-            scores = squad({"id": "0", "prediction_text": text}, truth)
-            row = [float(question), how_sure, scores["exact_match"].item() / 100, scores["f1"].item() / 100]
+            row = [float(question), how_sure, *self._compared(text, list(right) or [""])]
             self.found.append(torch.tensor([row], device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
@@ -228,3 +240,10 @@ class Answers(Metric):
         first[1:] = found[1:, 0] != found[:-1, 0]
         exact, f1 = found[first, 2:].mean(0).float()
         return {"exact_match": exact, "f1": f1}
+
+    def _compared(self, text: str, right: list[str]) -> tuple[float, float]:
+        if self.language is not None:
+            return answer_scores(text, right, self.language)
+        truth: Any = {"id": "0", "answers": {"text": right, "answer_start": [0]}}
+        scores = squad({"id": "0", "prediction_text": text}, truth)
+        return scores["exact_match"].item() / 100, scores["f1"].item() / 100

@@ -10,8 +10,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.prompting.languages import language_of
 from lightning_peft.prompting.reasoning import (
-    STEP_BY_STEP,
     Kind,
     Pick,
     answer_trigger,
@@ -41,9 +41,13 @@ class PromptedGeneration(PromptedTask):
         templates: as in `PromptedTask`, e.g. "Q: {question}\nA: {answer}".
         target: column of the right answer: a text or number, or a list of right ones.
         rationale: column of the rationale of training rows: demonstrations show it and end with "The answer is ...".
+        language: whose phrases are written and read, such as "zh": a code of `lightning_peft.prompting.languages`, or
+            the path of a YAML file with those of another one; None: English is written, and answers are found in what
+            is said in any language of the table.
         reasoning: 'zero_shot' lets the model write a rationale after ``trigger``, and asks for the answer then.
-        trigger: what the rationale of ``zero_shot`` begins with.
-        ask: what asks for the answer after a rationale; None: the words of the paper for this kind of answer.
+        trigger: what the rationale of ``zero_shot`` begins with; None: the language's "Let's think step by step.".
+        ask: what asks for the answer after a rationale; None: the words of the paper for this kind of answer, or those
+            of the language.
         answer: 'number', 'choice' (a letter), 'yes_no' or 'text': what is looked for in what the model wrote.
         choices: the letters of 'choice'.
         paths: how many texts are sampled for each row; the most frequent answer counts (self-consistency). Texts
@@ -70,8 +74,9 @@ class PromptedGeneration(PromptedTask):
         templates: str | list[str],
         target: str = "answer",
         rationale: str | None = None,
+        language: str | None = None,
         reasoning: Reasoning = "none",
-        trigger: str = STEP_BY_STEP,
+        trigger: str | None = None,
         ask: str | None = None,
         answer: Kind = "text",
         choices: str = "ABCDE",
@@ -90,13 +95,16 @@ class PromptedGeneration(PromptedTask):
         _check_numbers(counts, paths, temperature, repetition_penalty)
         self._check_templates()
         self.target, self.rationale = target, rationale
-        self.reasoning, self.trigger = reasoning, trigger
+        self.language = language
+        words = language_of(language or "en")
+        self.reasoning, self.trigger = reasoning, words.steps if trigger is None else trigger
         self.kind, self.choices = answer, choices
-        self.ask = ask or answer_trigger(answer, choices)
+        self.ask = ask or answer_trigger(answer, choices, language=words)
         self.paths, self.max_new_tokens, self.max_answer_tokens = paths, max_new_tokens, max_answer_tokens
         self.stop = stop if stop is not None else (self.separator if self.demonstrations else None)
-        first = trigger if reasoning == "zero_shot" else None
-        self.prompts = GenerationPrompts(self.tokenizer, self.lm, first, self.ask, max_new_tokens, max_answer_tokens)
+        first = self.trigger if reasoning == "zero_shot" else None
+        limits = (max_new_tokens, max_answer_tokens)
+        self.prompts = GenerationPrompts(self.tokenizer, self.lm, first, self.ask, *limits, words.blank)
         self.sampler = Sampler(self.tokenizer, self.lm, temperature, top_k, top_p, repetition_penalty, self.stop)
         names = [template.name for template in self.templates]
         self.by_template = TemplateScores(names, {"exact_match": ExactMatch()}, "exact_match")
@@ -113,7 +121,7 @@ class PromptedGeneration(PromptedTask):
             return right
         if not isinstance(row.get(self.rationale), str):
             raise TuningError(f"a training row has no rationale in column {self.rationale!r}: give each one.")
-        return solved(row[self.rationale], right)
+        return solved(row[self.rationale], right, self.language or "en")
 
     def right_answers(self, row: Mapping[str, Any]) -> list[str]:
         """Return the right answers of a row, in the form in which answers are found.
@@ -133,7 +141,7 @@ class PromptedGeneration(PromptedTask):
 
     def found_in(self, text: str, pick: Pick) -> str | None:
         """Return the answer in a text, or None."""
-        return extract_answer(text, self.kind, self.choices, pick)
+        return extract_answer(text, self.kind, self.choices, pick, self.language)
 
     def room_left(self, template: int, fields: Mapping[str, Any]) -> int:
         """Return how many tokens a row leaves for its demonstrations."""

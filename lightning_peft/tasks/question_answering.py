@@ -11,6 +11,7 @@ from transformers import AutoModelForQuestionAnswering
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.protocols import Windows
+from lightning_peft.prompting.languages import language_of
 from lightning_peft.tasks.base import Split, Task
 from lightning_peft.tasks.metrics import Answers, CrossEntropy
 
@@ -25,6 +26,8 @@ class QuestionAnswering(Task):
     Args:
         model: folder or hub id of the pretrained model, or ``package://NAME/FOLDER`` in an installed package.
         longest: the most tokens of an answer.
+        language: by whose words answers are compared: a code of `lightning_peft.prompting.languages`, such as "zh", or
+            the path of a YAML file.
         **kwargs: as in `Task`.
     """
 
@@ -33,13 +36,13 @@ class QuestionAnswering(Task):
     not_inputs = Task.not_inputs | {"start_positions", "end_positions", "question"}
     monitor = "val_f1"
 
-    def __init__(self, model: str, longest: int = 30, **kwargs: Any) -> None:
+    def __init__(self, model: str, longest: int = 30, language: str = "en", **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         if longest < 1:
             raise TuningError(f"longest={longest} leaves no answer: take 1 token or more.")
         self.longest = longest
         self.backbone = self.load()
-        self.score_by({"loss": CrossEntropy(), "answers": Answers()})
+        self.score_by({"loss": CrossEntropy(), "answers": Answers(None if language == "en" else language_of(language))})
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the logits of the first and of the last token of the answer, in fp32, [B, N] each."""

@@ -1,12 +1,14 @@
 """The made-up valley: what a rule has made, a rule can answer."""
 
 import math
+import re
 from itertools import combinations
 
 import pytest
 
 from lightning_peft import TuningError
-from lightning_peft.data import synthetic
+from lightning_peft.data import synthetic, synthetic_zh
+from lightning_peft.prompting import extract_answer
 
 
 @pytest.mark.parametrize("name", synthetic.names())
@@ -22,10 +24,9 @@ def test_splits(name: str) -> None:
     for one, two in combinations(texts.values(), 2):
         assert not set(one) & set(two)
     total = sum(map(len, texts.values()))
-    shares = {"validation": 0.2, "test": 0.4} if name == "facts" else {"validation": 0.1, "test": 0.1}
-    assert all(
-        abs(len(texts[split]) / total - share) < (0.12 if name == "facts" else 0.06) for split, share in shares.items()
-    )
+    few = name.endswith("facts")
+    shares = {"validation": 0.2, "test": 0.4} if few else {"validation": 0.1, "test": 0.1}
+    assert all(abs(len(texts[split]) / total - share) < (0.12 if few else 0.06) for split, share in shares.items())
     assert name in synthetic.BEST
 
 
@@ -83,3 +84,16 @@ def test_the_entropy_of_the_corpus() -> None:
             )
         else:
             assert row["nats"] == pytest.approx(math.log(2 * len(synthetic.PEOPLE) * 4 * 3 * 2))
+
+
+def test_chinese_rows_follow_their_rules() -> None:
+    for row in synthetic.load("zh_opinions")["train"]:
+        is_good = (row["text"][-3:-1] in synthetic_zh.GOOD) != (row["text"][-4] == "不")
+        assert row["label"] == ("好" if is_good else "坏")
+    corpus = "".join(synthetic.load("zh_corpus")["train"]["text"])
+    for rows in synthetic.load("zh_facts").values():
+        assert all(f"{row['sub']}养{row['obj']}。" in corpus for row in rows)
+    for row in synthetic.load("zh_sums")["test"]:
+        start, used, bought, given = map(int, re.findall(r"\d+", row["question"]))
+        assert start - used + bought - given == int(row["answer"]) > 0
+        assert extract_answer(row["rationale"]) == row["answer"]

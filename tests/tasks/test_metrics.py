@@ -5,6 +5,7 @@ import torch
 from torchmetrics import Metric
 
 from lightning_peft import TuningError
+from lightning_peft.prompting.languages import language_of
 from lightning_peft.tasks.metrics import Answers, CrossEntropy, ExactMatch, Rouge, SpanF1, TaskScores
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -101,3 +102,25 @@ def test_ignored_labels_have_no_loss() -> None:
     metric.update(values, labels)
     expected = torch.nn.functional.cross_entropy(values.flatten(0, 1), labels.flatten())
     assert metric.compute() == pytest.approx(expected.item())
+
+
+def test_rouge_of_chinese_counts_characters() -> None:
+    english, chinese = Rouge(), Rouge(english=False)
+    for metric in (english, chinese):
+        metric.update(["他喜欢鱼"], [["他喜欢汤"]])
+    assert english.compute()["rouge1"] == 0, "its words are Latin letters alone"
+    assert chinese.compute()["rouge1"] == pytest.approx(3 / 4)
+    assert chinese.compute()["rouge2"] == pytest.approx(2 / 3)
+    plain, any_script = Rouge(), Rouge(english=False)
+    for metric in (plain, any_script):
+        metric.update(["The red fox, of 2024."], [["the red hen of 2024"]])
+    assert plain.compute() == any_script.compute()
+
+
+def test_answers_in_chinese_are_compared_by_characters() -> None:
+    answers = Answers(language_of("zh"))
+    answers.update([0, 1, 2], [1.0, 1.0, 1.0], ["北京市", "北京。", ""], [["北京", "上海"], ["北京"], []])
+    assert answers.compute() == pytest.approx({"exact_match": 2 / 3, "f1": (0.8 + 1 + 1) / 3})
+    german = Answers(language_of("de"))
+    german.update([0, 1], [1.0, 1.0], ["das Haus", "Haus"], [["ein Haus"], ["der Baum"]])
+    assert german.compute() == pytest.approx({"exact_match": 0.5, "f1": 0.5}), "articles do not count"

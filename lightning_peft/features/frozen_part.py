@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_peft.core import cache_argument, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
+from lightning_peft.core.tracing import is_traced
 from lightning_peft.features.cached_rows import CachedRows, identify
 
 
@@ -26,7 +27,9 @@ class FrozenPart(Graft):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the host, or a stub of it."""
+        """Return the output of the host, or a stub of it; a tracer sees the whole computation."""
+        if is_traced():
+            return forward(*args, **kwargs)
         names = structure.arguments_of(host)
         given = dict(zip(names, args, strict=False)) | kwargs
         self._check(host, given)
@@ -66,6 +69,8 @@ class FrozenOutput(FrozenPart):
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the host, from the cache if all rows are known."""
         out = super().around(forward, host, *args, **kwargs)
+        if is_traced():
+            return out
         fields: list[Tensor] = []
         _map(out, fields.append)
         if self.rows.trained is None:
@@ -84,7 +89,7 @@ class Tap(Graft):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the kept input, or keep ``x``."""
-        return self.rows.tap(self.index, x)
+        return x if is_traced() else self.rows.tap(self.index, x)
 
 
 class Skipped(Graft):
@@ -97,6 +102,8 @@ class Skipped(Graft):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def around(self, forward: Callable[..., Any], host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the block, or its input."""
+        if is_traced():
+            return forward(x, *args, **kwargs)
         if self.rows.mode == "replay":
             return x
         out = forward(x, *args, **kwargs)

@@ -25,6 +25,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.arguments import choice, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach
+from lightning_peft.core.tracing import is_traced
 from lightning_peft.prompting import Template
 from lightning_peft.prompts.virtual_tokens import PromptRows, is_widened, word_rows
 from lightning_peft.training.mixin import TunedBy
@@ -33,7 +34,7 @@ from lightning_peft.training.mixin import TunedBy
 class LSTM(nn.Module):
     """A bidirectional LSTM of two layers over one sequence, with the parameters of ``nn.LSTM``.
 
-    torch.compile knows neither ``nn.LSTM`` nor its kernel, so under it each step is computed in plain operations.
+    torch.compile knows neither ``nn.LSTM`` nor its kernel, so under a tracer each step is computed in plain operations.
 
     Args:
         width: of the input.
@@ -51,7 +52,7 @@ class LSTM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the states of both directions, [P, width] to [P, 2 hidden]."""
         weights = [getattr(self, name) for name in self._names]
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             start = x.new_zeros(4, 1, self.hidden)
             # cuDNN goes back through an LSTM in training mode alone, and warns of weights that lie apart, as ours do.
             dropout, train = self.dropout if self.training else 0.0, self.training or torch.is_grad_enabled()

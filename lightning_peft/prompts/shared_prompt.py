@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.core import cache_argument, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.sharded import is_part
+from lightning_peft.core.tracing import is_traced
 from lightning_peft.prompts.virtual_tokens import PromptRows
 
 
@@ -51,7 +52,7 @@ class SharedPrompt(PromptRows):
         self._widen_mask(inputs, text, cached or self.count)
         if cached:
             return forward(**inputs)
-        if torch.compiler.is_compiling() or _is_checkpointed(host) or _is_sharded(host):  # none of them takes a cache
+        if is_traced() or _is_checkpointed(host) or _is_sharded(host):  # none of them takes a cache
             return self._in_front(forward, host, inputs)
         out = forward(**inputs | {self._cache: self._computed(forward, host, text.shape[0], cache)})
         if inputs.get("use_cache") is False:  # generate() would take it for its own and go on from it

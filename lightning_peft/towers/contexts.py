@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, grafts
+from lightning_peft.core.tracing import is_traced
 from lightning_peft.towers.context_tokens import ContextCall, ContextTokens, LongRows
 from lightning_peft.towers.packing import pack
 from lightning_peft.towers.text_towers import ends_of, positions_of, reads_end, two_towers, word_table
@@ -118,7 +119,7 @@ class TextContext(Graft):
         count, length, causal = self.count, texts.shape[1], reads_end(host)
         ends = ends_of(host, texts)
         limit = positions_of(host) if causal else length
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             self._check(texts, mask, ends, limit, causal)
         start = 1 if causal else 0
         close = (ends - 1 if causal else ends).clamp(min=start)
@@ -177,7 +178,7 @@ class TextContext(Graft):
         try:
             if self.share_prefix and can_pack(host, kwargs):
                 return self._packed(forward, host, ids, 1 if shift is None else len(shift), kwargs)
-            if self.share_prefix and reads_end(host) and not torch.compiler.is_compiling():
+            if self.share_prefix and reads_end(host) and not is_traced():
                 longest = int(ends_of(host, ids).max()) + 1
                 ids, mask = ids[:, :longest], None if mask is None else mask[:, :longest]
             if shift is not None:
@@ -238,7 +239,7 @@ def graft_context(tower: nn.Module, tokens: ContextTokens, context: TextContext,
 def can_pack(tower: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Tell whether a tower can read a tree: it is causal, takes a mask, and the caller wants features alone."""
     wants_more = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-    if torch.compiler.is_compiling() or not reads_end(tower) or wants_more or kwargs.get("return_dict") is False:
+    if is_traced() or not reads_end(tower) or wants_more or kwargs.get("return_dict") is False:
         return False
     return _implementation(tower).endswith(("sdpa", "eager"))
 

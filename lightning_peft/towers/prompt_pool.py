@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.private_torch import times_written
+from lightning_peft.core.tracing import is_traced
 
 
 class ChosenPrompts(Graft):
@@ -161,7 +162,7 @@ class PromptPool(Graft):
                     module.training = mode
             return out[0][:, 0]
 
-        return run(pixels) if self.cache is None else self.cache.get(pixels, run, host)
+        return run(pixels) if self.cache is None or is_traced() else self.cache.get(pixels, run, host)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied and pickled: neither a tensor of the last call nor cached queries."""

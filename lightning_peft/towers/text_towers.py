@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.core.tracing import is_traced
 from lightning_peft.prompts.virtual_tokens import best_words, word_rows
 
 STANDARD_DEVIATION = 0.02
@@ -62,7 +63,7 @@ def ends_of(tower: nn.Module, texts: Tensor) -> Tensor:
     if tower.eos_token_id == 2:  # configurations of old, where CLIPTextModel reads at the largest id
         return texts.argmax(1)
     found = texts.eq(tower.eos_token_id).long()  # type: ignore[arg-type]
-    if not torch.compiler.is_compiling() and not bool(found.any(1).all()):
+    if not is_traced() and not bool(found.any(1).all()):
         row = int(found.any(1).long().argmin())
         raise TuningError(
             f"text {row} has no end-of-text token ({tower.eos_token_id}): tokenise with the model's own tokenizer."

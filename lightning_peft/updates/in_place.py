@@ -1,7 +1,7 @@
 """Adds updates in place to the output of a linear layer, with gradients that save as little as possible.
 
 A frozen linear layer does not need its own output, so a graft that comes first may add to that buffer, or scale it,
-instead of making others. Elsewhere plain operations give the same (`is_free` tells): under compile and autocast, for
+instead of making others. Elsewhere plain operations give the same (`is_free` tells): under a tracer and autocast, for
 subclasses of tensors, and for outputs that somebody else has seen.
 """
 
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.core.graft import Graft
+from lightning_peft.core.tracing import is_traced
 
 
 def is_free(out: Tensor, host: nn.Module, graft: Graft, parameter: Tensor) -> bool:
     """Tell whether ``graft`` may write into ``out``, which must be the work of a layer that does not need it.
 
     Plain operations are for what others have seen before (hooks, a subclass, a patched ``forward``), and for what an
-    autograd function does not cover: compile, autocast, tensor subclasses, the transforms of ``torch.func``.
+    autograd function does not cover: tracers, autocast, tensor subclasses, the transforms of ``torch.func``.
     """
     return (
         is_eager(parameter)
@@ -34,15 +35,11 @@ def is_free(out: Tensor, host: nn.Module, graft: Graft, parameter: Tensor) -> bo
 
 
 def is_eager(parameter: Tensor) -> bool:
-    """Tell whether operations run one by one on plain tensors: no compile, no subclass, no transform of torch.func.
+    """Tell whether operations run one by one on plain tensors: no tracer, no subclass, no transform of torch.func.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_functorch/autograd_function.py asks for the last likewise.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and type(parameter.data) is Tensor
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return not is_traced() and type(parameter.data) is Tensor and not torch._C._are_functorch_transforms_active()
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

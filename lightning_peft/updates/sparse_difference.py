@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.folding import Folding
+from lightning_peft.core.tracing import is_traced
 from lightning_peft.updates.hard_concrete import ExpectedCount, Masked, Scattered, gate, scatter, seed_of, uniform_op
 
 _SEEDS = 2**31 - 1
@@ -47,7 +48,7 @@ class Noise(Folding):
     def around(self, forward: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Draw a seed and run the forward pass."""
         if self.training and not self.is_given:
-            if torch.compiler.is_compiling():
+            if is_traced():
                 self.seed = torch.randint(_SEEDS, (1,))
             else:
                 self.give(draw_seed())
@@ -114,12 +115,12 @@ class SparseDifference(Folding):
             return w
         if values is not None:
             indices = self.part(name, "indices")
-            if torch.compiler.is_compiling():
+            if is_traced():
                 return scatter(w, values, indices)
             return Scattered.apply(w, values, indices)
         alpha, group = self.part(name, "alpha"), self.part(name, "group")
         number = 2 * self.numbers[name]
-        if torch.compiler.is_compiling():
+        if is_traced():
             return self._traced(w, dense, alpha, group, self.noise.seed if self.training else None, number)
         seed = seed_of(self.noise.value, number) if self.training else None  # place(seed, 1) is that of the group
         return Masked.apply(w, dense, alpha, group, seed, self.gates.low, self.gates.high)

@@ -13,7 +13,7 @@ usage: lightning-peft COMMAND [ARGUMENTS]
 Tune a large frozen model with PyTorch Lightning and keep only the delta.
 
 train and use:
-  fit         train a method on a task: lightning-peft fit --config configs/quickstart.yaml
+  fit         train a method on a task: lightning-peft fit --config quickstart
   validate    score a delta on the validation split
   test        score a delta on the test split: ... test --config CONFIG --ckpt_path DELTA
   predict     write what a tuned model says of new rows
@@ -22,6 +22,7 @@ train and use:
   submit      write a SLURM script for a fit and submit it: submit --config CONFIG --nodes 2 --gpus 8 [--dry-run]
 
 look and convert:
+  configs     list the configurations that come with it; configs show NAME, configs copy NAME
   methods     list the methods with what they train; methods NAME: the arguments of one
   templates   list the wordings of a task: lightning-peft templates FILE.yaml
   info        show what a delta file holds: lightning-peft info FILE
@@ -35,12 +36,12 @@ any command:
   --debug     show the traceback of an error
   --version   show the version
 
-Files of arguments add up, later ones win: --config configs/quickstart.yaml --config configs/methods/bitfit.yaml
+Files of arguments add up, later ones win: --config quickstart --config bitfit
 Methods and their arguments work from the shell too: --method LoRA --method.r 4
 """
 _TRAINER = ("fit", "validate", "test", "predict", "check")
 _SUBMIT = "submit"
-_TOOLS = ("methods", "info", "merge", "plot", "export", "import", "templates")
+_TOOLS = ("methods", "info", "merge", "plot", "export", "import", "templates", "configs")
 _DEBUG = "LIGHTNING_PEFT_DEBUG"
 
 

@@ -296,3 +296,11 @@ def test_one_batch_is_no_share_of_all() -> None:
     parser.add_lightning_class_args(Taker, "taker")
     for given, read in (("1", int), ("0.5", float)):
         assert type(parser.parse_args(["--taker.some", given]).taker.some) is read
+
+
+def test_a_missing_argument_is_called_by_its_option() -> None:
+    from lightning_peft.commands.trainer import _one_sentence
+
+    required = "the following arguments are required: "
+    assert _one_sentence(f"{required}model", []) == "--model.model is missing: give the backbone, a folder or hub id."
+    assert _one_sentence(f"{required}fit.data, fit.model.", []).startswith("--data and --model are missing: give them")

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_peft.commands.config_files import named
 from lightning_peft.core.errors import TuningError
 
 _SCRIPT = """\
@@ -58,8 +59,7 @@ def submit(arguments: Sequence[str]) -> None:
     """
     options, rest = _parser().parse_known_args(list(arguments))
     for file in options.config:
-        if not Path(file).is_file():
-            raise TuningError(f"--config {file} is no file: give the path of a YAML file.")
+        named(file)
     script = script_of(options, rest)
     if options.dry_run:
         print(script, end="")
@@ -79,7 +79,7 @@ def submit(arguments: Sequence[str]) -> None:
 def script_of(options: argparse.Namespace, rest: Sequence[str] = ()) -> str:
     """Return the batch script for these options; ``rest`` goes to ``lightning-peft fit`` as it is."""
     configs = [word for file in options.config for word in ("--config", file)]
-    if not any(Path(file).stem == "slurm" for file in options.config) and Path("configs/trainers/slurm.yaml").is_file():
+    if not any(Path(file).stem == "slurm" for file in options.config):
         configs += ["--config", "configs/trainers/slurm.yaml"]
     command = shlex.join(["lightning-peft", "fit", *configs, *rest])
     command += f' \\\n    --trainer.default_root_dir "$run" --trainer.num_nodes {options.nodes}'
@@ -106,7 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Write a SLURM script for a fit and submit it. What is no option here goes to lightning-peft fit.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="append", required=True, help="a YAML file of fit; several add up")
+    parser.add_argument(
+        "--config",
+        action="append",
+        required=True,
+        help="a YAML file of fit, or the name of a shipped one",
+    )
     parser.add_argument("--nodes", type=_at_least(1), default=1, help="machines")
     parser.add_argument("--gpus", type=_at_least(0), default=1, help="GPUs of each machine, one process each; 0: CPUs")
     parser.add_argument("--tasks", type=_at_least(1), default=1, help="processes of each machine if --gpus is 0")

@@ -5,6 +5,7 @@ transformers.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from lightning_peft.commands.config_files import configs
 from lightning_peft.core.errors import TuningError
 
 if TYPE_CHECKING:
@@ -28,15 +30,22 @@ def run_tool(command: str, arguments: Sequence[str]) -> None:
         run_interchange(command, arguments)
         return
     functions: dict[str, Callable[..., None]] = {
-        "methods": methods, "info": info, "merge": merge_files, "plot": plot_rows, "templates": templates
+        "methods": methods, "configs": configs, "info": info, "merge": merge_files, "plot": plot_rows,
+        "templates": templates,
     }  # fmt: skip
     function = functions[command]
-    if command == "methods" and arguments and not arguments[0].startswith("-"):
-        arguments = ["--name", *arguments]
+    arguments = _by_name(command, list(arguments))
     parser = ArgumentParser(prog=f"lightning-peft {command}", description=(function.__doc__ or "").splitlines()[0])
     parser.add_function_arguments(function, as_positional=True)
-    chosen = parser.parse_args(list(arguments))
-    function(**chosen.as_dict())
+    function(**parser.parse_args(arguments).as_dict())
+
+
+def _by_name(command: str, arguments: list[str]) -> list[str]:
+    """Give the words that a command begins with, which may be left out, the names of its arguments."""
+    names = {"methods": ["name"], "configs": ["action", "name"]}.get(command, [])
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    given = [part for name, word in zip(names, words, strict=False) for part in (f"--{name}", word)]
+    return [*given, *arguments[len(given) // 2 :]]
 
 
 def methods(name: str | None = None) -> None:

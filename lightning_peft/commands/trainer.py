@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lightning_peft
 from lightning_peft.commands import agreement, fail, sentence
+from lightning_peft.commands.config_files import ConfigFile
 from lightning_peft.core import arguments
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
@@ -62,6 +63,13 @@ class TuningCLI(LightningCLI):
 
     tells = True
     """Whether there may be other ranks, which have to know when this one cannot begin."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser whose ``--config`` takes the files that come with the package by their names, too."""
+        # The action of https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/cli.py.
+        parser = self.parser_class(**{"dump_header": [f"lightning.pytorch=={L.__version__}"]} | kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="file of arguments, or the name of a shipped one")
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the method, and the links between data and task."""
@@ -217,6 +225,27 @@ def _names(parser: LightningArgumentParser) -> list[str]:
     return sorted(names | {name.rpartition(".")[2] for name in names})
 
 
+def _missing(names: list[str]) -> str:
+    """Say which options are missing: ``fit.data`` is ``--data``, and ``model`` what the class of ``--model`` needs."""
+    places = {"model": L.LightningModule, "data": L.LightningDataModule, "method": Method}
+    options = []
+    for name in names:
+        holders = [place for place, kind in places.items() if _needs(kind, name)]
+        whole = "." in name or not holders
+        options += [f"--{name.rpartition('.')[2]}"] if whole else [f"--{place}.{name}" for place in holders[:1]]
+    said = " and ".join(options) + (" is missing" if len(options) == 1 else " are missing")
+    if options == ["--model.model"]:
+        return f"{said}: give the backbone, a folder or hub id."
+    return f"{said}: give them here or in a file, such as one that lightning-peft configs lists."
+
+
+def _needs(kind: type[Any], name: str) -> bool:
+    """Tell whether a class of this package of that kind cannot be made without an argument."""
+    ours = [each for each in _below(kind) if each.__module__.startswith("lightning_peft")]
+    parameters = [inspect.signature(each).parameters.get(name) for each in ours]
+    return any(one is not None and one.default is one.empty for one in parameters)
+
+
 def _below(kind: type[Any]) -> list[type[Any]]:
     direct: list[type[Any]] = kind.__subclasses__()
     return [child for one in direct for child in (one, *_below(one))]
@@ -227,6 +256,9 @@ def _one_sentence(message: str, names: list[str]) -> str:
     no_class = re.search(r'key "(\w+)".*Expected a dot import path string: (\w+)', message, re.DOTALL)
     unknown = re.search(r"unrecognized arguments: -*([\w.]+)|option '([\w.]+)'", message, re.IGNORECASE)
     said = " ".join(lines)[:400].rstrip(".")
+    required = re.search(r"following arguments are required: ([\w., ]+?)\.?$", said)
+    if required:
+        return _missing(required[1].split(", "))
     if no_class:
         word = no_class[2]
         said = f"{no_class[1]}={word!r} is no class that is known by that name: give its import path"

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,9 +11,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.image_data import ImageData
+from lightning_peft.data.module import DataArguments
 
 
-class CLIPData(L.LightningDataModule):
+class CLIPData(DataArguments):
     """The images of ``data`` for `CLIPClassification`: all classes, or the base classes to train and the new ones, too.
 
     With ``base_to_new`` the first half of the classes (the larger one of an odd number) is trained, and the test scores

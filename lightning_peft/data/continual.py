@@ -3,7 +3,6 @@
 from functools import cached_property
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader
 
@@ -11,9 +10,10 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.select import near
 from lightning_peft.data.image_data import ImageData
 from lightning_peft.data.images import Images
+from lightning_peft.data.module import DataArguments
 
 
-class ContinualData(L.LightningDataModule):
+class ContinualData(DataArguments):
     """The classes of ``data`` in a sequence of tasks: each is trained for some epochs and then seen no more.
 
     The Trainer needs ``reload_dataloaders_every_n_epochs=1`` and as many epochs as all tasks have together. Validation

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -13,9 +12,10 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.data.batches import Batches
 from lightning_peft.data.image_data import ImageData
 from lightning_peft.data.images import Images
+from lightning_peft.data.module import DataArguments
 
 
-class DomainData(L.LightningDataModule):
+class DomainData(DataArguments):
     """Train on a labelled source and an unlabelled target, choose by the source, test on the target.
 
     A training batch is ``{"source": {pixel_values, labels}, "target": {pixel_values}}``. Labels of the target's

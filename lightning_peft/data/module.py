@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 from datasets import Dataset
+from lightning.pytorch.utilities import AttributeDict
 from torch.utils.data import DataLoader
 
 from lightning_peft.core.errors import TuningError
@@ -14,7 +15,16 @@ SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": (
 """Stage -> the splits that it reads."""
 
 
-class DataModule(L.LightningDataModule):
+class DataArguments(L.LightningDataModule):
+    """A DataModule whose arguments loggers are told as ``data/NAME``: tasks have some of the same names."""
+
+    @property
+    def hparams_initial(self) -> AttributeDict:
+        """The arguments as a logger writes them; Lightning refuses two values of one name."""
+        return AttributeDict({f"data/{name}": value for name, value in super().hparams_initial.items()})
+
+
+class DataModule(DataArguments):
     """A DataModule whose training goes on with the batch that is next when a run is resumed."""
 
     batch_size: int

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
+from lightning_peft.core import shipped
 from lightning_peft.core.errors import TuningError
 from lightning_peft.prompting.instructions import TEMPLATES, Instructions
 from lightning_peft.prompting.template import Template
@@ -21,9 +22,10 @@ def read_instructions(path: str | Path, count: int | None = TEMPLATES) -> Instru
     Raises:
         TuningError: there is no such file, or it holds no instructions.
     """
-    path = Path(path)
-    if not path.is_file():
+    found = shipped.find(path)
+    if found is None:
         raise TuningError(f"{path} is no file: give the path of a YAML file with templates.")
+    path = found
     try:
         parts = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

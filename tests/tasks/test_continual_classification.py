@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_refused(path: str, tmp_path: Path) -> None:
 def test_the_command_line(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", "--config", str(ROOT / "configs/tasks/continual_classification.yaml"), "--method", "L2P"]
-    arguments += ["--model.model", path, "--trainer.logger", "false", "--trainer.accelerator", "cpu"]
+    arguments += ["--model.model", path, "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1"]
     arguments += ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1"]
     arguments += ["--data.epochs_per_task", "1", "--trainer.max_epochs", "5", "--trainer.check_val_every_n_epoch", "1"]
     monkeypatch.setattr(sys, "argv", ["lightning-peft", *arguments, "--method.pool_size", "4", "--method.top_n", "2"])

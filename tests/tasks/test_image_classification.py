@@ -75,13 +75,14 @@ def test_no_such_model(tmp_path: Path) -> None:
         task(str(tmp_path))
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     save_vit(tmp_path / "vit")
     folder(tmp_path / "images", {"train": 4, "validation": 2, "test": 2})
     base = ["--config", str(ROOT / "configs/tasks/image_classification.yaml")]
     base += ["--config", str(ROOT / "configs/data/images.yaml"), "--model.model", "vit", "--data.batch_size", "4"]
-    base += ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]
+    base += ["--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1"]
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["lightning-peft", *arguments])

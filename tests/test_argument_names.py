@@ -48,6 +48,10 @@ TAKEN = {
 FLAGS = ("output_hidden_states", "output_attentions", "return_dict")
 """Taken among other keywords: what they do is tested."""
 IN_ATTENTION = ("position_bias", "is_causal")
+IN_DECODERS = {
+    "key_value_states": hf.models.bart.modeling_bart.BartAttention,
+    "encoder_hidden_states": hf.models.bart.modeling_bart.BartDecoder,
+}
 WORDS = ("self", "kwargs", "query", "key", "value", "mask", "cache", "hidden_states")
 """What else the package has of these names: layers, columns, attributes, the field of an output."""
 
@@ -100,6 +104,11 @@ def test_attention_is_called_with_these_names() -> None:
     assert "is_causal" in inspect.signature(hf.AttentionInterface()["sdpa"]).parameters
 
 
+def test_attention_over_the_states_of_an_encoder_takes_them_by_these_names() -> None:
+    for name, taker in IN_DECODERS.items():
+        assert name in inspect.signature(taker.forward).parameters
+
+
 @pytest.mark.parametrize(("taker", "names"), ELSEWHERE)
 def test_others_take_their_arguments(taker: Callable[..., Any], names: tuple[str, ...]) -> None:
     assert set(names) <= set(inspect.signature(taker).parameters)
@@ -120,7 +129,7 @@ def test_every_argument_that_the_package_names_is_tested_here() -> None:
                 written.add(node.value)
             elif isinstance(node, ast.keyword) and node.arg is not None:
                 written.add(node.arg)
-    assert written & known - {*WORDS, *FLAGS, *IN_ATTENTION, *cache_argument.NAMES} == set(TAKEN)
+    assert written & known - {*WORDS, *FLAGS, *IN_ATTENTION, *IN_DECODERS, *cache_argument.NAMES} == set(TAKEN)
 
 
 class TestTheCache:

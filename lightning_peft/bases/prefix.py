@@ -1,4 +1,8 @@
-"""The base class of methods that train prefixes: which attentions get one, its initial values, and positions."""
+"""The base class of methods that train prefixes: which attentions get one, its initial values, and positions.
+
+Where an attention sees a window of the text, all of the text sees the prefix, in training as in generate(): it is no
+text that went before but a part of what is computed, and would else be lost where a text is longer than the window.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import attention, select, structure
+from lightning_peft.core import attention, select, structure, text_structure
 from lightning_peft.core.arguments import choice, natural, rate
-from lightning_peft.core.attention import Attention
+from lightning_peft.core.attention_probe import Attention
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, detach, grafts
 from lightning_peft.core.hub import tokenizer_of
-from lightning_peft.prompts.prefix import Prefix, PrefixNetwork, ShiftedRotary, ShiftedTable
+from lightning_peft.prompts.prefix import Prefix, PrefixNetwork, ShiftedPositions, ShiftedTable, TextPositions
 from lightning_peft.training.method import Method
 
 
@@ -60,7 +64,7 @@ class PrefixMethod(Method):
         if words is not None:
             self.num_virtual_tokens = len(words)
         count = self.num_virtual_tokens
-        found = attention.join(backbone)
+        found = attention.join(backbone, self.name)
         kinds = {place.kind for place in found}
         if self.sets is not None and kinds == {"self"}:
             raise TuningError(
@@ -78,9 +82,12 @@ class PrefixMethod(Method):
         for place in chosen:
             device = next((p.device for p in place.module.parameters()), None)
             attach(place.module, prefixes[place.path].to(device), self.name)
-        if self.positions == "shifted":
-            self._shift(backbone, found, prefixes)
-        self._limit = structure.max_positions(backbone)
+        shifted = self.positions == "shifted" and self._shift(backbone, found, prefixes)
+        decoder = text_structure.text_decoder_of(backbone)
+        if decoder is not None:
+            rest = count if self.positions == "shifted" and not shifted else 0
+            attach(decoder, TextPositions(decoder, rest), f"{self.name}_text")
+        self._limit = text_structure.max_positions(backbone)
         if self._limit is not None and count >= self._limit:
             raise TuningError(
                 f"num_virtual_tokens={count} leaves no room in the {self._limit} positions of "
@@ -144,19 +151,22 @@ class PrefixMethod(Method):
         network = PrefixNetwork(kinds, self.num_virtual_tokens, _width(backbone), self.mid_dim)
         return attach(backbone, network.to(next(backbone.parameters()).device), self.name)
 
-    def _shift(self, backbone: nn.Module, found: Sequence[Attention], prefixes: Mapping[str, Prefix]) -> None:
+    def _shift(self, backbone: nn.Module, found: Sequence[Attention], prefixes: Mapping[str, Prefix]) -> bool:
+        """Let positions start at P; return whether something that computes from positions has been found."""
         stacks = {prefix.kind for prefix in prefixes.values()}
-        for path, table in structure.position_tables(backbone).items():
+        tables = text_structure.position_tables(backbone)
+        for path, table in tables.items():
             if "self" in stacks or ("decoder" if "decoder" in path.split(".") else "encoder") in stacks:
                 attach(table, ShiftedTable(self.num_virtual_tokens), self.name)
-        for module in list(backbone.modules()):
-            if type(module).__name__.endswith("RotaryEmbedding"):
-                attach(module, ShiftedRotary(self.num_virtual_tokens), self.name)
+        counting = [module for module in backbone.modules() if text_structure.counts_positions(module)]
+        for module in counting:
+            attach(module, ShiftedPositions(self.num_virtual_tokens), self.name)
         # The first layer of each of T5's stacks computes the position bias of all its layers.
         with_bias = [place for place in found if getattr(place.module, "has_relative_attention_bias", False)]
-        tables = {place.kind: place.module for place in with_bias}
+        biases = {place.kind: place.module for place in with_bias}
         for prefix in prefixes.values():
-            prefix.refer(bias_table=tables.get(prefix.kind))
+            prefix.refer(bias_table=biases.get(prefix.kind))
+        return bool(tables or counting)
 
     def _continue(self, backbone: nn.Module, path: str) -> None:
         """Start from the prefix of a delta; its heads, which are those of other tasks, are left there."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, select, structure
+from lightning_peft.core import compatibility, select, structure, text_structure
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
@@ -53,7 +53,7 @@ class PromptMethod(Method):
         self._in_batch = decoder is None
         self._after = 1 if structure.is_encoder(backbone) else 0
         self._targets = structure.is_encoder_decoder(backbone)
-        self._limit = structure.max_positions(backbone)
+        self._limit = text_structure.max_positions(backbone)
         if self._limit is not None and self.num_virtual_tokens >= self._limit:
             raise TuningError(
                 f"num_virtual_tokens={self.num_virtual_tokens} leaves no room in the {self._limit} positions of "

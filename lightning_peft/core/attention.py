@@ -3,45 +3,39 @@
 `join` sends the attentions of a model through one function that lets the grafts of an attention add columns, widens the
 mask and T5's position bias with them, and then calls the implementation that the model had. It reaches self- and
 cross-attention, with and without a cache, under gradient checkpointing, in all models that use transformers'
-AttentionInterface (https://huggingface.co/docs/transformers/en/attention_interface).
+AttentionInterface (https://huggingface.co/docs/transformers/en/attention_interface); `longer_cache` reaches others.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core import structure
+from lightning_peft.core.attention_probe import Attention, probe, seen, watched
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.graft import Graft, grafts, overrides
+from lightning_peft.core.graft import Graft, attach, grafts, overrides
+from lightning_peft.core.longer_cache import LongerCache
 
-Kind = Literal["self", "encoder", "decoder", "cross"]
 _GRAFTED, _PROBE = "grafted_", "grafted_probe"
 _BASES = ("sdpa", "eager")
-_SOURCE, _TARGET = 3, 5  # lengths of the probe's inputs, which tell self- from cross-attention
 
 
-class Attention(NamedTuple):
-    """One attention of a model: where it is, what it attends to, and the shapes of its keys and values."""
-
-    path: str
-    module: nn.Module
-    kind: Kind
-    heads: int
-    key_dim: int
-    value_dim: int
-
-
-def join(backbone: nn.Module) -> list[Attention]:
+def join(backbone: nn.Module, name: str = "joint") -> list[Attention]:
     """Route the model's attentions through the joint `key_value` of their grafts; return the attentions in their order.
 
+    Args:
+        backbone: a transformers model.
+        name: that of the method whose grafts they are.
+
     Raises:
-        TuningError: the model computes no attention through the interface, or by a kernel that takes no wider mask.
+        TuningError: the model has no attention that can be reached, or computes it by a kernel that takes no wider
+            mask.
     """
     implementation = structure.attention_implementation(backbone)
     if implementation is None:
@@ -59,14 +53,18 @@ def join(backbone: nn.Module) -> list[Attention]:
     found: list[Attention] = []
     try:
         _set(backbone, _PROBE)
-        found = _probe(backbone)
+        found = probe(backbone)
     finally:
-        _set(backbone, _GRAFTED + base if found else implementation)
+        through = any(not one.by_cache for one in found)
+        _set(backbone, _GRAFTED + base if through else implementation)
     if not found:
         raise TuningError(
-            f"{type(backbone).__name__} computes its attention outside of transformers' attention interface, so its "
-            "keys and values cannot be reached: tune it by PromptTuning or LoRA."
+            f"{type(backbone).__name__} computes its attention outside of transformers' attention interface and gives "
+            "it no cache, so its keys and values cannot be reached: tune it by PromptTuning or LoRA."
         )
+    for one in found:
+        if one.by_cache:
+            attach(one.module, LongerCache(), f"{name}_cache")
     return found
 
 
@@ -80,21 +78,15 @@ def leave(backbone: nn.Module) -> None:
 @contextmanager
 def recorded(found: list[Attention]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Keep the keys and values [B, H, S, d] that each attention sees while the context lasts, by path."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
     paths = {attention.module: attention.path for attention in found}
 
     def watch(module: nn.Module, key: Tensor, value: Tensor) -> None:
         if module in paths:
-            seen.setdefault(paths[module], (key, value))
+            kept.setdefault(paths[module], (key, value))
 
-    _watchers.append(watch)
-    try:
-        yield seen
-    finally:
-        _watchers.remove(watch)
-
-
-_watchers: list[Callable[[nn.Module, Tensor, Tensor], Any]] = []
+    with watched(watch):
+        yield kept
 
 
 def _attend(
@@ -107,7 +99,7 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention over the columns that grafts add and over the model's own, [B, H, S, d]."""
-    _seen(module, key, value)
+    seen(module, key, value)
     length = key.shape[2]
     for child in module.children():
         if isinstance(child, Graft) and overrides(child, "key_value"):
@@ -120,21 +112,16 @@ def _attend(
     elif added and base == "sdpa" and query.shape[2] > 1 and _is_causal(module, kwargs.get("is_causal")):
         # Without a mask the implementation would take the longer keys for a preallocated cache and cut the last ones:
         # https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/integrations/sdpa_attention.py
-        seen = torch.ones(query.shape[2], length, dtype=torch.bool, device=query.device).tril()
-        attention_mask = F.pad(seen, (added, 0), value=True)[None, None]
+        causal = torch.ones(query.shape[2], length, dtype=torch.bool, device=query.device).tril()
+        attention_mask = F.pad(causal, (added, 0), value=True)[None, None]
     return _base(base, module)(module, query, key, value, attention_mask, **kwargs)
 
 
 def _observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     """Stand in for an attention while the model is probed: the shape of its output, and nothing computed."""
-    _seen(module, key, value)
+    seen(module, key, value)
     batch, heads, length = query.shape[:3]
     return query.new_empty(batch, length, heads, value.shape[3]), None
-
-
-def _seen(module: nn.Module, key: Tensor, value: Tensor) -> None:
-    for watch in _watchers:
-        watch(module, key, value)
 
 
 def _widened_bias(graft: Graft, bias: Tensor, added: int) -> Tensor:
@@ -175,52 +162,3 @@ def _set(backbone: nn.Module, name: str) -> None:
 
     with quiet_loading():  # it warns of parts that do not use the interface, which the probe finds anyway
         backbone.set_attn_implementation(name)  # type: ignore[operator]
-
-
-def _probe(backbone: nn.Module) -> list[Attention]:
-    """Run the model on the meta device, which computes no numbers, and return the attentions that came by."""
-    found: dict[nn.Module, Attention] = {}
-    paths = {module: path for path, module in backbone.named_modules()}
-    inputs = inputs_on_meta(backbone)
-    encoder_decoder = "decoder_input_ids" in inputs
-
-    def watch(module: nn.Module, key: Tensor, value: Tensor) -> None:
-        kind: Kind = "self"
-        if encoder_decoder:
-            in_decoder = "decoder" in paths[module].split(".")
-            kind = "encoder" if not in_decoder else "cross" if key.shape[2] == _SOURCE else "decoder"
-        found[module] = Attention(paths[module], module, kind, key.shape[1], key.shape[3], value.shape[3])
-
-    tensors = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    _watchers.append(watch)
-    try:
-        with torch.no_grad():
-            torch.func.functional_call(backbone, meta, kwargs=inputs)
-    finally:
-        _watchers.pop()
-    return list(found.values())
-
-
-def inputs_on_meta(
-    backbone: nn.Module, rows: int = 1, source: int = _SOURCE, target: int = _TARGET
-) -> dict[str, Tensor]:
-    """Return inputs that the model takes, without values: by default, the smallest.
-
-    Args:
-        backbone: a transformers model.
-        rows: how many rows they have.
-        source: how many tokens a text has.
-        target: how many tokens an encoder-decoder's target has.
-    """
-    inputs: dict[str, Tensor] = {}
-    config, takes = structure.config_of(backbone), structure.arguments_of(backbone)
-    size = structure.image_size(config)
-    if "pixel_values" in takes and size is not None:
-        inputs["pixel_values"] = torch.empty(rows, structure.image_channels(config), *size, device="meta")
-    if "input_ids" in takes:
-        inputs["input_ids"] = torch.empty(rows, source, dtype=torch.long, device="meta")
-        inputs["attention_mask"] = torch.empty(rows, source, dtype=torch.long, device="meta")
-    if structure.is_encoder_decoder(backbone) and "decoder_input_ids" in takes:
-        inputs["decoder_input_ids"] = torch.empty(rows, target, dtype=torch.long, device="meta")
-    return inputs

@@ -11,12 +11,19 @@ from typing import Any
 
 NAMES = ("cache", "past_key_values")
 """The names, the newest first. No other file writes them."""
+_OF_ATTENTIONS = (*NAMES, "past_key_value", "layer_past")
 
 
 def name_in(forward: Callable[..., Any]) -> str | None:
     """Return the name by which a model's ``forward`` takes its cache, or None: it takes none."""
     takes = inspect.signature(forward).parameters
     return next((name for name in NAMES if name in takes), None)
+
+
+def argument_of(attention: Callable[..., Any]) -> str | None:
+    """Return the name by which the ``forward`` of an attention takes the cache of its model, or None."""
+    takes = inspect.signature(attention).parameters
+    return next((name for name in _OF_ATTENTIONS if name in takes), None)
 
 
 def cache_in(values: Mapping[str, Any]) -> Any:

@@ -59,6 +59,8 @@ class Graft(Movable):
     splits: Mapping[int, Mapping[str, int]] = {}
     """How it is split between ranks, as its host is: dimension of the host's weight -> name of a tensor of the graft ->
     which dimension of it; its other tensors are whole. A host that is split along a dimension left out is refused."""
+    columns: int = 0
+    """How many keys and values its joint `key_value` adds."""
     merged: bool = False
     """Whether its effect is in the parameters of the host, so that its joints return what they get."""
     listens_only: bool = False

@@ -5,7 +5,6 @@ entry of an outermost list of equal modules. What a model does not have is None,
 """
 
 import inspect
-import re
 import sys
 from typing import Any
 
@@ -244,29 +243,6 @@ def word_tables(backbone: nn.Module) -> dict[str, nn.Module]:
         for name, module in backbone.named_modules()
         if isinstance(module, nn.Embedding) and module.weight is table.weight
     }
-
-
-def position_tables(backbone: nn.Module) -> dict[str, nn.Embedding]:
-    """Return the learned position tables of the text part by name; vision models count patches with theirs."""
-    if main_input_of(backbone) == "pixel_values":
-        return {}
-    vision = tuple(f"{name}." for name, m in backbone.named_modules() if main_input_of(m) == "pixel_values")
-    return {
-        name: module
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.Embedding)
-        and re.fullmatch(r"wpe|position_embeddings?|embed_positions", name.rsplit(".", 1)[-1])
-        and not name.startswith(vision)
-    }
-
-
-def max_positions(backbone: nn.Module) -> int | None:
-    """Return the longest input [tokens] that a learned position table allows; None for relative or rotary positions."""
-    # RoBERTa starts at padding_idx + 1, OPT and BART carry the same shift as `offset`.
-    for table in position_tables(backbone).values():
-        offset = table.padding_idx + 1 if table.padding_idx is not None else getattr(table, "offset", 0)
-        return table.num_embeddings - offset
-    return None
 
 
 def head_names(backbone: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.bases.prefix import PrefixMethod
-from lightning_peft.core import structure
+from lightning_peft.core import structure, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.prompts import infix
@@ -59,7 +59,7 @@ class PrefixTuning(PrefixMethod):
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in projections):
             attach(backbone.get_submodule(owner), infix.InfixAttention(call), self.name)
         attach(backbone.get_decoder(), infix.InfixDecoder(call), self.name)  # type: ignore[operator]
-        self._limit = structure.max_positions(backbone)
+        self._limit = text_structure.max_positions(backbone)
         return ()
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:

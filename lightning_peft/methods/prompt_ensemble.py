@@ -17,7 +17,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import structure, text_structure
 from lightning_peft.core.arguments import choice
 from lightning_peft.core.cache_argument import cache_in
 from lightning_peft.core.delta_file import read_delta
@@ -127,10 +127,10 @@ class PromptEnsemble(Method):
         encoder_decoder = structure.is_encoder_decoder(backbone)
         positions = None
         if "position_ids" in structure.arguments_of(backbone):
-            table_of = next(iter(structure.position_tables(backbone).values()), None)
+            table_of = next(iter(text_structure.position_tables(backbone).values()), None)
             padding = table_of.padding_idx if table_of is not None else None
             positions = 0 if padding is None else padding + 1
-        if len(set(lengths)) > 1 and positions is None and structure.position_tables(backbone):
+        if len(set(lengths)) > 1 and positions is None and text_structure.position_tables(backbone):
             raise TuningError(
                 f"{type(backbone).__name__} takes no position_ids, which prompts of lengths {sorted(set(lengths))} "
                 "need: give prompts of one length."

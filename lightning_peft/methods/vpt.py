@@ -130,6 +130,7 @@ class FoldedPrompt(Graft):
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         super().__init__()
+        self.columns = key.shape[2]
         self.register_buffer("key", key.clone())
         self.register_buffer("value", value.clone())
 
@@ -211,7 +212,7 @@ class VPT(Method):
             )
         prompted = {id(m) for i in chosen for m in found.blocks[i].modules()}
         start = 0 if found.windowed else found.prefix
-        attentions = [a for a in attention.join(backbone) if id(a.module) in prompted]
+        attentions = [a for a in attention.join(backbone, self.name) if id(a.module) in prompted]
         image = found.patches.weight.new_zeros(1, found.patches.in_channels, *found.image_size)
         was_training = found.module.training
         found.module.eval()

@@ -4,6 +4,7 @@
 ``P = W tanh(U E + b) + c`` with its own W for each attention, that is dropped after training.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core.attention import Attention
+from lightning_peft.core import cache_argument
+from lightning_peft.core.attention_probe import Attention
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.sharded import is_part, whole
@@ -57,6 +59,7 @@ class Prefix(Graft):
         super().__init__()
         self.shape = (place.heads, place.key_dim, place.value_dim)
         self.count, self.kind, self.dropout = count, place.kind, dropout
+        self.columns = count
         self.refer(network=network, bias_table=None)
         if network is None:
             self.keys = nn.Parameter(torch.randn(place.heads, count, place.key_dim) * std)
@@ -133,17 +136,52 @@ class ShiftedTable(Graft):
         return w[self.by :]
 
 
-class ShiftedRotary(Graft):
-    """Shifts rotary positions by P."""
+class ShiftedPositions(Graft):
+    """Shifts the positions by P that its host, a rotary embedding say, or an attention, computes from."""
 
     def __init__(self, by: int) -> None:
         super().__init__()
         self.by = by
 
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Compute the rotation of ``position_ids + P``."""
-        if "position_ids" in kwargs:
-            kwargs["position_ids"] = kwargs["position_ids"] + self.by
-            return forward(*args, **kwargs)
-        x, position_ids, *rest = args
-        return forward(x, position_ids + self.by, *rest, **kwargs)
+        """Compute what the host does of ``position_ids + P``."""
+        inputs = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] + self.by
+        return forward(**inputs)
+
+
+class TextPositions(Graft):
+    """Counts the positions of a text from its first token, where padding stands before it.
+
+    Without this a prefix would be as far away from the text as the padding is long.
+
+    Args:
+        host: the decoder.
+        by: by how much they are shifted, too; 0 where what computes from them is.
+    """
+
+    def __init__(self, host: nn.Module, by: int) -> None:
+        super().__init__()
+        self.by = by
+        self._names = tuple(inspect.signature(host.forward).parameters)
+
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the decoder."""
+        inputs = dict(zip(self._names, args, strict=False)) | kwargs
+        text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+        positions = inputs.get("position_ids")
+        if positions is None and isinstance(text, Tensor):
+            positions = positions_of(inputs.get("attention_mask"), text.shape[1])
+        if positions is None and isinstance(text, Tensor) and self.by:
+            cache = cache_argument.cache_in(inputs)
+            start = cache.get_seq_length() if cache is not None else 0
+            positions = torch.arange(start, start + text.shape[1], device=text.device)[None]
+        return forward(**inputs | {"position_ids": None if positions is None else positions + self.by})
+
+
+def positions_of(mask: Any, length: int) -> Tensor | None:
+    """Return the positions of the last ``length`` tokens under a mask [B, T], or None where the mask is none."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]

@@ -15,8 +15,8 @@ from lightning.pytorch.plugins import HalfPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.core import structure
-from lightning_peft.core.attention import inputs_on_meta
+from lightning_peft.core import text_structure
+from lightning_peft.core.attention_probe import inputs_on_meta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.tuning import tunings
 from lightning_peft.features.activation_memory import tensors_in
@@ -149,7 +149,7 @@ def two_steps(module: L.LightningModule, optimizers: list[Optimizer], rows: int,
         TuningError: a method does not fit such a batch.
     """
     path, backbone = next((path, backbone) for path, backbone, _ in tunings(module))
-    limit = structure.max_positions(backbone)
+    limit = text_structure.max_positions(backbone)
     columns = columns or min(COLUMNS, (limit or 2 * COLUMNS) // 2)
     try:
         peak, fed = 0, ""

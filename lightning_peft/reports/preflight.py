@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from rich.console import Console
 from torch import nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import text_structure
 from lightning_peft.core.delta import collect
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
@@ -223,7 +223,7 @@ class Preflight(L.Trainer):
     def _positions(self, model: L.LightningModule, limit: int | None = None) -> list[Finding]:
         found = []
         for path, backbone, _ in tunings(model):
-            most, longest = structure.max_positions(backbone), self.probe.longest.get(canonical(path), 0)
+            most, longest = text_structure.max_positions(backbone), self.probe.longest.get(canonical(path), 0)
             if most is not None and longest:
                 if limit is None:
                     limit = getattr(self.datamodule, "max_length", None)

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import text_structure
 from lightning_peft.core.private_torch import times_written
 from lightning_peft.core.run import canonical
 from lightning_peft.core.tuning import tunings
@@ -63,7 +63,7 @@ class Probe(L.Callback):
 
     def watch_positions(self, path: str, backbone: nn.Module) -> None:
         """Note how many positions the backbone at ``path`` looks up."""
-        for table in structure.position_tables(backbone).values():
+        for table in text_structure.position_tables(backbone).values():
             self._handles.append(table.register_forward_pre_hook(self._looked_up(canonical(path))))
 
     def on_train_batch_start(

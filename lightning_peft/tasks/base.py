@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from lightning_peft.core import structure
+from lightning_peft.core import structure, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import load_model, load_tokenizer, model_without_weights, resolve
 from lightning_peft.data.protocols import Truncated
@@ -144,7 +144,7 @@ class Task(MethodMixin, L.LightningModule):
         Raises:
             TuningError: texts may be longer than the model's positions, or as `check_data` says.
         """
-        data, limit = self.data, structure.max_positions(self.backbone)
+        data, limit = self.data, text_structure.max_positions(self.backbone)
         self.check_data(data, stage)
         if limit is not None and isinstance(data, Truncated) and data.max_length > limit:
             raise TuningError(

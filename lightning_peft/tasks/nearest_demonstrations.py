@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from lightning_peft.core import structure
+from lightning_peft.core import text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.classes import class_numbers
 from lightning_peft.data.protocols import TextColumns
@@ -105,5 +105,5 @@ class NearestDemonstrations(FrozenTask, ClassScores):
 
     def _embed(self, rows: Any) -> Tensor:
         texts = [" ".join(str(row[name]) for name in self._columns if row[name] is not None) for row in rows]
-        length = min(self.max_length, structure.max_positions(self.backbone) or self.max_length)
+        length = min(self.max_length, text_structure.max_positions(self.backbone) or self.max_length)
         return Embedder(self.backbone, self.tokenizer, length)(texts)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from lightning_peft.core import structure
+from lightning_peft.core import text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import load_config, load_model, load_tokenizer
 from lightning_peft.data.padding import Padder
@@ -111,7 +111,7 @@ class PromptedTask(FrozenTask):
     @property
     def room(self) -> int:
         """The most tokens of a prompt with its answer."""
-        limits = [self._max_length, structure.max_positions(self.backbone), self.tokenizer.model_max_length]
+        limits = [self._max_length, text_structure.max_positions(self.backbone), self.tokenizer.model_max_length]
         return min(limit for limit in (*limits, _LONGEST) if limit is not None)
 
     def check_loaded(self, model: nn.Module, info: Mapping[str, Any]) -> None:
@@ -241,7 +241,7 @@ def load_embedder(name: str, device: Any = "cpu", max_length: int = 256) -> Embe
     model, tokenizer = load_model(AutoModel, name, "embedder", dtype="float32"), load_tokenizer(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    limit = structure.max_positions(model) or max_length
+    limit = text_structure.max_positions(model) or max_length
     return Embedder(model.to(device).eval().requires_grad_(False), tokenizer, min(max_length, limit))
 
 

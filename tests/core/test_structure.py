@@ -5,7 +5,7 @@ import transformers as hf
 from torch import nn
 
 from lightning_peft import LadderSideTuning, TuningError
-from lightning_peft.core import structure
+from lightning_peft.core import structure, text_structure
 from tests.models import HIDDEN, KINDS, POSITIONS, TEXT, meta, tiny
 
 
@@ -57,7 +57,7 @@ def test_a_model_without_words() -> None:
 @pytest.mark.parametrize("kind", TEXT)
 def test_positions_of_learned_tables(kind: str) -> None:
     learned = kind in ("bert", "distilbert", "gpt2")
-    assert structure.max_positions(tiny(kind)) == (POSITIONS if learned else None)
+    assert text_structure.max_positions(tiny(kind)) == (POSITIONS if learned else None)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_positions_of_learned_tables(kind: str) -> None:
     ids=["roberta", "opt", "bart", "mpnet"],
 )
 def test_positions_of_shifted_tables(config: hf.PreTrainedConfig, positions: int) -> None:
-    assert structure.max_positions(meta(config)) == positions
+    assert text_structure.max_positions(meta(config)) == positions
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,8 +3,10 @@
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_peft.core import text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Grafted
 from lightning_peft.interop.adapter_config import task_of
@@ -97,3 +99,9 @@ def _check_model(model: nn.Module) -> None:
         )
     if task_of(model) is None:
         raise TuningError(f"PEFT has no task type for {type(model).__name__}, which its prefixes need: keep the delta.")
+    window = text_structure.window_of(model)
+    if window is not None:
+        rank_zero_warn(
+            f"{type(model).__name__} sees {window} tokens back. In PEFT a prefix is out of sight behind them, here all "
+            f"of a text sees it: the two are equal for texts that are shorter than {window} with their prefix."
+        )

@@ -77,8 +77,7 @@ class PrefixMethod(Method):
             chosen = [place for place in chosen if place.path in kept]
         network = self._network(backbone, chosen)
         states = None if words is None else _states(backbone, chosen, words)
-        dropout = self._dropout(backbone)
-        prefixes = {place.path: Prefix(place, count, self.std, network, dropout) for place in chosen}
+        prefixes = {place.path: self._prefix(backbone, place, network) for place in chosen}
         for place in chosen:
             device = next((p.device for p in place.module.parameters()), None)
             attach(place.module, prefixes[place.path].to(device), self.name)
@@ -150,6 +149,10 @@ class PrefixMethod(Method):
         kinds = dict.fromkeys(place.kind for place in chosen)
         network = PrefixNetwork(kinds, self.num_virtual_tokens, _width(backbone), self.mid_dim)
         return attach(backbone, network.to(next(backbone.parameters()).device), self.name)
+
+    def _prefix(self, backbone: nn.Module, place: Attention, network: PrefixNetwork | None) -> Prefix:
+        """Return the prefix of one attention, with its initial values."""
+        return Prefix(place, self.num_virtual_tokens, self.std, network, self._dropout(backbone))
 
     def _shift(self, backbone: nn.Module, found: Sequence[Attention], prefixes: Mapping[str, Prefix]) -> bool:
         """Let positions start at P; return whether something that computes from positions has been found."""

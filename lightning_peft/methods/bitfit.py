@@ -3,8 +3,10 @@
 Source: Ben Zaken et al. 2022, arXiv 2106.10199. The authors' code (``glue_evaluator.py``) picks parameters whose name
 contains "bias"; we match the last part of the name, since T5 has a ``relative_attention_bias.weight``. LayerNorm
 weights are not trained. The subset that the paper finds nearly as good is the biases of the query and of the first
-feed-forward projection. Where query, key and value are one projection (GPT-2), a shift of the query's part of its bias
-is trained, which is the same. Biases have no weight decay here, whatever the optimizer says of its other parameters.
+feed-forward projection, as its text and its counts have it; the authors' code adds the pooler's bias to any subset,
+which is 'query+intermediate+pooler' here. Where query, key and value are one projection (GPT-2), a shift of the query's
+part of its bias is trained, which is the same. Biases have no weight decay here, whatever the optimizer says of its
+other parameters.
 
 Backbones without biases (T5, Llama) are refused, or get biases that start at zero with ``add_missing_bias``, as in
 t-few (Liu et al. 2022, arXiv 2205.05638, ``bitfit.py``), whose LayerNorm weights we leave frozen.
@@ -24,7 +26,7 @@ from lightning_peft.core.graft import Graft, attach
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
-ROLES = ("query", "key", "value", "attention_output", "intermediate", "ffn_output", "norm")
+ROLES = ("query", "key", "value", "attention_output", "intermediate", "ffn_output", "norm", "pooler")
 _PARTS = ("query", "key", "value")
 _NAMES = ("bias", "in_proj_bias")  # the second is the packed one of nn.MultiheadAttention
 
@@ -85,8 +87,8 @@ class BitFit(Method):
 
     Args:
         biases: 'all'; roles joined by '+', such as 'query+intermediate', the paper's subset (roles are query, key,
-            value, attention_output, intermediate, ffn_output, norm); a list of roles and of suffixes of module names;
-            or a regex for module names.
+            value, attention_output, intermediate, ffn_output, norm, pooler); a list of roles and of suffixes of module
+            names; or a regex for module names.
         add_missing_bias: give the linear layers of the blocks that have no bias one that starts at zero.
         backbone_mode: whether dropout of the frozen backbone is active in training.
     """
@@ -196,4 +198,6 @@ def _without_bias(backbone: nn.Module, owners: dict[str, str]) -> dict[str, nn.M
 def _of_role(backbone: nn.Module, names: Iterable[str], role: str) -> list[str]:
     if role == "norm":
         return [name for name in names if "Norm" in type(backbone.get_submodule(name)).__name__]
+    if role == "pooler":
+        return [name for name in names if role in name.split(".")]
     return [name for name in names if select.has_role(name, role)]

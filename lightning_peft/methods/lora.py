@@ -10,6 +10,10 @@ The paper draws A from a Gaussian, the authors' code (``loralib/layers.py``) fro
 1/sqrt(in)); we follow the code, as everyone has since. For an embedding the code has A zero and B Gaussian. DoRA's
 norm is a constant of the gradient, as its section 4.3 proposes and its code does by default.
 
+Where query, key and value are one projection (GPT-2's ``c_attn``), the whole of it is a target, with one A and one B:
+the authors' ``MergedLinear`` has factors of the query and of the value alone there. An update of the key costs nothing
+to merge, and a file of it is what HF PEFT writes; ``target_modules`` cannot name a third of a matrix.
+
 PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) start from factors of W and put the rest into the base weight.
 Here the base weight stays: what is computed is ``W + s (B A - B₀ A₀)``, the same function and the same gradients. The
 factors A₀ and B₀ of the start are part of the delta, since no two machines decompose a matrix alike to the last bit.

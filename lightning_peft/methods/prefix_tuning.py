@@ -6,8 +6,10 @@ self-attention, decoder self-attention and cross-attention.
 
 Source: Li & Liang 2021, arXiv 2101.00190, sections 4.2, 4.3 and 7.4. The authors' table is as wide as the model, where
 the paper says "smaller", and their model is in eval mode while the prefix trains: we follow the code in both. Their
-GPT-2 counts the text's positions from P, their BART from 0: `positions` says which. Models that share one layer
-(ALBERT) share its prefix. A prefix of zeros is no identity: it takes part of the softmax.
+GPT-2 counts the text's positions from P, their BART from 0: `positions` says which. The default is 'shifted' for BART,
+too, since that is what keys and values of real words before the text would give, whatever the model; give
+positions='unshifted' to compare with the authors' summaries. Models that share one layer (ALBERT) share its prefix. A
+prefix of zeros is no identity: it takes part of the softmax.
 """
 
 from collections.abc import Iterable, Mapping

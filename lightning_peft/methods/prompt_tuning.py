@@ -3,7 +3,9 @@
 Source: Lester et al. 2021, arXiv 2104.08691, sections 2, 3.2 and 5. In an encoder-decoder the prompt is in the encoder
 input alone. The paper draws random rows from U(-0.5, 0.5), the released configuration from U(0, 0.5): we follow the
 paper. "First 5,000 ids" are frequent words in a SentencePiece vocabulary, in BERT's 999 of them are special or unused:
-we count words. In an encoder the prompt goes after [CLS], so that what is pooled stays [CLS].
+we count words. In an encoder the prompt goes after [CLS], so that what is pooled stays [CLS]. The default length is 20,
+where the released configuration has 100: the paper finds little gain beyond 20 (section 3.2), each token costs room and
+time in every batch, and 20 is what other libraries start from; give 100 to compare with its tables.
 
 Before the text of a causal model the prompt does not depend on the text, so it is computed once a batch and its
 positions have no outputs. With several prompts, one a task, each row of a batch says by ``task_ids`` which it has; the

@@ -1,8 +1,8 @@
 """TinyTL: the biases are trained, and a lite residual beside each block, ``y = F(x) + Up(LR(x))``.
 
 ``LR = norm(conv1x1(ReLU(norm(conv_kxk(AvgPool2(x))))))``, at half the resolution and with two groups, Up bilinear. The
-last norm starts at zero, so that training starts at the frozen model. The norms are GroupNorms of 8 channels a group,
-the convolutions have standardised weights: no statistics of a batch.
+last norm starts at zero, so that training starts at the frozen model, the convolutions from N(0, 2 / (k^2 C_out)). The
+norms are GroupNorms of 8 channels a group, the convolutions have standardised weights: no statistics of a batch.
 
 Source: Cai et al. 2020, arXiv 2007.11622, section 3; code: mit-han-lab/tinyml, ``tinytl/``. There the backbone's own
 BatchNorms are replaced by GroupNorms and its frozen weights quantised; here the backbone stays as it is, its BatchNorms
@@ -87,6 +87,8 @@ class LiteResidual(Graft):
         self.norm = nn.GroupNorm(_norm_groups(middle), middle, **place)
         self.point = nn.Conv2d(middle, outputs, 1, bias=False, **place)
         self.last_norm = nn.GroupNorm(_norm_groups(outputs), outputs, **place)
+        for layer in (self.conv, self.point):  # He's rule by what leaves a layer, whatever its groups
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / (layer.kernel_size[0] ** 2 * layer.out_channels)))
         nn.init.zeros_(self.last_norm.weight)
 
     def after(self, out: Any, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:

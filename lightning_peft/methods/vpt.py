@@ -4,8 +4,9 @@ Shallow: ``[x_1, Z_1, E_1] = L_1([x_0, P, E_0])``, then the prompts' outputs Z g
 of its own, ``[x_i, _, E_i] = L_i([x_{i-1}, P_{i-1}, E_{i-1}])``, and what it makes of them is thrown away.
 
 Source: Jia et al. 2022, arXiv 2203.12119, section 3. Prompts come after [CLS] and registers, before the patches, with
-no position embedding. Initial values are drawn from U(-v, v), v = sqrt(6 / (channels * patch area + d)), as in the
-authors' code (``src/models/vit_prompt/vit.py``): Xavier's rule for the patch embedding, not for the prompts. Where we
+no position embedding. Initial values are drawn from U(-v, v), v = sqrt(6 / (channels * patch area + dp)) with the width
+dp of the prompts, d without a projection, as in the authors' code (``src/models/vit_prompt/vit.py``): Xavier's rule for
+the patch embedding, not for the prompts. Where we
 differ from that code: in Swin a prompt stays with its image in every window (there, prompts of one image join windows
 of another as soon as a batch has two), the mean over tokens never has the prompts in it, and dropout is drawn for each
 image.
@@ -176,7 +177,7 @@ class VPT(Method):
         found = tower(backbone)
         chosen = self._layers(len(found.blocks), type(backbone).__name__)
         self._check_fit(backbone, found)
-        bound = initial_bound(found)
+        bound = initial_bound(found, self.projection)
         if found.windowed:
             dims = [_width(block) for block in found.blocks]
             weights = {i: self._drawn(bound, dims[i], found) for i in chosen}
@@ -286,10 +287,10 @@ class VPT(Method):
         return projection
 
 
-def initial_bound(found: Tower) -> float:
-    """Return v of the initial values U(-v, v): 0.0625 for ViT-B/16."""
+def initial_bound(found: Tower, projection: int | None = None) -> float:
+    """Return v of the initial values U(-v, v), 0.0625 for ViT-B/16; a projection's prompts have its width."""
     height, width = found.patches.kernel_size
-    return math.sqrt(6 / (found.patches.in_channels * int(height) * int(width) + found.dim))
+    return math.sqrt(6 / (found.patches.in_channels * int(height) * int(width) + (projection or found.dim)))
 
 
 def _width(block: nn.Module) -> int:

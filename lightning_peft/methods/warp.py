@@ -5,9 +5,10 @@ the head of the language model has before its decoder, at the mask. The rows Θ 
 words of the classes in the decoder, so whatever reads the logits of the words (a verbalizer) reads the classes. They
 start as the words' own rows: with prompts that are real tokens the model is at first a plain cloze.
 
-Source: Hambardzumyan et al. 2021, arXiv 2101.00121, and the authors' ``arp/pretrained_mlm.py``. Prompts start from the
-normal distribution of the word embeddings (theirs with ``prompt_better_init``), as copies of [MASK], or as given words.
-The model is in eval mode, K d + C d + C parameters are trained.
+Source: Hambardzumyan et al. 2021, arXiv 2101.00121, and the authors' ``arp/pretrained_mlm.py``. Prompts start from a
+normal distribution with the one mean and deviation of all numbers of the word table (theirs with
+``prompt_better_init``), as copies of [MASK], or as given words. The model is in eval mode, K d + C d + C parameters are
+trained.
 """
 
 from collections.abc import Iterable
@@ -59,7 +60,7 @@ class WARP(PromptMethod):
         words: the word of each class, one token each, as in the verbalizer of the data.
         template: where the prompt tokens are, as the template of the data; its slots say how many there are. None: at
             the front.
-        init: of the prompt tokens: 'normal' with the mean and deviation of the word embeddings, 'mask' copies of
+        init: of the prompt tokens: 'normal' with the mean and deviation of the word table's numbers, 'mask' copies of
             [MASK], 'text' the tokens of ``text``, repeated or cut to K.
         text: the words of init='text'.
     """
@@ -118,8 +119,8 @@ class WARP(PromptMethod):
         count = self.num_virtual_tokens
         if self.init == "normal" or weight.is_meta:
             values = torch.zeros(1) if weight.is_meta else weight.detach().float()
-            spread = values.std(0) if len(values) > 1 else torch.ones(1)
-            return values.mean(0).cpu() + spread.cpu() * torch.randn(count, weight.shape[1])
+            spread = values.std() if values.numel() > 1 else torch.ones(1)
+            return values.mean().cpu() + spread.cpu() * torch.randn(count, weight.shape[1])
         if self.init == "text":
             return word_rows(table, cut_to(self.ids_of(backbone, self.text), count))
         tokenizer = tokenizer_of(backbone, self.tokenizer, "init='mask'")

@@ -25,6 +25,7 @@ class LabelScores:
         decoding: how a masked model fills several masks.
         share_prefix: compute the keys and values of demonstrations once.
         at_once: how many prompts the model is fed together.
+        content_free_mean: how the probabilities after inputs without content are averaged.
     """
 
     prompts: ClassPrompts
@@ -32,6 +33,7 @@ class LabelScores:
     decoding: likelihoods.Decoding
     share_prefix: bool
     at_once: int
+    content_free_mean: likelihoods.ContentFreeMean = "raw"
 
     def __post_init__(self) -> None:
         self.forget()
@@ -60,7 +62,7 @@ class LabelScores:
                 free.setdefault((first.template, first.front.text), []).append(score)
         for key, scores in free.items():
             labels = torch.stack([self._labels(score, key[0]) for score in scores])
-            self.without_row[key] = likelihoods.content_free_prior(labels)
+            self.without_row[key] = likelihoods.content_free_prior(labels, self.content_free_mean)
         scores = [self._calibrated(*found[key], key[1]) for key in sorted(found)]
         return torch.stack(scores).unflatten(0, (-1, len(self.prompts.templates)))
 

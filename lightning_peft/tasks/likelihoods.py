@@ -12,6 +12,7 @@ Sources: Zhao et al. 2021 (2102.09690), section 4; Schick and Schütze 2020 (200
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,9 @@ Words: TypeAlias = Sequence[Sequence[Sequence[int]]]
 """The ids of the words that are scored in each row."""
 Decoding: TypeAlias = Literal["confident", "left_to_right", "parallel"]
 """In which order several masks are filled: the surest first, each seeing those before it; or all at once."""
+
+ContentFreeMean: TypeAlias = Literal["raw", "normalised"]
+"""How the probabilities of labels after inputs without content are averaged."""
 
 
 @dataclass
@@ -204,11 +208,17 @@ def combined(words: Tensor, owners: Sequence[int], how: str) -> Tensor:
     return torch.stack([reduce[how](own) for own in of], -1)
 
 
-def content_free_prior(scores: Tensor) -> Tensor:
-    """Return the logarithm of the mean over content-free inputs of the probabilities of labels, [N, C] -> [C].
+def content_free_prior(scores: Tensor, mean: ContentFreeMean = "raw") -> Tensor:
+    """Return the logarithm of p_cf, made of log p of the labels after content-free inputs, [N, C] -> [C].
 
-    Source: Zhao et al. 2021 (2102.09690), section 5 and ``get_p_content_free`` of their code.
+    ``raw``: ``p_cf = mean_n p_n / sum_c mean_n p_n(c)``, so that an input after which the labels are likely counts
+    more; ``normalised``: ``p_cf = mean_n (p_n / sum_c p_n(c))``, in which all inputs count alike.
+
+    Source: Zhao et al. 2021 (2102.09690), section 5, which says that probabilities are averaged; ``raw`` is
+    ``get_p_content_free`` of their code.
     """
+    if mean == "raw":
+        return scores.logsumexp(0).log_softmax(-1).clamp(min=math.log(torch.finfo(scores.dtype).tiny))
     return scores.softmax(-1).mean(0).clamp(min=torch.finfo(scores.dtype).tiny).log()
 
 

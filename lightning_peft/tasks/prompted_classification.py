@@ -42,6 +42,8 @@ class PromptedClassification(PromptedTask, ClassScores):
         calibrate: divide the probabilities of the labels by those that the same prompt gives with inputs without
             content (contextual calibration).
         content_free: these inputs.
+        content_free_mean: how the probabilities after them are averaged: 'raw' ones, as the authors' code does, or
+            'normalised' over the labels first, so that all inputs count alike.
         multi_token: whether words may have several tokens; a causal model or decoder takes them always.
         decoding: how a masked model fills several masks: 'confident' (the surest first, as PET does),
             'left_to_right' or 'parallel'.
@@ -63,6 +65,7 @@ class PromptedClassification(PromptedTask, ClassScores):
         normalise: Normalise = "sum",
         calibrate: bool = False,
         content_free: Sequence[str] = _CONTENT_FREE,
+        content_free_mean: likelihoods.ContentFreeMean = "raw",
         multi_token: bool = False,
         decoding: likelihoods.Decoding = "confident",
         best_on_validation: bool = True,
@@ -84,7 +87,9 @@ class PromptedClassification(PromptedTask, ClassScores):
             self.tokenizer, self.lm, self.templates, self.verbalizer, multi_token or self.lm != "masked",
             tuple(content_free) if calibrate else (), normalise == "pmi",
         )  # fmt: skip
-        self.label_scores = LabelScores(self.prompts, normalise, decoding, share_prefix, prompts_at_once)
+        self.label_scores = LabelScores(
+            self.prompts, normalise, decoding, share_prefix, prompts_at_once, content_free_mean
+        )
         self.score_classes(self.verbalizer.labels)
         names = [template.name for template in self.templates]
         self.by_template = TemplateScores(names, class_metrics(len(self.labels)), "accuracy")

@@ -258,6 +258,7 @@ def test_added_biases_of_some_roles() -> None:
         ("norm", {"attention.output.LayerNorm", "output.LayerNorm", "bert.embeddings.LayerNorm"}),
         ("attention_output+ffn_output", {"attention.output.dense", "output.dense"}),
         (["value", "pooler.dense"], {"attention.self.value", "bert.pooler.dense"}),
+        ("value+pooler", {"attention.self.value", "bert.pooler.dense"}),
     ],
 )
 def test_biases_by_role(biases: str | list[str], tails: set[str]) -> None:

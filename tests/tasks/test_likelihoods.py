@@ -209,4 +209,15 @@ def test_the_prior_is_the_mean_of_probabilities() -> None:
     scores = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.1, 0.9]]).log()
     assert content_free_prior(scores).exp().tolist() == pytest.approx([0.5, 0.5])
     certain = torch.tensor([[0.0, -1e9]])
-    assert torch.isfinite(calibrated(torch.zeros(1, 2), content_free_prior(certain))).all()
+    for mean in ("raw", "normalised"):
+        assert torch.isfinite(calibrated(torch.zeros(1, 2), content_free_prior(certain, mean))).all()
+
+
+def test_inputs_after_which_labels_are_likely_count_more_or_all_alike() -> None:
+    raw = torch.tensor([[0.020, 0.010], [0.0001, 0.0009]])
+    authors, alike = raw.mean(0) / raw.mean(0).sum(), torch.tensor([(2 / 3 + 0.1) / 2, (1 / 3 + 0.9) / 2])
+    assert torch.allclose(content_free_prior(raw.log()).exp(), authors)
+    assert torch.allclose(content_free_prior(raw.log(), "normalised").exp(), alike)
+    even = torch.tensor([0.5, 0.5]).log()
+    guesses = [calibrated(even, content_free_prior(raw.log(), mean)).argmax().item() for mean in ("raw", "normalised")]
+    assert guesses == [1, 0]

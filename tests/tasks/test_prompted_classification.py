@@ -219,15 +219,17 @@ def test_what_does_not_fit_is_dropped_whole(lms: dict[str, str], tmp_path: Path)
     assert logged["test_demonstrations"] == pytest.approx(sum(shown) / len(shown))
 
 
-def test_calibration_by_hand(lms: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("mean", ["raw", "normalised"])
+def test_calibration_by_hand(mean: str, lms: dict[str, str], tmp_path: Path) -> None:
     data, words = text.data(lms["gpt2"], tmp_path, other=5), {"nature": "river", "people": "people", "sound": "music"}
-    module = task(lms["gpt2"], calibrate=True, words=words)
+    module = task(lms["gpt2"], calibrate=True, words=words, content_free_mean=mean)
     found, rows = scores_of(module, data)
 
-    def labels(value: str) -> Tensor:
-        return torch.tensor([by_hand(module, f"{value} of", word) for word in words.values()]).softmax(0)
+    def labels(value: str, raw: bool = False) -> Tensor:
+        likely = torch.tensor([by_hand(module, f"{value} of", word) for word in words.values()]).exp()
+        return likely if raw else likely / likely.sum()
 
-    prior = torch.stack([labels(value) for value in ("N/A", "[MASK]", "")]).mean(0)
+    prior = torch.stack([labels(value, raw=mean == "raw") for value in ("N/A", "[MASK]", "")]).mean(0)
     for row, scores in zip(rows, found, strict=True):
         weighted = labels(row["text"]) / (prior / prior.sum())
         assert torch.allclose(scores[0].exp(), weighted / weighted.sum(), atol=1e-5)

@@ -4,10 +4,17 @@ from lightning_peft.core.delta import collect as collect
 from lightning_peft.core.delta import save_delta as save_delta
 from lightning_peft.core.delta_file import read_delta as read_delta
 from lightning_peft.core.delta_load import convert as convert
-from lightning_peft.core.delta_load import load_delta as load_delta
 from lightning_peft.core.errors import TuningError as TuningError
 from lightning_peft.core.folding import merge as merge
 from lightning_peft.core.graft import Graft as Graft, attach as attach, detach as detach
+from lightning_peft.core.switching import (
+    Delta as Delta,
+    activate as activate,
+    list_deltas as list_deltas,
+    muted as muted,
+    prepare as prepare,
+    remove_delta as remove_delta,
+)
 from lightning_peft.data.clip_data import CLIPData as CLIPData
 from lightning_peft.data.cloze import (
     ClozeClassificationData as ClozeClassificationData,
@@ -29,6 +36,7 @@ from lightning_peft.data.question_answering import QuestionAnsweringData as Ques
 from lightning_peft.data.stdlib_docstrings import StdlibDocstrings as StdlibDocstrings
 from lightning_peft.data.text_classification import TextClassificationData as TextClassificationData
 from lightning_peft.data.token_classification import TokenClassificationData as TokenClassificationData
+from lightning_peft.deltas.loading import load_delta as load_delta
 from lightning_peft.methods.adapter import Adapter as Adapter, AdapterMixin as AdapterMixin
 from lightning_peft.methods.bitfit import BitFit as BitFit, BitFitMixin as BitFitMixin
 from lightning_peft.methods.cocoop import CoCoOp as CoCoOp, CoCoOpMixin as CoCoOpMixin

@@ -22,11 +22,27 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
-from lightning_peft import Method, TuningError, collect, save_delta
+from lightning_peft import (
+    Method,
+    TuningError,
+    activate,
+    collect,
+    list_deltas,
+    load_delta,
+    muted,
+    prepare,
+    remove_delta,
+    save_delta,
+)
+from lightning_peft.core.delta import metadata
 from lightning_peft.core.graft import grafts
+from lightning_peft.core.tuning import tunings
 from tests import fresh
 from tests.models import HEADS, batch, tiny
 from tests.modules import Tuned, loader, trainer
+
+ON_TWO_BACKBONES = ("test_muted_it_is_the_bare_backbone", "test_deltas_of_two_names_are_each_as_alone")
+"""The laws of the mechanism, which no backbone has a part in."""
 
 
 class MethodContract:
@@ -44,8 +60,9 @@ class MethodContract:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "kind" in metafunc.fixturenames:
-            compiles = metafunc.function.__name__ == "test_compiled_is_eager"
-            metafunc.parametrize("kind", (self.compiled or self.backbones[:1]) if compiles else self.backbones)
+            law = metafunc.function.__name__
+            chosen = self.compiled or self.backbones[:1] if law == "test_compiled_is_eager" else self.backbones
+            metafunc.parametrize("kind", chosen[:2] if law in ON_TWO_BACKBONES else chosen)
 
     # What `apply` does to a backbone.
 
@@ -153,6 +170,55 @@ class MethodContract:
             with pytest.raises(TuningError, match="kept no copy"):
                 method.remove(model)
             assert torch.equal(output(model, kind, method), trained), "a refusal must change nothing"
+
+    # Many deltas on one backbone.
+
+    def test_muted_it_is_the_bare_backbone(self, kind: str) -> None:
+        frozen, model = tiny(kind).requires_grad_(False), tiny(kind)
+        method = self.applied(model)
+        shake(model)
+        before, flags = output(model, kind, method), {n: p.requires_grad for n, p in model.named_parameters()}
+        if not method.keeps_originals:
+            with pytest.raises(TuningError, match="no copy of it was kept"), muted(model):
+                pass
+        else:
+            with muted(model):
+                assert torch.equal(output(model, kind), output(frozen, kind))
+                if any(tuning.parked for _, _, tuning in tunings(model)):
+                    with pytest.raises(TuningError, match="let it compute first"):
+                        metadata(model)
+            assert not torch.equal(output(frozen, kind), before)
+        assert torch.equal(output(model, kind, method), before)
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+
+    def test_deltas_of_two_names_are_each_as_alone(self, kind: str, tmp_path: Path) -> None:
+        bare, model, alone = snapshot(tiny(kind), kind), tiny(kind), {}
+        for seed, name in enumerate(("films", "books")):
+            single = tiny(kind)
+            method = self.applied(single)
+            torch.manual_seed(seed)
+            shake(single)
+            save_delta(single, tmp_path / f"{name}.safetensors")
+            alone[name] = output(single, kind, method)
+            load_delta(model, tmp_path / f"{name}.safetensors", name)
+        assert not torch.equal(alone["films"], alone["books"])
+        for name, expected in alone.items():
+            activate(model, name)
+            assert torch.equal(at_work(model, kind), expected)
+            model.zero_grad()
+            model(**prepare(model, batch(kind))).loss.backward()
+            assert all(f"_{name}." in n or f"_{name}_" in n for n, p in model.named_parameters() if p.grad is not None)
+            save_delta(model, tmp_path / "again.safetensors", name)
+            with pytest.raises(TuningError, match=r"is applied to this .* already as"):
+                dataclasses.replace(self.method, name=name).apply(model)
+        remove_delta(model, "films")
+        assert torch.equal(at_work(model, kind), alone["books"])
+        assert [delta.name for delta in list_deltas(model)] == ["books"]
+        remove_delta(model, "books")
+        model.eval().zero_grad()
+        assert_same(bare, snapshot(model, kind))
+        load_delta(model, tmp_path / "again.safetensors", "others")
+        assert torch.equal(at_work(model, kind), alone["books"])
 
     # How it lives with the rest of torch.
 
@@ -303,6 +369,12 @@ def output(model: nn.Module, kind: str, method: Method | None = None) -> Tensor:
     """Return the logits that the tuned model gives for the batch of its kind."""
     with torch.no_grad():
         return model(**inputs(kind, method)).logits
+
+
+@torch.no_grad()
+def at_work(model: nn.Module, kind: str) -> Tensor:
+    """Return the logits that a model gives with the deltas that compute on it."""
+    return model(**prepare(model, batch(kind))).logits
 
 
 def loss_of(model: nn.Module, kind: str, method: Method | None = None) -> Tensor:

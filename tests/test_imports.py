@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_peft"
-FLOORS = ("core", "prompting", "updates", "features", "prompts", "towers", "training", "bases", "methods",
+FLOORS = ("core", "prompting", "updates", "features", "prompts", "towers", "training", "bases", "methods", "deltas",
           "data", "tasks", "reports", "interop", "commands", "cli")  # fmt: skip
 
 

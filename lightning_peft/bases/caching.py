@@ -63,7 +63,7 @@ class CachingMethod(Method):
                 f"cache_features=True keeps what dropout would change in each epoch with backbone_mode="
                 f"{self.backbone_mode!r}: use backbone_mode='eval'."
             )
-        name = f"{self.name}_cache"
+        name = f"{self.key}_cache"
         rows = CachedRows(int(self.cache_limit * 2**30))
         base = structure.base_model_of(backbone)
         head = heads.head_modules(backbone)

@@ -41,10 +41,10 @@ class MergingMethod(Method):
         own = self.own_grafts(model, Folding)
         hosts = {id(place.host): place.path for place in own}
         for place in grafts(select.backbone_of(model, self.backbone)):
-            if id(place.host) in hosts and place.graft.owner not in (self.name, ""):
+            if id(place.host) in hosts and place.graft.owner not in (self.key, ""):
                 raise TuningError(
                     f"{place.graft.owner} changes {place.path} as {type(self).__name__} does: fold both for good with "
                     "lightning_peft.merge."
                 )
-        foldable(select.backbone_of(model, self.backbone), owner=self.name)
+        foldable(select.backbone_of(model, self.backbone), owner=self.key)
         return own

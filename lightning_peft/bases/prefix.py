@@ -64,7 +64,7 @@ class PrefixMethod(Method):
         if words is not None:
             self.num_virtual_tokens = len(words)
         count = self.num_virtual_tokens
-        found = attention.join(backbone, self.name)
+        found = attention.join(backbone, self.key)
         kinds = {place.kind for place in found}
         if self.sets is not None and kinds == {"self"}:
             raise TuningError(
@@ -80,12 +80,12 @@ class PrefixMethod(Method):
         prefixes = {place.path: self._prefix(backbone, place, network) for place in chosen}
         for place in chosen:
             device = next((p.device for p in place.module.parameters()), None)
-            attach(place.module, prefixes[place.path].to(device), self.name)
+            attach(place.module, prefixes[place.path].to(device), self.key)
         shifted = self.positions == "shifted" and self._shift(backbone, found, prefixes)
         decoder = text_structure.text_decoder_of(backbone)
         if decoder is not None:
             rest = count if self.positions == "shifted" and not shifted else 0
-            attach(decoder, TextPositions(decoder, rest), f"{self.name}_text")
+            attach(decoder, TextPositions(decoder, rest), f"{self.key}_text")
         self._limit = text_structure.max_positions(backbone)
         if self._limit is not None and count >= self._limit:
             raise TuningError(
@@ -148,7 +148,7 @@ class PrefixMethod(Method):
             return None
         kinds = dict.fromkeys(place.kind for place in chosen)
         network = PrefixNetwork(kinds, self.num_virtual_tokens, _width(backbone), self.mid_dim)
-        return attach(backbone, network.to(next(backbone.parameters()).device), self.name)
+        return attach(backbone, network.to(next(backbone.parameters()).device), self.key)
 
     def _prefix(self, backbone: nn.Module, place: Attention, network: PrefixNetwork | None) -> Prefix:
         """Return the prefix of one attention, with its initial values."""
@@ -160,10 +160,10 @@ class PrefixMethod(Method):
         tables = text_structure.position_tables(backbone)
         for path, table in tables.items():
             if "self" in stacks or ("decoder" if "decoder" in path.split(".") else "encoder") in stacks:
-                attach(table, ShiftedTable(self.num_virtual_tokens), self.name)
+                attach(table, ShiftedTable(self.num_virtual_tokens), self.key)
         counting = [module for module in backbone.modules() if text_structure.counts_positions(module)]
         for module in counting:
-            attach(module, ShiftedPositions(self.num_virtual_tokens), self.name)
+            attach(module, ShiftedPositions(self.num_virtual_tokens), self.key)
         # The first layer of each of T5's stacks computes the position bias of all its layers.
         with_bias = [place for place in found if getattr(place.module, "has_relative_attention_bias", False)]
         biases = {place.kind: place.module for place in with_bias}
@@ -174,7 +174,7 @@ class PrefixMethod(Method):
     def _continue(self, backbone: nn.Module, path: str) -> None:
         """Start from the prefix of a delta; its heads, which are those of other tasks, are left there."""
         tensors, _ = read_delta(Path(path))
-        own = {n: p for place in grafts(backbone, self.name) for n, p in _named(place)}
+        own = {n: p for place in grafts(backbone, self.key) for n, p in _named(place)}
         for name, parameter in own.items():
             tensor = next((t for key, t in tensors.items() if key == name or key.endswith(f".{name}")), None)
             if tensor is None or tensor.shape != parameter.shape:

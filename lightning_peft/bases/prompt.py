@@ -46,10 +46,10 @@ class PromptMethod(Method):
         """
         decoder = None if anywhere else decoder_of(backbone)
         if decoder is not None:
-            attach(decoder, SharedPrompt(weight, self.num_virtual_tokens, decoder), self.name)
+            attach(decoder, SharedPrompt(weight, self.num_virtual_tokens, decoder), self.key)
         else:
             for table in structure.word_tables(backbone).values():
-                attach(table, VirtualTokens(weight), self.name)
+                attach(table, VirtualTokens(weight), self.key)
         self._in_batch = decoder is None
         self._after = 1 if structure.is_encoder(backbone) else 0
         self._targets = structure.is_encoder_decoder(backbone)

@@ -102,7 +102,7 @@ def _attend(
     seen(module, key, value)
     length = key.shape[2]
     for child in module.children():
-        if isinstance(child, Graft) and overrides(child, "key_value"):
+        if isinstance(child, Graft) and overrides(child, "key_value") and not child.rests:
             key, value = child("key_value", key, value)
             if (bias := kwargs.get("position_bias")) is not None:
                 kwargs["position_bias"] = _widened_bias(child, bias, key.shape[2] - bias.shape[-1])

@@ -5,6 +5,7 @@ a trained BatchNorm). There is no other registry of names.
 """
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,18 @@ from lightning_peft.core.delta_file import FORMAT, versions, write_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.fingerprint import fingerprint_of
 from lightning_peft.core.graft import graft_prefixes, grafts
-from lightning_peft.core.run import below_backbones, canonical, own_tunings, run_of, trained, trained_names, unwrapped
+from lightning_peft.core.run import (
+    below_backbones,
+    canonical,
+    own_tunings,
+    run_of,
+    selected,
+    trained,
+    trained_names,
+    unwrapped,
+)
 from lightning_peft.core.sharded import gathered, whole
-from lightning_peft.core.tuning import tunings
+from lightning_peft.core.tuning import Tuning, chosen, tunings
 
 
 def delta_names(module: nn.Module) -> list[str]:
@@ -30,7 +40,13 @@ def delta_names(module: nn.Module) -> list[str]:
     moved = run.outside if run is not None else set()
     own = [path for path, _, _ in own_tunings(module)]
     others = tuple(f"{path}." for path, _, _ in tunings(module) if path not in own)
-    in_grafts = tuple(prefix for prefix in graft_prefixes(module) if not prefix.startswith(others))
+    resting = {
+        f"{path}.{place.full_name}.".lstrip(".")
+        for path, backbone, tuning in own_tunings(module)
+        for place in {*grafts(backbone)} - {*tuning.grafts(backbone)}
+    }
+    prefixes = (prefix for prefix in graft_prefixes(module) if prefix not in resting)
+    in_grafts = tuple(prefix for prefix in prefixes if not prefix.startswith(others))
     first = dict(module.named_parameters())
     every = dict(module.named_parameters(remove_duplicate=False))
     found = []
@@ -60,19 +76,26 @@ def left_out(module: nn.Module) -> list[str]:
     return sorted(canonical(name) for name in module.state_dict() if not below(name) and name not in names)
 
 
-def not_frozen(backbone: nn.Module) -> set[str]:
-    """Return the names of what a fingerprint leaves out: what is trained, under the names of tied weights, too."""
-    ids = {id(p) for p in trained(backbone).values()}
-    return {n for n, p in backbone.named_parameters(remove_duplicate=False) if id(p) in ids}.union(
-        delta_names(backbone)
-    )
+def not_frozen(backbone: nn.Module, tuning: Tuning) -> set[str]:
+    """Return the names of what a fingerprint leaves out: grafts, what is trained, under the names of tied weights, too.
+
+    Args:
+        backbone: the tuned backbone.
+        tuning: what is trained of it.
+    """
+    changed, inside = tuning.changed(), graft_prefixes(backbone)
+    ids = {id(p) for name, p in backbone.named_parameters() if name in changed}
+    names = {n for n, p in backbone.named_parameters(remove_duplicate=False) if id(p) in ids}
+    state = backbone.state_dict()
+    along = {n for n in state if n not in names and _goes_along(backbone, n, changed, in_backbone=True)}
+    return names | along.union(name for name in state if name.startswith(inside))
 
 
 def keep_fingerprints(module: nn.Module) -> None:
     """Let the fingerprints of backbones be computed now, before their weights are rounded, replaced or sharded."""
-    for _, backbone, _ in own_tunings(module):
+    for _, backbone, tuning in own_tunings(module):
         if not any(p.is_meta for p in backbone.parameters()):
-            fingerprint_of(backbone, not_frozen(backbone))
+            fingerprint_of(backbone, tuning, not_frozen(backbone, tuning))
 
 
 def metadata(module: nn.Module) -> dict[str, Any]:
@@ -91,20 +114,33 @@ def metadata(module: nn.Module) -> dict[str, Any]:
             kind = type(method)
             class_path = f"{kind.__module__}.{kind.__qualname__}"
             meta["methods"].append({"class_path": class_path, "init_args": method.init_args(), "backbone": path})
-        meta["backbones"][path] = _identity(backbone) | {"fingerprint": fingerprint_of(backbone, not_frozen(backbone))}
+        if resting := sorted(tuning.trained_in_place() & tuning.parked.keys()):
+            raise TuningError(
+                f"{resting[0]} has its base value while the method that trained it rests: let it compute first, by "
+                "activate(model, ...) or after muted()."
+            )
+        meta["backbones"][path] = identity_of(backbone, tuning)
     return meta
 
 
-def save_delta(module: nn.Module, path: str | Path) -> Path:
+def save_delta(module: nn.Module, path: str | Path, *names: str) -> Path:
     """Write the delta of ``module`` as safetensors, its metadata in the header; the file appears whole or not at all.
 
+    Args:
+        module: holds one or more tuned backbones.
+        path: the file to write.
+        names: of the deltas that are wanted; none: all that are trained.
+
     Raises:
-        TuningError: the module trains nothing.
+        TuningError: the module trains nothing, or has no delta of a name.
     """
     module = unwrapped(module)
     if (run := run_of(module)) is not None:
         run.note_moved(module)
-    with gathered(trained(module).values()):
+    with ExitStack() as stack:
+        if names:
+            stack.enter_context(selected(module, set().union(*(keys for _, _, keys in chosen(module, names)))))
+        stack.enter_context(gathered(trained(module).values()))
         tensors = {name: whole(tensor).contiguous().cpu() for name, tensor in collect(module).items()}
         if not tensors:
             raise TuningError(f"{type(module).__name__} trains nothing, so it has no delta: apply a method first.")
@@ -129,11 +165,18 @@ def _is_of(names: set[str], path: str, name: str) -> bool:
     return canonical(f"{path}.{name}".lstrip(".")) in names
 
 
-def _identity(backbone: nn.Module) -> dict[str, Any]:
+def identity_of(backbone: nn.Module, tuning: Tuning) -> dict[str, Any]:
+    """Return what a delta file says of a backbone: class, origin, size, configuration, and fingerprint.
+
+    Args:
+        backbone: the tuned backbone.
+        tuning: what is trained of it.
+    """
     kinds = (kind.__name__ for kind in type(backbone).__mro__)
     return {
         "class": next(name for name in kinds if not name.startswith("FSDP")),  # sharding puts a class before its own
         "name_or_path": structure.name_or_path(backbone),
         "parameters": sum(p.numel() for p in backbone.parameters()),
         "config": json.loads(json.dumps(structure.settings_of(backbone), default=str)),
+        "fingerprint": fingerprint_of(backbone, tuning, not_frozen(backbone, tuning)),
     }

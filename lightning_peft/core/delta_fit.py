@@ -29,7 +29,7 @@ def fitted(
     tensors, meta = _rebase(dict(tensors), dict(meta), ours)
     _check_methods(module, meta, source)
     if not allow_other_backbone:
-        _check_backbones(meta["backbones"], ours["backbones"], source)
+        check_backbones(meta["backbones"], ours["backbones"], source)
     for path, backbone, tuning in own_tunings(module):
         start = f"{canonical(path)}." if path else ""
         below = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
@@ -53,7 +53,12 @@ def method_names(module: nn.Module) -> str:
     return " + ".join(type(m).__name__ for _, _, tuning in own_tunings(module) for m in tuning.methods.values())
 
 
-def _check_backbones(saved: Mapping[str, Any], here: Mapping[str, Any], source: str) -> None:
+def check_backbones(saved: Mapping[str, Any], here: Mapping[str, Any], source: str) -> None:
+    """Check that the backbones of a file are those of a module, by the metadata of both.
+
+    Raises:
+        TuningError: one is another.
+    """
     for path, theirs in saved.items():
         mine = here.get(path)
         if mine is None or not same_weights(mine["fingerprint"], theirs["fingerprint"]):
@@ -122,11 +127,11 @@ def _rebase(
 
 def _check_methods(module: nn.Module, meta: Mapping[str, Any], source: str) -> None:
     applied = {
-        (canonical(path), f"{type(m).__module__}.{type(m).__qualname__}"): m
+        (canonical(path), f"{type(m).__module__}.{type(m).__qualname__}", m.name): m
         for path, _, tuning in own_tunings(module)
         for m in tuning.methods.values()
     }
-    saved = {(m["backbone"], m["class_path"]): m["init_args"] for m in meta["methods"]}
+    saved = {(m["backbone"], m["class_path"], m["init_args"].get("name")): m["init_args"] for m in meta["methods"]}
     if applied.keys() != saved.keys():
         here = method_names(module) or "no method"
         raise TuningError(f"{source} was trained with {_describe(meta)}, but {here} is applied here: apply the same.")

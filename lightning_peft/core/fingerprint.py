@@ -7,7 +7,7 @@ the part that both have: a float16 copy has the float16 part of its float32 orig
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,12 +25,13 @@ _WITHOUT_EFFECT = {  # on what the weights compute at inference
 }
 
 
-def fingerprint(backbone: nn.Module, skip: Iterable[str] = ()) -> str:
+def fingerprint(backbone: nn.Module, skip: Iterable[str] = (), instead: Mapping[str, Tensor] | None = None) -> str:
     """Return ``dtypes:stored:bfloat16:float16``: the dtypes of the floating tensors, and three hashes of a backbone.
 
     Args:
         backbone: on any device, sharded or not; of tensors on the meta device names and shapes alone count.
         skip: names of tensors that are left out, since they are not frozen.
+        instead: values of tensors, by name, where these are not those that the backbone came with.
     """
     start = json.dumps(_function(backbone), sort_keys=True, default=str).encode()
     digests = [hashlib.sha256(start) for _ in range(1 + len(_HALVES))]
@@ -40,7 +41,7 @@ def fingerprint(backbone: nn.Module, skip: Iterable[str] = ()) -> str:
     dtypes = set()
     for name in sorted(live.keys() & backbone.state_dict().keys() - set(skip)):
         with gathered([live[name]]):
-            tensor = live[name].detach()
+            tensor = (instead or {}).get(name, live[name]).detach()
             found = [(0, 0)] * len(digests) if tensor.is_meta else sums(tensor, *_HALVES.values())
         if tensor.is_floating_point():
             dtypes.add(str(tensor.dtype).removeprefix("torch."))
@@ -58,14 +59,22 @@ def same_weights(one: str, other: str) -> bool:
     return any(name in (dtype, other_dtype) and mine == theirs for name, mine, theirs in pairs)
 
 
-def fingerprint_of(backbone: nn.Module, skip: Iterable[str]) -> str:
-    """Return the fingerprint of a tuned backbone; it is frozen, so the hash is computed once."""
-    tuning = Tuning.of(backbone)
-    if tuning is None:
-        return fingerprint(backbone, skip)
-    if tuning.fingerprint is None:
-        tuning.fingerprint = fingerprint(backbone, skip)
-    return tuning.fingerprint
+def fingerprint_of(backbone: nn.Module, tuning: Tuning, skip: Iterable[str]) -> str:
+    """Return the fingerprint of a tuned backbone; it is frozen, so the hash is computed once.
+
+    Args:
+        backbone: the tuned backbone.
+        tuning: what is trained of it; what other methods have trained in place counts as it was before.
+        skip: names of tensors that are left out.
+    """
+    whole, own = Tuning.of(backbone) or tuning, frozenset(tuning.changed())
+    if own not in whole.fingerprints:
+        others = {n: t for n, t in whole.originals.items() if isinstance(t, Tensor) and n not in own}
+        first = {id(p): name for name, p in backbone.named_parameters()}
+        every = backbone.named_parameters(remove_duplicate=False)
+        instead = {name: others[first[id(p)]] for name, p in every if first[id(p)] in others}
+        whole.fingerprints[own] = fingerprint(backbone, skip, instead)
+    return whole.fingerprints[own]
 
 
 def _function(backbone: nn.Module) -> dict[str, Any]:

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.private_torch import Movable, first_hook, is_compiled
+from lightning_peft.core.private_torch import Movable, is_compiled, output_hooks
+from lightning_peft.core.switch import Switch
 
 G = TypeVar("G", bound="Graft")
-_owner_now: ContextVar[str] = ContextVar("owner", default="")
+_owner_now: ContextVar[tuple[str, Switch | None]] = ContextVar("owner", default=("", None))
 
 
 class Graft(Movable):
@@ -56,6 +57,8 @@ class Graft(Movable):
     """The parameters that the joint `weight` sees, by their names below the host."""
     owner: str = ""
     """The name under which a backbone's record has the method that attached it; '' where none did."""
+    switch: Switch | None = None
+    """What says whether its owner rests; None: it always computes."""
     splits: Mapping[int, Mapping[str, int]] = {}
     """How it is split between ranks, as its host is: dimension of the host's weight -> name of a tensor of the graft ->
     which dimension of it; its other tensors are whole. A host that is split along a dimension left out is refused."""
@@ -63,6 +66,8 @@ class Graft(Movable):
     """How many keys and values its joint `key_value` adds."""
     merged: bool = False
     """Whether its effect is in the parameters of the host, so that its joints return what they get."""
+    comes_first: bool = False
+    """Whether what its joint `after` gets must be what the host alone has computed."""
     listens_only: bool = False
     """Whether it changes nothing of what its host computes."""
 
@@ -106,21 +111,33 @@ class Graft(Movable):
         """Run one joint; the hooks come through here so that hooks on the graft itself run too."""
         return getattr(self, joint)(*args, **kwargs)
 
+    @property
+    def rests(self) -> bool:
+        """Whether its owner is muted, so that it returns what it gets."""
+        return self.switch is not None and self.owner in self.switch.off
+
     def is_first(self, host: nn.Module) -> bool:
-        """Tell whether this graft's hook is the first to see the host's output."""
-        return first_hook(host) == self._on_output
+        """Tell whether this graft's hook is the first to see the host's output, those that rest left out."""
+        at_work = (hook for hook in output_hooks(host) if not _rests(hook))
+        return next(at_work, None) == self._on_output
 
     def _on_input(
         self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.rests:
+            return args, kwargs
         args, kwargs = self._first_by_position(args, kwargs)
         return (self("before", host, *args, **kwargs), *args[1:]), kwargs
 
     def _on_output(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        if self.rests:
+            return out
         args, kwargs = self._first_by_position(args, kwargs)
         return self("after", out, host, *args, **kwargs)
 
     def _on_enter(self, host: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.rests:
+            return
         # A tensor in the instance's own attributes hides the parameter of that name and leaves all names as they are.
         for name in self.weights:
             owner, leaf = _owner(host, name)
@@ -182,7 +199,7 @@ def attach(host: nn.Module, graft: G, name: str) -> G:
     if is_compiled(host):
         raise TuningError(f"{type(host).__name__} is compiled and would ignore a graft: attach first, compile after.")
     graft._first_argument = next(iter(inspect.signature(host.forward).parameters), "")
-    graft.owner = _owner_now.get()
+    graft.owner, graft.switch = _owner_now.get()
     host.register_module(name, graft)
     graft.train(host.training)
     if overrides(graft, "before"):
@@ -220,9 +237,9 @@ def detach(host: nn.Module, name: str) -> None:
 
 
 @contextmanager
-def owned_by(name: str) -> Iterator[None]:
+def owned_by(name: str, switch: Switch | None) -> Iterator[None]:
     """Make the method of this name the owner of every graft that is attached inside the context."""
-    token = _owner_now.set(name)
+    token = _owner_now.set((name, switch))
     try:
         yield
     finally:
@@ -262,7 +279,7 @@ def _forward(host: nn.Module, inner: Callable[..., Any] | None, *args: Any, **kw
     """Run the forward pass of a host through its grafts, the latest outermost."""
     run = inner or partial(type(host).forward, host)
     for child in host.children():
-        if isinstance(child, Graft) and overrides(child, "around"):
+        if isinstance(child, Graft) and overrides(child, "around") and not child.rests:
             run = partial(child, "around", run, host)
     return run(*args, **kwargs)
 
@@ -270,6 +287,11 @@ def _forward(host: nn.Module, inner: Callable[..., Any] | None, *args: Any, **kw
 def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return host.get_submodule(path), leaf
+
+
+def _rests(hook: Callable[..., Any]) -> bool:
+    graft = getattr(hook, "__self__", None)
+    return isinstance(graft, Graft) and graft.rests
 
 
 def overrides(graft: Graft, joint: str) -> bool:

@@ -29,8 +29,9 @@ class LongerCache(Graft):
 
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the attention over the columns that grafts add and over its own."""
-        routes = [child for child in host.children() if isinstance(child, LongerCache)]
-        added = [child for child in host.children() if isinstance(child, Graft) and overrides(child, "key_value")]
+        at_work = [child for child in host.children() if isinstance(child, Graft) and not child.rests]
+        routes = [child for child in at_work if isinstance(child, LongerCache)]
+        added = [child for child in at_work if overrides(child, "key_value")]
         if self is not routes[0] or not added:  # of two methods on one attention, one is enough
             return forward(*args, **kwargs)
 

@@ -1,6 +1,7 @@
 """A method of tuning: what it does to a backbone, by torch alone. Its life in a Trainer is `training.method.Method`."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar, cast
@@ -31,6 +32,9 @@ class TuningMethod:
         backbone_mode: whether dropout of the frozen backbone is active in training; BatchNorm statistics never move.
             Of several methods, one that says 'train' is enough.
         keep_fp32: store what trains in fp32 even where the Trainer or the backbone's checkpoint says half precision.
+        name: of the delta, so that a backbone can have several of one method; letters, digits, _ and -. Methods of one
+            name are one delta. A named delta has copies of its own of what it trains of the backbone's tensors, such as
+            biases and the task head. None: the delta goes by the name of its method in small letters.
     """
 
     backbone: str | None = None
@@ -38,6 +42,7 @@ class TuningMethod:
     exclude: str | None = None
     backbone_mode: Literal["train", "eval"] = "eval"
     keep_fp32: bool = True
+    name: str | None = None
 
     kind: ClassVar[str] = ""
     """What sort of tensors it adds: weights, biases, prompts, head ..."""
@@ -45,7 +50,7 @@ class TuningMethod:
     """What it trains, in a few words, for tables."""
     paper: ClassVar[str] = ""
     """Authors, year and arXiv number."""
-    may_change: ClassVar[frozenset[str]] = frozenset({"backbone", "backbone_mode", "keep_fp32"})
+    may_change: ClassVar[frozenset[str]] = frozenset({"backbone", "backbone_mode", "keep_fp32", "name"})
     """Arguments that may differ between a delta file and the module that loads it."""
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS})
     """What it counts on that another method on the same backbone may break; the words are those of `together`."""
@@ -85,9 +90,15 @@ class TuningMethod:
         return {}
 
     @property
-    def name(self) -> str:
-        """The name of this method's grafts in their hosts."""
-        return type(self).__name__.lower()
+    def delta(self) -> str:
+        """The name of the delta that this method is of."""
+        return self.name or type(self).__name__.lower()
+
+    @property
+    def key(self) -> str:
+        """The name of this method in the backbone's record, and of its grafts in their hosts."""
+        kind = type(self).__name__.lower()
+        return kind if self.name is None else f"{kind}_{self.name}"
 
     def init_args(self) -> dict[str, Any]:
         """Return the arguments that rebuild this method, as plain values."""
@@ -101,11 +112,13 @@ class TuningMethod:
                 model is compiled.
         """
         arguments.check_arguments(self)
+        self._check_name()
         backbone = select.backbone_of(model, self.backbone)
         tuning = Tuning.of(backbone) or Tuning.begin(backbone)
-        if self.name in tuning.methods:
+        if self.key in tuning.methods:
             raise TuningError(
-                f"{type(self).__name__} is applied to this {type(backbone).__name__} already: once is enough."
+                f"{type(self).__name__} is applied to this {type(backbone).__name__} already"
+                f"{'' if self.name is None else f' as {self.name!r}'}: give this one another name=, or remove that one."
             )
         try:
             if is_compiled(model) or is_compiled(backbone):
@@ -113,13 +126,13 @@ class TuningMethod:
                     f"{type(backbone).__name__} is compiled and would ignore grafts: compile it afterwards."
                 )
             self._check_exclude(backbone)
-            with owned_by(self.name):
+            with owned_by(self.key, tuning.switch):
                 own = set(self.graft(backbone))
-            trained = self._kept({*own, *structure.head_names(backbone), *self._also(backbone)})
-            tuning.add(backbone, self.name, self, trained, self.keeps_originals)
-            compatibility.check_compatible(backbone, tuning)
+                trained = self._kept({*own, *structure.head_names(backbone), *self._also(backbone)})
+                tuning.add(backbone, self.key, self, trained, self.keeps_originals)
+            compatibility.check_compatible(backbone, tuning, tuning.switch.off)
         except BaseException:
-            tuning.undo(backbone, self.name)
+            tuning.undo(backbone, self.key)
             raise
         if self.keep_fp32:
             master_weights.hold_fp32(backbone)
@@ -134,7 +147,7 @@ class TuningMethod:
         backbone = self._tuned(model)
         tuning = Tuning.of(backbone)
         assert tuning is not None
-        tuning.undo(backbone, self.name)
+        tuning.undo(backbone, self.key)
         master_weights.release(backbone)
 
     def is_applied(self, model: nn.Module) -> bool:
@@ -144,7 +157,7 @@ class TuningMethod:
     def applied(self, module: nn.Module) -> Self | None:
         """Return the method of this class that is applied to the backbone of ``module``: this one, or its equal."""
         tuning = Tuning.of(self._tuned(module))
-        method = tuning.methods.get(self.name) if tuning is not None else None
+        method = tuning.methods.get(self.key) if tuning is not None else None
         return method if isinstance(method, type(self)) else None
 
     def applied_to(self, model: nn.Module) -> Self:
@@ -166,7 +179,7 @@ class TuningMethod:
             TuningError: the method is not applied to it.
         """
         self.applied_to(model)
-        found = grafts(self._tuned(model), owner=self.name)
+        found = grafts(self._tuned(model), owner=self.key)
         return [cast(Grafted[G], place) for place in found if isinstance(place.graft, kind)]
 
     def finds_backbone(self, module: nn.Module) -> bool:
@@ -179,6 +192,10 @@ class TuningMethod:
         """Return the modules that ``exclude`` does not name."""
         kept = self._kept(modules)
         return {name: module for name, module in modules.items() if name in kept}
+
+    def _check_name(self) -> None:
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise TuningError(f"name={self.name!r} is no name of a delta: take letters, digits, _ and -.")
 
     def _tuned(self, model: nn.Module) -> nn.Module:
         """Return ``model`` if it is a tuned backbone itself, else the backbone in it."""

@@ -24,12 +24,12 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
-def first_hook(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the hook that sees the output of a module first.
+def output_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return the hooks that see the output of a module, in their order.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py (``_forward_hooks``).
     """
-    return next(iter(module._forward_hooks.values()), None)
+    return list(module._forward_hooks.values())
 
 
 def times_written(tensor: Tensor) -> int:

@@ -6,13 +6,13 @@ momentum, a table of prototypes, the statistics of a frozen BatchNorm: each save
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from lightning_peft.core.checksums import checksum
-from lightning_peft.core.graft import grafts
 from lightning_peft.core.private_torch import WRAPPERS
 from lightning_peft.core.tuning import Tuning, tunings
 
@@ -25,11 +25,13 @@ class Run:
 
     Attributes:
         tuned: paths of the backbones that the methods of the run tune; None: all that are tuned.
+        keys: of the methods of these backbones that the run trains; None: all that are applied.
         outside: names of the tensors outside of these backbones that have been trained, have moved, or were loaded.
         started: checksum of each other tensor outside when the run began; None: it has not begun.
     """
 
     tuned: set[str] | None = None
+    keys: set[str] | None = None
     outside: set[str] = field(default_factory=set)
     started: dict[str, str] | None = None
 
@@ -71,12 +73,32 @@ def canonical(name: str) -> str:
 def own_tunings(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tuning]]:
     """Yield ``(name, backbone, record)`` of the backbones that the run of ``module`` tunes, or of all without a run.
 
-    Another one, such as a tuned teacher, is a part of the module like any other.
+    Another one, such as a tuned teacher, is a part of the module like any other. The record is of those methods alone
+    that the run trains.
     """
     run = run_of(module)
     for path, backbone, tuning in tunings(module):
         if run is None or run.tuned is None or canonical(path) in run.tuned:
-            yield path, backbone, tuning
+            yield path, backbone, tuning if run is None or run.keys is None else tuning.only(run.keys)
+
+
+@contextmanager
+def selected(module: nn.Module, keys: Collection[str]) -> Iterator[None]:
+    """Let what is saved or loaded inside the context be these methods of the backbones of ``module`` alone."""
+    run = run_of(module)
+    if run is None:
+        vars(module)[ATTRIBUTE] = Run(keys=set(keys))
+    before = run.keys if run is not None else None
+    try:
+        if run is not None:
+            run.keys = set(keys)
+        yield
+    finally:
+        own = run_of(module)
+        assert own is not None
+        own.keys = before
+        if run is None and not own.outside:
+            del vars(module)[ATTRIBUTE]
 
 
 def below_backbones(module: nn.Module) -> Callable[[str], bool]:
@@ -94,7 +116,7 @@ def trained_names(module: nn.Module) -> set[str]:
     names = {
         canonical(f"{path}.{name}".lstrip("."))
         for path, backbone, tuning in own_tunings(module)
-        for name in (*tuning.trained_in_place(), *graft_parameters(backbone))
+        for name in (*tuning.trained_in_place(), *graft_parameters(backbone, tuning))
     }
     decided = run is not None and run.started is not None
     for name, parameter in module.named_parameters():
@@ -110,6 +132,7 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if canonical(name) in names}
 
 
-def graft_parameters(backbone: nn.Module) -> list[str]:
-    """Return the names of the parameters that methods have added to a backbone."""
-    return [f"{place.full_name}.{name}" for place in grafts(backbone) for name, _ in place.graft.named_parameters()]
+def graft_parameters(backbone: nn.Module, tuning: Tuning) -> list[str]:
+    """Return the names of the parameters that the methods of a record have added to a backbone."""
+    places = tuning.grafts(backbone)
+    return [f"{place.full_name}.{name}" for place in places for name, _ in place.graft.named_parameters()]

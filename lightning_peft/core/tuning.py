@@ -3,16 +3,20 @@
 It is kept on the backbone, so it is copied and pickled with it, and it names tensors instead of holding them.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lightning_peft.core import attention
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.graft import detach, grafts
+from lightning_peft.core.graft import Graft, Grafted, detach, grafts
 from lightning_peft.core.private_torch import times_written
+from lightning_peft.core.select import near
+from lightning_peft.core.sharded import like
+from lightning_peft.core.stand_in import stand_in
+from lightning_peft.core.switch import Switch
 
 if TYPE_CHECKING:
     from lightning_peft.core.method import TuningMethod
@@ -34,20 +38,31 @@ class _Version(int):
 class Tuning:
     """The record of what methods did to one backbone.
 
+    Methods go by their `key`, which their grafts have as the name of their owner.
+
     Attributes:
-        methods: name of a method -> the method.
-        trains: name of a method -> the base tensors that it trains in place.
+        methods: the methods.
+        trains: the base tensors that each method trains in place.
+        replaces: the base tensors that each method of a named delta has copies of its own of.
         required_grad: ``requires_grad`` of each parameter before the first method came.
         originals: the values that tensors trained in place had; where those are not kept, how often the tensor had been
             written to, which tells whether it has changed.
-        fingerprint: hash of the frozen tensors, computed when a checkpoint first needs it.
+        fingerprints: hash of the tensors that are not trained, computed when a checkpoint first needs it, by the names
+            of those left out.
+        switch: which methods rest.
+        parked: the values of tensors trained in place while their methods rest, and whether they require gradients.
+        still: names of the parameters that are frozen since a run trains other methods.
     """
 
     methods: dict[str, "TuningMethod"] = field(default_factory=dict)
     trains: dict[str, set[str]] = field(default_factory=dict)
+    replaces: dict[str, set[str]] = field(default_factory=dict)
     required_grad: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, Tensor | int] = field(default_factory=dict)
-    fingerprint: str | None = None
+    fingerprints: dict[frozenset[str], str] = field(default_factory=dict)
+    switch: Switch = field(default_factory=Switch)
+    parked: dict[str, tuple[Tensor, bool]] = field(default_factory=dict)
+    still: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, backbone: nn.Module) -> "Tuning | None":
@@ -62,18 +77,31 @@ class Tuning:
         backbone.requires_grad_(False)
         return tuning
 
-    def add(self, backbone: nn.Module, name: str, method: "TuningMethod", trains: set[str], keep: bool) -> None:
-        """Record a method; let the base tensors that it trains require gradients, and keep their values to undo it."""
+    def add(self, backbone: nn.Module, key: str, method: "TuningMethod", trains: set[str], keep: bool) -> None:
+        """Record a method; let it train these base tensors: a named one its own copies, others in place.
+
+        The values of tensors trained in place are kept, so that they can be given back.
+        """
         parameters = dict(backbone.named_parameters())
         in_grafts = _in_grafts(backbone)
         trains = {name for name in trains if id(parameters[name]) not in in_grafts}
+        self.methods[key], self.trains[key], self.replaces[key] = method, set(), set()
+        if method.name is not None:
+            shared = set().union(*(self.replaces[other] for other in self.of_delta(method.name)))
+            self.replaces[key] = trains - shared
+            values = {name: value for name, value in self.originals.items() if isinstance(value, Tensor)}
+            stand_in(backbone, key, trains - shared, values)
+            return
         for tensor in trains:
             if tensor not in self.originals:
-                values = parameters[tensor].detach()
-                self.originals[tensor] = values.clone() if keep else _Version(times_written(values))
+                values_now = parameters[tensor].detach()
+                self.originals[tensor] = values_now.clone() if keep else _Version(times_written(values_now))
             parameters[tensor].requires_grad_(True)
-        self.methods[name], self.trains[name] = method, trains
-        self.fingerprint = None
+        self.trains[key] = trains
+
+    def of_delta(self, name: str) -> list[str]:
+        """Return the keys of the methods of a delta."""
+        return [key for key, method in self.methods.items() if method.delta == name]
 
     def undo(self, backbone: nn.Module, name: str) -> None:
         """Undo a method, bit for bit; after the last one nothing of this record is left.
@@ -81,6 +109,7 @@ class Tuning:
         Raises:
             TuningError: it trained tensors in place whose values were not kept.
         """
+        self.rest(backbone, self.switch.off - {name})
         others = set().union(*(names for other, names in self.trains.items() if other != name))
         own = self.trains.get(name, set()) - others
         parameters = dict(backbone.named_parameters())
@@ -98,7 +127,7 @@ class Tuning:
             parameters[tensor].requires_grad_(False)
         self.methods.pop(name, None)
         self.trains.pop(name, None)
-        self.fingerprint = None
+        self.replaces.pop(name, None)
         if not self.methods:
             self.end(backbone)
 
@@ -112,13 +141,63 @@ class Tuning:
         """Return the names of all base tensors that some method trains."""
         return set().union(*self.trains.values())
 
+    def changed(self) -> set[str]:
+        """Return the names of all base tensors that some method trains, in place or a copy of."""
+        return self.trained_in_place().union(*self.replaces.values())
+
+    def only(self, keys: Collection[str]) -> "Tuning":
+        """Return the record of some of the methods, for who looks at what these alone train."""
+        methods = {key: method for key, method in self.methods.items() if key in keys}
+        trains, replaces = ({k: v for k, v in names.items() if k in keys} for names in (self.trains, self.replaces))
+        return replace(self, methods=methods, trains=trains, replaces=replaces)
+
+    def grafts(self, backbone: nn.Module) -> Iterator[Grafted[Graft]]:
+        """Yield the grafts that are trained: those of the methods, and those that no method has attached."""
+        return (place for place in grafts(backbone) if place.graft.owner in ("", *self.methods))
+
     def freeze(self, backbone: nn.Module) -> None:
         """Freeze again what the methods do not train; what they train stays frozen where the user has frozen it."""
-        trained = self.trained_in_place()
-        in_grafts = _in_grafts(backbone)
+        own = {id(p) for place in self.grafts(backbone) for p in place.graft.parameters()}
+        in_place, everywhere = self.trained_in_place(), _in_grafts(backbone)
         for name, parameter in backbone.named_parameters():
-            if name not in trained and id(parameter) not in in_grafts:
+            trained = name in in_place or id(parameter) in own
+            if trained and name in self.still:
+                self.still.remove(name)
+                parameter.requires_grad_(True)
+            elif not trained:
+                if parameter.requires_grad and (name in self.originals or id(parameter) in everywhere):
+                    self.still.add(name)
                 parameter.requires_grad_(False)
+
+    def rest(self, backbone: nn.Module, off: frozenset[str]) -> None:
+        """Let these methods rest and the others compute; nothing changes where that cannot be.
+
+        Raises:
+            TuningError: one is merged into the weights, or trained tensors in place and kept no copies.
+        """
+        for place in grafts(backbone):
+            if place.graft.merged and place.graft.owner in off ^ self.switch.off:
+                raise TuningError(f"{place.graft.owner} is merged into {place.path}, so it computes: unmerge it first.")
+        at_work = set().union(*(names for key, names in self.trains.items() if key not in off))
+        parameters = dict(backbone.named_parameters())
+        resting = self.trained_in_place() - at_work
+        for name in sorted(resting - self.parked.keys()):
+            original = self.originals[name]
+            if not isinstance(original, Tensor) and times_written(parameters[name]) != original:
+                raise TuningError(
+                    f"{name} was trained in place and no copy of it was kept, so that it cannot rest: give its method "
+                    "a name=, under which it trains a copy."
+                )
+        for name in resting - self.parked.keys():
+            parameter, original = parameters[name], self.originals[name]
+            self.parked[name] = parameter.data, parameter.requires_grad
+            if isinstance(original, Tensor):
+                parameter.data = like(parameter.data, original).to(parameter.device)
+            parameter.requires_grad_(False)
+        for name in self.parked.keys() - resting:
+            parameters[name].data, flag = self.parked.pop(name)
+            parameters[name].requires_grad_(flag)
+        self.switch.off = off
 
 
 def tunings(root: nn.Module) -> Iterator[tuple[str, nn.Module, Tuning]]:
@@ -127,6 +206,23 @@ def tunings(root: nn.Module) -> Iterator[tuple[str, nn.Module, Tuning]]:
         tuning = Tuning.of(module)
         if tuning is not None:
             yield name, module, tuning
+
+
+def chosen(module: nn.Module, names: Sequence[str] | None) -> list[tuple[nn.Module, Tuning, frozenset[str]]]:
+    """Return each tuned backbone with its record and the keys of the methods of these deltas; None: of all.
+
+    Raises:
+        TuningError: there is no delta of a name.
+    """
+    found = [(backbone, tuning) for _, backbone, tuning in tunings(module)]
+    every = dict.fromkeys(method.delta for _, tuning in found for method in tuning.methods.values())
+    for name in names or ():
+        if name not in every:
+            raise TuningError(
+                f"{name!r} is no delta of this {type(module).__name__}{near(name, every)}; load it by name=."
+            )
+    wanted = every if names is None else names
+    return [(b, tuning, frozenset(key for name in wanted for key in tuning.of_delta(name))) for b, tuning in found]
 
 
 def _in_grafts(backbone: nn.Module) -> set[int]:

@@ -83,7 +83,7 @@ class Adapter(Method):
         for name, (host, kind, width) in chosen.items():
             size = self._size(indices.get(_block_of(indices, name) or ""), width, backbone)
             activation = self.activation or ("gelu" if self.form == "houlsby" else "relu")
-            attach(host, kind(host, width, size, activation, self.init_std, self.zero_up, self.scale), self.name)
+            attach(host, kind(host, width, size, activation, self.init_std, self.zero_up, self.scale), self.key)
         self._norms: set[str] = set()
         if self.train_norms if self.train_norms is not None else self.form == "houlsby":
             self._norms = set(structure.norm_names(backbone))
@@ -91,7 +91,7 @@ class Adapter(Method):
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
         """Ask for no weight decay of norms and of the biases of the bottlenecks, as in the authors' code."""
-        free = name in self._norms or name.endswith((f"{self.name}.down.bias", f"{self.name}.up.bias"))
+        free = name in self._norms or name.endswith((f"{self.key}.down.bias", f"{self.key}.up.bias"))
         return {"weight_decay": 0.0} if free else {}
 
     def _check(self) -> None:

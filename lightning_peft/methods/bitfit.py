@@ -117,7 +117,7 @@ class BitFit(Method):
         chosen, parts = self._chosen(backbone, owners, bare)
         kept = self.without_excluded({name: name for name in chosen})
         for name in kept.keys() & bare.keys():
-            attach(bare[name], AddedBias(bare[name]), self.name)
+            attach(bare[name], AddedBias(bare[name]), self.key)
         for name, part in self.without_excluded(parts).items():
             self._shift(backbone, name, owners[name], part)
         return [owners[name] for name in chosen if name in owners]
@@ -125,7 +125,7 @@ class BitFit(Method):
     def optimizer_options(self, name: str) -> dict[str, Any]:
         """Ask for no weight decay of biases."""
         last = name.rpartition(".")[2]
-        return {"weight_decay": 0.0} if last in _NAMES or name.endswith(f"{self.name}.shift") else {}
+        return {"weight_decay": 0.0} if last in _NAMES or name.endswith(f"{self.key}.shift") else {}
 
     def _chosen(
         self, backbone: nn.Module, owners: dict[str, str], bare: dict[str, nn.Module]
@@ -181,7 +181,7 @@ class BitFit(Method):
                 f"{name} has a bias of {values.numel()} values for an input of {width}, so that its parts are unknown: "
                 "use biases='all' or a list of suffixes."
             )
-        attach(host, BiasPart(last, values, part, heads), self.name)
+        attach(host, BiasPart(last, values, part, heads), self.key)
 
 
 BitFitMixin = TunedBy[BitFit]

@@ -168,11 +168,11 @@ class CoCoOp(Method):
         )
         tokens = ConditionalTokens(nn.Parameter(rows), call, features, self.reduction)
         context = ConditionalContext(
-            plain_layout(len(rows)), call, share_prefix=self.share_prefix, chunk=self.chunk, tokens=self.name
+            plain_layout(len(rows)), call, share_prefix=self.share_prefix, chunk=self.chunk, tokens=self.key
         )
-        graft_context(tower, tokens, context, self.name)
-        attach(source, ImageListener(call), self.name)
-        attach(model, OwnTexts(call), self.name)
+        graft_context(tower, tokens, context, self.key)
+        attach(source, ImageListener(call), self.key)
+        attach(model, OwnTexts(call), self.key)
         return ()
 
 

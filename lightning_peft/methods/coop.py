@@ -70,7 +70,7 @@ class CoOp(Method):
         if self.num_classes is not None:
             rows = self._of_each_class(rows, self.num_classes)
         context = TextContext(layout, call, self.position, self.share_prefix)
-        graft_context(tower, ContextTokens(nn.Parameter(rows), call), context, self.name)
+        graft_context(tower, ContextTokens(nn.Parameter(rows), call), context, self.key)
         return ()
 
     def context(self, model: nn.Module) -> Tensor:

@@ -76,7 +76,7 @@ class DAPL(Method):
             tower,
             DomainTokens(weight, domains, call),
             TextContext(self._layout(common), call, share_prefix=self.share_prefix),
-            self.name,
+            self.key,
         )
         return ()
 

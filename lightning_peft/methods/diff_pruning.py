@@ -30,11 +30,12 @@ from lightning_peft.core import select, structure
 from lightning_peft.core.arguments import bounded, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, grafts
+from lightning_peft.core.stand_in import readers
 from lightning_peft.training import checks
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.training.param_groups import advance
-from lightning_peft.updates.sparse_difference import Gates, Noise, SparseDifference, Twin, draw_seed, readers
+from lightning_peft.updates.sparse_difference import Gates, Noise, SparseDifference, Twin, draw_seed
 
 
 @dataclass(eq=False, kw_only=True)
@@ -84,7 +85,9 @@ class DiffPruning(Method):
         if not kept:
             raise TuningError(f"exclude={self.exclude!r} leaves no parameter to tune: let it name fewer.")
         for other, _, name, graft in grafts(backbone):
-            if taken := sorted(kept & {f"{other}.{weight}".lstrip(".") for weight in graft.weights}):
+            if not graft.rests and (
+                taken := sorted(kept & {f"{other}.{weight}".lstrip(".") for weight in graft.weights})
+            ):
                 raise TuningError(
                     f"{name} puts another tensor in the place of {taken[0]} already, to which a difference may not "
                     "fit: apply DiffPruning first, or exclude that tensor."
@@ -97,17 +100,17 @@ class DiffPruning(Method):
             new = {leaf: number + i for i, leaf in enumerate(n for n, p in mine.items() if id(p) not in first)}
             number += len(new)
             if new:
-                added = attach(host, SparseDifference(host, new, noise, gates), self.name)
+                added = attach(host, SparseDifference(host, new, noise, gates), self.key)
             twins = {leaf: first[id(p)] for leaf, p in mine.items() if leaf not in new}
             for leaf, (owner, other) in twins.items():
-                attach(host, Twin({leaf: other}, owner), f"{self.name}_{leaf.replace('.', '_')}")
+                attach(host, Twin({leaf: other}, owner), f"{self.key}_{leaf.replace('.', '_')}")
             first |= {id(mine[leaf]): (added, leaf) for leaf in new}
-        attach(backbone, noise, f"{self.name}_noise")
+        attach(backbone, noise, f"{self.key}_noise")
         return ()
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
         """Give the gates their learning rate and no weight decay."""
-        if self.alpha_lr is None or not name.endswith(("_alpha", "_group")) or f".{self.name}." not in f".{name}":
+        if self.alpha_lr is None or not name.endswith(("_alpha", "_group")) or f".{self.key}." not in f".{name}":
             return {}
         return {"lr": self.alpha_lr, "weight_decay": 0.0}
 
@@ -231,7 +234,7 @@ class DiffPruning(Method):
             )
 
     def _noise(self, backbone: nn.Module) -> Noise:
-        return cast(Noise, backbone.get_submodule(f"{self.name}_noise"))
+        return cast(Noise, backbone.get_submodule(f"{self.key}_noise"))
 
     def _exchange(self, trainer: L.Trainer, module: L.LightningModule, backbone: nn.Module) -> None:
         """Train the values of what is kept in place of w and the gates: new optimizers, at the old place of the run."""

@@ -127,14 +127,14 @@ class IA3(MergingMethod):
         keeps_output = not structure.computes_in_place(backbone)
         for name, host in outputs.items():
             first = _first_key(backbone, name, host) if self.target_modules is None else 0
-            attach(host, ScaledOutput(host, keeps_output, first), self.name)
+            attach(host, ScaledOutput(host, keeps_output, first), self.key)
         for host in inputs.values():
-            attach(host, ScaledInput(host), self.name)
+            attach(host, ScaledInput(host), self.key)
         return ()
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
         """Ask for no weight decay of the vectors."""
-        return {"weight_decay": 0.0} if name.endswith(f"{self.name}.l") else {}
+        return {"weight_decay": 0.0} if name.endswith(f"{self.key}.l") else {}
 
     def _keys_and_values(self, backbone: nn.Module) -> dict[str, nn.Module]:
         if self.target_modules == []:

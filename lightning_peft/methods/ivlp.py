@@ -68,7 +68,7 @@ class IVLP(Method):
         first = nn.Parameter(rows.to(device_of(text)))
         texts = [first, *(random_prompt(text, len(rows)) for _ in range(self.depth - 1))]
         prompts = Prompts(texts, [random_prompt(images, self.num_image_tokens) for _ in range(image_depth)])
-        graft_prompts(two_towers(backbone), prompts, self.name, "{}.", self.share_prefix)
+        graft_prompts(two_towers(backbone), prompts, self.key, "{}.", self.share_prefix)
         return ()
 
 

@@ -84,10 +84,10 @@ class L2P(Method):
         prompts = torch.empty(self.pool_size, self.prompt_length, found.dim, device=device).uniform_(-1, 1)
         keys = torch.empty(self.pool_size, found.dim, device=device).uniform_(-1, 1)
         path = next(path for path, module in found.module.named_modules() if module is found.embeddings)
-        attach(found.embeddings, ChosenPrompts(start, position), self.name)
+        attach(found.embeddings, ChosenPrompts(start, position), self.key)
         how = (self.diversify, self.batchwise, self.cache_queries)
-        pool = PromptPool(prompts, keys, self.top_n, f"{path}.{self.name}", start, *how)
-        attach(found.module, pool, self.name)
+        pool = PromptPool(prompts, keys, self.top_n, f"{path}.{self.key}", start, *how)
+        attach(found.module, pool, self.key)
         if self.batchwise == "always":
             rank_zero_warn(
                 "batchwise='always' lets a test batch vote on its prompts: batches of one task then give the task "

@@ -169,10 +169,10 @@ class LadderSideTuning(Method):
         text = isinstance(structure.input_embeddings_of(base), nn.Embedding)
         causal = text and not structure.is_encoder(backbone)
         ladder = Ladder(base, rungs, width, narrow, heads, 4 * narrow, self.dropout, self.temperature, causal)
-        attach(base, ladder, self.name)
+        attach(base, ladder, self.key)
         blocks = next(iter(lists.values()))
         for index in sorted({0, *rungs}):
-            attach(blocks[index], Rung(ladder.seen, index), f"{self.name}_rung")
+            attach(blocks[index], Rung(ladder.seen, index), f"{self.key}_rung")
         return ()
 
 

@@ -64,7 +64,7 @@ class LinearProbe(CachingMethod):
         self.cache(backbone)
         if self.batch_norm:
             first = next(iter(heads.head_linears(backbone).values()))
-            attach(first, heads.HeadNorm(first), self.name)
+            attach(first, heads.HeadNorm(first), self.key)
         return ()
 
 

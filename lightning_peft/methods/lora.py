@@ -107,15 +107,15 @@ class LoRA(MergingMethod):
                 continue
             kind = next(graft for kind, graft in GRAFTS.items() if isinstance(target.host, kind))
             how = (self.use_rslora, self.use_dora, self.init, self.svd_iterations, keeps_output)
-            attach(target.host, kind(target.host, r, alpha, self.dropout, *how), self.name)
+            attach(target.host, kind(target.host, r, alpha, self.dropout, *how), self.key)
         for host, updates in read.items():
-            attach(host, LowRankWeights(host, updates), self.name)
+            attach(host, LowRankWeights(host, updates), self.key)
         return self._biases(backbone, chosen)
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
         """Return the learning rate of a B, as a multiple of that of the rest."""
         *path, last = name.split(".")
-        is_b = last == "B" and self.name in path
+        is_b = last == "B" and self.key in path
         return {"lr_ratio": self.lora_plus_ratio} if is_b and self.lora_plus_ratio is not None else {}
 
     def _check_fit(self, name: str, target: Target, r: int, alpha: float) -> None:
@@ -134,7 +134,8 @@ class LoRA(MergingMethod):
             raise TuningError(
                 f"{name} is a convolution of {host.groups} groups, whose update is no low rank: leave it out."
             )
-        earlier = next((g for g in host.children() if isinstance(g, Graft) and overrides(g, "after")), None)
+        active = (g for g in host.children() if isinstance(g, Graft) and not g.rests)
+        earlier = next((g for g in active if overrides(g, "after")), None)
         if self.use_dora and earlier is not None:
             raise TuningError(
                 f"{type(earlier).__name__} already changes the output of {name}, and use_dora=True sets the magnitude "

@@ -76,7 +76,7 @@ class MaPLe(Method):
             rows = word_rows(word_table(text), first)
         weights = [nn.Parameter(rows.to(device_of(text))), *(random_prompt(text, count) for _ in range(self.depth - 1))]
         maps = [nn.Linear(tower_width(text), tower_width(images)).to(device_of(images)) for _ in range(self.depth)]
-        graft_prompts(model, Prompts(weights, projections=maps), self.name, template, self.share_prefix)
+        graft_prompts(model, Prompts(weights, projections=maps), self.key, template, self.share_prefix)
         return ()
 
 

@@ -81,7 +81,7 @@ class MLPHead(CachingMethod):
         _, host = heads.last_linear(backbone, "MLPHead")
         self.cache(backbone)
         if self.k > 1:
-            attach(host, HiddenLayers(host, self.k - 1, self.dropout), self.name)
+            attach(host, HiddenLayers(host, self.k - 1, self.dropout), self.key)
         return ()
 
 

@@ -145,15 +145,15 @@ class PTuning(PromptMethod):
         source: nn.Parameter | PromptEncoder = nn.Parameter(rows)
         if self.encoder != "none":
             source = PromptEncoder(rows, self.encoder, self.dropout).to(weight.device)
-            attach(backbone, source, self.name)
+            attach(backbone, source, self.key)
         self.place(backbone, source, anywhere=self.template is not None)
         if not self.tune_backbone:
             return ()
-        return [name for name, _ in backbone.named_parameters() if f".{self.name}." not in f".{name}"]
+        return [name for name, _ in backbone.named_parameters() if f".{self.key}." not in f".{name}"]
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
         """Give the language model its own learning rate."""
-        of_prompt = f".{self.name}." in f".{name}"
+        of_prompt = f".{self.key}." in f".{name}"
         return {} if of_prompt or not self.tune_backbone or self.backbone_lr is None else {"lr": self.backbone_lr}
 
     def insert(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:

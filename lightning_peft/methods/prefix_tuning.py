@@ -54,13 +54,13 @@ class PrefixTuning(PrefixMethod):
         (table,) = structure.word_tables(backbone).values()
         width: int = table.embedding_dim  # type: ignore[assignment]
         device = table.weight.device
-        attach(table, VirtualTokens(nn.Parameter(torch.randn(count, width, device=device))), self.name)  # type: ignore[arg-type]
+        attach(table, VirtualTokens(nn.Parameter(torch.randn(count, width, device=device))), self.key)  # type: ignore[arg-type]
         projections = infix.projections(backbone)
         for host, size, skip in projections.values():
-            attach(host, infix.InfixStates(count, size, skip, call).to(device), self.name)  # type: ignore[arg-type]
+            attach(host, infix.InfixStates(count, size, skip, call).to(device), self.key)  # type: ignore[arg-type]
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in projections):
-            attach(backbone.get_submodule(owner), infix.InfixAttention(call), self.name)
-        attach(backbone.get_decoder(), infix.InfixDecoder(call), self.name)  # type: ignore[operator]
+            attach(backbone.get_submodule(owner), infix.InfixAttention(call), self.key)
+        attach(backbone.get_decoder(), infix.InfixDecoder(call), self.key)  # type: ignore[operator]
         self._limit = text_structure.max_positions(backbone)
         return ()
 

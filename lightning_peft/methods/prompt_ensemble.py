@@ -123,7 +123,7 @@ class PromptEnsemble(Method):
         padded = torch.cat([torch.cat((torch.zeros(max(lengths) - len(r), r.shape[1]), r)) for r in rows])
         weight = nn.Parameter(padded.to(table.weight.device))  # type: ignore[arg-type]
         for host in tables.values():
-            attach(host, VirtualTokens(weight), self.name)
+            attach(host, VirtualTokens(weight), self.key)
         encoder_decoder = structure.is_encoder_decoder(backbone)
         positions = None
         if "position_ids" in structure.arguments_of(backbone):
@@ -136,7 +136,7 @@ class PromptEnsemble(Method):
                 "need: give prompts of one length."
             )
         after = 1 if structure.is_encoder(backbone) else 0
-        attach(backbone, Ballot(lengths, self.vote, after, encoder_decoder, positions), self.name)
+        attach(backbone, Ballot(lengths, self.vote, after, encoder_decoder, positions), self.key)
         return ()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -122,12 +122,12 @@ class SideTuning(Method):
             network, widths = narrow(base, self.reduction, self.side_layers, pooled=blend == "pooler_output")
             projection = nn.Linear(*widths, bias=False, device=device, dtype=torch.float32)
         network.to(device=device).requires_grad_(True)
-        attach(base, Side(base, network, projection, blend, self.alpha_init), self.name)
+        attach(base, Side(base, network, projection, blend, self.alpha_init), self.key)
         return ()
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
         """Ask for no weight decay of a."""
-        return {"weight_decay": 0.0} if name.endswith(f"{self.name}.alpha") else {}
+        return {"weight_decay": 0.0} if name.endswith(f"{self.key}.alpha") else {}
 
     def alpha(self, model: nn.Module) -> float:
         """Return s(a), the share of the backbone in the blend.

@@ -164,7 +164,7 @@ class TinyTL(Method):
             device = next(backbone.parameters()).device
             grid = None if len(into) == 4 else self._grid(backbone, into[1])
             residual = LiteResidual(into, out, grid, self.kernel_size, self.groups, self.expand, device)
-            attach(blocks[name], residual, self.name)
+            attach(blocks[name], residual, self.key)
         return biases if self.biases else ()
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class TinyTL(Method):
         channels = structure.image_channels(config)
         image = torch.zeros(1, channels, height, width, dtype=parameter.dtype, device=parameter.device)
         modes = {module: module.training for module in backbone.modules()}
-        noted = {name: attach(block, Shapes(), f"{self.name}_shapes") for name, block in blocks.items()}
+        noted = {name: attach(block, Shapes(), f"{self.key}_shapes") for name, block in blocks.items()}
         try:
             with torch.no_grad():
                 backbone.eval()(image)
@@ -250,7 +250,7 @@ class TinyTL(Method):
             for module, mode in modes.items():
                 module.training = mode
             for block in blocks.values():
-                detach(block, f"{self.name}_shapes")
+                detach(block, f"{self.key}_shapes")
         shapes = {name: note.seen for name, note in noted.items() if note.seen and len(note.seen[0]) in (3, 4)}
         if unlike := [name for name in noted if name not in shapes]:
             raise TuningError(

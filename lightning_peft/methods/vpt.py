@@ -181,11 +181,11 @@ class VPT(Method):
         if found.windowed:
             dims = [_width(block) for block in found.blocks]
             weights = {i: self._drawn(bound, dims[i], found) for i in chosen}
-            attach_windows(found, weights, self._dropout, self.name)
+            attach_windows(found, weights, self._dropout, self.key)
         else:
             self._attach_tokens(found, chosen, bound)
         if self.pool != "model":
-            attach(found.module, Pooled(self.pool, found.prefix), self.name)
+            attach(found.module, Pooled(self.pool, found.prefix), self.key)
         return ()
 
     def prompts(self, model: nn.Module) -> list[Tensor]:
@@ -213,7 +213,7 @@ class VPT(Method):
             )
         prompted = {id(m) for i in chosen for m in found.blocks[i].modules()}
         start = 0 if found.windowed else found.prefix
-        attentions = [a for a in attention.join(backbone, self.name) if id(a.module) in prompted]
+        attentions = [a for a in attention.join(backbone, self.key) if id(a.module) in prompted]
         image = found.patches.weight.new_zeros(1, found.patches.in_channels, *found.image_size)
         was_training = found.module.training
         found.module.eval()
@@ -223,11 +223,11 @@ class VPT(Method):
         for place in self.own_grafts(model, Graft):
             if not isinstance(place.graft, Pooled):
                 detach(place.host, place.name)
-        with owned_by(self.name):
+        with owned_by(self.key, place.graft.switch):
             for one in attentions:
                 columns = slice(start, start + self.num_virtual_tokens)
                 key, value = (tensor[:1, :, columns] for tensor in seen[one.path])
-                attach(one.module, FoldedPrompt(key, value), self.name)
+                attach(one.module, FoldedPrompt(key, value), self.key)
 
     @property
     def _dropout(self) -> float:
@@ -271,13 +271,13 @@ class VPT(Method):
             return kind(weight, shared, self._dropout, found.prefix, self.num_virtual_tokens, first)
 
         if 0 in weights:
-            attach(found.embeddings, prompt(EmbeddedPrompt, 0, own=True), self.name)
+            attach(found.embeddings, prompt(EmbeddedPrompt, 0, own=True), self.key)
         last = len(found.blocks) - 1
         for i, block in enumerate(found.blocks):
             if i == last:
-                attach(block, prompt(LastBlockPrompt, i, own=i > 0), self.name)
+                attach(block, prompt(LastBlockPrompt, i, own=i > 0), self.key)
             elif i > 0 and i in weights:
-                attach(block, prompt(BlockPrompt, i, own=True), self.name)
+                attach(block, prompt(BlockPrompt, i, own=True), self.key)
 
     def _projection(self, found: Tower) -> nn.Linear | None:
         if self.projection is None:

@@ -91,12 +91,12 @@ class WARP(PromptMethod):
         self.place(backbone, nn.Parameter(rows.to(decoder.weight.device)), anywhere=True)
         weight = decoder.weight.detach()[ids].float()
         bias = decoder.bias.detach()[ids].float() if decoder.bias is not None else weight.new_zeros(len(ids))
-        attach(decoder, ClassRows(weight, bias, ids), self.name)
+        attach(decoder, ClassRows(weight, bias, ids), self.key)
         return ()
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
         """Ask for no weight decay, as in the authors' code."""
-        return {"weight_decay": 0.0} if f".{self.name}." in f".{name}" else {}
+        return {"weight_decay": 0.0} if f".{self.key}." in f".{name}" else {}
 
     def _word_ids(self, backbone: nn.Module) -> Tensor:
         if len(self.words) < 2:

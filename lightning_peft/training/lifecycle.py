@@ -5,7 +5,7 @@ Lightning has no callback hook between ``configure_model`` and the making of the
 four hooks of the module are extended on the instance.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 
 from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.run import below_backbones, canonical, own_tunings, trained
-from lightning_peft.core.tuning import tunings
+from lightning_peft.core.stand_in import stand_ins
+from lightning_peft.core.tuning import Tuning, tunings
 from lightning_peft.training import checkpoint_content, patches, precision, strategy
 from lightning_peft.training.param_groups import add_new, drop, schedulers_in, split_groups
 from lightning_peft.training.record import Life, trainer_of
@@ -48,10 +50,16 @@ def apply_methods(module: L.LightningModule) -> None:
     """Apply each method whose backbone is there, and freeze again what something else may have thawed."""
     plugin = _replace_layers(module)
     life = Life.of(module)
+    trainer = trainer_of(module)
+    callbacks = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    life.keys = {method.key for method in callbacks if isinstance(method, TuningMethod)} or {
+        method.key for method in life.methods
+    }
     for method in life.methods:
         if method.finds_backbone(module) and not strategy.goes_first(module):
             life.tuned = {*(life.tuned or ()), _path_of(module, method)}
             if method.is_applied(module):
+                _check_at_work(module, method)
                 continue
             try:
                 method.apply(module)
@@ -75,6 +83,15 @@ def _replace_layers(module: L.LightningModule) -> Any:
     if found:
         precision.replace_layers(module, found, plugin)
     return plugin
+
+
+def _check_at_work(module: L.LightningModule, method: "Method") -> None:
+    tuning = Tuning.of(select.backbone_of(module, method.backbone))
+    if tuning is not None and method.key in tuning.switch.off:
+        raise TuningError(
+            f"{method.delta} is a callback of this Trainer, but rests: let it compute by activate(model, "
+            f"{method.delta!r}) before."
+        )
 
 
 def _path_of(module: L.LightningModule, method: "Method") -> str:
@@ -149,9 +166,15 @@ def _options(module: L.LightningModule) -> dict[int, dict[str, Any]]:
     return {
         id(parameter): dict(merged)
         for _, backbone, tuning in own_tunings(module)
-        for name, parameter in trained(backbone).items()
+        for name, parameter in _named_as_in_the_base(backbone)
         if (merged := [item for m in tuning.methods.values() for item in m.optimizer_options(name).items()])
     }
+
+
+def _named_as_in_the_base(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield what is trained of a backbone, by name; what stands in for one of its tensors by the name of that one."""
+    names = stand_ins(backbone)
+    return ((names.get(name, name), parameter) for name, parameter in trained(backbone).items())
 
 
 def optimizers_in(configured: Any) -> list[Optimizer]:

@@ -39,7 +39,7 @@ class Method(TuningMethod, L.Callback):
         checks.check_averaging(trainer, self)
         life = lifecycle.extend_hooks(pl_module)
         trainer_hooks.install_hooks(trainer, life, pl_module)
-        if not any(type(other) is type(self) and other.backbone == self.backbone for other in life.methods):
+        if not any(other.key == self.key and other.backbone == self.backbone for other in life.methods):
             life.methods.append(self)
         lifecycle.await_backbone(pl_module, trainer)
         lifecycle.apply_methods(pl_module)
@@ -78,8 +78,9 @@ class Method(TuningMethod, L.Callback):
                 module.training = bool(trained) and all(trained)
             elif any(trained):
                 module.training = True
+        keys = Life.of(pl_module).keys or ()
         for place in grafts(backbone):
-            place.graft.train()
+            place.graft.train(place.graft.owner in ("", *keys))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Add this method's penalty to the loss."""
@@ -110,7 +111,7 @@ class Method(TuningMethod, L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Replace the batch's entries by those of `prepare`."""
-        self._enter(pl_module, batch)
+        self._enter(trainer, pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -131,7 +132,7 @@ class Method(TuningMethod, L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Replace the batch's entries by those of `prepare`."""
-        self._enter(pl_module, batch)
+        self._enter(trainer, pl_module, batch)
 
     def on_validation_batch_end(
         self,
@@ -163,16 +164,23 @@ class Method(TuningMethod, L.Callback):
         )
 
     def _warn_of_others(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Say which methods were applied before and are trained, too, though they are no callbacks of this Trainer."""
-        methods = [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
-        tuning = Tuning.of(select.backbone_of(module, self.backbone)) if self.finds_backbone(module) else None
-        names = {method.name for method in methods if method.backbone == self.backbone}
-        others = [type(m).__name__ for name, m in tuning.methods.items() if name not in names] if tuning else []
-        if others and methods[0] is self:
+        """Say which methods were applied before and compute, frozen, since they are no callbacks of this Trainer."""
+        others = [type(m).__name__ for m in self._others(trainer, module)]
+        if others:
             rank_zero_warn(
-                f"{' and '.join(others)}, applied to {type(module).__name__} before, is trained and saved beside "
-                f"{type(self).__name__}: remove it first, or give it as a callback, too."
+                f"{' and '.join(others)}, applied to {type(module).__name__} before, computes beside "
+                f"{type(self).__name__}, frozen, and is not saved with it: give it as a callback, too, or remove it."
             )
+
+    def _others(self, trainer: L.Trainer, module: L.LightningModule) -> list[TuningMethod]:
+        """Return, if this is the first of the callbacks on its backbone, the methods at work that are none."""
+        methods = [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
+        methods = [method for method in methods if method.backbone == self.backbone]
+        tuning = Tuning.of(select.backbone_of(module, self.backbone)) if self.finds_backbone(module) else None
+        if tuning is None or methods[0] is not self:
+            return []
+        keys = {method.key for method in methods} | tuning.switch.off
+        return [method for key, method in tuning.methods.items() if key not in keys]
 
     def _assert_same(self, module: L.LightningModule) -> None:
         applied = self.applied(module) if self.finds_backbone(module) else None
@@ -201,12 +209,14 @@ class Method(TuningMethod, L.Callback):
                 f"alone: give {type(self).__name__} backbone_mode='train'."
             )
 
-    def _enter(self, module: L.LightningModule, batch: Any) -> None:
-        if type(self).prepare is TuningMethod.prepare:
+    def _enter(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        applied = [self.applied_to(module), *self._others(trainer, module)]
+        applied = [method for method in applied if type(method).prepare is not TuningMethod.prepare]
+        if not applied:
             return
-        applied = self.applied(module)
-        assert applied is not None
-        prepared = applied.prepare(batch)
+        prepared = batch
+        for method in applied:
+            prepared = method.prepare(prepared)
         before = {name: batch.get(name) for name in prepared if prepared[name] is not batch.get(name)}
         self._given = batch, before
         batch.update({name: prepared[name] for name in before})

@@ -61,6 +61,7 @@ class LowRank(Factors, Folding):
         super().__init__(lambda: self.matrix(whole(dense(host)), host), shape_of(host), weight.device, *how)
         self.dropout = dropout
         self.keeps_output = keeps_output
+        self.comes_first = use_dora
 
     def matrix(self, weight: Tensor, host: nn.Module) -> Tensor:
         """Return the weight of the host as [out, in], a view of it."""

@@ -1,6 +1,6 @@
 """Sparse differences to the weights of modules, which these read in place of their own: the grafts of diff-pruning."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -198,20 +198,6 @@ class Twin(Folding):
     def weight(self, w: Tensor, name: str) -> Tensor:
         """Return the parameter as the other graft changes it."""
         return self.first.weight(w, self.names[name])
-
-
-def readers(backbone: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
-    """Yield each module that reads parameters in its own forward pass: path, module, name below it -> parameter."""
-    inner: set[int] = set()
-    for path, module in backbone.named_modules():
-        if id(module) in inner:
-            continue
-        own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, nn.MultiheadAttention):  # it reads the weights of its projection without a call
-            own |= {f"out_proj.{name}": p for name, p in module.out_proj.named_parameters()}
-            inner.add(id(module.out_proj))
-        if own:
-            yield path, module, own
 
 
 def _key(name: str, part: str) -> str:

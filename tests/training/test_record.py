@@ -300,7 +300,7 @@ def test_a_batch_is_given_back_when_a_step_fails(tmp_path: Path) -> None:
 def test_a_method_that_was_left_behind_is_named(tmp_path: Path) -> None:
     module = Trains()
     trainer(tmp_path, LoRA(r=2)).fit(module, loader("bert"))
-    with pytest.warns(UserWarning, match="LoRA, applied to Trains before, is trained and saved beside BitFit"):
+    with pytest.warns(UserWarning, match="LoRA, applied to Trains before, computes beside BitFit, frozen"):
         trainer(tmp_path, BitFit(exclude=".*pooler.*")).fit(module, loader("bert"))
 
 

@@ -93,7 +93,7 @@ class Converter(ABC):
 
 def places(model: nn.Module, method: TuningMethod) -> list[Grafted[Any]]:
     """Return the grafts of a method."""
-    return list(grafts(model, owner=method.name))
+    return list(grafts(model, owner=method.key))
 
 
 def delta_name(place: Grafted[Any], parameter: str) -> str:

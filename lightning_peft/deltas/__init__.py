@@ -1,0 +1,1 @@
+"""Many deltas on one backbone: loading, combining and changing them."""

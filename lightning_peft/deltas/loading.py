@@ -1,0 +1,95 @@
+"""Loads a delta file under a name beside other deltas, with its methods, and swaps one for another."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lightning_peft.core import delta_load, select
+from lightning_peft.core.delta import identity_of
+from lightning_peft.core.delta_file import read_delta
+from lightning_peft.core.delta_fit import check_backbones, fitted
+from lightning_peft.core.run import canonical, selected, unwrapped
+from lightning_peft.core.sharded import like
+from lightning_peft.core.tuning import Tuning
+from lightning_peft.deltas.named_files import Content, content_of, renamed, with_stand_ins
+from lightning_peft.training.rebuild import methods_of
+
+
+def load_delta(
+    module: nn.Module, path: str | Path, name: str | None = None, allow_other_backbone: bool = False
+) -> None:
+    """Load a delta file (safetensors or a checkpoint) into ``module``.
+
+    Without a name the methods of the module must be those of the file. Under a name that the backbone does not have,
+    the file brings its methods along; the delta computes from then on, alone: `activate` lets others compute with it.
+    Under a name that is there, it takes the place of that delta. Everything is checked before the first tensor changes.
+
+    Args:
+        module: a backbone, or a module with one.
+        path: the file.
+        name: what the delta is to go by; of a file with several deltas, the one that is wanted.
+        allow_other_backbone: load it whatever backbone it was trained on.
+
+    Raises:
+        TuningError: the file is no whole delta, or was made for another backbone, method or set of tensors.
+    """
+    if name is None:
+        delta_load.load_delta(module, path, allow_other_backbone)
+        return
+    module = unwrapped(module)
+    tensors, meta = read_delta(path)
+    content = renamed(content_of(tensors, meta, name, str(path)), name)
+    backbone = select.backbone_of(module, None)
+    tuning = Tuning.of(backbone)
+    if tuning is not None and tuning.of_delta(name):
+        _fill(module, backbone, content, name, str(path), allow_other_backbone)
+        return
+    before = frozenset() if tuning is None else tuning.switch.off
+    if tuning is not None:
+        tuning.rest(backbone, frozenset(tuning.methods))
+    try:
+        for method in methods_of({"methods": [entry | {"backbone": ""} for entry in content.meta["methods"]]}):
+            method.apply(module)
+        _fill(module, backbone, content, name, str(path), allow_other_backbone)
+    except BaseException:
+        _take_back(backbone, name, before)
+        raise
+
+
+def _fill(
+    module: nn.Module, backbone: nn.Module, content: Content, name: str, source: str, allow_other_backbone: bool
+) -> None:
+    """Put the tensors of a file into a delta that is there, after checking all of them."""
+    tuning = Tuning.of(backbone)
+    assert tuning is not None
+    tensors = with_stand_ins(content, backbone, name)
+    if not allow_other_backbone:
+        _check_backbone(backbone, tuning, content, source)
+    with selected(module, tuning.of_delta(name)):
+        tensors = fitted(module, tensors, content.meta, source, allow_other_backbone=True)
+    live = {canonical(name): tensor for name, tensor in module.state_dict().items()}
+    with torch.no_grad():
+        for tensor, value in tensors.items():
+            live[tensor].copy_(like(live[tensor], value))
+
+
+def _check_backbone(backbone: nn.Module, tuning: Tuning, content: Content, source: str) -> None:
+    """Check that a backbone is that of a file, in what no delta of the file has values of its own of."""
+    names = {name.replace(".", "_"): name for name, _ in backbone.named_parameters()}
+    changed = {names.get(name.replace(".", "_"), name) for name in content.changed}
+    view = replace(tuning, trains={}, replaces={"": changed})
+    mine = identity_of(backbone, view)
+    (theirs,) = content.meta["backbones"].values()
+    check_backbones({"": theirs}, {"": mine}, source)
+
+
+def _take_back(backbone: nn.Module, name: str, off: frozenset[str]) -> None:
+    tuning = Tuning.of(backbone)
+    if tuning is None:
+        return
+    for key in tuning.of_delta(name):
+        tuning.undo(backbone, key)
+    if Tuning.of(backbone) is not None:
+        tuning.rest(backbone, off)

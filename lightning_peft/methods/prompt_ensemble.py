@@ -1,14 +1,17 @@
 """A vote of several prompts of one task on one frozen model: each row is run once with each prompt, in one batch.
 
-N prompts are trained apart (`PromptTuning` or `PTuning`, with other seeds); here they only answer. The majority
-decides, and of equal counts the mean log-probability: ``argmax_c (votes_c + softmax(mean_n log p_n(c)) / 2)``, of
-which the logarithm is returned as logits. The second form averages probabilities, ``log mean_n p_n(c)``.
+N prompts are trained apart (`PromptTuning` or `PTuning`, with other seeds) and only answer here; or they are trained
+together, ``num_prompts`` of one task in one batch, in which each row is asked by each prompt and the loss is the mean
+of theirs. The majority decides, and of equal counts the mean log-probability: ``argmax_c (votes_c + softmax(mean_n log
+p_n(c)) / 2)``, of which the logarithm is returned as logits. The second form averages probabilities, ``log mean_n
+p_n(c)``.
 
 Source: Lester et al. 2021, arXiv 2104.08691, section 6, which leaves ties open. Prompts of unequal length are padded
 and masked, and positions count what is not masked.
 """
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,155 +21,167 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import structure, text_structure
-from lightning_peft.core.arguments import choice
-from lightning_peft.core.cache_argument import cache_in
+from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.graft import Graft, attach
-from lightning_peft.prompts.virtual_tokens import VirtualTokens, insert
+from lightning_peft.core.graft import attach
+from lightning_peft.methods.prompt_tuning import PromptTuning
+from lightning_peft.prompts.ballot import Ballot, asked_by_all
+from lightning_peft.prompts.virtual_tokens import VirtualTokens
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
 
-class Ballot(Graft):
-    """Runs its host, a whole model, with each prompt, and counts the votes.
-
-    Args:
-        lengths: of each prompt [tokens].
-        vote: 'majority' or 'mean'.
-        after: how many real tokens stand before the prompt.
-        encoder_decoder: whether labels are what a decoder writes.
-        positions: the first position of the model's table, where it takes ``position_ids``.
-    """
-
-    def __init__(self, lengths: list[int], vote: str, after: int, encoder_decoder: bool, positions: int | None) -> None:
-        super().__init__()
-        self.lengths, self.vote, self.in_front, self.positions = lengths, vote, after, positions
-        self.encoder_decoder = encoder_decoder
-
-    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Return the outputs of the model with the logits that the prompts agree on.
-
-        Raises:
-            TuningError: it shall keep keys and values for later tokens, of which there would be one set a prompt.
-        """
-        names = structure.arguments_of(host)
-        inputs = dict(zip(names, args, strict=False)) | kwargs
-        if cache_in(inputs) is not None:
-            raise TuningError("an ensemble votes on whole texts: call generate() with use_cache=False.")
-        inputs.update({"use_cache": False} if "use_cache" in names else {})
-        out = forward(**self._each(inputs))
-        out.logits = self._count(self._text_only(out.logits, inputs["input_ids"]))
-        return out
-
-    def _each(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return the batch once for each prompt, [N B, P + T]: all rows with prompt 0, all with prompt 1 ..."""
-        prompts, longest = len(self.lengths), max(self.lengths)
-        rows = inputs["input_ids"].shape[0]
-        batch = {
-            name: torch.cat([value] * prompts) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
-            for name, value in inputs.items()
-        }
-        number = torch.arange(prompts, device=inputs["input_ids"].device).repeat_interleave(rows).unsqueeze(1)
-        wide = insert(batch, longest, self.in_front, self.encoder_decoder, number * longest)
-        ids, count = wide["input_ids"], torch.tensor(self.lengths, device=number.device)[number]
-        place = (-1 - ids) % longest  # of a virtual token in its prompt, of which the last `count` are real
-        unused = (ids < 0) & (place < longest - count)
-        wide["attention_mask"] = wide["attention_mask"].masked_fill(unused, 0)
-        if len(set(self.lengths)) > 1 and self.positions is not None:
-            wide["position_ids"] = (wide["attention_mask"].cumsum(1) - 1).clamp(min=0) + self.positions
-        return wide
-
-    def _text_only(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """Return logits [N B, ...] without those of virtual tokens."""
-        longest = max(self.lengths)
-        if logits.ndim < 3 or logits.shape[1] != ids.shape[1] + longest or self.encoder_decoder:
-            return logits
-        keep = insert({"input_ids": ids}, longest, self.in_front)["input_ids"] >= 0
-        keep = keep.repeat(len(self.lengths), 1)
-        return logits[keep].view(logits.shape[0], ids.shape[1], -1)
-
-    def _count(self, logits: Tensor) -> Tensor:
-        """Return what the prompts agree on, [B, ..., C], from what each says, [N B, ..., C]."""
-        log_p = logits.float().log_softmax(-1).view(len(self.lengths), -1, *logits.shape[1:])
-        if self.vote == "mean":
-            return (log_p.exp().mean(0)).log().to(logits.dtype)
-        votes = torch.zeros_like(log_p).scatter_(-1, log_p.argmax(-1, keepdim=True), 1.0).sum(0)
-        tie = log_p.mean(0).softmax(-1)
-        return ((votes + tie / 2) / (len(self.lengths) + 0.5)).log().to(logits.dtype)
-
-
 @dataclass(eq=False, kw_only=True)
 class PromptEnsemble(Method):
-    """Let several trained prompts vote; nothing is trained.
+    """Let several prompts vote: trained ones, or some that are trained together here.
 
     Args:
-        prompts: the deltas of the prompts, all of this model.
+        prompts: the deltas of trained prompts, all of this model; with a template, all of the same.
+        num_prompts: how many prompts are trained together; None: those of ``prompts`` answer.
+        num_virtual_tokens: length P of each of these [tokens].
+        init: what these start from: 'sampled_vocab' rows of frequent words, or 'random_uniform' U(-0.5, 0.5).
+        tokenizer: folder or hub id of the tokenizer; None: that of the backbone.
         vote: 'majority', ties by the mean log-probability; or 'mean' of the probabilities.
     """
 
     prompts: list[str] = field(default_factory=list)
+    num_prompts: int | None = natural(None, "is no number of prompts")
+    num_virtual_tokens: int = natural(20, "is no prompt")
+    init: Literal["sampled_vocab", "random_uniform"] = choice("sampled_vocab", "is no initial value of a prompt")
+    tokenizer: str | None = None
     vote: Literal["majority", "mean"] = choice("majority", "is no form of a vote")
 
     kind: ClassVar[str] = "prompt"
-    trains: ClassVar[str] = "nothing: trained prompts of one task vote"
+    trains: ClassVar[str] = "several prompts of one task, which vote"
     paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691"
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach all prompts to the word table, and the vote to the model."""
-        if not self.prompts:
-            raise TuningError("an ensemble without prompts answers nothing: give prompts=, the deltas of one or more.")
+        if bool(self.prompts) == (self.num_prompts is not None):
+            raise TuningError(
+                "an ensemble has its prompts from files or trains them, and without prompts answers nothing: give "
+                "prompts=, the deltas of one or more, or num_prompts=."
+            )
         tables = structure.word_tables(backbone)
         table = next(iter(tables.values()))
-        rows = [self._read(path, table.embedding_dim) for path in self.prompts]  # type: ignore[arg-type]
+        rows = self._new(backbone, table) if self.num_prompts is not None else self._given(table.embedding_dim)  # type: ignore[arg-type]
         lengths = [len(r) for r in rows]
-        padded = torch.cat([torch.cat((torch.zeros(max(lengths) - len(r), r.shape[1]), r)) for r in rows])
+        padded = torch.cat([torch.cat((torch.zeros(max(lengths) - len(r), r.shape[1]), r.cpu())) for r in rows])
         weight = nn.Parameter(padded.to(table.weight.device))  # type: ignore[arg-type]
         for host in tables.values():
             attach(host, VirtualTokens(weight), self.key)
-        encoder_decoder = structure.is_encoder_decoder(backbone)
-        positions = None
-        if "position_ids" in structure.arguments_of(backbone):
-            table_of = next(iter(text_structure.position_tables(backbone).values()), None)
-            padding = table_of.padding_idx if table_of is not None else None
-            positions = 0 if padding is None else padding + 1
-        if len(set(lengths)) > 1 and positions is None and text_structure.position_tables(backbone):
-            raise TuningError(
-                f"{type(backbone).__name__} takes no position_ids, which prompts of lengths {sorted(set(lengths))} "
-                "need: give prompts of one length."
-            )
-        after = 1 if structure.is_encoder(backbone) else 0
-        attach(backbone, Ballot(lengths, self.vote, after, encoder_decoder, positions), self.key)
+        self._length, self._after = max(lengths), 1 if structure.is_encoder(backbone) else 0
+        self._targets = structure.is_encoder_decoder(backbone)
+        positions = _first_position(backbone, lengths)
+        trained = self.num_prompts is not None
+        ballot = Ballot(lengths, self.vote, self._after, self._targets, positions, self._anywhere, trained)
+        attach(backbone, ballot, self.key)
         return ()
 
+    def asked_by_all(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch in which each row is asked by each prompt that is trained, [N B, ...].
+
+        In a Trainer that is what a training step gets; the loss of its rows is the mean of the prompts' losses.
+        """
+        count = self.num_prompts or 1
+        return asked_by_all(batch, count, self._length, self._after, self._targets, anywhere=False)
+
+    def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a training batch with each row asked by each prompt; others as they are, the model repeats them."""
+        return self.asked_by_all(batch) if vars(self).get("_in_step") else batch
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Replace the batch by one that has each row with each prompt."""
+        applied = self.applied(pl_module)
+        vars(applied)["_in_step"] = True
+        try:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        finally:
+            del vars(applied)["_in_step"]
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse to train.
+        """Refuse to train prompts of files.
 
         Raises:
-            TuningError: always.
+            TuningError: there are such.
         """
-        raise TuningError("an ensemble only answers: train each prompt by PromptTuning with a seed of its own.")
+        if self.num_prompts is None:
+            raise TuningError(
+                "an ensemble only answers: train each prompt by PromptTuning with a seed of its own, or some together "
+                "by num_prompts= instead of prompts=."
+            )
+        super().on_fit_start(trainer, pl_module)
 
-    def _read(self, path: str, width: int) -> Tensor:
-        """Return the rows of a prompt from its delta, [P, d]."""
-        tensors, _ = read_delta(Path(path))
-        rows = [
-            tensor for name, tensor in tensors.items() if name.endswith((".prompttuning.weight", ".ptuning.weight"))
-        ]
-        if len(rows) != 1:
+    def _new(self, backbone: nn.Module, table: nn.Module) -> list[Tensor]:
+        """Return the initial rows of the prompts that are trained here."""
+        self._anywhere = False
+        start = PromptTuning(num_virtual_tokens=self.num_virtual_tokens, init=self.init, tokenizer=self.tokenizer)
+        return [start.initial_rows(backbone, table) for _ in range(self.num_prompts or 0)]
+
+    def _given(self, width: int) -> list[Tensor]:
+        """Return the rows of the prompts of all files."""
+        rows: list[Tensor] = []
+        templates: dict[str | None, str] = {}
+        for path in self.prompts:
+            found, template = _read(path, width)
+            rows += found
+            templates.setdefault(template, path)
+        if len(templates) > 1:
+            (one, first), (two, second) = list(templates.items())[:2]
             raise TuningError(
-                f"{path} holds {len(rows)} prompts among {len(tensors)} tensors: give the delta of a PromptTuning, "
-                "or of a PTuning after drop_network()."
+                f"{first} stands at {one or 'the front'!r} and {second} at {two or 'the front'!r}, and one batch has "
+                "one place for a prompt: give prompts of one template."
             )
-        if len(tensors) > 1:
-            others = next(name for name in tensors if tensors[name] is not rows[0])
-            raise TuningError(
-                f"{path} trained {others} beside its prompt, and prompts of one model can share no such head: "
-                "tune for a cloze or text-to-text task, whose head is the language model's."
-            )
-        if rows[0].shape[1] != width:
-            raise TuningError(f"{path} has rows {rows[0].shape[1]} wide, the model's are {width} wide: take another.")
-        return rows[0].float()
+        self._anywhere = next(iter(templates)) is not None
+        return rows
 
 
 PromptEnsembleMixin = TunedBy[PromptEnsemble]
+
+
+_PROMPT = re.compile(r"\.(prompttuning|ptuning|promptensemble)(_[^.]+)?\.weight$")
+"""The name of the rows of a prompt, with that of its method if it has one."""
+
+
+def _read(path: str, width: int) -> tuple[list[Tensor], str | None]:
+    """Return the rows of each prompt of a delta, [P, d], and the template that they stand in, None for the front."""
+    tensors, meta = read_delta(Path(path))
+    rows = [tensor for name, tensor in tensors.items() if _PROMPT.search(f".{name}")]
+    if len(rows) != 1:
+        raise TuningError(
+            f"{path} holds {len(rows)} prompts among {len(tensors)} tensors: give the delta of a PromptTuning, "
+            "or of a PTuning after drop_network()."
+        )
+    if len(tensors) > 1:
+        others = next(name for name in tensors if tensors[name] is not rows[0])
+        raise TuningError(
+            f"{path} trained {others} beside its prompt, and prompts of one model can share no such head: "
+            "tune for a cloze or text-to-text task, whose head is the language model's."
+        )
+    if rows[0].shape[1] != width:
+        raise TuningError(f"{path} has rows {rows[0].shape[1]} wide, the model's are {width} wide: take another.")
+    arguments: dict[str, Any] = {}
+    for entry in meta["methods"]:
+        arguments |= {name: entry["init_args"].get(name) for name in ("num_prompts", "template")}
+    return list(rows[0].float().chunk(arguments.get("num_prompts") or 1)), arguments.get("template")
+
+
+def _first_position(backbone: nn.Module, lengths: list[int]) -> int | None:
+    """Return the first position of a model that takes position_ids.
+
+    Raises:
+        TuningError: it takes none, and has a table of positions that prompts of unlike lengths shift.
+    """
+    table = next(iter(text_structure.position_tables(backbone).values()), None)
+    if "position_ids" in structure.arguments_of(backbone):
+        padding = table.padding_idx if table is not None else None
+        return 0 if padding is None else padding + 1
+    if len(set(lengths)) > 1 and table is not None:
+        raise TuningError(
+            f"{type(backbone).__name__} takes no position_ids, which prompts of lengths {sorted(set(lengths))} "
+            "need: give prompts of one length."
+        )
+    return None

@@ -58,7 +58,7 @@ class PromptTuning(PromptMethod):
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the prompt."""
         table = next(iter(structure.word_tables(backbone).values()))
-        rows = torch.cat([self._initial_rows(backbone, table) for _ in range(self.num_prompts)])
+        rows = torch.cat([self.initial_rows(backbone, table) for _ in range(self.num_prompts)])
         weight = nn.Parameter(rows.to(table.weight.device))  # type: ignore[arg-type]
         self.place(backbone, weight, anywhere=self.num_prompts > 1)
         return ()
@@ -89,7 +89,8 @@ class PromptTuning(PromptMethod):
     def _prompts(self) -> int:
         return self.num_prompts
 
-    def _initial_rows(self, backbone: nn.Module, table: nn.Module) -> Tensor:
+    def initial_rows(self, backbone: nn.Module, table: nn.Module) -> Tensor:
+        """Return the rows that a prompt starts from, [P, d]."""
         count = self.num_virtual_tokens
         weight: Tensor = table.weight  # type: ignore[assignment]
         if self.init == "random_uniform" or weight.is_meta:

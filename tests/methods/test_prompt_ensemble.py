@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_peft import BitFit, PromptEnsemble, PromptTuning, PTuning, TuningError, save_delta
+from lightning_peft import BitFit, PromptEnsemble, PromptTuning, PTuning, TuningError, read_delta, save_delta
 from lightning_peft.methods.prompt_ensemble import Ballot
 from tests.contract import assert_near, assert_same, output, snapshot
 from tests.models import batch, tiny
@@ -104,9 +104,11 @@ def test_a_p_tuning_without_its_network_votes_too(tmp_path: Path) -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TuningError, match="an ensemble without prompts answers nothing"):
+    with pytest.raises(TuningError, match=r"without prompts answers nothing: give prompts=.* or num_prompts="):
         PromptEnsemble().apply(tiny("mlm"))
     files, _ = prompts("mlm", tmp_path, [3])
+    with pytest.raises(TuningError, match="an ensemble has its prompts from files or trains them"):
+        PromptEnsemble(prompts=files, num_prompts=2).apply(tiny("mlm"))
     with pytest.raises(TuningError, match="vote='best' is no form of a vote"):
         PromptEnsemble(prompts=files, vote="best").apply(tiny("mlm"))
     model, head = tiny("bert"), PromptTuning(num_virtual_tokens=2, init="random_uniform")
@@ -123,3 +125,80 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TuningError, match=r"call generate\(\) with use_cache=False"):
         model.generate(batch("gpt2")["input_ids"], max_new_tokens=3)
     assert model.generate(batch("gpt2")["input_ids"], max_new_tokens=3, use_cache=False).shape == (4, 13)
+
+
+def test_a_delta_of_several_prompts_is_as_many_prompts(tmp_path: Path) -> None:
+    model = tiny("mlm")
+    PromptTuning(num_virtual_tokens=3, num_prompts=2, init="random_uniform").apply(model)
+    both = str(save_delta(model, tmp_path / "both.safetensors"))
+    rows = read_delta(Path(both))[0].popitem()[1]
+    files = []
+    for number in range(2):
+        single, method = tiny("mlm"), PromptTuning(name=f"p{number}", num_virtual_tokens=3, init="random_uniform")
+        method.apply(single)
+        method.rows(single).data.copy_(rows[3 * number : 3 * number + 3])
+        files.append(str(save_delta(single, tmp_path / f"{number}.safetensors")))
+    assert torch.equal(ensembled("mlm", [both], "mean"), ensembled("mlm", files, "mean"))
+
+
+def placed(folder: Path, template: str, seed: int) -> tuple[str, Tensor]:
+    """Save a prompt that stands in a template, and return its file and logits."""
+    torch.manual_seed(seed)
+    model, method = tiny("mlm"), PTuning(template=template)
+    method.apply(model)
+    method.drop_network(model)
+    with torch.no_grad():
+        return str(save_delta(model, folder / f"{seed}.safetensors")), model(IDS).logits
+
+
+IDS = torch.tensor([[3, -1, -2, 20, 21, -3, -4, 40, 5], [3, -1, -2, 30, 21, -3, -4, 40, 5]])
+TEMPLATE = "{v:2} {sub} {v:2} {mask}"
+
+
+def test_prompts_of_a_template_stand_where_they_were_trained(tmp_path: Path) -> None:
+    (one, first), (two, second) = (placed(tmp_path, TEMPLATE, seed) for seed in (0, 1))
+    model, method = tiny("mlm"), PromptEnsemble(prompts=[one, two], vote="mean")
+    method.apply(model)
+    with torch.no_grad():
+        found = model(**method.prepare({"input_ids": IDS})).logits
+    expected = (first.softmax(-1) + second.softmax(-1)) / 2
+    assert_near({"": expected}, {"": found.exp()}, 1e-5)
+    with pytest.raises(TuningError, match="the batch has no virtual tokens: give the data module the template"):
+        model(input_ids=IDS.clamp(min=7))
+    other, _ = placed(tmp_path, "{sub} {v:4} {mask}", 2)
+    with pytest.raises(TuningError, match="one place for a prompt: give prompts of one template"):
+        PromptEnsemble(prompts=[one, other]).apply(tiny("mlm"))
+    files, _ = prompts("mlm", tmp_path, [3])
+    model = tiny("mlm")
+    PromptEnsemble(prompts=files).apply(model)
+    with pytest.raises(TuningError, match="these prompts stand before the text: give plain texts"):
+        model(input_ids=IDS)
+
+
+def test_each_row_is_asked_by_each_prompt_that_trains() -> None:
+    """The gradient of each prompt is that of training it alone, over N."""
+    model, method = tiny("mlm"), PromptEnsemble(num_prompts=2, num_virtual_tokens=3, init="random_uniform")
+    method.apply(model)
+    inputs = batch("mlm")
+    model.train()
+    model(**method.asked_by_all(inputs)).loss.backward()
+    (weight,) = (p for p in model.parameters() if p.requires_grad)
+    for number in range(2):
+        own = slice(3 * number, 3 * number + 3)
+        single, alone = tiny("mlm"), PromptTuning(num_virtual_tokens=3, init="random_uniform")
+        alone.apply(single)
+        alone.rows(single).data.copy_(weight[own])
+        single.train()(**alone.prepare(inputs)).loss.backward()
+        assert_near({"": alone.rows(single).grad}, {"": 2 * weight.grad[own]}, 1e-5)
+
+
+def test_prompts_that_trained_together_vote(tmp_path: Path) -> None:
+    ensemble = PromptEnsemble(num_prompts=3, num_virtual_tokens=2, init="random_uniform", vote="mean")
+    run, module = trainer(tmp_path, ensemble, max_steps=3), Tuned("mlm")
+    run.fit(module, loader("mlm"), loader("mlm"))
+    file = str(save_delta(module, tmp_path / "three.safetensors"))
+    with pytest.raises(TuningError, match=r"give the model method.asked_by_all\(batch\), or call model.eval\(\)"):
+        module.model.train()(**batch("mlm"))
+    module.eval()
+    voted = output(module.model, "mlm", ensemble)
+    assert_near({"": voted[:, 1:]}, {"": ensembled("mlm", [file], "mean")}, 1e-5)

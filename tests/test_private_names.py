@@ -172,7 +172,7 @@ def reading_a_number_is_an_operation() -> None:
     assert mode.seen[-1] is torch.ops.aten._local_scalar_dense.default
 
 
-@use("training/method.py", f"{LIGHTNING}strategies/launchers/multiprocessing.py", "_MultiProcessingLauncher")
+@use("training/checks.py", f"{LIGHTNING}strategies/launchers/multiprocessing.py", "_MultiProcessingLauncher")
 def launchers_that_spawn() -> None:
     for start in ("spawn", "fork"):
         strategy = strategies.DDPStrategy(accelerator=object(), start_method=start)

@@ -13,14 +13,19 @@ def fail(sentence: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def sentence(error: Exception) -> str:
-    """Return the message of an error for a user, in one sentence."""
+def refusal(error: BaseException) -> BaseException | None:
+    """Return the error of ours that this one came from, or None."""
     from lightning_peft.core.errors import TuningError
 
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, TuningError):
         cause = cause.__cause__ or cause.__context__
-    if cause is not None:
+    return cause
+
+
+def sentence(error: Exception) -> str:
+    """Return the message of an error for a user, in one sentence."""
+    if (cause := refusal(error)) is not None:
         return str(cause)
     first = (str(error).strip().splitlines() or [""])[0]
     if re.search(

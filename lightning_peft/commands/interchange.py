@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from lightning_peft.commands.parsing import ToolParser
 from lightning_peft.core.delta import save_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.interop import folder as folders
@@ -22,8 +22,8 @@ def run_interchange(command: str, arguments: Sequence[str]) -> None:
     function(**parser.parse_args(list(arguments)).as_dict())
 
 
-def _export_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="lightning-peft export", description="Write a delta as an adapter of PEFT.")
+def _export_parser() -> ToolParser:
+    parser = ToolParser(prog="lightning-peft export", description="Write a delta as an adapter of PEFT.")
     parser.add_argument("file", type=str, help="a delta, as safetensors or checkpoint")
     parser.add_argument("folder", type=str, help="where to write the adapter: a new folder, or an older adapter")
     parser.add_argument("--to", choices=("peft",), default="peft", help="the format")
@@ -52,8 +52,8 @@ def _export_parser() -> ArgumentParser:
     return parser
 
 
-def _import_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="lightning-peft import", description="Write an adapter of PEFT as a delta.")
+def _import_parser() -> ToolParser:
+    parser = ToolParser(prog="lightning-peft import", description="Write an adapter of PEFT as a delta.")
     parser.add_argument("source", type=str, help="an adapter folder, or a full checkpoint of a module wrapped by PEFT")
     parser.add_argument("file", type=str, help="where to write the delta: a .safetensors file")
     parser.add_argument(

@@ -7,8 +7,11 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from lightning_peft.commands import fail
 from lightning_peft.commands.config_files import named
+from lightning_peft.commands.wording import one_sentence
 from lightning_peft.core.errors import TuningError
 
 _SCRIPT = """\
@@ -100,8 +103,14 @@ def script_of(options: argparse.Namespace, rest: Sequence[str] = ()) -> str:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """End with one sentence and exit code 2."""
+        fail(one_sentence(message, ()))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "lightning-peft submit",
         description="Write a SLURM script for a fit and submit it. What is no option here goes to lightning-peft fit.",
         allow_abbrev=False,

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from lightning_peft.commands.config_files import configs
+from lightning_peft.commands.parsing import ToolParser
 from lightning_peft.core.errors import TuningError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def run_tool(command: str, arguments: Sequence[str]) -> None:
     }  # fmt: skip
     function = functions[command]
     arguments = _by_name(command, list(arguments))
-    parser = ArgumentParser(prog=f"lightning-peft {command}", description=(function.__doc__ or "").splitlines()[0])
+    parser = ToolParser(prog=f"lightning-peft {command}", description=(function.__doc__ or "").splitlines()[0])
     parser.add_function_arguments(function, as_positional=True)
     function(**parser.parse_args(arguments).as_dict())
 
@@ -128,28 +128,30 @@ def info(file: str, tensors: bool = True) -> None:
     from lightning_peft.reports.parameters import count, dtypes, size
 
     held, meta = read_delta(file)
-    table = Table(show_header=False, title=str(file), title_justify="left")
+    table = Table(show_header=False, title=escape(str(file)), title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
+
+    def add(name: str, value: str) -> None:
+        table.add_row(name, escape(value))
+
     for entry in meta["methods"]:
         arguments = ", ".join(f"{k}={v!r}" for k, v in entry["init_args"].items() if v is not None)
-        table.add_row("method", f"{entry['class_path'].rpartition('.')[2]}({arguments})")
+        add("method", f"{entry['class_path'].rpartition('.')[2]}({arguments})")
     for path, backbone in meta["backbones"].items():
         origin = f" of {backbone['name_or_path']}" if backbone["name_or_path"] else ""
-        table.add_row("backbone", f"{backbone['class']}{origin}" + (f", at {path}" if path else ""))
-        table.add_row("fingerprint", backbone["fingerprint"])
-    table.add_row("tensors", f"{len(held)}, {count(held.values()):,} values, {dtypes(held.values())}")
-    table.add_row(
-        "size", f"{size(Path(file).stat().st_size)} ({size(sum(t.nbytes for t in held.values()))} of tensors)"
-    )
-    table.add_row("resumes", "yes, with optimizer and random state" if "resume" in meta else "no, weights only")
-    table.add_row("written with", ", ".join(f"{package} {number}" for package, number in meta["versions"].items()))
+        add("backbone", f"{backbone['class']}{origin}" + (f", at {path}" if path else ""))
+        add("fingerprint", backbone["fingerprint"])
+    add("tensors", f"{len(held)}, {count(held.values()):,} values, {dtypes(held.values())}")
+    add("size", f"{size(Path(file).stat().st_size)} ({size(sum(t.nbytes for t in held.values()))} of tensors)")
+    add("resumes", "yes, with optimizer and random state" if "resume" in meta else "no, weights only")
+    add("written with", ", ".join(f"{package} {number}" for package, number in meta["versions"].items()))
     Console().print(table)
     if not tensors:
         return
     names = Table("shape", "dtype", Column("tensor", overflow="fold"))
     for name, tensor in held.items():
-        names.add_row(str(list(tensor.shape)), str(tensor.dtype).removeprefix("torch."), name)
+        names.add_row(str(list(tensor.shape)), str(tensor.dtype).removeprefix("torch."), escape(name))
     Console().print(names)
 
 
@@ -166,6 +168,8 @@ def merge_files(file: str, folder: str, backbone: str | None = None) -> None:
     from lightning_peft.core.structure import name_or_path
     from lightning_peft.training.rebuild import from_delta
 
+    if Path(folder).is_file():
+        raise TuningError(f"{folder} is a file: give a new folder.")
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise TuningError(f"{folder} is not empty: give a new folder.")
     model = from_delta(file, backbone)

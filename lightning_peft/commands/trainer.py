@@ -1,11 +1,11 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with a method, a task and its data."""
 
-import difflib
-import inspect
 import operator
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -14,17 +14,23 @@ import lightning as L
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_peft
 from lightning_peft.commands import agreement, fail, sentence
 from lightning_peft.commands.config_files import ConfigFile
+from lightning_peft.commands.known_names import known_names, missing
+from lightning_peft.commands.values import check_seed, check_values
+from lightning_peft.commands.wording import one_sentence
+from lightning_peft.commands.yaml_check import check_words, is_file
 from lightning_peft.core import arguments
-from lightning_peft.core.delta_file import read_delta
+from lightning_peft.core.delta_file import read_checkpoint, read_delta
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.storage import first_line
 from lightning_peft.reports.predictions import PredictionWriter
 from lightning_peft.reports.preflight import Preflight
 from lightning_peft.reports.tuning_report import TuningReport
-from lightning_peft.training import patches
+from lightning_peft.training import checks, patches
 from lightning_peft.training.method import Method
 from lightning_peft.training.rebuild import methods_of
 
@@ -55,7 +61,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with exit code 2."""
-        fail(_one_sentence(message, _names(self)))
+        lacking = re.search(r"following arguments are required: ([\w., ]+?)\.?$", " ".join(message.split()))
+        fail(missing(lacking[1].split(", ")) if lacking else one_sentence(message, known_names(self)))
 
 
 class TuningCLI(LightningCLI):
@@ -82,6 +89,17 @@ class TuningCLI(LightningCLI):
         for known, told in (("verbalizer", "words"), ("candidates", "candidates"), ("style", "lm"), ("lead", "lead")):
             parser.link_arguments(f"data.{known}", f"model.init_args.{told}", apply_on="instantiate")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, and see that a checkpoint is one before Lightning asks it for arguments."""
+        super().parse_arguments(parser, args)
+        given = self.config.get(self.config.get("subcommand"), {})
+        check_seed(given.get("seed_everything"))
+        check_checkpoint(given.get("ckpt_path"), str(self.config.get("subcommand")))
+
+    def before_instantiate_classes(self) -> None:
+        """See that the values are such as the classes take, before the first of them is built."""
+        check_values(self.config.get(str(self.subcommand), self.config), self.trainer_class)
+
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer; a rank that cannot tells the others, which would wait for it."""
         try:
@@ -89,6 +107,11 @@ class TuningCLI(LightningCLI):
         except Exception as error:
             if self.tells:
                 agreement.tell(self.trainer_class, self._places(), sentence(error))
+            if "Does not validate" in str(error):
+                raise TuningError(
+                    f"a class that is asked for cannot be built ({_reason(error)}): change its arguments, or install "
+                    "what it needs."
+                ) from error
             raise
 
     def argument(self, config: Namespace, name: str, default: Any = None) -> Any:
@@ -117,6 +140,8 @@ class TuningCLI(LightningCLI):
         if delta.is_file() and not found:
             methods = methods_of(read_delta(delta)[1])
         trainer = self.build_trainer(config, methods)
+        if found or methods:
+            checks.check_launcher(trainer)
         if self.tells:
             agreement.agree_to_begin(trainer)
         return trainer
@@ -124,7 +149,8 @@ class TuningCLI(LightningCLI):
     def build_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> L.Trainer:
         """Build the Trainer from its arguments and further callbacks."""
         # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/cli.py
-        return self._instantiate_trainer(config, callbacks)
+        with _building():
+            return self._instantiate_trainer(config, callbacks)
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         """Build the optimizer of ``--optimizer`` when it is asked for: methods have added their parameters by then.
@@ -150,7 +176,8 @@ class CheckingCLI(TuningCLI):
         return {"check": {"model", "datamodule"}}
 
     def before_instantiate_classes(self) -> None:
-        """Make the model on the meta device, if that is asked for."""
+        """Check the values, and make the model on the meta device, if that is asked for."""
+        super().before_instantiate_classes()
         if self.argument(self.config, "meta"):
             self.parser.add_instantiator(_on_meta, L.LightningModule, subclasses=True, prepend=True)
 
@@ -158,13 +185,15 @@ class CheckingCLI(TuningCLI):
         """Build the Trainer that checks."""
         given = config.get("callbacks") or []
         own = given if isinstance(given, list) else [given]
-        return Preflight.of(**config | {"callbacks": [*own, *callbacks]})
+        with _building():
+            return Preflight.of(**config | {"callbacks": [*own, *callbacks]})
 
 
 def run() -> None:
     """Run the command of ``sys.argv``."""
     # lightning 2.6 with torch 2.13: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    check_words(sys.argv[2:])
     sys.argv[1:] = _torch_first(sys.argv[1:])
     checks = "check" in sys.argv[1:2]
     cli = CheckingCLI if checks else TuningCLI
@@ -182,6 +211,39 @@ def run() -> None:
             "callbacks": [TuningReport(command=sys.argv[0]), PredictionWriter()],
         },
     )
+
+
+def check_checkpoint(path: str | None, command: str) -> None:
+    """Check that ``--ckpt_path`` names a checkpoint, before Lightning asks it for arguments.
+
+    Raises:
+        TuningError: it names none.
+    """
+    if path is None or (path in ("last", "hpc", "best") and (command, path) != ("fit", "best")):
+        return
+    if path in ("", "best"):
+        raise TuningError(f"--ckpt_path {path!r} names no checkpoint to {command}: give the path of one, or null.")
+    if is_file(path) and "state_dict" not in read_checkpoint(path):
+        raise TuningError(f"{path} is no checkpoint of a Trainer: give the path of one.")
+    if len(path) > 1000:
+        raise TuningError(f"--ckpt_path {path[:60]!r}... is no path: give that of a checkpoint.")
+
+
+@contextmanager
+def _building() -> Iterator[None]:
+    """Say what Lightning objects to in a Trainer's arguments."""
+    try:
+        yield
+    except TuningError:
+        raise
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        raise TuningError(f"the Trainer cannot be built ({first_line(error)}): change what it was given.") from error
+
+
+def _reason(error: BaseException) -> str:
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return first_line(error)
 
 
 def _on_meta(kind: type[Any], *args: Any, **kwargs: Any) -> Any:
@@ -211,61 +273,3 @@ def _build_optimizer(model: L.LightningModule, build: Any) -> Any:
     with patches.patched(model, "configure_optimizers"):
         build()
         return model.configure_optimizers()
-
-
-def _names(parser: LightningArgumentParser) -> list[str]:
-    """Return the names of arguments that a user may have meant."""
-    names = set(re.findall(r"--([\w.]*\w)", parser.format_help()))
-    names.update(f"trainer.{argument}" for argument in inspect.signature(L.Trainer).parameters)
-    kinds: list[type[Any]] = [Method, *_below(Method), *_below(L.LightningModule), *_below(L.LightningDataModule)]
-    for kind in kinds:
-        if kind.__module__.startswith("lightning_peft"):
-            names.update(inspect.signature(kind).parameters)
-            names.add(kind.__name__)
-    return sorted(names | {name.rpartition(".")[2] for name in names})
-
-
-def _missing(names: list[str]) -> str:
-    """Say which options are missing: ``fit.data`` is ``--data``, and ``model`` what the class of ``--model`` needs."""
-    places = {"model": L.LightningModule, "data": L.LightningDataModule, "method": Method}
-    options = []
-    for name in names:
-        holders = [place for place, kind in places.items() if _needs(kind, name)]
-        whole = "." in name or not holders
-        options += [f"--{name.rpartition('.')[2]}"] if whole else [f"--{place}.{name}" for place in holders[:1]]
-    said = " and ".join(options) + (" is missing" if len(options) == 1 else " are missing")
-    if options == ["--model.model"]:
-        return f"{said}: give the backbone, a folder or hub id."
-    return f"{said}: give them here or in a file, such as one that lightning-peft configs lists."
-
-
-def _needs(kind: type[Any], name: str) -> bool:
-    """Tell whether a class of this package of that kind cannot be made without an argument."""
-    ours = [each for each in _below(kind) if each.__module__.startswith("lightning_peft")]
-    parameters = [inspect.signature(each).parameters.get(name) for each in ours]
-    return any(one is not None and one.default is one.empty for one in parameters)
-
-
-def _below(kind: type[Any]) -> list[type[Any]]:
-    direct: list[type[Any]] = kind.__subclasses__()
-    return [child for one in direct for child in (one, *_below(one))]
-
-
-def _one_sentence(message: str, names: list[str]) -> str:
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    no_class = re.search(r'key "(\w+)".*Expected a dot import path string: (\w+)', message, re.DOTALL)
-    unknown = re.search(r"unrecognized arguments: -*([\w.]+)|option '([\w.]+)'", message, re.IGNORECASE)
-    said = " ".join(lines)[:400].rstrip(".")
-    required = re.search(r"following arguments are required: ([\w., ]+?)\.?$", said)
-    if required:
-        return _missing(required[1].split(", "))
-    if no_class:
-        word = no_class[2]
-        said = f"{no_class[1]}={word!r} is no class that is known by that name: give its import path"
-    elif unknown:
-        word = unknown[1] or unknown[2]
-    else:
-        return f"{said}."
-    last = word.rpartition(".")[2]
-    close = difflib.get_close_matches(word, names, n=1) or difflib.get_close_matches(last, names, n=1)
-    return f"{said}." + (f" Did you mean {close[0]!r}?" if close and close[0] not in (word, last) else "")

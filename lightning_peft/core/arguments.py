@@ -23,6 +23,8 @@ from lightning_peft.core.errors import TuningError
 
 T = TypeVar("T")
 _KEY = "bounds"
+_MOST = {int: 1e7, float: 1e12}
+"""Numbers beyond which an argument of any method is a mistake; an integer is a size, and something is allocated."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,23 @@ class Bounds:
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
+    at_most: float | None = None
 
     def hold(self, number: float) -> bool:
         """Tell whether a number is within the bounds."""
         low = self.at_least is None or number >= self.at_least
-        return low and (self.above is None or number > self.above) and (self.below is None or number < self.below)
+        high = self.at_most is None or number <= self.at_most
+        return (
+            low and high and (self.above is None or number > self.above) and (self.below is None or number < self.below)
+        )
 
     def __str__(self) -> str:
-        parts = ((self.at_least, "{:g} or more"), (self.above, "more than {:g}"), (self.below, "less than {:g}"))
+        parts = (
+            (self.at_least, "{:g} or more"),
+            (self.above, "more than {:g}"),
+            (self.below, "less than {:g}"),
+            (self.at_most, "{:g} at most"),
+        )
         return " and ".join(text.format(bound) for bound, text in parts if bound is not None) or "a finite number"
 
 
@@ -112,6 +123,8 @@ def _problem(value: Any, hint: Any, bounds: Bounds, whole: Any) -> str | None:
         return None
     if isinstance(value, float) and not math.isfinite(value):
         return f"is not finite: take {bounds}"
+    if abs(value) >= _MOST[kind]:
+        return f"is out of range: take less than {_MOST[kind]:g}"
     return None if bounds.hold(value) else f"{bounds.otherwise or 'is out of range'}: take {bounds}"
 
 

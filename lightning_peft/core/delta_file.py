@@ -19,7 +19,7 @@ from lightning_peft import __version__
 from lightning_peft.core.checksums import checksum, has_parts
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.sharded import is_folder, read_folder
-from lightning_peft.core.storage import atomic, read_torch
+from lightning_peft.core.storage import atomic, check_tensors, read_torch
 
 META = "lightning_peft"
 FORMAT = 2
@@ -41,6 +41,21 @@ _SCHEMA: dict[str, type] = {
 }
 _METHOD: dict[str, type] = {"class_path": str, "init_args": dict, "backbone": str}
 _BACKBONE: dict[str, type] = {"class": str, "name_or_path": str, "parameters": int, "config": dict, "fingerprint": str}
+_CHECKSUMS: dict[str, type] = {"tensors": dict, "rest": dict}
+_RESUME: dict[str, type] = {"mid_epoch": bool, "random": list}
+_RANDOM: dict[str, type] = {"torch": Tensor, "numpy": list, "python": list}
+_LIGHTNING: dict[str, type] = {
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+    "hyper_parameters": Mapping,
+    "epoch": int,
+    "global_step": int,
+    "pytorch-lightning_version": str,
+}
+"""What a Trainer's checkpoint may hold beside the metadata."""
 
 
 def seal(meta: dict[str, Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,9 +119,14 @@ def meta_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
         raise TuningError(
             f"{source} has delta format {known!r}, this version reads {FORMAT}: take the version that wrote it."
         )
-    _check_schema(meta, source)
     if not meta.get(_CHECKED):
-        _check_seal(checkpoint, meta, source)
+        try:
+            _check_schema(checkpoint, meta, source)
+            _check_seal(checkpoint, meta, source)
+            held = {key: kind for key, kind in _LIGHTNING.items() if key in checkpoint}
+            _check_types("the file", checkpoint, held, source)
+        except RecursionError:
+            raise TuningError(f"{source} is damaged: it nests deeper than any delta: take another copy.") from None
     return {key: value for key, value in meta.items() if key != _CHECKED}
 
 
@@ -123,19 +143,33 @@ def _checked(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
     return checkpoint | {META: meta_of(checkpoint, str(path)) | {_CHECKED: True}}
 
 
-def _check_schema(meta: Mapping[str, Any], source: str) -> None:
-    rows: list[tuple[str, Any, dict[str, type]]] = [("the metadata", meta, _SCHEMA)]
-    if isinstance(meta.get("methods"), list) and isinstance(meta.get("backbones"), dict):
-        rows += [("a method", entry, _METHOD) for entry in meta["methods"]]
-        rows += [("a backbone", entry, _BACKBONE) for entry in meta["backbones"].values()]
+def _check_schema(checkpoint: Mapping[str, Any], meta: Mapping[str, Any], source: str) -> None:
+    """Check that the metadata are of the types that they have when they are written, and all weights plain tensors.
+
+    Raises:
+        TuningError: one is of another type.
+    """
+    _check_types("the metadata", meta, _SCHEMA, source)
+    rows: list[tuple[str, Any, dict[str, type]]] = [("a method", entry, _METHOD) for entry in meta["methods"]]
+    rows += [("a backbone", entry, _BACKBONE) for entry in meta["backbones"].values()]
+    rows += [("the checksums", meta[_SEALED], _CHECKSUMS)]
+    if "resume" in meta:
+        rows.append(("what it resumes from", meta["resume"], _RESUME))
     for what, entry, schema in rows:
-        for key, kind in schema.items():
-            value = entry.get(key) if isinstance(entry, dict) else None
-            if not isinstance(value, kind):
-                raise TuningError(
-                    f"{source} is damaged: {key!r} of {what} is {str(value)[:60]!r}, not of type {kind.__name__}: take "
-                    "another copy."
-                )
+        _check_types(what, entry, schema, source)
+    for entry in meta.get("resume", {}).get("random", []):
+        _check_types("a random state", entry, _RANDOM, source)
+    check_tensors(checkpoint.get("state_dict", {}), source)
+
+
+def _check_types(what: str, entry: Any, schema: Mapping[str, type], source: str) -> None:
+    for key, kind in schema.items():
+        value = entry.get(key) if isinstance(entry, Mapping) else None
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise TuningError(
+                f"{source} is damaged: {key!r} of {what} is {str(value)[:60]!r}, not of type {kind.__name__}: take "
+                "another copy."
+            )
 
 
 def _check_seal(checkpoint: Mapping[str, Any], meta: Mapping[str, Any], source: str) -> None:

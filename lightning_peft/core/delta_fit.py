@@ -153,5 +153,5 @@ def _call(identity: Mapping[str, Any] | None) -> str:
     if identity is None:
         return "no tuned backbone"
     name = f" {identity['name_or_path']!r}" if identity["name_or_path"] else ""
-    weights = identity["fingerprint"].split(":")[1][:12]
+    weights = identity["fingerprint"].partition(":")[2][:12]
     return f"{identity['class']}{name} ({identity['parameters']:,} parameters, {weights})"

@@ -13,7 +13,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.run import canonical, unwrapped
 from lightning_peft.core.select import near
 from lightning_peft.core.sharded import like
-from lightning_peft.core.storage import read_torch
+from lightning_peft.core.storage import check_tensors, read_torch
 
 
 def load_delta(module: nn.Module, path: str | Path, allow_other_backbone: bool = False) -> None:
@@ -47,6 +47,7 @@ def convert(module: nn.Module, full: str | Path, delta: str | Path) -> Path:
     """
     checkpoint = read_torch(full)
     tensors = checkpoint.get("state_dict", checkpoint)
+    check_tensors(tensors, full)
     state, names = module.state_dict(), set(delta_names(module))
     for name, live in state.items():
         if name not in tensors:

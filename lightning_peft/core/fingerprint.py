@@ -52,10 +52,12 @@ def fingerprint(backbone: nn.Module, skip: Iterable[str] = (), instead: Mapping[
 
 def same_weights(one: str, other: str) -> bool:
     """Tell whether two fingerprints are of one backbone, or of a backbone and its copy in half precision."""
+    if one.count(":") != other.count(":") or ":" not in one:
+        return False  # one is of another version, or none at all
     (dtype, stored, *halves), (other_dtype, other_stored, *other_halves) = one.split(":"), other.split(":")
     if dtype == other_dtype:
         return stored == other_stored
-    pairs = zip(_HALVES, halves, other_halves, strict=True)
+    pairs = zip(_HALVES, halves, other_halves, strict=False)
     return any(name in (dtype, other_dtype) and mine == theirs for name, mine, theirs in pairs)
 
 

@@ -85,10 +85,15 @@ def model_without_weights(kind: Any, name: str, what: str, dtype: str, **entries
 
 
 def model_class(name: str) -> Any:
-    """Return the class of transformers that has this name; None where none has it."""
+    """Return the class of models of transformers that has this name; None where none has it."""
     import transformers
 
-    return getattr(transformers, name, None)
+    try:
+        kind = getattr(transformers, name, None)
+    except (ImportError, RuntimeError):  # it needs what is not installed
+        return None
+    is_model = isinstance(kind, type) and (issubclass(kind, nn.Module) or name.startswith("AutoModel"))
+    return kind if is_model else None
 
 
 @contextmanager

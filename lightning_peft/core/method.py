@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.core import arguments, compatibility, master_weights, select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, Grafted, grafts, owned_by
+from lightning_peft.core.pattern import pattern
 from lightning_peft.core.private_torch import is_compiled
 from lightning_peft.core.tuning import Tuning
 
@@ -225,5 +226,4 @@ class TuningMethod:
     def _kept(self, names: Iterable[str]) -> set[str]:
         if self.exclude is None:
             return set(names)
-        regex = select.compile_pattern(self.exclude)
-        return {name for name in names if not regex.fullmatch(name)}
+        return {name for name in names if not pattern(self.exclude).fullmatch(name)}

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import graft_prefixes
+from lightning_peft.core.pattern import pattern
 
 ROLES: dict[str, str] = {
     "query": r"q|query|q_proj|q_lin|query_proj|to_q|wq|q_linear",
@@ -63,23 +64,8 @@ def match(names: Iterable[str], patterns: str | Sequence[str]) -> dict[str, list
     """
     names = list(names)
     if isinstance(patterns, str):
-        regex = compile_pattern(patterns)
-        return {patterns: [name for name in names if regex.fullmatch(name)]}
+        return {patterns: [name for name in names if pattern(patterns).fullmatch(name)]}
     return {p: [name for name in names if name == p or name.endswith(f".{p}")] for p in patterns}
-
-
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Compile a regex that the user gave.
-
-    Raises:
-        TuningError: it is no regular expression.
-    """
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise TuningError(
-            f"{pattern!r} is no regular expression ({error}): escape it or give a list of suffixes."
-        ) from None
 
 
 def hosts(
@@ -114,10 +100,10 @@ def hosts(
             raise TuningError(f"'all-linear' finds no linear layer in a list of blocks of {type(backbone).__name__}.")
     else:
         chosen = set()
-        for pattern, names in match(found, patterns).items():
+        for each, names in match(found, patterns).items():
             if not names:
                 kind = " or ".join(k.__name__ for k in kinds)
-                raise TuningError(f"{pattern!r} matches no {kind} of {type(backbone).__name__}{near(pattern, found)}.")
+                raise TuningError(f"{each!r} matches no {kind} of {type(backbone).__name__}{near(each, found)}.")
             chosen.update(names)
     if layers is not None:
         chosen = in_layers(backbone, chosen, layers)
@@ -165,7 +151,9 @@ def in_layers(backbone: nn.Module, names: Iterable[str], layers: Sequence[int]) 
     longest = max(sizes.values(), default=0)
     for layer in layers:
         if not -longest <= layer < longest:
-            raise TuningError(f"layers has {layer}, but {type(backbone).__name__} has blocks 0 to {longest - 1}.")
+            raise TuningError(
+                f"layers has {layer}, but {type(backbone).__name__} has blocks 0 to {longest - 1}: take some of them."
+            )
     kept = set()
     for name in names:
         place = block_index(sizes, name)

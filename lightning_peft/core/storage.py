@@ -55,6 +55,26 @@ def read_torch(path: str | Path, weights_only: bool = True, map_location: Any = 
     return loaded
 
 
+def check_tensors(tensors: Any, source: str | Path) -> None:
+    """Check that what a file holds is a dictionary of plain tensors by name.
+
+    Raises:
+        TuningError: it is not.
+    """
+    odd = [tensors] if not isinstance(tensors, dict) else [k for k in tensors if not isinstance(k, str)]
+    if not odd:
+        odd = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
+    if odd:
+        raise TuningError(
+            f"{source} is damaged: {str(odd[0])[:60]!r} stands where a plain tensor with a name should: take another "
+            "copy."
+        )
+
+
+def _is_plain(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and not tensor.is_quantized
+
+
 def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file whose bytes are a function of its content; the library shuffles the metadata."""
     save_file(tensors, path, metadata=metadata)
@@ -68,6 +88,6 @@ def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metada
         file.write(text.ljust(size))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, to be put into a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:120]

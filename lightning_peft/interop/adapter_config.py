@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.storage import first_line
+from lightning_peft.interop.schema import check_kinds, short
 
 FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
@@ -149,9 +151,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TuningError(f"{path.parent} is no adapter of PEFT, since it has no {FILE}: give the folder that has it.")
     try:
-        given = json.loads(path.read_text())
-    except ValueError as error:
-        raise TuningError(f"{path} is no JSON ({error}): take another copy.") from None
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise TuningError(f"{path} is no JSON ({first_line(error)}): take another copy.") from None
     return checked(given, str(path))
 
 
@@ -162,14 +164,17 @@ def checked(given: Any, source: str) -> dict[str, Any]:
         TuningError: it is of a type that is unknown here, or has a key that may change what the adapter computes.
     """
     kind = given.get("peft_type") if isinstance(given, dict) else None
-    if kind not in DEFAULTS:
-        raise TuningError(f"{source} has peft_type={kind!r}, which has no twin here: import {', '.join(DEFAULTS)}.")
+    if not isinstance(kind, str) or kind not in DEFAULTS:
+        raise TuningError(
+            f"{source} has peft_type={short(kind)}, which has no twin here: import {', '.join(DEFAULTS)}."
+        )
     config = full(given)
     odd = {key: value for key, value in given.items() if key not in DEFAULTS[kind] | {"peft_type": ""} and value}
     odd.pop("runtime_config", None)  # PEFT ignores it, too
     if odd:
         raise TuningError(
-            f"{source} has {', '.join(f'{k}={v!r}' for k, v in odd.items())}, which {kind} of PEFT {PEFT_VERSION} does "
-            "not know: save the adapter with that version."
+            f"{source} has {', '.join(f'{k}={short(v)}' for k, v in odd.items())}, which {kind} of PEFT {PEFT_VERSION} "
+            "does not know: save the adapter with that version."
         )
+    check_kinds(config, source)
     return config

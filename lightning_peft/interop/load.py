@@ -57,6 +57,7 @@ def apply_adapter(model: nn.Module, adapter: PeftAdapter, allow_other_base: bool
         _check_base(adapter, parts, names)
     converter = next(c for c in CONVERTERS if c.peft_type == adapter.config["peft_type"])
     arguments = converter.arguments(parts, names) | _heads(parts, names, converter)
+    folder.check_config(adapter)
     method: TuningMethod = getattr(lightning_peft, converter.method_of(parts))(**arguments)
     method.apply(backbone)
     try:
@@ -223,6 +224,10 @@ def _fill(model: nn.Module, method: TuningMethod, converter: Converter, parts: P
             raise TuningError(
                 f"{parts.source} has {name} of shape {list(tensor.shape)}, this model of {list(live[name].shape)}: it "
                 "was made for another base."
+            )
+        if live[name].is_floating_point() != tensor.is_floating_point():
+            raise TuningError(
+                f"{parts.source} has {name} in {tensor.dtype}, this model in {live[name].dtype}: take another copy."
             )
     with torch.no_grad():
         for name, tensor in given.items():

@@ -3,20 +3,20 @@
 Ours are suffixes of names, the last that fits wins; PEFT's are regexes of the end of a name, the first that fits wins.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_peft.core import select
+from lightning_peft.core.pattern import pattern
 from lightning_peft.interop.names import compact
 
 
-def spread(pattern: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
+def spread(suffixes: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
     """Return module -> its value, by our patterns: suffixes, later ones win."""
     values = dict.fromkeys(names, default)
-    for suffix, chosen in select.match(values, list(pattern)).items():
-        values.update(dict.fromkeys(chosen, pattern[suffix]))
+    for suffix, chosen in select.match(values, list(suffixes)).items():
+        values.update(dict.fromkeys(chosen, suffixes[suffix]))
     return values
 
 
@@ -40,10 +40,10 @@ def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     return found
 
 
-def value_of(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def value_of(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """Return the value of a module as PEFT finds it: the first key that, as a regex, matches the end of its name."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+    for key, value in (patterns or {}).items():
+        if pattern(rf"(.*\.)?({key})$").match(name):
             return value
     return default
 
@@ -51,7 +51,7 @@ def value_of(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
 def is_target(config: Mapping[str, Any], name: str) -> bool:
     """Tell whether PEFT would wrap the module of this name (``check_target_module_exists`` there)."""
     saved = config["modules_to_save"] or []
-    if any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved) or selects(
+    if any(pattern(rf"(^|.*\.){module}($|\..*)").match(name) for module in saved) or selects(
         config["exclude_modules"] or [], name
     ):
         return False
@@ -62,12 +62,12 @@ def is_target(config: Mapping[str, Any], name: str) -> bool:
         return True
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = next((m for p in patterns if (m := re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name))), None)
+    found = next((m for p in patterns if (m := pattern(rf"(?:^|.*?\.){p}\.(\d+)\.").match(name))), None)
     return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def selects(patterns: Any, name: str) -> bool:
     """Tell whether PEFT's regex matches a name, or one of its suffixes ends it."""
     if isinstance(patterns, str):
-        return bool(re.fullmatch(patterns, name))
+        return pattern(patterns).fullmatch(name)
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)

@@ -18,9 +18,9 @@ from lightning_peft.core.delta import save_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.select import backbone_of, near
-from lightning_peft.core.storage import read_torch
+from lightning_peft.core.storage import check_tensors, read_torch
 from lightning_peft.interop import adapter_config
-from lightning_peft.interop.folder import PeftAdapter
+from lightning_peft.interop.folder import PeftAdapter, check_adapter_tensors
 from lightning_peft.interop.load import apply_adapter
 from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, strip
 
@@ -58,8 +58,12 @@ def read_wrapped(
     """Return the tensors of the base by their names in the model, and the adapter; see `convert_wrapped`."""
     checkpoint = read_torch(full)
     settings = _config(config)
-    base, own = _sorted(checkpoint.get("state_dict", checkpoint), adapter, settings, str(full))
-    return base, PeftAdapter(settings, own, source=str(full))
+    tensors = checkpoint.get("state_dict", checkpoint)
+    check_tensors(tensors, full)
+    base, own = _sorted(tensors, adapter, settings, str(full))
+    found = PeftAdapter(settings, own, source=str(full))
+    check_adapter_tensors(found)
+    return base, found
 
 
 def load_wrapped(model: nn.Module, base: Mapping[str, Tensor], adapter: PeftAdapter) -> TuningMethod:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -17,6 +18,20 @@ from lightning_peft.training.record import Life
 
 STEPS = 200
 """How many optimizer steps a trained parameter may go without a gradient, if the first epoch has as many."""
+
+
+def check_launcher(trainer: L.Trainer) -> None:
+    """Check that what is trained comes back from the processes that a strategy starts.
+
+    Raises:
+        TuningError: it starts them by spawn or fork.
+    """
+    # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/strategies/launchers/multiprocessing.py
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise TuningError(
+            "this strategy starts its processes by spawn or fork, from which grafts do not come back: "
+            "use strategy='ddp' in a script."
+        )
 
 
 def check_averaging(trainer: L.Trainer, method: L.Callback) -> None:

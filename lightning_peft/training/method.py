@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,12 +29,7 @@ class Method(TuningMethod, L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Apply the method as early as the backbone exists, and install the hooks for checkpoints of the delta."""
-        # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/strategies/launchers/multiprocessing.py
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise TuningError(
-                "this strategy starts its processes by spawn or fork, from which grafts do not come back: "
-                "use strategy='ddp' in a script."
-            )
+        checks.check_launcher(trainer)
         checks.check_averaging(trainer, self)
         life = lifecycle.extend_hooks(pl_module)
         trainer_hooks.install_hooks(trainer, life, pl_module)

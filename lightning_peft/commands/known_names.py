@@ -1,0 +1,48 @@
+"""The names of arguments of a command line: those that a user may have meant, and those that are missing."""
+
+import inspect
+import re
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_peft.training.method import Method
+
+
+def known_names(parser: LightningArgumentParser) -> list[str]:
+    """Return the names of arguments that a user may have meant."""
+    names = set(re.findall(r"--([\w.]*\w)", parser.format_help()))
+    names.update(f"trainer.{argument}" for argument in inspect.signature(L.Trainer).parameters)
+    kinds: list[type[Any]] = [Method, *_below(Method), *_below(L.LightningModule), *_below(L.LightningDataModule)]
+    for kind in kinds:
+        if kind.__module__.startswith("lightning_peft"):
+            names.update(inspect.signature(kind).parameters)
+            names.add(kind.__name__)
+    return sorted(names | {name.rpartition(".")[2] for name in names})
+
+
+def missing(names: list[str]) -> str:
+    """Say which options are missing: ``fit.data`` is ``--data``, and ``model`` what the class of ``--model`` needs."""
+    places = {"model": L.LightningModule, "data": L.LightningDataModule, "method": Method}
+    options = []
+    for name in names:
+        holders = [place for place, kind in places.items() if _needs(kind, name)]
+        whole = "." in name or not holders
+        options += [f"--{name.rpartition('.')[2]}"] if whole else [f"--{place}.{name}" for place in holders[:1]]
+    said = " and ".join(options) + (" is missing" if len(options) == 1 else " are missing")
+    if options == ["--model.model"]:
+        return f"{said}: give the backbone, a folder or hub id."
+    return f"{said}: give them here or in a file, such as one that lightning-peft configs lists."
+
+
+def _needs(kind: type[Any], name: str) -> bool:
+    """Tell whether a class of this package of that kind cannot be made without an argument."""
+    ours = [each for each in _below(kind) if each.__module__.startswith("lightning_peft")]
+    parameters = [inspect.signature(each).parameters.get(name) for each in ours]
+    return any(one is not None and one.default is one.empty for one in parameters)
+
+
+def _below(kind: type[Any]) -> list[type[Any]]:
+    direct: list[type[Any]] = kind.__subclasses__()
+    return [child for one in direct for child in (one, *_below(one))]

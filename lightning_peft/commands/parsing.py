@@ -1,0 +1,16 @@
+"""A parser of the arguments of one command, which says what is wrong in one sentence."""
+
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser
+
+from lightning_peft.commands import fail
+from lightning_peft.commands.wording import one_sentence
+
+
+class ToolParser(ArgumentParser):
+    """jsonargparse's parser, but for its errors."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with one sentence and exit code 2."""
+        fail(one_sentence(message, [option for action in self._actions for option in action.option_strings]))

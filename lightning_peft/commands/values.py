@@ -1,0 +1,162 @@
+"""Checks the values of a parsed command line that its parser lets pass: null for what cannot be, and ranges of numbers.
+
+Ranges go by the names of arguments, which mean the same in all tasks, data and optimizers. Those of methods stand at
+their fields, and are checked when a method is built.
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import import_module
+from typing import Any, get_args, get_type_hints
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_peft.core.arguments import Bounds
+from lightning_peft.core.errors import TuningError
+
+_RATE = Bounds(at_least=0, below=1e6)
+_COUNT = Bounds(at_least=1, below=1e9)
+_OURS = {
+    **dict.fromkeys(("lr", "head_lr", "weight_decay", "momentum", "eps"), _RATE),
+    **dict.fromkeys(("batch_size", "max_length", "max_new_tokens", "shots", "image_size", "num_beams"), _COUNT),
+    **dict.fromkeys(("warmup", "validation_share", "test_share"), Bounds(at_least=0, at_most=1)),
+    "num_workers": Bounds(at_least=0, below=1000),
+    "pad_to_multiple_of": _COUNT,
+    "seed": Bounds(at_least=0, below=2**32),
+}
+_TRAINER = {
+    **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch"), _COUNT),
+    **dict.fromkeys(("max_epochs", "max_steps", "num_sanity_val_steps"), Bounds(at_least=-1, below=1e12)),
+    **dict.fromkeys(("min_epochs", "min_steps", "log_every_n_steps"), Bounds(at_least=0, below=1e12)),
+    **dict.fromkeys(
+        ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches"),
+        Bounds(at_least=0, below=1e12),
+    ),
+    "val_check_interval": Bounds(above=0, below=1e12),
+    "gradient_clip_val": Bounds(at_least=0, below=1e12),
+    "reload_dataloaders_every_n_epochs": Bounds(at_least=0, below=1e12),
+    "num_nodes": Bounds(at_least=1, below=1e5),
+    "devices": Bounds(at_least=-1, below=1e4),
+}
+_ANY = Bounds(below=1e12)
+
+
+def check_values(config: Namespace, trainer: type) -> None:
+    """Check the values of all classes that a command line names, and those of the Trainer.
+
+    Raises:
+        TuningError: one is null, not finite or out of range.
+    """
+    if not isinstance(config.get("trainer", Namespace()), Namespace):
+        raise TuningError(
+            f"trainer={config['trainer']!r} is no mapping of arguments: give trainer.max_epochs and others."
+        )
+    given = vars(config.get("trainer", Namespace()))
+    check_registered(given)
+    for name, value in given.items():
+        _check(trainer, "Trainer", name, value, _TRAINER)
+    devices = given.get("devices", "auto")
+    if not devices or (isinstance(devices, str) and not re.fullmatch(r"auto|-?\d+(\s*,\s*\d+)*", devices)):
+        raise TuningError(f"Trainer's devices={devices!r} names none: give how many, their numbers, or auto.")
+    for kind, given in _classes(config):
+        if kind is L.Callback:
+            raise TuningError("trainer's callbacks have one without a class: give its class_path.")
+        own = kind.__module__.startswith(("lightning_peft.", "torch.optim."))
+        for name, value in given.items():
+            _check(kind, kind.__name__, name, value, _OURS if own else {})
+
+
+def check_registered(given: Mapping[str, Any]) -> None:
+    """Check the names of what a Trainer looks up by name.
+
+    Raises:
+        TuningError: Lightning has none of that name.
+    """
+    known = {
+        "accelerator": ["auto", "gpu", *AcceleratorRegistry.available_accelerators()],
+        "strategy": ["auto", *StrategyRegistry.available_strategies()],
+        "profiler": ["simple", "advanced", "pytorch", "xla"],
+    }
+    for name, every in known.items():
+        value = given.get(name)
+        if isinstance(value, str) and value not in every:
+            raise TuningError(f"Trainer's {name}={value[:60]!r} is unknown: take one of {', '.join(sorted(every))}.")
+
+
+def check_seed(seed: Any) -> None:
+    """Check the seed of a command line.
+
+    Raises:
+        TuningError: it is one that numpy does not take.
+    """
+    if not 0 <= int(seed or 0) < 2**32:
+        raise TuningError(f"seed_everything={seed} is out of range: take 0 to {2**32 - 1}, or false for none.")
+
+
+def _check(kind: type, called: str, name: str, value: Any, ranges: dict[str, Bounds]) -> None:
+    said = f"{called}'s {name}={value!r}"
+    if value is None and not takes_none(kind, name):
+        raise TuningError(f"{said} is of another type: give {_named(_parameters(kind)[name][0])}.")
+    if ranges and isinstance(value, (int, float)) and not isinstance(value, bool):
+        bounds = ranges.get(name, _ANY)
+        if not math.isfinite(value):
+            raise TuningError(f"{said} is not finite: take {bounds}.")
+        if not bounds.hold(value):
+            raise TuningError(f"{said} is out of range: take {bounds}.")
+
+
+def takes_none(kind: type, name: str) -> bool:
+    """Tell whether an argument of a class may be None, by its annotation and its default."""
+    hint, default = _parameters(kind).get(name, (Any, None))
+    return hint is Any or default is None or type(None) in (hint, *get_args(hint))
+
+
+@cache
+def _parameters(kind: type) -> dict[str, tuple[Any, Any]]:
+    """Return name -> annotation and default of what a class and its bases are built with."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for base in reversed(kind.__mro__):
+        init = vars(base).get("__init__")
+        if inspect.isfunction(init):
+            try:
+                hints = get_type_hints(init)
+            except (NameError, TypeError):  # an annotation that is there for type checkers alone
+                hints = {}
+            parameters = inspect.signature(init).parameters.values()
+            found |= {each.name: (hints.get(each.name, Any), each.default) for each in parameters}
+    return found
+
+
+def _classes(value: Any) -> Iterator[tuple[type, dict[str, Any]]]:
+    """Yield each class that a configuration names, with its arguments."""
+    if isinstance(value, (Namespace, dict)):
+        entries = vars(value) if isinstance(value, Namespace) else value
+        kind, given = _class(entries.get("class_path")), entries.get("init_args")
+        if kind is not None and isinstance(given, (Namespace, dict)):
+            yield kind, vars(given) if isinstance(given, Namespace) else given
+        for entry in entries.values():
+            yield from _classes(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _classes(entry)
+
+
+def _class(path: Any) -> type | None:
+    if not isinstance(path, str) or "." not in path:
+        return None
+    module, _, name = path.rpartition(".")
+    try:
+        kind = getattr(import_module(module), name, None)
+    except ImportError:
+        return None
+    return kind if isinstance(kind, type) else None
+
+
+def _named(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")

@@ -1,5 +1,6 @@
 """A parser of the arguments of one command, which says what is wrong in one sentence."""
 
+import re
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser
@@ -13,4 +14,4 @@ class ToolParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with one sentence and exit code 2."""
-        fail(one_sentence(message, [option for action in self._actions for option in action.option_strings]))
+        fail(one_sentence(message, re.findall(r"--([\w.]*\w)", self.format_help())))

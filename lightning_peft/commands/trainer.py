@@ -13,8 +13,8 @@ from typing import Any, NoReturn, get_args
 import lightning as L
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_peft
 from lightning_peft.commands import agreement, fail, sentence
@@ -98,7 +98,7 @@ class TuningCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """See that the values are such as the classes take, before the first of them is built."""
-        check_values(self.config.get(str(self.subcommand), self.config), self.trainer_class)
+        check_values(self.config.get(str(self.subcommand), self.config), L.Trainer)
 
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer; a rank that cannot tells the others, which would wait for it."""

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_peft.core.arguments import Bounds
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.method import TuningMethod
 
 _RATE = Bounds(at_least=0, below=1e6)
 _COUNT = Bounds(at_least=1, below=1e9)
@@ -65,6 +66,8 @@ def check_values(config: Namespace, trainer: type) -> None:
     if not devices or (isinstance(devices, str) and not re.fullmatch(r"auto|-?\d+(\s*,\s*\d+)*", devices)):
         raise TuningError(f"Trainer's devices={devices!r} names none: give how many, their numbers, or auto.")
     for kind, given in _classes(config):
+        if issubclass(kind, TuningMethod):
+            continue
         if kind is L.Callback:
             raise TuningError("trainer's callbacks have one without a class: give its class_path.")
         own = kind.__module__.startswith(("lightning_peft.", "torch.optim."))

@@ -6,9 +6,11 @@ transformers depends on, matches the same language and has one.
 
 import re
 import time
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
-import regex
+import regex  # type: ignore[import-untyped]
 
 from lightning_peft.core.errors import TuningError
 
@@ -47,7 +49,7 @@ class Pattern:
         """
         return self._limited(self._compiled.fullmatch, name) is not None
 
-    def match(self, name: str) -> "regex.Match[str] | None":
+    def match(self, name: str) -> Any:
         """Return the match at the start of a name, if there is one.
 
         Raises:
@@ -55,10 +57,10 @@ class Pattern:
         """
         return self._limited(self._compiled.match, name)
 
-    def _limited(self, function: object, name: str) -> "regex.Match[str] | None":
+    def _limited(self, function: Callable[..., Any], name: str) -> Any:
         begin = time.thread_time()
         try:
-            found: regex.Match[str] | None = function(name, timeout=self._left)  # type: ignore[operator]
+            found = function(name, timeout=self._left)
         except (TimeoutError, MemoryError):
             raise TuningError(
                 f"{_short(self.text)}{self._source} takes too long to match {_short(name)}: write it without "

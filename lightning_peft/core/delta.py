@@ -16,6 +16,7 @@ from lightning_peft.core.delta_file import FORMAT, versions, write_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.fingerprint import fingerprint_of
 from lightning_peft.core.graft import graft_prefixes, grafts
+from lightning_peft.core.pruned import check_pruned, live_name, parameter_of
 from lightning_peft.core.run import (
     below_backbones,
     canonical,
@@ -55,7 +56,10 @@ def delta_names(module: nn.Module) -> list[str]:
             keep = name in first and canonical(name) in names
         else:
             keep = (
-                name.startswith(in_grafts) or canonical(name) in moved or _goes_along(module, name, names, below(name))
+                name.startswith(in_grafts)
+                or canonical(name) in moved
+                or parameter_of(canonical(name)) in names
+                or _goes_along(module, name, names, below(name))
             )
         if keep:
             found.append(name)
@@ -83,11 +87,13 @@ def not_frozen(backbone: nn.Module, tuning: Tuning) -> set[str]:
         backbone: the tuned backbone.
         tuning: what is trained of it.
     """
-    changed, inside = tuning.changed(), graft_prefixes(backbone)
+    live, inside = dict(backbone.named_parameters()), graft_prefixes(backbone)
+    changed = {live_name(name, live) for name in tuning.changed()}
     ids = {id(p) for name, p in backbone.named_parameters() if name in changed}
     names = {n for n, p in backbone.named_parameters(remove_duplicate=False) if id(p) in ids}
     state = backbone.state_dict()
     along = {n for n in state if n not in names and _goes_along(backbone, n, changed, in_backbone=True)}
+    along |= {n for n in state if parameter_of(n) in names}
     return names | along.union(name for name in state if name.startswith(inside))
 
 
@@ -109,6 +115,7 @@ def metadata(module: nn.Module) -> dict[str, Any]:
     meta: dict[str, Any] = {"format": FORMAT, "versions": dict(versions())}
     meta["methods"], meta["backbones"], meta["left_out"] = [], {}, left_out(module)
     for path, backbone, tuning in own_tunings(module):
+        check_pruned(backbone, trained(backbone))
         path = canonical(path)
         for method in tuning.methods.values():
             kind = type(method)

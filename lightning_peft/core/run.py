@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_peft.core.checksums import checksum
 from lightning_peft.core.private_torch import WRAPPERS
+from lightning_peft.core.pruned import live_name, whole_name
 from lightning_peft.core.tuning import Tuning, tunings
 
 ATTRIBUTE = "_lightning_peft_life"
@@ -37,8 +38,8 @@ class Run:
 
     def begin(self, module: nn.Module, held: Iterable[nn.Parameter]) -> None:
         """Note what the optimizers train outside of the backbones, and what the rest is like before it moves."""
-        ids, below = {id(p) for p in held if p.requires_grad}, below_backbones(module)
-        self.outside |= {canonical(name) for name, p in module.named_parameters() if id(p) in ids and not below(name)}
+        self.hold(module, held)
+        below = below_backbones(module)
         if self.started is None:
             self.started = {
                 canonical(name): checksum(tensor)
@@ -46,12 +47,18 @@ class Run:
                 if not below(name) and canonical(name) not in self.outside and not tensor.is_meta
             }
 
+    def hold(self, module: nn.Module, held: Iterable[nn.Parameter]) -> None:
+        """Note what the optimizers train outside of the backbones."""
+        ids, below = {id(p) for p in held if p.requires_grad}, below_backbones(module)
+        self.outside |= {canonical(name) for name, p in module.named_parameters() if id(p) in ids and not below(name)}
+
     def note_moved(self, module: nn.Module) -> None:
-        """Note which tensors outside of the backbones have moved; every rank must call it."""
-        started = {name: known for name, known in (self.started or {}).items() if name not in self.outside}
-        if started:
-            state = {canonical(name): tensor for name, tensor in module.state_dict().items()}
-            self.outside |= {n for n, known in started.items() if n in state and checksum(state[n]) != known}
+        """Note which tensors outside of the backbones have moved or been pruned; every rank must call it."""
+        known = {**(self.started or {}), **dict.fromkeys(self.outside, "")}
+        for name, tensor in ((canonical(n), t) for n, t in module.state_dict().items() if self.started is not None):
+            first = whole_name(name, known)
+            if first in known and name not in self.outside and (first != name or checksum(tensor) != known[name]):
+                self.outside.add(name)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -113,11 +120,11 @@ def trained_names(module: nn.Module) -> set[str]:
     Outside of backbones these are what the run has held in an optimizer, and before a run what requires gradients.
     """
     run, below = run_of(module), below_backbones(module)
-    names = {
-        canonical(f"{path}.{name}".lstrip("."))
-        for path, backbone, tuning in own_tunings(module)
-        for name in (*tuning.trained_in_place(), *graft_parameters(backbone, tuning))
-    }
+    names: set[str] = set()
+    for path, backbone, tuning in own_tunings(module):
+        live = dict(backbone.named_parameters())
+        own = (*(live_name(name, live) for name in tuning.trained_in_place()), *graft_parameters(backbone, tuning))
+        names |= {canonical(f"{path}.{name}".lstrip(".")) for name in own}
     decided = run is not None and run.started is not None
     for name, parameter in module.named_parameters():
         loaded = run is not None and canonical(name) in run.outside

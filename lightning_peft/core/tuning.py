@@ -13,6 +13,7 @@ from lightning_peft.core import attention
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, Grafted, detach, grafts
 from lightning_peft.core.private_torch import times_written
+from lightning_peft.core.pruned import live_name
 from lightning_peft.core.select import near
 from lightning_peft.core.sharded import like
 from lightning_peft.core.stand_in import stand_in
@@ -158,7 +159,8 @@ class Tuning:
     def freeze(self, backbone: nn.Module) -> None:
         """Freeze again what the methods do not train; what they train stays frozen where the user has frozen it."""
         own = {id(p) for place in self.grafts(backbone) for p in place.graft.parameters()}
-        in_place, everywhere = self.trained_in_place(), _in_grafts(backbone)
+        live, everywhere = dict(backbone.named_parameters()), _in_grafts(backbone)
+        in_place = {live_name(name, live) for name in self.trained_in_place()}
         for name, parameter in backbone.named_parameters():
             trained = name in in_place or id(parameter) in own
             if trained and name in self.still:

@@ -142,7 +142,7 @@ class TaskBatches(Batches):
         return [np.concatenate(groups)] if self.mixed else [rows.copy() for rows in groups]
 
 
-class BatchesLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # its __iter__ is a generator
+class BatchesLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # its __iter__ gives any iterator
     """A loader over `Batches` that goes on with the batch that is next, without reading those before it.
 
     Build it with ``sampler=Batches(...), batch_size=None``. A state holds for the epoch that it was saved in: another

@@ -12,6 +12,7 @@ from lightning_peft.core.delta_file import META, meta_of, seal
 from lightning_peft.core.delta_fit import fitted
 from lightning_peft.core.delta_load import complete
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.pruned import whole_name
 from lightning_peft.core.run import canonical
 from lightning_peft.training import patches, strategy
 from lightning_peft.training.conditions import conditions, warn_of_changes
@@ -26,28 +27,47 @@ def on_save_checkpoint(
     """Reduce the weights to the delta, and add its metadata and what a run needs to resume."""
     patches.inherited(module, instance_hook, "on_save_checkpoint")(checkpoint)
     check_finite(module, trainer_of(module))
-    Life.of(module).note_moved(module)
-    names = {canonical(name) for name in delta_names(module)}
-    for holder, key in _states(checkpoint):
-        kept = {canonical(n): t for n, t in holder[key].items() if canonical(n) in names}
-        if lost := sorted(names - kept.keys()):
-            raise TuningError(
-                f"{lost[0]} is trained and not among the {len(holder[key])} tensors to be saved, e.g. "
-                f"{next(iter(holder[key]))}: let on_save_checkpoint, callbacks and state_dict keep their names."
-            )
-        holder[key] = kept
+    trainer, life = trainer_of(module), Life.of(module)
+    if trainer is not None and life.started is not None:  # callbacks may have given the optimizers more
+        life.hold(module, (p for o in trainer.optimizers for group in o.param_groups for p in group["params"]))
+    life.note_moved(module)
     meta = metadata(module)
-    trainer = trainer_of(module)
+    for holder, key in _states(checkpoint):
+        holder[key] = _delta_of(module, holder[key])
     if trainer is not None and "optimizer_states" in checkpoint:
         flat = strategy.keeps_own_optimizer(module)
         meta["optimizers"] = [] if flat else optimizer_names(module, trainer.optimizers)
-        pause = Life.of(module).pause
+        pause = life.pause
         mid_epoch = pause is not None or not trainer.is_last_batch
-        meta["resume"] = {"mid_epoch": mid_epoch, "random": gather(pause.random if pause else random_state())}
-        meta["resume"]["conditions"] = conditions(trainer, module)
+        # What a finder of Lightning saves before the first epoch, and loads again, shall not set random states.
+        if trainer.fit_loop.epoch_progress.total.ready:
+            meta["resume"] = {"mid_epoch": mid_epoch, "random": gather(pause.random if pause else random_state())}
+            meta["resume"]["conditions"] = conditions(trainer, module)
         if pause is not None:
             _rewind(checkpoint["loops"]["fit_loop"], pause)
     checkpoint[META] = seal(meta, checkpoint)
+
+
+def _delta_of(module: L.LightningModule, state: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a state dict belongs to the delta, by canonical name.
+
+    Raises:
+        TuningError: hooks, callbacks or ``state_dict`` have renamed or left out what is trained, or added something.
+    """
+    given = {canonical(name): tensor for name, tensor in state.items()}
+    names = {whole_name(canonical(name), given) for name in delta_names(module)}
+    if lost := sorted(names - given.keys()):
+        raise TuningError(
+            f"{lost[0]} is trained and not among the {len(given)} tensors to be saved, e.g. {next(iter(given))}: let "
+            "on_save_checkpoint, callbacks and state_dict keep their names."
+        )
+    live = {canonical(name) for name in module.state_dict()}
+    if added := sorted(given.keys() - names - live):
+        raise TuningError(
+            f"a hook or callback has put {added[0]} into the state dict to be saved, and {type(module).__name__} has "
+            "no tensor of that name: put it into the checkpoint beside the state dict, or register it as a buffer."
+        )
+    return {name: given[name] for name in given if name in names}
 
 
 def on_load_checkpoint(
@@ -63,7 +83,8 @@ def on_load_checkpoint(
     meta = meta_of(checkpoint, source)
     for holder, key in _states(checkpoint):
         holder[key] = complete(module, fitted(module, holder[key], meta, source))
-    if trainer is not None and trainer.state.fn == "fit":
+    pending = Life.of(module).resumed
+    if trainer is not None and trainer.state.fn == "fit" and (pending is None or "resume" in meta):
         Life.of(module).resumed = {META: meta, "optimizer_states": checkpoint.get("optimizer_states", [])}
     patches.inherited(module, instance_hook, "on_load_checkpoint")(checkpoint)
 

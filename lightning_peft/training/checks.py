@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.run import below_backbones, own_tunings, trained
-from lightning_peft.training import strategy
+from lightning_peft.training import finetuning, strategy
 from lightning_peft.training.record import Life
 
 STEPS = 200
@@ -58,6 +58,7 @@ def check_optimizers(module: L.LightningModule, optimizers: Iterable[Optimizer])
     if strategy.keeps_own_optimizer(module):
         return
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    held |= finetuning.staged(module)
     below = below_backbones(module)
     for name, parameter in trained(module).items():
         if id(parameter) not in held and below(name):

@@ -19,6 +19,7 @@ from lightning_peft.core.run import below_backbones, canonical, own_tunings, tra
 from lightning_peft.core.stand_in import stand_ins
 from lightning_peft.core.tuning import Tuning, tunings
 from lightning_peft.training import checkpoint_content, patches, precision, strategy
+from lightning_peft.training.finetuning import staged
 from lightning_peft.training.param_groups import add_new, drop, schedulers_in, split_groups
 from lightning_peft.training.record import Life, trainer_of
 from lightning_peft.training.weights import on_meta
@@ -49,7 +50,7 @@ def await_backbone(module: L.LightningModule, trainer: L.Trainer) -> None:
 def apply_methods(module: L.LightningModule) -> None:
     """Apply each method whose backbone is there, and freeze again what something else may have thawed."""
     plugin = _replace_layers(module)
-    life = Life.of(module)
+    life, frozen = Life.of(module), staged(module)
     trainer = trainer_of(module)
     callbacks = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
     life.keys = {method.key for method in callbacks if isinstance(method, TuningMethod)} or {
@@ -69,6 +70,8 @@ def apply_methods(module: L.LightningModule) -> None:
                 raise
     for _, backbone, tuning in own_tunings(module):
         tuning.freeze(backbone)
+    for parameter in (p for p in module.parameters() if id(p) in frozen):
+        parameter.requires_grad_(False)
     if precision.replaces_layers(plugin):
         precision.check_trainable(module)
 
@@ -148,9 +151,10 @@ def _homeless(
     """
     groups = {id(p): group for o in optimizers for group in o.param_groups for p in group["params"]}
     found: list[tuple[nn.Parameter, dict[str, Any]]] = []
+    elsewhere = groups.keys() | staged(module)
     for path, backbone, _ in own_tunings(module):
         start = f"{path}." if path else ""
-        new = [p for name, p in wanted.items() if name.startswith(start) and id(p) not in groups]
+        new = [p for name, p in wanted.items() if name.startswith(start) and id(p) not in elsewhere]
         home = next((groups[id(p)] for p in backbone.parameters() if id(p) in groups), None)
         if new and home is None and len(optimizers) > 1:
             raise TuningError(

@@ -15,7 +15,9 @@ import lightning as L
 import numpy
 import torch
 
+from lightning_peft.core.delta_file import META
 from lightning_peft.training import patches, signals
+from lightning_peft.training.record import Life
 
 
 class Resumable:
@@ -35,11 +37,36 @@ class Resumable:
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield batches; a generator, since Lightning restores its loops and sets the epoch after it has made one."""
-        self._load_late()
+        """Return an iterator of batches, made now as without us or, in a run that resumes, with the first of them.
+
+        Lightning may restore its loops and set the epoch after it has made one, and workers would have read on by then.
+        """
+        later = self._resume is not None or self._may_resume() or self._needs_epoch()
+        return self._read(None if later else self._started())
+
+    def _needs_epoch(self) -> bool:
+        """Tell whether workers read at once what depends on the number of the epoch."""
+        sampler = getattr(self, "sampler", None)
+        inner = getattr(getattr(self, "batch_sampler", None), "sampler", None)
+        return bool(getattr(self, "num_workers", 0)) and any(hasattr(each, "set_epoch") for each in (sampler, inner))
+
+    def _may_resume(self) -> bool:
+        if self.trainer is None:
+            return False
+        resumed = Life.of(self.trainer.lightning_module).resumed
+        restores_late = self.trainer.strategy.restore_checkpoint_after_setup and self.trainer.ckpt_path is not None
+        return restores_late or (resumed is not None and "resume" in resumed[META])
+
+    def _started(self) -> Iterator[Any]:
         state, self._resume = self._resume, None
         with signals.held_back():  # worker processes are started here
             iterator, self._given = self.begin(state)
+        return iterator
+
+    def _read(self, iterator: Iterator[Any] | None) -> Iterator[Any]:
+        if iterator is None:
+            self._load_late()
+            iterator = self._started()
         for batch in iterator:
             self._given += 1
             yield batch
@@ -66,9 +93,14 @@ class Resumable:
 
 
 class SameLoader:
-    """A wrapper of a loader that forwards reading and writing of attributes to it."""
+    """A wrapper of a loader that forwards reading and writing of attributes to it, and is an instance of its class."""
 
     loader: Any = None
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The class of the loader: ``trainer.train_dataloader`` stays a ``DataLoader``."""
+        return type(self.loader)
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -83,8 +115,14 @@ class SameLoader:
         else:
             setattr(self.loader, name, value)
 
+    def __delattr__(self, name: str) -> None:
+        delattr(self.loader, name)
+
     def __len__(self) -> int:
         return len(self.loader)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return object.__new__, (type(self),), vars(self)
 
 
 class ResumableLoader(Resumable, SameLoader):

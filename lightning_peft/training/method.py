@@ -5,19 +5,16 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.graft import grafts
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.tuning import Tuning
-from lightning_peft.training import checkpoint_content, checks, lifecycle, precision, trainer_hooks
+from lightning_peft.training import checkpoint_content, checks, finetuning, lifecycle, modes, precision, trainer_hooks
 from lightning_peft.training.checkpoint_io import Claim
 from lightning_peft.training.record import Life
-
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -38,6 +35,7 @@ class Method(TuningMethod, L.Callback):
         lifecycle.await_backbone(pl_module, trainer)
         lifecycle.apply_methods(pl_module)
         self._assert_same(pl_module)
+        finetuning.check_callbacks(pl_module, trainer)
         self._warn_of_others(trainer, pl_module)
         precision.patch_plugin(trainer, self.keep_fp32)
 
@@ -46,6 +44,7 @@ class Method(TuningMethod, L.Callback):
         self._assert_applied(pl_module)
         self._assert_checkpointing(trainer, pl_module)
         Claim.folders(trainer)
+        finetuning.check_callbacks(pl_module, trainer)
         checks.check_averages(pl_module)
         checks.check_optimizers(pl_module, trainer.optimizers)
         checks.expect_gradients(pl_module)
@@ -54,7 +53,8 @@ class Method(TuningMethod, L.Callback):
         checkpoint_content.warn_of_other_conditions(pl_module, trainer)
         checkpoint_content.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
         # Lightning warns of modules in eval mode before it calls on_train_start: the modes are set after that.
-        select.backbone_of(pl_module, self.backbone).train()
+        if self._leads(trainer, on_backbone=True):
+            modes.begin(pl_module, select.backbone_of(pl_module, self.backbone))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the random state of a run that was saved inside an epoch, for which no epoch starts."""
@@ -64,17 +64,7 @@ class Method(TuningMethod, L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put what is frozen into the mode that the methods ask for, and what is trained into training mode."""
-        backbone = select.backbone_of(pl_module, self.backbone)
-        backbone.train(self._trains_frozen(trainer))
-        for module in backbone.modules():
-            trained = [p.requires_grad for p in module.parameters(recurse=False)]
-            if isinstance(module, _BATCH_NORM):  # where its bias alone is trained, its statistics stay
-                module.training = bool(trained) and all(trained)
-            elif any(trained):
-                module.training = True
-        keys = Life.of(pl_module).keys or ()
-        for place in grafts(backbone):
-            place.graft.train(place.graft.owner in ("", *keys))
+        modes.set_modes(pl_module, select.backbone_of(pl_module, self.backbone), self._trains_frozen(trainer))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Add this method's penalty to the loss."""
@@ -87,8 +77,7 @@ class Method(TuningMethod, L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Note which trained parameters get gradients."""
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if next(callback for callback in callbacks if isinstance(callback, Method)) is self:
+        if self._leads(trainer):
             checks.note_gradients(pl_module, optimizer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -104,7 +93,9 @@ class Method(TuningMethod, L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Replace the batch's entries by those of `prepare`."""
+        """Replace the batch's entries by those of `prepare`; at the start of an epoch, look at the optimizers again."""
+        if batch_idx == 0:
+            finetuning.check_optimized(pl_module, trainer)
         self._enter(trainer, pl_module, batch)
 
     def on_train_batch_end(
@@ -146,6 +137,12 @@ class Method(TuningMethod, L.Callback):
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def _leads(self, trainer: L.Trainer, on_backbone: bool = False) -> bool:
+        """Tell whether this is the first method of the Trainer, or of its backbone, which acts once for all of them."""
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        methods = [callback for callback in callbacks if isinstance(callback, Method)]
+        return next(m for m in methods if not on_backbone or m.backbone == self.backbone) is self
 
     def _assert_applied(self, module: L.LightningModule) -> None:
         if self.finds_backbone(module) and self.is_applied(module):

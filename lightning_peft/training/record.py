@@ -34,6 +34,8 @@ class Life(Run):
         validation_random: the random state before the latest validation during fit.
         without_gradient: names of the trained parameters that have had no gradient yet; None before the first step.
         steps: how many optimizer steps have looked for gradients.
+        modes: whether training mode is what each module of a backbone was last put into.
+        in_eval: the names of those that the user has put into eval mode instead.
         is_extended: whether the hooks of the module are extended; see `lifecycle.extend`.
     """
 
@@ -43,6 +45,8 @@ class Life(Run):
     validation_random: dict[str, Any] | None = None
     without_gradient: set[str] | None = None
     steps: int = 0
+    modes: dict[str, bool] = field(default_factory=dict)
+    in_eval: set[str] = field(default_factory=set)
     is_extended: bool = False
 
     @classmethod

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.storage import read_torch
+from lightning_peft.core.folder_seal import check_folder
+from lightning_peft.core.storage import first_line, read_torch
 
 _REST = "meta.pt"  # where Lightning puts what is no tensor of the model or the optimizer
 
@@ -122,17 +123,18 @@ def read_folder(path: str | Path) -> dict[str, Any]:
     Raises:
         TuningError: a part of it is missing or damaged.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+    check_folder(Path(path))
     checkpoint = read_torch(Path(path) / _REST)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "whole.pt"
         try:
             dcp_to_torch_save(path, file)
-        except (CheckpointException, RuntimeError, OSError, ValueError, EOFError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-            raise TuningError(f"{path} lacks a part or is damaged ({reason}): take another copy.") from None
+        except BaseException as error:  # whatever a damaged pickle makes the reader do; torch's own is no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise TuningError(f"{path} lacks a part or is damaged ({first_line(error)}): take another copy.") from None
         tensors = read_torch(file)
     optimizers = sorted((k for k in tensors if k.startswith("optimizer_")), key=lambda k: int(k.rpartition("_")[2]))
     if optimizers:

@@ -12,9 +12,20 @@ from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.tuning import Tuning
-from lightning_peft.training import checkpoint_content, checks, finetuning, lifecycle, modes, precision, trainer_hooks
+from lightning_peft.training import (
+    checkpoint_content,
+    checks,
+    finetuning,
+    lifecycle,
+    modes,
+    plain_load,
+    precision,
+    trainer_hooks,
+)
 from lightning_peft.training.checkpoint_io import Claim
 from lightning_peft.training.record import Life
+
+plain_load.guard()
 
 
 @dataclass(eq=False, kw_only=True)

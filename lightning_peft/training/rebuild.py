@@ -13,7 +13,7 @@ from lightning_peft.core.delta_file import CLASS_PATH, meta_of, read_checkpoint,
 from lightning_peft.core.delta_load import load_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import load_model, model_class
-from lightning_peft.training import lifecycle, patches
+from lightning_peft.training import lifecycle, patches, plain_load
 from lightning_peft.training.method import Method
 
 M = TypeVar("M", bound=L.LightningModule)
@@ -58,7 +58,8 @@ def load_from_checkpoint(cls: type[M], path: str | Path, *args: Any, **kwargs: A
     checkpoint = read_checkpoint(path)
     methods = methods_of(meta_of(checkpoint, str(path)))
     with _applying(_built_class(cls, checkpoint), methods):
-        return L.LightningModule.load_from_checkpoint.__func__(cls, path, *args, **kwargs)  # type: ignore[attr-defined]
+        loaded: M = plain_load.load(cls, path, *args, **kwargs)
+        return loaded
 
 
 def from_delta(path: str | Path, backbone: nn.Module | str | None = None) -> nn.Module:

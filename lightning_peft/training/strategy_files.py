@@ -16,8 +16,10 @@ from lightning_peft.core import sharded
 from lightning_peft.core.delta import delta_names, save_delta
 from lightning_peft.core.delta_file import IN_FOLDER
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.folder_seal import check_folder, digests, seal_folder
 from lightning_peft.core.run import canonical
 from lightning_peft.training import patches
+from lightning_peft.training.loaders import gather
 from lightning_peft.training.shard_units import wrap_policy
 
 
@@ -54,6 +56,8 @@ def save_deltas(trainer: L.Trainer, restored: Callable[[], None]) -> None:
         table.patch(strategy, "lightning_module_state_dict", partial(_state_dict, strategy), lasting=True)
         table.patch(strategy, "optimizer_state", partial(_optimizer_state, strategy), lasting=True)
         table.patch(strategy, "load_checkpoint", partial(_load_checkpoint, strategy))
+        if writes_parts(strategy):
+            table.patch(strategy, "save_checkpoint", partial(_save_parts, strategy), lasting=True)
         table.patch(strategy, "load_model_state_dict", partial(_load_model, strategy, trainer, restored))
 
 
@@ -124,6 +128,24 @@ def _load_model(
         optimizer.load_state_dict(sharded.optimizer_part(optimizer, saved))
 
 
+def _save_parts(
+    strategy: ModelParallelStrategy, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+) -> None:
+    """Let each rank write its part, and seal the folder."""
+    folder = Path(strategy.broadcast(str(filepath)))
+    type(strategy).save_checkpoint(strategy, checkpoint, folder, storage_options)
+    _seal(strategy, folder)
+
+
+def _seal(strategy: Any, folder: Path) -> None:
+    """Add the checksums of all files to a folder; each rank computes a share of them."""
+    strategy.barrier()
+    parts = gather(digests(folder, strategy.global_rank, strategy.world_size))
+    if strategy.is_global_zero:
+        seal_folder(folder, parts)
+    strategy.barrier()
+
+
 def _deepspeed_save_checkpoint(
     strategy: DeepSpeedStrategy, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
 ) -> None:
@@ -135,13 +157,14 @@ def _deepspeed_save_checkpoint(
     with sharded.gathered(p for p in module.parameters() if p.requires_grad):
         if strategy.is_global_zero:
             save_delta(module, folder / IN_FOLDER)
-    strategy.barrier()
+    _seal(strategy, folder)
 
 
 def _load_without_frozen(strategy: Any, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     """Let the strategy read what it has written, in which frozen weights are missing."""
     module = strategy.lightning_module
     assert module is not None
+    check_folder(Path(checkpoint_path))
     with patches.patched(module, "strict_loading", False):
         loaded: dict[str, Any] = type(strategy).load_checkpoint(strategy, checkpoint_path, weights_only=weights_only)
         return loaded

@@ -6,6 +6,7 @@ Their checksums are made anew, since whoever writes such a file can do that, too
 import contextlib
 import copy
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from lightning_peft import LoRA, TuningError, from_delta, load_from_checkpoint, 
 from lightning_peft.commands.tools import info
 from lightning_peft.core.delta_file import META, read_delta, seal
 from lightning_peft.interop import from_peft, to_peft
+from lightning_peft.interop.folder import check_config, read_adapter
 from tests.models import tiny
 from tests.modules import Tuned, loader, trainer
 
@@ -199,3 +201,52 @@ def test_a_pattern_of_an_adapter_ends(written: Path, tmp_path: Path, key: str, v
     with contextlib.suppress(TuningError):  # it takes too long
         from_peft(tiny("bert"), tmp_path)
     assert time.thread_time() - begin < 8
+
+
+def test_no_flipped_bit_of_our_own_adapter_loads(tmp_path: Path) -> None:
+    model = tiny("bert")
+    LoRA(r=2, target_modules=["query"]).apply(model)
+    folder, draw = to_peft(model, tmp_path / "adapter"), random.Random(0)
+    known = read_adapter(folder)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        whole = (folder / name).read_bytes()
+        for _ in range(400):
+            data = bytearray(whole)
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+            (folder / name).write_bytes(data)
+            try:
+                adapter = read_adapter(folder)
+                check_config(adapter)
+            except TuningError:
+                continue
+            assert adapter.tensors.keys() == known.tensors.keys()
+            assert all(torch.equal(adapter.tensors[key], tensor) for key, tensor in known.tensors.items())
+            free = {
+                "base_model_name_or_path",
+                "inference_mode",
+                "peft_version",
+                "revision",
+                "task_type",
+                "auto_mapping",
+            }
+            assert all(adapter.config[key] == value for key, value in known.config.items() if key not in free)
+        (folder / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite(written: Path, tmp_path: Path, value: float) -> None:
+    tensors = load_file(written / "adapter" / "adapter_model.safetensors")
+    tensors[min(tensors)].view(-1)[0] = value
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "adapter_config.json").write_bytes((written / "adapter" / "adapter_config.json").read_bytes())
+    with pytest.raises(TuningError, match=r"has NaN or infinity in .*take another"):
+        from_peft(tiny("bert"), tmp_path)
+
+
+def test_an_alpha_that_was_changed_after_the_export(tmp_path: Path) -> None:
+    model = tiny("bert")
+    LoRA(r=2).apply(model)
+    file = to_peft(model, tmp_path / "adapter") / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 17}))
+    with pytest.raises(TuningError, match=r"was changed after it was exported: adapter_config\.json does not fit"):
+        from_peft(tiny("bert"), tmp_path / "adapter")

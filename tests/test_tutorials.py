@@ -1,0 +1,69 @@
+"""The tutorials run as they stand, in an empty folder; where the model is one of the hub, a tiny one stands in."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.images import save_vit
+from tests.two_towers import save_model
+
+pytestmark = pytest.mark.slow
+TUTORIALS = Path(__file__).parents[1] / "docs/tutorials"
+
+
+def run(page: str, folder: Path, instead: dict[str, str] | None = None) -> str:
+    """Run the blocks of a page in their order and return what they printed."""
+    text = (TUTORIALS / f"{page}.md").read_text()
+    for old, new in (instead or {}).items():
+        assert old in text
+        text = text.replace(old, new)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
+    printed = ""
+    for language, code in re.findall(r"```(sh|python)\n(.*?)```", text, re.DOTALL):
+        command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
+        ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+        assert ended.returncode == 0, code + ended.stdout + ended.stderr
+        printed += ended.stdout
+    return printed
+
+
+def test_own_rows(tmp_path: Path) -> None:
+    printed = run("own_csv", tmp_path)
+    assert '"login"' in (tmp_path / "runs/predictions.jsonl").read_text()
+    assert "{0: 'billing', 1: 'delivery', 2: 'login'}" in printed
+    assert (tmp_path / "tickets-model/config.json").is_file()
+
+
+def test_own_trainer(tmp_path: Path) -> None:
+    printed = run("own_trainer", tmp_path)
+    assert Path(printed.strip().splitlines()[-1]).is_file()
+
+
+def test_images(tmp_path: Path) -> None:
+    save_vit(tmp_path / "vit")
+    for split, count in (("train", 4), ("validation", 2), ("test", 2)):
+        for name, colour in (("cats", "red"), ("dogs", "blue")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (16, 16), colour).save(tmp_path / "images" / split / name / f"{i}.png")
+    run(
+        "images",
+        tmp_path,
+        {"google/vit-base-patch16-224-in21k": "vit", "--trainer.max_epochs 10": "--trainer.max_epochs 1"},
+    )
+    assert list(tmp_path.rglob("*.ckpt"))
+
+
+def test_clip(tmp_path: Path) -> None:
+    save_model(tmp_path / "clip")
+    known = "--data.data.init_args.colours [red,blue] --data.data.init_args.shapes [star,ring]"
+    tiny = {"--config clip_shapes": f"--config clip_shapes {known} --data.data.init_args.shots 2"}
+    tiny["--model.model openai/clip-vit-base-patch32"] = "--model.model clip --trainer.max_epochs 1"
+    printed = run("clip", tmp_path, tiny)
+    assert "test_accuracy" in printed

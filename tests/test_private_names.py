@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from lightning.pytorch import callbacks, cli, strategies
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
@@ -62,6 +63,14 @@ def names_in_a_compiled_wrapper() -> None:
 @use("core/private_torch.py", f"{PYTORCH}torch/distributed/fsdp/_common_utils.py", "_fsdp_wrapped_module")
 def names_under_fsdp() -> None:
     assert FSDP_WRAPPED_MODULE == "_fsdp_wrapped_module"
+
+
+@use("core/placement.py", "https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/hooks.py", "_hf_hook")
+def hook_of_accelerate() -> None:
+    module = add_hook_to_module(nn.Linear(2, 2), SequentialHook(AlignDevicesHook("cpu", offload=True)))
+    (hook,) = module._hf_hook.hooks
+    assert (hook.execution_device, hook.offload, sorted(hook.weights_map)) == ("cpu", True, ["bias", "weight"])
+    assert "forward" in vars(module)
 
 
 WRAPPER = f"{PYTORCH}torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py"

@@ -20,6 +20,7 @@ from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, detach, grafts
 from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.core.placement import device_of, has_values
 from lightning_peft.prompts.prefix import Prefix, PrefixNetwork, ShiftedPositions, ShiftedTable, TextPositions
 from lightning_peft.training.method import Method
 
@@ -79,8 +80,7 @@ class PrefixMethod(Method):
         states = None if words is None else _states(backbone, chosen, words)
         prefixes = {place.path: self._prefix(backbone, place, network) for place in chosen}
         for place in chosen:
-            device = next((p.device for p in place.module.parameters()), None)
-            attach(place.module, prefixes[place.path].to(device), self.key)
+            attach(place.module, prefixes[place.path].to(device_of(place.module)), self.key)
         shifted = self.positions == "shifted" and self._shift(backbone, found, prefixes)
         decoder = text_structure.text_decoder_of(backbone)
         if decoder is not None:
@@ -133,7 +133,7 @@ class PrefixMethod(Method):
         return self.dropout or 0.0
 
     def _words(self, backbone: nn.Module) -> list[int] | None:
-        if self.init != "text" or next(backbone.parameters()).is_meta:
+        if self.init != "text" or not has_values(backbone):
             return None
         if not self.text:
             raise TuningError("init='text' needs the words of the prefix: give text=.")
@@ -148,7 +148,7 @@ class PrefixMethod(Method):
             return None
         kinds = dict.fromkeys(place.kind for place in chosen)
         network = PrefixNetwork(kinds, self.num_virtual_tokens, _width(backbone), self.mid_dim)
-        return attach(backbone, network.to(next(backbone.parameters()).device), self.key)
+        return attach(backbone, network.to(device_of(backbone)), self.key)
 
     def _prefix(self, backbone: nn.Module, place: Attention, network: PrefixNetwork | None) -> Prefix:
         """Return the prefix of one attention, with its initial values."""
@@ -199,7 +199,7 @@ def _width(backbone: nn.Module) -> int:
 
 def _states(backbone: nn.Module, places: list[Attention], words: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the keys and values [H, P, d] that the frozen model has for words, by the path of the attention."""
-    ids = torch.tensor([words], device=next(backbone.parameters()).device)
+    ids = torch.tensor([words], device=device_of(backbone))
     training = backbone.training
     with torch.no_grad(), attention.recorded(places) as seen:
         backbone.eval()

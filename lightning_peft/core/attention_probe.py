@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_peft.core import structure, text_structure
+from lightning_peft.core import placement, structure, text_structure
 from lightning_peft.core.cache_argument import argument_of
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.longer_cache import with_longer_cache
@@ -79,7 +79,7 @@ def seen(module: nn.Module, key: Tensor, value: Tensor) -> None:
 def probe(backbone: nn.Module) -> list[Attention]:
     """Run the model on the meta device, which computes no numbers, and return the attentions in the model's order."""
     state = _Probe(backbone)
-    with watched(state.see):
+    with watched(state.see), placement.undispatched(backbone):
         _run_parts(backbone, state)
     order = list(state.paths)
     return sorted(state.found.values(), key=lambda one: order.index(one.module))

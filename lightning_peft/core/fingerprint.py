@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import placement, structure
 from lightning_peft.core.checksums import sums
 from lightning_peft.core.sharded import gathered
 from lightning_peft.core.tuning import Tuning
@@ -41,7 +41,7 @@ def fingerprint(backbone: nn.Module, skip: Iterable[str] = (), instead: Mapping[
     dtypes = set()
     for name in sorted(live.keys() & backbone.state_dict().keys() - set(skip)):
         with gathered([live[name]]):
-            tensor = (instead or {}).get(name, live[name]).detach()
+            tensor = placement.value_of(backbone, name, (instead or {}).get(name, live[name]).detach())
             found = [(0, 0)] * len(digests) if tensor.is_meta else sums(tensor, *_HALVES.values())
         if tensor.is_floating_point():
             dtypes.add(str(tensor.dtype).removeprefix("torch."))

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core import placement
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, Grafted, detach, grafts, overrides
 from lightning_peft.core.master_weights import MasterWeights
@@ -198,6 +199,8 @@ def foldable(module: nn.Module, dequantize: bool = False, owner: str | None = No
                 f"the weight of {place.path} is tied to that of another module, which would change with it: "
                 "keep the delta beside the backbone."
             )
+        if isinstance(place.graft, Folding):
+            placement.check_readable(place.host, "merging")
         if has_quantized_weight(place.host) and not dequantize:
             kind = type(place.host.weight).__name__
             raise TuningError(

@@ -26,9 +26,11 @@ from functools import partial
 from itertools import takewhile
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_peft.core import placement
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.private_torch import Movable, is_compiled, output_hooks
 from lightning_peft.core.switch import Switch
@@ -76,6 +78,7 @@ class Graft(Movable):
         self._handles: list[RemovableHandle] = []
         self._leaves: RemovableHandle | None = None
         self._first_argument = ""
+        self._device: torch.device | None = None
 
     def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the new first argument of the host, from its first argument ``x``."""
@@ -126,13 +129,13 @@ class Graft(Movable):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.rests:
             return args, kwargs
-        args, kwargs = self._first_by_position(args, kwargs)
+        args, kwargs = self._moved(*self._first_by_position(args, kwargs))
         return (self("before", host, *args, **kwargs), *args[1:]), kwargs
 
     def _on_output(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         if self.rests:
             return out
-        args, kwargs = self._first_by_position(args, kwargs)
+        args, kwargs = self._moved(*self._first_by_position(args, kwargs))
         return self("after", out, host, *args, **kwargs)
 
     def _on_enter(self, host: nn.Module, args: tuple[Any, ...]) -> None:
@@ -161,6 +164,13 @@ class Graft(Movable):
             return args, kwargs
         rest = {name: value for name, value in kwargs.items() if name != self._first_argument}
         return (kwargs[self._first_argument],), rest
+
+    def _moved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments where the host computes, to which accelerate moves them within its ``forward`` alone."""
+        if (device := self._device) is None:
+            return args, kwargs
+        moved = [value.to(device) if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())]
+        return tuple(moved[: len(args)]), dict(zip(kwargs, moved[len(args) :], strict=True))
 
     def moving(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Move with the host but keep the dtype: ``.half()`` or bf16-true would round what was learnt."""
@@ -196,10 +206,13 @@ def attach(host: nn.Module, graft: G, name: str) -> G:
     """
     if hasattr(host, name):
         raise TuningError(f"{type(host).__name__} already has an attribute {name!r}: detach it or take another name.")
+    if overrides(graft, "weight"):
+        placement.check_readable(host, type(graft).__name__)
     if is_compiled(host):
         raise TuningError(f"{type(host).__name__} is compiled and would ignore a graft: attach first, compile after.")
     graft._first_argument = next(iter(inspect.signature(host.forward).parameters), "")
     graft.owner, graft.switch = _owner_now.get()
+    graft._device = placement.execution_device(host)
     host.register_module(name, graft)
     graft.train(host.training)
     if overrides(graft, "before"):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 from torch import Tensor, nn
 
-from lightning_peft.core import arguments, compatibility, master_weights, select, structure
+from lightning_peft.core import arguments, compatibility, master_weights, placement, select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, Grafted, grafts, owned_by
 from lightning_peft.core.pattern import pattern
@@ -130,6 +130,7 @@ class TuningMethod:
             with owned_by(self.key, tuning.switch):
                 own = set(self.graft(backbone))
                 trained = self._kept({*own, *structure.head_names(backbone), *self._also(backbone)})
+                placement.check_trainable(backbone, trained)
                 tuning.add(backbone, self.key, self, trained, self.keeps_originals)
             compatibility.check_compatible(backbone, tuning, tuning.switch.off)
         except BaseException:

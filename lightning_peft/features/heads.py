@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
+from lightning_peft.core.placement import device_of
 
 HeadInit = Literal["model", "vpt", "mae", "zero"]
 PRIOR = 0.01
@@ -42,7 +43,7 @@ class HeadNorm(Graft):
 
     def __init__(self, host: nn.Linear, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = RowNorm(host.in_features, eps=eps, affine=False, device=host.weight.device, dtype=torch.float32)
+        self.norm = RowNorm(host.in_features, eps=eps, affine=False, device=device_of(host), dtype=torch.float32)
 
     def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the normed input of the layer."""

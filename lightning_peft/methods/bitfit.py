@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
+from lightning_peft.core.placement import device_of
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
@@ -72,9 +73,8 @@ class AddedBias(Graft):
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
-        weight: Tensor = host.weight  # type: ignore[assignment]
         width = host.nf if isinstance(host, Conv1D) else host.out_features
-        self.bias = nn.Parameter(torch.zeros(width, dtype=torch.float32, device=weight.device))  # type: ignore[arg-type]
+        self.bias = nn.Parameter(torch.zeros(width, dtype=torch.float32, device=device_of(host)))  # type: ignore[arg-type]
 
     def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Return ``out + b``."""

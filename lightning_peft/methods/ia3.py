@@ -22,6 +22,7 @@ from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import attach
+from lightning_peft.core.placement import device_of
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates import in_place
 
@@ -55,7 +56,7 @@ class ScaledOutput(Scaled):
     folds = ("weight", "bias")
 
     def __init__(self, host: nn.Module, keeps_output: bool = True, first: int = 0) -> None:
-        super().__init__(_features(host)[0] - first, host.weight.device)  # type: ignore[arg-type]
+        super().__init__(_features(host)[0] - first, device_of(host))
         self.first, self.keeps_output = first, keeps_output
 
     def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -80,7 +81,7 @@ class ScaledInput(Scaled):
     """Multiplies the input of a layer by l."""
 
     def __init__(self, host: nn.Module) -> None:
-        super().__init__(_features(host)[1], host.weight.device)  # type: ignore[arg-type]
+        super().__init__(_features(host)[1], device_of(host))
 
     def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the scaled input, [..., in], computed in fp32 and in the dtype of x."""

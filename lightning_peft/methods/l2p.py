@@ -29,6 +29,7 @@ from lightning_peft.core import compatibility, structure
 from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
+from lightning_peft.core.placement import device_of
 from lightning_peft.towers.prompt_pool import ChosenPrompts, PromptPool
 from lightning_peft.towers.vision import tower
 from lightning_peft.training.method import Method
@@ -80,7 +81,7 @@ class L2P(Method):
             raise TuningError(f"L2P gives a task head the mean of the prompts, and {name} has none: take a classifier.")
         start = 0 if self.layout == "prepend" else found.prefix
         position = _position_table(found.embeddings) if self.layout == "after_cls" else None
-        device = found.patches.weight.device
+        device = device_of(found.patches)
         prompts = torch.empty(self.pool_size, self.prompt_length, found.dim, device=device).uniform_(-1, 1)
         keys = torch.empty(self.pool_size, found.dim, device=device).uniform_(-1, 1)
         path = next(path for path, module in found.module.named_modules() if module is found.embeddings)

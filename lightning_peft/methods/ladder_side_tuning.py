@@ -21,6 +21,7 @@ from lightning_peft.core import compatibility, structure
 from lightning_peft.core.arguments import natural, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
+from lightning_peft.core.placement import device_of
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -76,7 +77,7 @@ class Ladder(BesideFrozen):
         super().__init__(host)
         self.rungs, self.temperature, self.causal = rungs, temperature, causal
         self.seen: dict[int, Tensor] = {}
-        place: dict[str, Any] = {"device": next(host.parameters()).device, "dtype": torch.float32}
+        place: dict[str, Any] = {"device": device_of(host), "dtype": torch.float32}
         self.downs = nn.ModuleList(nn.Linear(width, narrow, bias=False, **place) for _ in range(len(rungs) + 1))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -106,13 +107,13 @@ class Ladder(BesideFrozen):
                 f"{len(self.rungs) + 1}): use SideTuning."
             )
         last = field_of(out, "last_hidden_state", host)
-        z = self.downs[0](states[-1].float())
+        z = self.downs[0](states[-1].to(self.gates))
         mask, padding = self._masks(given, z)
         shares = (self.gates / self.temperature).sigmoid()
         for i, (rung, block) in enumerate(zip(self.rungs, self.blocks, strict=True)):
-            mixed = shares[i] * self.downs[i + 1](states[rung].float()) + (1 - shares[i]) * z
+            mixed = shares[i] * self.downs[i + 1](states[rung].to(z)) + (1 - shares[i]) * z
             z = block(mixed, src_mask=mask, src_key_padding_mask=padding, is_causal=self.causal and padding is None)
-        changes: dict[str, Any] = {"last_hidden_state": last + self.up(self.norm(z)).to(last.dtype)}
+        changes: dict[str, Any] = {"last_hidden_state": last + self.up(self.norm(z)).to(last)}
         if isinstance(out, Mapping) and out.get("pooler_output") is not None:
             pooler = structure.part(host, "pooler")
             changes["pooler_output"] = None if pooler is None else pooler(changes["last_hidden_state"])

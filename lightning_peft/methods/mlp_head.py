@@ -17,6 +17,7 @@ from lightning_peft.bases.caching import CachingMethod
 from lightning_peft.core import select
 from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.graft import Graft, attach
+from lightning_peft.core.placement import device_of
 from lightning_peft.features import heads
 from lightning_peft.training.mixin import TunedBy
 
@@ -34,8 +35,8 @@ class HiddenLayers(Graft):
         super().__init__()
         d = host.in_features
         self.dropout = dropout
-        self.layers = nn.ModuleList(nn.Linear(d, d, device=host.weight.device) for _ in range(count)).float()
-        self.norms = nn.ModuleList(heads.RowNorm(d, device=host.weight.device) for _ in range(count)).float()
+        self.layers = nn.ModuleList(nn.Linear(d, d, device=device_of(host)) for _ in range(count)).float()
+        self.norms = nn.ModuleList(heads.RowNorm(d, device=device_of(host)) for _ in range(count)).float()
         for layer in self.layers:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out")  # type: ignore[arg-type]
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.arguments import choice, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach
+from lightning_peft.core.placement import device_of, has_values
 from lightning_peft.core.tracing import is_traced
 from lightning_peft.prompting import Template
 from lightning_peft.prompts.virtual_tokens import PromptRows, is_widened, word_rows
@@ -140,11 +141,10 @@ class PTuning(PromptMethod):
         """Attach the virtual tokens and the encoder that computes them."""
         self._check(backbone)
         table = next(iter(structure.word_tables(backbone).values()))
-        weight: Tensor = table.weight  # type: ignore[assignment]
-        rows = self._initial_rows(backbone, table).to(weight.device)
+        rows = self._initial_rows(backbone, table).to(device_of(table))
         source: nn.Parameter | PromptEncoder = nn.Parameter(rows)
         if self.encoder != "none":
-            source = PromptEncoder(rows, self.encoder, self.dropout).to(weight.device)
+            source = PromptEncoder(rows, self.encoder, self.dropout).to(rows.device)
             attach(backbone, source, self.key)
         self.place(backbone, source, anywhere=self.template is not None)
         if not self.tune_backbone:
@@ -197,7 +197,7 @@ class PTuning(PromptMethod):
 
     def _initial_rows(self, backbone: nn.Module, table: nn.Module) -> Tensor:
         weight: Tensor = table.weight  # type: ignore[assignment]
-        if self.init == "text" and not weight.is_meta:
+        if self.init == "text" and has_values(table):
             return word_rows(table, cut_to(self.ids_of(backbone, self.text), self.num_virtual_tokens))
         return torch.randn(self.num_virtual_tokens, weight.shape[1])
 

@@ -23,6 +23,7 @@ from lightning_peft.bases.prefix import PrefixMethod
 from lightning_peft.core import structure, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
+from lightning_peft.core.placement import device_of
 from lightning_peft.prompts import infix
 from lightning_peft.prompts.virtual_tokens import VirtualTokens, is_widened
 from lightning_peft.training.mixin import TunedBy
@@ -53,11 +54,11 @@ class PrefixTuning(PrefixMethod):
         count, call = self.num_virtual_tokens, infix.InfixIds()
         (table,) = structure.word_tables(backbone).values()
         width: int = table.embedding_dim  # type: ignore[assignment]
-        device = table.weight.device
+        device = device_of(table)
         attach(table, VirtualTokens(nn.Parameter(torch.randn(count, width, device=device))), self.key)  # type: ignore[arg-type]
         projections = infix.projections(backbone)
         for host, size, skip in projections.values():
-            attach(host, infix.InfixStates(count, size, skip, call).to(device), self.key)  # type: ignore[arg-type]
+            attach(host, infix.InfixStates(count, size, skip, call).to(device_of(host)), self.key)  # type: ignore[arg-type]
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in projections):
             attach(backbone.get_submodule(owner), infix.InfixAttention(call), self.key)
         attach(backbone.get_decoder(), infix.InfixDecoder(call), self.key)  # type: ignore[operator]

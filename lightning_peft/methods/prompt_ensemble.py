@@ -25,6 +25,7 @@ from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
+from lightning_peft.core.placement import device_of
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.prompts.ballot import Ballot, asked_by_all
 from lightning_peft.prompts.virtual_tokens import VirtualTokens
@@ -68,7 +69,7 @@ class PromptEnsemble(Method):
         rows = self._new(backbone, table) if self.num_prompts is not None else self._given(table.embedding_dim)  # type: ignore[arg-type]
         lengths = [len(r) for r in rows]
         padded = torch.cat([torch.cat((torch.zeros(max(lengths) - len(r), r.shape[1]), r.cpu())) for r in rows])
-        weight = nn.Parameter(padded.to(table.weight.device))  # type: ignore[arg-type]
+        weight = nn.Parameter(padded.to(device_of(table)))
         for host in tables.values():
             attach(host, VirtualTokens(weight), self.key)
         self._length, self._after = max(lengths), 1 if structure.is_encoder(backbone) else 0

@@ -25,6 +25,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.core.placement import device_of, has_values
 from lightning_peft.prompts.virtual_tokens import frequent_ids, insert, uniform_rows, word_rows
 from lightning_peft.training.mixin import TunedBy
 
@@ -59,7 +60,7 @@ class PromptTuning(PromptMethod):
         """Attach the prompt."""
         table = next(iter(structure.word_tables(backbone).values()))
         rows = torch.cat([self.initial_rows(backbone, table) for _ in range(self.num_prompts)])
-        weight = nn.Parameter(rows.to(table.weight.device))  # type: ignore[arg-type]
+        weight = nn.Parameter(rows.to(device_of(table)))
         self.place(backbone, weight, anywhere=self.num_prompts > 1)
         return ()
 
@@ -93,7 +94,7 @@ class PromptTuning(PromptMethod):
         """Return the rows that a prompt starts from, [P, d]."""
         count = self.num_virtual_tokens
         weight: Tensor = table.weight  # type: ignore[assignment]
-        if self.init == "random_uniform" or weight.is_meta:
+        if self.init == "random_uniform" or not has_values(table):
             return uniform_rows(count, weight.shape[1])
         if self.init == "text":
             return word_rows(table, cut_to(self.ids_of(backbone, self.text), count))

@@ -24,6 +24,7 @@ from lightning_peft.core import cache_argument, compatibility, structure
 from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
+from lightning_peft.core.placement import device_of
 from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -51,7 +52,7 @@ class Side(BesideFrozen):
         parameters = inspect.signature(type(network).forward).parameters
         self.takes = [name for name in list(parameters)[1:] if name not in _LEFT_OUT]
         self.main = structure.main_input_of(host) or self.names[0]
-        self.alpha = nn.Parameter(torch.full((1,), alpha, device=next(host.parameters()).device))
+        self.alpha = nn.Parameter(torch.full((1,), alpha, device=device_of(host)))
 
     def beside(self, out: Any, host: nn.Module, given: dict[str, Any]) -> Any:
         """Return the host's output with the blend in place of one field of it."""
@@ -114,7 +115,7 @@ class SideTuning(Method):
         """Attach the side network to the base model."""
         base = base_of(backbone)
         blend = self._blend(backbone, base)
-        device = next(base.parameters()).device
+        device = device_of(base)
         projection = None
         if self.side is not None:
             network = _build(self.side, self.side_args)

@@ -24,6 +24,7 @@ from lightning_peft.core import attention, compatibility, select, structure
 from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach, owned_by
+from lightning_peft.core.placement import device_of
 from lightning_peft.towers.vision import Tower, tower
 from lightning_peft.towers.window_prompts import ImagePrompts, attach_windows
 from lightning_peft.training.method import Method
@@ -180,7 +181,7 @@ class VPT(Method):
         bound = initial_bound(found, self.projection)
         if found.windowed:
             dims = [_width(block) for block in found.blocks]
-            weights = {i: self._drawn(bound, dims[i], found) for i in chosen}
+            weights = {i: self._drawn(bound, dims[i], found.blocks[i]) for i in chosen}
             attach_windows(found, weights, self._dropout, self.key)
         else:
             self._attach_tokens(found, chosen, bound)
@@ -256,13 +257,13 @@ class VPT(Method):
         if self.pool != "model" and not structure.head_names(backbone):
             raise TuningError(f"pool={self.pool!r} is for a task head, and {name} has none: take pool='model'.")
 
-    def _drawn(self, bound: float, dim: int, found: Tower) -> nn.Parameter:
-        weight = torch.empty(self.num_virtual_tokens, dim, device=found.patches.weight.device)
-        return nn.Parameter(weight.uniform_(-bound, bound))
+    def _drawn(self, bound: float, dim: int, host: nn.Module) -> nn.Parameter:
+        return nn.Parameter(torch.empty(self.num_virtual_tokens, dim, device=device_of(host)).uniform_(-bound, bound))
 
     def _attach_tokens(self, found: Tower, chosen: list[int], bound: float) -> None:
         projection = self._projection(found)
-        weights = {i: self._drawn(bound, self.projection or found.dim, found) for i in chosen}
+        hosts, dim = [found.embeddings, *found.blocks[1:]], self.projection or found.dim
+        weights = {i: self._drawn(bound, dim, hosts[i]) for i in chosen}
 
         def prompt(kind: type[TokenPrompt], i: int, own: bool) -> TokenPrompt:
             weight = weights.get(i) if own else None
@@ -282,7 +283,7 @@ class VPT(Method):
     def _projection(self, found: Tower) -> nn.Linear | None:
         if self.projection is None:
             return None
-        projection = nn.Linear(self.projection, found.dim, device=found.patches.weight.device)
+        projection = nn.Linear(self.projection, found.dim, device=device_of(found.patches))
         nn.init.kaiming_normal_(projection.weight, mode="fan_out")
         return projection
 

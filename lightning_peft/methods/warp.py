@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.bases.prompt import PromptMethod, cut_to
-from lightning_peft.core import arguments, structure
+from lightning_peft.core import arguments, placement, structure
 from lightning_peft.core.arguments import choice
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.core.placement import device_of
 from lightning_peft.prompting import Template
 from lightning_peft.prompts.virtual_tokens import word_rows
 from lightning_peft.training.mixin import TunedBy
@@ -85,10 +86,11 @@ class WARP(PromptMethod):
                 f"{type(backbone).__name__} is no masked language model, whose decoder WARP scores the classes by: "
                 "load it with its masked language modelling head."
             )
+        placement.check_readable(decoder, "WARP")
         ids = self._word_ids(backbone)
         table = next(iter(structure.word_tables(backbone).values()))
         rows = self._initial_rows(backbone, table)
-        self.place(backbone, nn.Parameter(rows.to(decoder.weight.device)), anywhere=True)
+        self.place(backbone, nn.Parameter(rows.to(device_of(table))), anywhere=True)
         weight = decoder.weight.detach()[ids].float()
         bias = decoder.bias.detach()[ids].float() if decoder.bias is not None else weight.new_zeros(len(ids))
         attach(decoder, ClassRows(weight, bias, ids), self.key)
@@ -112,7 +114,7 @@ class WARP(PromptMethod):
             found += ids
         if len(set(found)) < len(found):
             raise TuningError(f"words={self.words} gives two classes one token: take a word of its own for each class.")
-        return torch.tensor(found, device=next(backbone.parameters()).device)
+        return torch.tensor(found, device=device_of(backbone))
 
     def _initial_rows(self, backbone: nn.Module, table: nn.Module) -> Tensor:
         weight: Tensor = table.weight  # type: ignore[assignment]

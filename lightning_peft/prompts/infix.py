@@ -90,6 +90,7 @@ class InfixStates(Graft):
                 "hands no arguments on to it: give input_ids and switch gradient checkpointing off, or take "
                 "form='prefix', which needs nothing of it."
             )
+        ids = ids.to(out.device)
         rows = nn.functional.embedding((-1 - ids).clamp(min=0), self.states).to(out.dtype)
         added = nn.functional.pad(rows, (self.skip, out.shape[-1] - self.skip - rows.shape[-1]))
         return out + torch.where((ids < 0).unsqueeze(-1), added, torch.zeros_like(added))

@@ -73,7 +73,7 @@ class Prefix(Graft):
         if self.network is None:
             return self.keys, self.values
         heads, key_dim, value_dim = self.shape
-        out = self.project(self.network.hidden(self.kind))
+        out = self.project(self.network.hidden(self.kind).to(self.project.weight.device))
         keys, values = out.split([heads * key_dim, heads * value_dim], dim=1)
         return keys.view(self.count, heads, -1).transpose(0, 1), values.view(self.count, heads, -1).transpose(0, 1)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
+from lightning_peft.core.placement import device_of
 from lightning_peft.prompting.languages import UNSPACED
 
 IGNORED_LABEL = -100
@@ -121,9 +122,8 @@ def uniform_rows(count: int, dim: int) -> Tensor:
 
 def word_rows(table: nn.Module, ids: Sequence[int]) -> Tensor:
     """Return the embeddings of words as the table gives them (some tables scale them), [len(ids), d]."""
-    weight: Tensor = table.weight  # type: ignore[assignment]
     with torch.no_grad():
-        return table(torch.tensor(ids, device=weight.device)).float().clone()
+        return table(torch.tensor(ids, device=device_of(table))).float().clone()
 
 
 def frequent_ids(tokenizer: Any, vocab_size: int, most: int) -> list[int]:

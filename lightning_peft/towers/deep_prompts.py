@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import placement, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
@@ -158,7 +158,7 @@ def random_prompt(tower: nn.Module, count: int) -> nn.Parameter:
 
 def device_of(tower: nn.Module) -> torch.device:
     """Return where a tower is."""
-    return next(tower.parameters()).device
+    return placement.device_of(tower)
 
 
 def graft_prompts(model: nn.Module, prompts: Prompts, name: str, template: str, share_prefix: bool) -> None:

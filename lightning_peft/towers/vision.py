@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.placement import undispatched
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def tower(backbone: nn.Module) -> Tower:
             "and attends to them): take a ViT, DeiT, DINOv2, CLIP, SigLIP or Swin, say."
         )
     module, embeddings, patches = place
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), undispatched(backbone):
         # Not by a call, since what methods have attached adds tokens.
         out = type(embeddings).forward(embeddings, _empty_image(module, patches))
     windowed = isinstance(out, tuple)

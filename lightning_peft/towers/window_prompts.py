@@ -38,8 +38,10 @@ class ImagePrompts(Graft):
     def rows(self, x: Tensor) -> Tensor:
         """Return the prompts for the images of hidden states x, [B, P, d], in their dtype; dropout differs by image."""
         assert self.weight is not None
-        rows: Tensor = self.weight if self.projection is None else self.projection(self.weight)
-        rows = rows.to(x.dtype).expand(x.shape[0], -1, -1)
+        rows: Tensor = self.weight
+        if self.projection is not None:  # it is shared between blocks, which may lie on several devices
+            rows = self.projection(rows.to(self.projection.weight.device))
+        rows = rows.to(x).expand(x.shape[0], -1, -1)
         return F.dropout(rows, self.dropout, self.training) if self.dropout else rows
 
 

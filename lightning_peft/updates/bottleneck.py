@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 
 from lightning_peft.core import structure
 from lightning_peft.core.graft import Graft
+from lightning_peft.core.placement import device_of
 
 
 class Bottleneck(Graft):
@@ -28,9 +29,9 @@ class Bottleneck(Graft):
         self, host: nn.Module, width: int, size: int, activation: str, std: float, zero_up: bool, scale: float
     ) -> None:
         super().__init__()
-        weight = next(host.parameters())
-        self.down = nn.Linear(width, size, device=weight.device)
-        self.up = nn.Linear(size, width, device=weight.device)
+        device = device_of(host)
+        self.down = nn.Linear(width, size, device=device)
+        self.up = nn.Linear(size, width, device=device)
         self.down.float()
         self.up.float()
         self.activation = ACT2FN[activation]

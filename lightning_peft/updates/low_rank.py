@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.core import structure
+from lightning_peft.core import placement, structure
 from lightning_peft.core.folding import Folding
+from lightning_peft.core.placement import device_of
 from lightning_peft.core.quantized import dense
 from lightning_peft.core.sharded import is_part, joined, summed, whole
 from lightning_peft.updates import in_place
 from lightning_peft.updates.factors import Factors, row_ratio
-from lightning_peft.updates.low_rank_init import Init, zero_update
+from lightning_peft.updates.low_rank_init import OF_THE_WEIGHT, Init, zero_update
 
 
 class LowRank(Factors, Folding):
@@ -56,9 +57,10 @@ class LowRank(Factors, Folding):
         keeps_output: bool = True,
     ) -> None:
         scale = alpha / (math.sqrt(r) if use_rslora else r)
-        weight: Tensor = host.weight  # type: ignore[assignment]
         how = (r, scale, use_dora, init, iterations)
-        super().__init__(lambda: self.matrix(whole(dense(host)), host), shape_of(host), weight.device, *how)
+        if use_dora or init in OF_THE_WEIGHT:
+            placement.check_readable(host, "use_dora=True" if use_dora else f"init={init!r}")
+        super().__init__(lambda: self.matrix(whole(dense(host)), host), shape_of(host), device_of(host), *how)
         self.dropout = dropout
         self.keeps_output = keeps_output
         self.comes_first = use_dora

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, select, structure, text_structure
+from lightning_peft.core import attention, compatibility, select, structure, text_structure
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
@@ -47,6 +47,7 @@ class PromptMethod(Method):
         decoder = None if anywhere else decoder_of(backbone)
         if decoder is not None:
             attach(decoder, SharedPrompt(weight, self.num_virtual_tokens, decoder), self.key)
+            attention.spare_mask(backbone)
         else:
             for table in structure.word_tables(backbone).values():
                 attach(table, VirtualTokens(weight), self.key)

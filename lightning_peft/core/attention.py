@@ -21,9 +21,11 @@ from lightning_peft.core.attention_probe import Attention, probe, seen, watched
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, grafts, overrides
 from lightning_peft.core.longer_cache import LongerCache
+from lightning_peft.core.tracing import is_traced
 
 _GRAFTED, _PROBE = "grafted_", "grafted_probe"
 _BASES = ("sdpa", "eager")
+_WIDENED = "_lightning_peft_widened"
 
 
 def join(backbone: nn.Module, name: str = "joint") -> list[Attention]:
@@ -49,14 +51,9 @@ def join(backbone: nn.Module, name: str = "joint") -> list[Attention]:
             f"attn_implementation={implementation!r} of {type(backbone).__name__} takes no mask with more columns: "
             f"load it with one of {', '.join(_BASES)}."
         )
-    _register()
-    found: list[Attention] = []
-    try:
-        _set(backbone, _PROBE)
-        found = probe(backbone)
-    finally:
-        through = any(not one.by_cache for one in found)
-        _set(backbone, _GRAFTED + base if through else implementation)
+    found = _probed(backbone)
+    if any(not one.by_cache for one in found):
+        _set(backbone, _GRAFTED + base)
     if not found:
         raise TuningError(
             f"{type(backbone).__name__} computes its attention outside of transformers' attention interface and gives "
@@ -68,10 +65,25 @@ def join(backbone: nn.Module, name: str = "joint") -> list[Attention]:
     return found
 
 
+def spare_mask(backbone: nn.Module) -> None:
+    """Let a decoder whose cache is filled before its text attend without a mask, where that is causal and no padding.
+
+    A mask rules out the fastest kernels. A decoder that computes attention otherwise is left as it is.
+    """
+    implementation = structure.attention_implementation(backbone)
+    if implementation == "sdpa":
+        found, layers = _probed(backbone), structure.setting(structure.config_of(backbone), "num_hidden_layers")
+        if len(found) == layers and not any(one.by_cache for one in found):
+            _set(backbone, _GRAFTED + implementation)
+
+
 def leave(backbone: nn.Module) -> None:
-    """Give the model its own attention back when no graft uses the joint any more."""
+    """Give the model its own attention back when no graft needs it otherwise any more."""
     implementation = structure.attention_implementation(backbone) or ""
-    if implementation.startswith(_GRAFTED) and not any(overrides(p.graft, "key_value") for p in grafts(backbone)):
+    needed = any(
+        overrides(place.graft, "key_value") or getattr(place.graft, "spares_mask", False) for place in grafts(backbone)
+    )
+    if implementation.startswith(_GRAFTED) and not needed:
         _set(backbone, implementation.removeprefix(_GRAFTED))
 
 
@@ -106,14 +118,19 @@ def _attend(
             key, value = child("key_value", key, value)
             if (bias := kwargs.get("position_bias")) is not None:
                 kwargs["position_bias"] = _widened_bias(child, bias, key.shape[2] - bias.shape[-1])
-    added = key.shape[2] - length
+    added, before = key.shape[2] - length, key.shape[2] - query.shape[2]
     if added and attention_mask is not None:
-        attention_mask = F.pad(attention_mask, (added, 0), value=True if attention_mask.dtype == torch.bool else 0.0)
-    elif added and base == "sdpa" and query.shape[2] > 1 and _is_causal(module, kwargs.get("is_causal")):
+        attention_mask = _widened(attention_mask, added)
+    causal = attention_mask is None and base == "sdpa" and _is_causal(module, kwargs.get("is_causal"))
+    if causal and before > 0 and query.shape[2] > 1:
         # Without a mask the implementation would take the longer keys for a preallocated cache and cut the last ones:
         # https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/integrations/sdpa_attention.py
-        causal = torch.ones(query.shape[2], length, dtype=torch.bool, device=query.device).tril()
-        attention_mask = F.pad(causal, (added, 0), value=True)[None, None]
+        # As many queries of zeros on the left make it plainly causal, for which there are kernels without a mask.
+        query = F.pad(query, (0, 0, before, 0))
+        if (bias := kwargs.get("position_bias")) is not None:
+            kwargs["position_bias"] = F.pad(bias, (0, 0, before, 0))
+        out, weights = _base(base, module)(module, query, key, value, None, **kwargs)
+        return out[:, before:], weights
     return _base(base, module)(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -122,6 +139,47 @@ def _observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: A
     seen(module, key, value)
     batch, heads, length = query.shape[:3]
     return query.new_empty(batch, length, heads, value.shape[3]), None
+
+
+def _probed(backbone: nn.Module) -> list[Attention]:
+    """Return the attentions of a model, which computes them as before afterwards."""
+    implementation = structure.attention_implementation(backbone)
+    assert implementation is not None
+    _register()
+    try:
+        _set(backbone, _PROBE)
+        return probe(backbone)
+    finally:
+        _set(backbone, implementation)
+
+
+def _widened(mask: Tensor, added: int) -> Tensor:
+    """Return a mask with columns on the left that all queries see; all layers of a forward pass have the same."""
+    kept: dict[int, Tensor] = {} if is_traced() else vars(mask).setdefault(_WIDENED, {})
+    if added not in kept:
+        kept[added] = F.pad(mask, (added, 0), value=True if mask.dtype == torch.bool else 0.0)
+    return kept[added]
+
+
+def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Return the mask of transformers, or None where the queries are the last of the keys' tokens and none is padding.
+
+    In a cache of fixed size they may not be the last: there it is always a mask.
+    """
+    from transformers import AttentionMaskInterface
+
+    start, queries, keys = (kwargs.get(name) for name in ("q_offset", "q_length", "kv_length"))
+    if kwargs.get("allow_is_causal_skip"):
+        plain = all(isinstance(number, int) for number in (start, queries, keys)) and not kwargs.get("kv_offset")
+        last = plain and start + queries == keys and kwargs.get("local_size") is None  # type: ignore[operator]
+        if last and start and queries > 1 and _sees_all(kwargs.get("attention_mask")):  # type: ignore[operator]
+            return None
+        kwargs["allow_is_causal_skip"] = last
+    return AttentionMaskInterface()["sdpa"](*args, **kwargs)
+
+
+def _sees_all(padding: Tensor | None) -> bool:
+    return padding is None or (not is_traced() and bool(padding.all()))
 
 
 def _widened_bias(graft: Graft, bias: Tensor, added: int) -> Tensor:
@@ -148,7 +206,8 @@ def _register() -> None:
 
     for base in _BASES:
         AttentionInterface.register(_GRAFTED + base, partial(_attend, base))
-        AttentionMaskInterface.register(_GRAFTED + base, AttentionMaskInterface()[base])
+        own_mask = _sdpa_mask if base == "sdpa" else AttentionMaskInterface()[base]
+        AttentionMaskInterface.register(_GRAFTED + base, own_mask)
     AttentionInterface.register(_PROBE, _observe)
     AttentionMaskInterface.register(_PROBE, _no_mask)
 

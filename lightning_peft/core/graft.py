@@ -26,7 +26,6 @@ from functools import partial
 from itertools import takewhile
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -36,6 +35,7 @@ from lightning_peft.core.private_torch import Movable, is_compiled, output_hooks
 from lightning_peft.core.switch import Switch
 
 G = TypeVar("G", bound="Graft")
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 _owner_now: ContextVar[tuple[str, Switch | None]] = ContextVar("owner", default=("", None))
 
 
@@ -78,7 +78,7 @@ class Graft(Movable):
         self._handles: list[RemovableHandle] = []
         self._leaves: RemovableHandle | None = None
         self._first_argument = ""
-        self._device: torch.device | None = None
+        self._device: Any = None
 
     def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the new first argument of the host, from its first argument ``x``."""
@@ -124,18 +124,16 @@ class Graft(Movable):
         at_work = (hook for hook in output_hooks(host) if not _rests(hook))
         return next(at_work, None) == self._on_output
 
-    def _on_input(
-        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _on_input(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         if self.rests:
             return args, kwargs
-        args, kwargs = self._moved(*self._first_by_position(args, kwargs))
+        args, kwargs = self._first_by_position(args, kwargs)
         return (self("before", host, *args, **kwargs), *args[1:]), kwargs
 
     def _on_output(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         if self.rests:
             return out
-        args, kwargs = self._moved(*self._first_by_position(args, kwargs))
+        args, kwargs = self._first_by_position(args, kwargs)
         return self("after", out, host, *args, **kwargs)
 
     def _on_enter(self, host: nn.Module, args: tuple[Any, ...]) -> None:
@@ -157,20 +155,12 @@ class Graft(Movable):
         # Always, since a checkpointed forward pass ends by an exception when it is computed anew.
         self._leaves = host.register_forward_hook(self._on_leave, always_call=True)
 
-    def _first_by_position(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _first_by_position(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        args, kwargs = placement.moved(args, kwargs, self._device)
         if args or not self._first_argument:  # a host may take nothing, such as a table of positions
             return args, kwargs
         rest = {name: value for name, value in kwargs.items() if name != self._first_argument}
         return (kwargs[self._first_argument],), rest
-
-    def _moved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments where the host computes, to which accelerate moves them within its ``forward`` alone."""
-        if (device := self._device) is None:
-            return args, kwargs
-        moved = [value.to(device) if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())]
-        return tuple(moved[: len(args)]), dict(zip(kwargs, moved[len(args) :], strict=True))
 
     def moving(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Move with the host but keep the dtype: ``.half()`` or bf16-true would round what was learnt."""
@@ -206,13 +196,10 @@ def attach(host: nn.Module, graft: G, name: str) -> G:
     """
     if hasattr(host, name):
         raise TuningError(f"{type(host).__name__} already has an attribute {name!r}: detach it or take another name.")
-    if overrides(graft, "weight"):
-        placement.check_readable(host, type(graft).__name__)
     if is_compiled(host):
         raise TuningError(f"{type(host).__name__} is compiled and would ignore a graft: attach first, compile after.")
     graft._first_argument = next(iter(inspect.signature(host.forward).parameters), "")
-    graft.owner, graft.switch = _owner_now.get()
-    graft._device = placement.execution_device(host)
+    graft.owner, graft.switch, graft._device = *_owner_now.get(), placement.execution_device(host)
     host.register_module(name, graft)
     graft.train(host.training)
     if overrides(graft, "before"):

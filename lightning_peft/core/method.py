@@ -131,6 +131,9 @@ class TuningMethod:
                 own = set(self.graft(backbone))
                 trained = self._kept({*own, *structure.head_names(backbone), *self._also(backbone)})
                 placement.check_trainable(backbone, trained)
+                for place in grafts(backbone, owner=self.key):
+                    if place.graft.weights:
+                        placement.check_readable(place.host, type(place.graft).__name__)
                 tuning.add(backbone, self.key, self, trained, self.keeps_originals)
             compatibility.check_compatible(backbone, tuning, tuning.switch.off)
         except BaseException:

@@ -98,6 +98,16 @@ def undispatched(backbone: nn.Module) -> Iterator[None]:
                 vars(module)["forward"] = forward
 
 
+def moved(
+    args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call on the device to which accelerate will move them, or as they are."""
+    if device is None:
+        return args, kwargs
+    new = [value.to(device) if isinstance(value, Tensor) else value for value in (*args, *kwargs.values())]
+    return tuple(new[: len(args)]), dict(zip(kwargs, new[len(args) :], strict=True))
+
+
 def _hooks(module: nn.Module) -> list[Any]:
     """Return accelerate's hooks of a module, which may be one of several."""
     hook = vars(module).get(_HOOK)

@@ -180,8 +180,7 @@ class VPT(Method):
         self._check_fit(backbone, found)
         bound = initial_bound(found, self.projection)
         if found.windowed:
-            dims = [_width(block) for block in found.blocks]
-            weights = {i: self._drawn(bound, dims[i], found.blocks[i]) for i in chosen}
+            weights = {i: self._drawn(bound, _width(found.blocks[i]), found.blocks[i]) for i in chosen}
             attach_windows(found, weights, self._dropout, self.key)
         else:
             self._attach_tokens(found, chosen, bound)
@@ -262,8 +261,7 @@ class VPT(Method):
 
     def _attach_tokens(self, found: Tower, chosen: list[int], bound: float) -> None:
         projection = self._projection(found)
-        hosts, dim = [found.embeddings, *found.blocks[1:]], self.projection or found.dim
-        weights = {i: self._drawn(bound, dim, hosts[i]) for i in chosen}
+        weights = {i: self._drawn(bound, self.projection or found.dim, found.blocks[i]) for i in chosen}
 
         def prompt(kind: type[TokenPrompt], i: int, own: bool) -> TokenPrompt:
             weight = weights.get(i) if own else None

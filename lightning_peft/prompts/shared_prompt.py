@@ -29,6 +29,8 @@ class SharedPrompt(PromptRows):
         host: the decoder, whose arguments are looked up by name.
     """
 
+    spares_mask = True
+
     def __init__(self, weight: nn.Parameter | nn.Module, count: int, host: nn.Module) -> None:
         super().__init__(weight)
         self.count = count

@@ -22,10 +22,10 @@ _HOOK = "_hf_hook"
 def device_of(module: nn.Module) -> torch.device:
     """Return the device on which a module computes: that of accelerate's hook, or that of its first parameter."""
     for part in module.modules():
-        device = execution_device(part)
-        parameter = next(part.parameters(recurse=False), None)
-        if device is not None or parameter is not None:
-            return device if device is not None or parameter is None else parameter.device
+        if (device := execution_device(part)) is not None:
+            return device
+        if (parameter := next(part.parameters(recurse=False), None)) is not None:
+            return parameter.device
     return torch.device("cpu")
 
 

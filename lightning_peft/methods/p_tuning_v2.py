@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_peft.bases.prefix import PrefixMethod
 from lightning_peft.core import structure
-from lightning_peft.core.attention import Attention
+from lightning_peft.core.attention_probe import Attention
 from lightning_peft.prompts.prefix import Prefix, PrefixNetwork
 from lightning_peft.training.mixin import TunedBy
 

@@ -55,10 +55,10 @@ class PrefixTuning(PrefixMethod):
         (table,) = structure.word_tables(backbone).values()
         width: int = table.embedding_dim  # type: ignore[assignment]
         device = device_of(table)
-        attach(table, VirtualTokens(nn.Parameter(torch.randn(count, width, device=device))), self.key)  # type: ignore[arg-type]
+        attach(table, VirtualTokens(nn.Parameter(torch.randn(count, width, device=device))), self.key)
         projections = infix.projections(backbone)
         for host, size, skip in projections.values():
-            attach(host, infix.InfixStates(count, size, skip, call).to(device_of(host)), self.key)  # type: ignore[arg-type]
+            attach(host, infix.InfixStates(count, size, skip, call).to(device_of(host)), self.key)
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in projections):
             attach(backbone.get_submodule(owner), infix.InfixAttention(call), self.key)
         attach(backbone.get_decoder(), infix.InfixDecoder(call), self.key)  # type: ignore[operator]

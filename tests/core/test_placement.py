@@ -107,7 +107,8 @@ def test_an_offloaded_model_is_tuned_where_it_computes(name: str) -> None:
     ],
 )
 def test_what_needs_the_weights_is_refused_where_they_are_offloaded(method: Any, sentence: str) -> None:
-    model = cpu_offload(tiny("bert"), execution_device="cpu")
+    model = tiny("bert")
+    cpu_offload(structure.base_model_of(model), execution_device="cpu")
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(TuningError, match=sentence):
         method.apply(model)

@@ -5,7 +5,9 @@ a trained BatchNorm). There is no other registry of names.
 """
 
 import json
+from collections.abc import Collection
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +76,10 @@ def collect(module: nn.Module) -> dict[str, Tensor]:
     return {canonical(name): state[name] for name in names}
 
 
-def left_out(module: nn.Module) -> list[str]:
-    """Return the canonical names of the tensors outside of the tuned backbones that are not in the delta."""
-    below, names = below_backbones(module), set(delta_names(module))
-    return sorted(canonical(name) for name in module.state_dict() if not below(name) and name not in names)
+def left_out(module: nn.Module, names: Collection[str]) -> list[str]:
+    """Return the canonical names of the tensors outside of the tuned backbones that are not of the delta."""
+    below, inside = below_backbones(module), set(names)
+    return sorted(canonical(name) for name in module.state_dict() if not below(name) and name not in inside)
 
 
 def not_frozen(backbone: nn.Module, tuning: Tuning) -> set[str]:
@@ -101,11 +103,19 @@ def keep_fingerprints(module: nn.Module) -> None:
     """Let the fingerprints of backbones be computed now, before their weights are rounded, replaced or sharded."""
     for _, backbone, tuning in own_tunings(module):
         if not any(p.is_meta for p in backbone.parameters()):
-            fingerprint_of(backbone, tuning, not_frozen(backbone, tuning))
+            fingerprint_of(backbone, tuning, partial(not_frozen, backbone, tuning))
 
 
-def metadata(module: nn.Module) -> dict[str, Any]:
-    """Return the metadata of a delta file, primitives only: methods, backbones with fingerprints, versions."""
+def metadata(module: nn.Module, names: Collection[str] | None = None) -> dict[str, Any]:
+    """Return the metadata of a delta file, primitives only: methods, backbones with fingerprints, versions.
+
+    Args:
+        module: holds one or more tuned backbones.
+        names: those of the delta, where they have been found already.
+
+    Raises:
+        TuningError: a graft is merged, or a weight that was trained in place rests.
+    """
     for place in grafts(module):
         if place.graft.merged:
             raise TuningError(
@@ -113,7 +123,8 @@ def metadata(module: nn.Module) -> dict[str, Any]:
                 "unmerge it first."
             )
     meta: dict[str, Any] = {"format": FORMAT, "versions": dict(versions())}
-    meta["methods"], meta["backbones"], meta["left_out"] = [], {}, left_out(module)
+    meta["methods"], meta["backbones"], meta["left_out"] = [], {}, []
+    meta["left_out"] = left_out(module, delta_names(module) if names is None else names)
     for path, backbone, tuning in own_tunings(module):
         check_pruned(backbone, trained(backbone))
         path = canonical(path)
@@ -185,5 +196,5 @@ def identity_of(backbone: nn.Module, tuning: Tuning) -> dict[str, Any]:
         "name_or_path": structure.name_or_path(backbone),
         "parameters": sum(p.numel() for p in backbone.parameters()),
         "config": json.loads(json.dumps(structure.settings_of(backbone), default=str)),
-        "fingerprint": fingerprint_of(backbone, tuning, not_frozen(backbone, tuning)),
+        "fingerprint": fingerprint_of(backbone, tuning, partial(not_frozen, backbone, tuning)),
     }

@@ -7,7 +7,7 @@ the part that both have: a float16 copy has the float16 part of its float32 orig
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -61,13 +61,13 @@ def same_weights(one: str, other: str) -> bool:
     return any(name in (dtype, other_dtype) and mine == theirs for name, mine, theirs in pairs)
 
 
-def fingerprint_of(backbone: nn.Module, tuning: Tuning, skip: Iterable[str]) -> str:
+def fingerprint_of(backbone: nn.Module, tuning: Tuning, skip: Callable[[], Iterable[str]]) -> str:
     """Return the fingerprint of a tuned backbone; it is frozen, so the hash is computed once.
 
     Args:
         backbone: the tuned backbone.
         tuning: what is trained of it; what other methods have trained in place counts as it was before.
-        skip: names of tensors that are left out.
+        skip: returns the names of tensors that are left out; it is asked when the hash is computed.
     """
     whole, own = Tuning.of(backbone) or tuning, frozenset(tuning.changed())
     if own not in whole.fingerprints:
@@ -75,7 +75,7 @@ def fingerprint_of(backbone: nn.Module, tuning: Tuning, skip: Iterable[str]) -> 
         first = {id(p): name for name, p in backbone.named_parameters()}
         every = backbone.named_parameters(remove_duplicate=False)
         instead = {name: others[first[id(p)]] for name, p in every if first[id(p)] in others}
-        whole.fingerprints[own] = fingerprint(backbone, skip, instead)
+        whole.fingerprints[own] = fingerprint(backbone, skip(), instead)
     return whole.fingerprints[own]
 
 

@@ -31,9 +31,10 @@ def on_save_checkpoint(
     if trainer is not None and life.started is not None:  # callbacks may have given the optimizers more
         life.hold(module, (p for o in trainer.optimizers for group in o.param_groups for p in group["params"]))
     life.note_moved(module)
-    meta = metadata(module)
+    names = delta_names(module)
+    meta = metadata(module, names)
     for holder, key in _states(checkpoint):
-        holder[key] = _delta_of(module, holder[key])
+        holder[key] = _delta_of(module, holder[key], names)
     if trainer is not None and "optimizer_states" in checkpoint:
         flat = strategy.keeps_own_optimizer(module)
         meta["optimizers"] = [] if flat else optimizer_names(module, trainer.optimizers)
@@ -48,14 +49,14 @@ def on_save_checkpoint(
     checkpoint[META] = seal(meta, checkpoint)
 
 
-def _delta_of(module: L.LightningModule, state: dict[str, Any]) -> dict[str, Any]:
+def _delta_of(module: L.LightningModule, state: dict[str, Any], delta: Iterable[str]) -> dict[str, Any]:
     """Return what of a state dict belongs to the delta, by canonical name.
 
     Raises:
         TuningError: hooks, callbacks or ``state_dict`` have renamed or left out what is trained, or added something.
     """
     given = {canonical(name): tensor for name, tensor in state.items()}
-    names = {whole_name(canonical(name), given) for name in delta_names(module)}
+    names = {whole_name(canonical(name), given) for name in delta}
     if lost := sorted(names - given.keys()):
         raise TuningError(
             f"{lost[0]} is trained and not among the {len(given)} tensors to be saved, e.g. {next(iter(given))}: let "

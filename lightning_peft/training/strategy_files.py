@@ -140,7 +140,9 @@ def _save_parts(
 def _seal(strategy: Any, folder: Path) -> None:
     """Add the checksums of all files to a folder; each rank computes a share of them."""
     strategy.barrier()
-    parts = gather(digests(folder, strategy.global_rank, strategy.world_size))
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    place = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ranks else (0, 1)
+    parts = gather(digests(folder, *place))
     if strategy.is_global_zero:
         seal_folder(folder, parts)
     strategy.barrier()

@@ -91,3 +91,20 @@ def test_other_values_have_another_checksum(one: Any, other: Any) -> None:
 
 def test_the_order_of_entries_does_not_count() -> None:
     assert checksum({"a": 1, "b": [torch.ones(2)]}) == checksum({"b": (torch.ones(2),), "a": 1})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [0, 8, 4080, 8168, 12_345 * 8])
+def test_long_tensors_are_summed_as_short_ones_are(dtype: torch.dtype, first: int, monkeypatch: Any) -> None:
+    flat, forms = drawn(dtype, 300_000), (torch.bfloat16, torch.float16)
+    monkeypatch.setattr("lightning_peft.core.checksums._flat", lambda tensor: (tensor, first, None))
+    monkeypatch.setattr("lightning_peft.core.checksums._CHUNK", 16)
+    wanted = [flat, *(flat.to(form) if flat.is_floating_point() else flat for form in forms)]
+    expected = [_of_words(values, first * values.element_size() // 8).tolist() for values in wanted]
+    assert [list(pair) for pair in sums(flat, *forms)] == expected
+
+
+def test_a_part_of_a_tensor_that_begins_within_a_word_is_summed_as_a_copy() -> None:
+    flat = drawn(torch.float16, 50_000)
+    for begin in (1, 2, 3, 4):
+        assert checksum(flat[begin:]) == checksum(flat[begin:].clone())

@@ -435,6 +435,11 @@ def test_what_deepspeed_has_emptied_is_gathered(tmp_path: Path, monkeypatch: pyt
     LoRA(r=2).apply(other)
     load_delta(other, tmp_path / "saved")
     assert_same(collect(other), live)
+    with (tmp_path / "saved" / "delta.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    with pytest.raises(TuningError, match=r"is damaged \(delta\.safetensors does not fit its checksum"):
+        strategy_files._load_without_frozen(engine, tmp_path / "saved")
     with pytest.raises(TuningError, match="is of DeepSpeed, which alone can go on from it"):
         trainer(tmp_path, LoRA(r=2)).fit(Tuned("bert"), loader("bert"), ckpt_path=tmp_path / "saved")
 

@@ -13,8 +13,16 @@ from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.hub import tokenizer_of
-from lightning_peft.prompts.shared_prompt import SharedPrompt, decoder_of
-from lightning_peft.prompts.virtual_tokens import PromptRows, VirtualTokens, best_words, insert, is_widened
+from lightning_peft.prompts.shared_prompt import PromptCall, PromptLoss, SharedPrompt, decoder_of
+from lightning_peft.prompts.virtual_tokens import (
+    OtherTable,
+    PlainIds,
+    PromptRows,
+    VirtualTokens,
+    best_words,
+    insert,
+    is_widened,
+)
 from lightning_peft.training.method import Method
 
 
@@ -46,13 +54,19 @@ class PromptMethod(Method):
         """
         decoder = None if anywhere else decoder_of(backbone)
         if decoder is not None:
-            attach(decoder, SharedPrompt(weight, self.num_virtual_tokens, decoder), self.key)
+            self._share(backbone, decoder, weight)
             attention.spare_mask(backbone)
         else:
             for table in structure.word_tables(backbone).values():
                 attach(table, VirtualTokens(weight), self.key)
+            padding = structure.setting(structure.config_of(backbone), "pad_token_id") or 0
+            for table in structure.other_word_tables(backbone).values():
+                attach(table, OtherTable(padding), self.key)
+            if structure.generates(backbone):
+                attach(backbone, PlainIds(), f"{self.key}_ids")
         self._in_batch = decoder is None
-        self._after = 1 if structure.is_encoder(backbone) else 0
+        # The first token of these is pooled, or the start of a text, and the prompt comes after it.
+        self._after = 1 if structure.is_encoder(backbone) or structure.has_two_towers(backbone) else 0
         self._targets = structure.is_encoder_decoder(backbone)
         self._limit = text_structure.max_positions(backbone)
         if self._limit is not None and self.num_virtual_tokens >= self._limit:
@@ -60,6 +74,13 @@ class PromptMethod(Method):
                 f"num_virtual_tokens={self.num_virtual_tokens} leaves no room in the {self._limit} positions of "
                 f"{type(backbone).__name__}: take fewer."
             )
+
+    def _share(self, backbone: nn.Module, decoder: nn.Module, weight: nn.Parameter | nn.Module) -> None:
+        call = PromptCall()
+        name = self.key if decoder is not backbone else f"{self.key}_prompt"
+        attach(decoder, SharedPrompt(weight, self.num_virtual_tokens, decoder, call), name)
+        if structure.output_embeddings_of(backbone) is not None and "labels" in structure.arguments_of(backbone):
+            attach(backbone, PromptLoss(call, backbone), f"{self.key}_loss")
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the batch with the prompt in every row; one that has virtual tokens already is returned as it is.

@@ -29,7 +29,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_peft.core import placement
+from lightning_peft.core import generating, placement
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.private_torch import Movable, is_compiled, output_hooks
 from lightning_peft.core.switch import Switch
@@ -42,7 +42,8 @@ _owner_now: ContextVar[tuple[str, Switch | None]] = ContextVar("owner", default=
 class Graft(Movable):
     """A module that joins the computation of its one host. Override the joints that it needs.
 
-    One more joint than the methods below is ``weight(w: Tensor, name: str) -> Tensor``: what the host reads, while it
+    Two more joints than the methods below are ``generated(out)``, which returns what ``generate`` of a model returns,
+    from what it has given; and ``weight(w: Tensor, name: str) -> Tensor``: what the host reads, while it
     runs, in place of its parameter ``name``, one of `weights`; so do the joints ``after`` of all its grafts. It serves
     weights that are read without a call (``nn.MultiheadAttention``, experts stacked in one tensor) and methods that
     change a weight itself. It is not declared here, since a graft may have a parameter of that name.
@@ -206,8 +207,7 @@ def attach(host: nn.Module, graft: G, name: str) -> G:
         graft._handles.append(host.register_forward_pre_hook(graft._on_input, with_kwargs=True))
     if overrides(graft, "weight"):
         graft._handles.append(host.register_forward_pre_hook(graft._on_enter))
-    if overrides(graft, "around"):
-        _surround(host)
+    _surround(host)
     if overrides(graft, "after"):
         graft._handles.append(host.register_forward_hook(graft._on_output, with_kwargs=True))
     for child in host.children():  # every `after` sees the weights that the host has run with
@@ -232,8 +232,7 @@ def detach(host: nn.Module, name: str) -> None:
     graft._handles.clear()
     graft._leaves = None
     delattr(host, name)
-    if overrides(graft, "around"):
-        _surround(host)
+    _surround(host)
 
 
 @contextmanager
@@ -261,6 +260,7 @@ def graft_prefixes(root: nn.Module) -> tuple[str, ...]:
 
 def _surround(host: nn.Module) -> None:
     """Let the host run through its grafts that override ``around``, or as it did if none is left."""
+    generating.surround(host)
     inner = vars(host).pop("forward", None)
     if isinstance(inner, partial) and inner.func is _forward:
         inner = inner.args[1]

@@ -5,6 +5,7 @@ entry of an outermost list of equal modules. What a model does not have is None,
 """
 
 import inspect
+import re
 import sys
 from typing import Any
 
@@ -52,6 +53,17 @@ def attention_implementation(model: nn.Module) -> str | None:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Tell whether a model encodes a source, and decodes a target from it."""
     return bool(setting(config_of(model), "is_encoder_decoder"))
+
+
+def generates(model: nn.Module) -> bool:
+    """Tell whether a model writes text."""
+    can = getattr(model, "can_generate", None)
+    return can is not None and bool(can())
+
+
+def has_two_towers(model: nn.Module) -> bool:
+    """Tell whether a model compares texts with what is no text, each with a tower of its own."""
+    return hasattr(model, "get_text_features")
 
 
 def is_encoder(backbone: nn.Module) -> bool:
@@ -120,7 +132,11 @@ def output_embeddings_of(backbone: nn.Module) -> nn.Module | None:
 def input_embeddings_of(backbone: nn.Module) -> nn.Module | None:
     """Return the layer by which a model embeds its main input."""
     get = getattr(backbone, "get_input_embeddings", None)
-    return get() if get is not None else None
+    try:
+        return get() if get is not None else None
+    except NotImplementedError:  # of several towers, that of the text has a table
+        towers = pretrained_models(nn.ModuleList(backbone.children())).values()
+        return next((e for tower in towers if isinstance(e := input_embeddings_of(tower), nn.Embedding)), None)
 
 
 def gives_feature_maps(model: nn.Module) -> bool:
@@ -225,6 +241,18 @@ def bias_owners(backbone: nn.Module) -> dict[str, str]:
         for last, _ in module.named_parameters(recurse=False)
         if last in ("bias", "in_proj_bias") and (full := f"{name}.{last}".lstrip(".")) not in head
     }
+
+
+def other_word_tables(backbone: nn.Module) -> dict[str, nn.Embedding]:
+    """Return the further tables that give each word a row, such as those of single layers, by name."""
+    tables = word_tables(backbone)
+    words = int(next(iter(tables.values())).num_embeddings)  # type: ignore[arg-type]
+    named = {
+        name: module
+        for name, module in without_grafts(backbone).items()
+        if isinstance(module, nn.Embedding) and name not in tables and module.num_embeddings > 0.9 * words
+    }
+    return {name: module for name, module in named.items() if not re.search(r"position|wpe|token_type", name)}
 
 
 def word_tables(backbone: nn.Module) -> dict[str, nn.Module]:

@@ -25,7 +25,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
 from lightning_peft.prompts import infix
-from lightning_peft.prompts.virtual_tokens import VirtualTokens, is_widened
+from lightning_peft.prompts.virtual_tokens import PlainIds, VirtualTokens, is_widened
 from lightning_peft.training.mixin import TunedBy
 
 
@@ -62,6 +62,7 @@ class PrefixTuning(PrefixMethod):
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in projections):
             attach(backbone.get_submodule(owner), infix.InfixAttention(call), self.key)
         attach(backbone.get_decoder(), infix.InfixDecoder(call), self.key)  # type: ignore[operator]
+        attach(backbone, PlainIds(), f"{self.key}_ids")
         self._limit = text_structure.max_positions(backbone)
         return ()
 

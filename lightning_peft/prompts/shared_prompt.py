@@ -11,13 +11,56 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import cache_argument, structure
+from lightning_peft.core import cache_argument, structure, text_structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft
 from lightning_peft.core.sharded import is_part
 from lightning_peft.core.tracing import is_traced
-from lightning_peft.prompts.virtual_tokens import PromptRows
+from lightning_peft.prompts.prefix import positions_of
+from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL, PromptRows
+
+
+class PromptCall:
+    """What the grafts of one method tell each other in a call: whether the last output of the prompt is wanted."""
+
+    last = False
+
+
+class PromptLoss(Graft):
+    """Lets the prompt learn to say the first token of the text. Its host is the language model.
+
+    The last virtual token says that token, whatever the architecture; PEFT and a prompt in the input count it, too. So
+    the labels of a call get one more in front, and the logits, from which the model computes its loss, as well.
+
+    Args:
+        call: shared with the prompt.
+        host: the language model, whose arguments are looked up by name.
+    """
+
+    def __init__(self, call: PromptCall, host: nn.Module) -> None:
+        super().__init__()
+        self.call = call
+        self._names = tuple(inspect.signature(host.forward).parameters)
+
+    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return the output for the text, with a loss that counts its first token."""
+        inputs = dict(zip(self._names, args, strict=False)) | kwargs
+        text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+        labels = inputs.get("labels")
+        if not isinstance(labels, Tensor) or not isinstance(text, Tensor) or labels.shape != text.shape[:2]:
+            return forward(*args, **kwargs)
+        self.call.last = True
+        try:
+            out = forward(**inputs | {"labels": F.pad(labels, (1, 0), value=IGNORED_LABEL)})
+        finally:
+            self.call.last = False
+        if isinstance(out, tuple):
+            return (out[0], out[1][:, 1:], *out[2:])
+        out.logits = out.logits[:, 1:]
+        return out
 
 
 class SharedPrompt(PromptRows):
@@ -27,13 +70,16 @@ class SharedPrompt(PromptRows):
         weight: the rows of the prompt, [P, d], or a module that computes them.
         count: P.
         host: the decoder, whose arguments are looked up by name.
+        call: shared with the language model; None: there is none.
     """
 
     spares_mask = True
 
-    def __init__(self, weight: nn.Parameter | nn.Module, count: int, host: nn.Module) -> None:
+    def __init__(
+        self, weight: nn.Parameter | nn.Module, count: int, host: nn.Module, call: PromptCall | None = None
+    ) -> None:
         super().__init__(weight)
-        self.count = count
+        self.count, self.call = count, call or PromptCall()
         self._names = tuple(inspect.signature(host.forward).parameters)
         name = cache_argument.name_in(host.forward)
         assert name is not None
@@ -56,7 +102,10 @@ class SharedPrompt(PromptRows):
             return forward(**inputs)
         if is_traced() or _is_checkpointed(host) or _is_sharded(host):  # none of them takes a cache
             return self._in_front(forward, host, inputs)
-        out = forward(**inputs | {self._cache: self._computed(forward, host, text.shape[0], cache)})
+        cache, last = self._computed(forward, host, text.shape[0], cache)
+        out = forward(**inputs | {self._cache: cache})
+        if self.call.last:
+            out.last_hidden_state = torch.cat((last.expand(text.shape[0], -1, -1), out.last_hidden_state), 1)
         if inputs.get("use_cache") is False:  # generate() would take it for its own and go on from it
             setattr(out, self._cache, None)
         return out
@@ -74,9 +123,11 @@ class SharedPrompt(PromptRows):
                 inputs["attention_mask"] = torch.cat((mask.new_ones(mask.shape[0], self.count), mask), 1)
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = inputs["position_ids"] + self.count
+        else:  # with padding before a text, its first token comes right after the prompt all the same
+            inputs["position_ids"] = positions_of(inputs.get("attention_mask"), text.shape[1])
 
-    def _computed(self, forward: Callable[..., Any], host: nn.Module, rows: int, cache: Any) -> Any:
-        """Return a cache with the prompt's keys and values for each row, [B, H, P, d_k]."""
+    def _computed(self, forward: Callable[..., Any], host: nn.Module, rows: int, cache: Any) -> tuple[Any, Tensor]:
+        """Return a cache with the prompt's keys and values for each row, [B, H, P, d_k], and its last output."""
         from transformers import DynamicCache
 
         if cache is not None and not isinstance(cache, DynamicCache):
@@ -88,7 +139,7 @@ class SharedPrompt(PromptRows):
         cache = DynamicCache() if cache is None else cache
         for i, layer in enumerate(cache_argument.cache_in(once).layers):
             cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
-        return cache
+        return cache, once.last_hidden_state[:, -1:]
 
     def _in_front(self, forward: Callable[..., Any], host: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """Run the prompt in each row before the text, and cut its outputs off."""
@@ -101,7 +152,7 @@ class SharedPrompt(PromptRows):
             before = torch.arange(count, device=text.device).expand(inputs["position_ids"].shape[0], -1)
             inputs["position_ids"] = torch.cat((before, inputs["position_ids"]), 1)
         out = forward(**inputs)
-        out.last_hidden_state = out.last_hidden_state[:, count:]
+        out.last_hidden_state = out.last_hidden_state[:, count - self.call.last :]
         if out.hidden_states is not None:
             out.hidden_states = tuple(hidden[:, count:] for hidden in out.hidden_states)
         return out
@@ -116,18 +167,15 @@ def decoder_of(backbone: nn.Module) -> nn.Module | None:
 
     It must be causal, take embeddings and a cache of keys and values, and attend to all that came before.
     """
-    config = structure.config_of(backbone)
-    if config is None or structure.is_encoder_decoder(backbone) or not hasattr(backbone, "get_decoder"):
+    decoder = text_structure.text_decoder_of(backbone)
+    if decoder is None or cache_argument.name_in(decoder.forward) is None:
         return None
-    decoder: nn.Module = backbone.get_decoder()  # type: ignore[operator]
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    windows = set(structure.setting(config, "layer_types") or ()) - {"full_attention"}
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or structure.setting(config, "sliding_window") or windows:
-        return None
-    takes = {"input_ids", "inputs_embeds", "attention_mask"} <= set(inspect.signature(decoder.forward).parameters)
-    if structure.is_encoder(backbone) or not takes or cache_argument.name_in(decoder.forward) is None:
-        return None
+    for config in (structure.config_of(backbone), structure.config_of(decoder)):  # of images and text, and of text
+        parts = set(structure.setting(config, "layer_types") or ()) - {"full_attention"}
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or structure.setting(config, "sliding_window") or parts:
+            return None
     return decoder
 
 

@@ -20,8 +20,9 @@ from lightning_peft.core.placement import device_of
 from lightning_peft.prompting.languages import UNSPACED
 
 IGNORED_LABEL = -100
-_FILL = {"attention_mask": 1, "token_type_ids": 0, "labels": IGNORED_LABEL, "special_tokens_mask": 0}
-"""What the columns of a virtual token hold in the tensors that run along ``input_ids``."""
+_OWN_WAY = ("input_ids", "attention_mask", "position_ids", "labels")
+_ELSEWHERE = re.compile(r"(decoder|pixel|image|video|entity|cross)_.*|.*label.*|.*grid.*")
+"""Names of tensors of integers that do not run along ``input_ids``, even where they have its shape."""
 
 
 class PromptRows(Graft):
@@ -68,13 +69,42 @@ class VirtualTokens(PromptRows):
         return torch.where((ids < 0).unsqueeze(-1), rows, out)
 
 
+class OtherTable(Graft):
+    """Gives virtual ids, in a further table of words, the row of padding, as tokens of images have it."""
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+
+    def before(self, host: nn.Module, x: Tensor) -> Tensor:
+        """Return ids that the table has, [B, T]."""
+        return torch.where(x < 0, self.padding, x)
+
+
+class PlainIds(Graft):
+    """Takes the virtual ids out of what ``generate`` returns. Its host is the model."""
+
+    def generated(self, out: Any) -> Any:
+        """Return the ids without virtual ones, [B, T], or the output that holds them."""
+        ids: Tensor = out if isinstance(out, Tensor) else out.sequences
+        if not bool((ids < 0).any()):
+            return out
+        ids = ids[ids >= 0].view(len(ids), -1)  # each row has as many virtual tokens
+        if isinstance(out, Tensor):
+            return ids
+        out.sequences = ids
+        return out
+
+
 def insert(
     batch: Mapping[str, Any], count: int, after: Tensor | int, targets: bool = False, first: Tensor | int = 0
 ) -> dict[str, Any]:
     """Return a copy of a batch with P virtual tokens put into each row, ``after`` real tokens from the row's first one.
 
-    Every tensor that runs along ``input_ids`` [B, T] becomes [B, P + T]. Padding on the left stays on the left of the
-    prompt. Labels of the rows ([B]) stay; ``start_positions`` and ``end_positions`` move with the text.
+    Every tensor of integers or truths that runs along ``input_ids``, [B, T] or [B, T, ...], becomes [B, P + T, ...]:
+    types of tokens, boxes of words, masks. It holds 0 for virtual tokens, ``labels`` -100. Padding on the left
+    stays on the left of the prompt. Labels of the rows ([B]) stay; ``start_positions`` and ``end_positions`` move with
+    the text.
 
     Args:
         batch: holds ``input_ids`` and what goes with them.
@@ -98,10 +128,10 @@ def insert(
     widened["attention_mask"] = _widen(mask, source, virtual, 1)
     ids = torch.where(virtual, -1 - (columns - start + first), tokens.gather(1, source))
     widened["input_ids"] = ids.to(tokens.dtype)
-    for name in _FILL.keys() - {"attention_mask", "labels" if targets else ""}:
-        value = batch.get(name)
-        if isinstance(value, Tensor) and value.shape == tokens.shape:
-            widened[name] = _widen(value, source, virtual, _FILL[name])
+    widened |= {n: _widen(value, source, virtual, 0) for n, value in batch.items() if _runs_along(n, value, tokens)}
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.shape == tokens.shape and not targets:
+        widened["labels"] = _widen(labels, source, virtual, IGNORED_LABEL)
     if isinstance(batch.get("position_ids"), Tensor):
         widened["position_ids"] = (widened["attention_mask"].cumsum(1) - 1).clamp(min=0)
     for name in ("start_positions", "end_positions"):
@@ -162,8 +192,22 @@ def best_words(scores: Tensor, k: int, tokenizer: Any, largest: bool = True) -> 
     return [list(zip(row, value.tolist(), strict=True)) for row, value in zip(words, values, strict=True)]
 
 
+def real_length(ids: Tensor) -> int:
+    """Return how many tokens of a row, [B, T], are no virtual ones."""
+    return int((ids[:1] >= 0).sum())
+
+
+def _runs_along(name: Any, value: Any, tokens: Tensor) -> bool:
+    """Tell whether an entry of a batch says something of each token."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.shape[:2] != tokens.shape:
+        return False
+    return name not in _OWN_WAY and not _ELSEWHERE.fullmatch(str(name))
+
+
 def _widen(value: Tensor, source: Tensor, virtual: Tensor, fill: int) -> Tensor:
-    return value.gather(1, source).masked_fill(virtual, fill)
+    rest = [1] * (value.ndim - 2)
+    index = source.view(*source.shape, *rest).expand(*source.shape, *value.shape[2:])
+    return value.gather(1, index).masked_fill(virtual.view(*virtual.shape, *rest), fill)
 
 
 def _input_ids(batch: Any) -> Tensor:

@@ -10,6 +10,7 @@ from torchmetrics.text import CHRFScore, Perplexity, SacreBLEUScore
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.prompting.languages import language_of
+from lightning_peft.prompts.virtual_tokens import real_length
 from lightning_peft.tasks.base import Split, Task
 from lightning_peft.tasks.metrics import IGNORED, CrossEntropy, ExactMatch, Rouge
 
@@ -80,7 +81,7 @@ class WritingTask(Task):
                 **beams,
             )
         if not self.backbone.config.is_encoder_decoder:
-            ids = ids[:, inputs["input_ids"].shape[1] :]
+            ids = ids[:, real_length(inputs["input_ids"]) :]
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def metrics(self, split: Split) -> Sequence[MetricCollection]:

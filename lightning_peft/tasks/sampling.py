@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from lightning_peft.prompting.encoding import Style
+from lightning_peft.prompts.virtual_tokens import real_length
 
 
 @dataclass(slots=True)
@@ -65,7 +66,7 @@ class Sampler:
             output_logits=True,
             **how,
         )
-        new = out.sequences[:, ids.shape[1] :] if self.lm == "causal" else out.sequences[:, 1:]
+        new = out.sequences[:, real_length(ids) :] if self.lm == "causal" else out.sequences[:, 1:]
         ends = model.generation_config.eos_token_id
         return _written(new, out.logits, {*ends} if isinstance(ends, list) else {ends})
 

@@ -11,6 +11,7 @@ from lightning_peft.interop.converters.base import Converter, Exported, Parts, d
 from lightning_peft.interop.names import Names
 from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
+from lightning_peft.prompts.virtual_tokens import PromptRows
 
 TENSOR = "prompt_embeddings"
 
@@ -40,7 +41,7 @@ class PromptConverter(Converter):
 
     def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
         """Return the rows by their name in the delta, in which tied tables have them once."""
-        first = places(model, method)[0]
+        first = next(place for place in places(model, method) if isinstance(place.graft, PromptRows))
         ((name, _),) = first.graft.named_parameters()
         return {delta_name(first, name): prompt_rows(parts)}
 

@@ -42,10 +42,10 @@ _owner_now: ContextVar[tuple[str, Switch | None]] = ContextVar("owner", default=
 class Graft(Movable):
     """A module that joins the computation of its one host. Override the joints that it needs.
 
-    Two more joints are ``generated(out)``, which returns what ``generate`` of a model returns; and ``weight(w: Tensor,
-    name: str) -> Tensor``: what the host reads, while it runs, in place of its parameter ``name``, one of `weights`; so do
-    the joints ``after`` of all its grafts. It serves weights that are read without a call (``nn.MultiheadAttention``,
-    stacked experts) and methods that change a weight. It is not declared, since a graft may have a parameter of that name.
+    Two more joints are ``generated(out)``, what ``generate`` of a model returns; and ``weight(w: Tensor, name: str) ->
+    Tensor``: what the host reads, while it runs, in place of its parameter ``name``, one of `weights`; so do the joints
+    ``after`` of all its grafts. It serves weights that are read without a call (``nn.MultiheadAttention``, stacked
+    experts) and methods that change a weight. It is not declared, since a graft may have a parameter of that name.
 
     Hooks are bound methods of the graft, so a deep copy of the host calls the copy of the graft. They compute through
     the graft's own ``__call__``, so a sharding wrapper may treat the graft as a unit of its own. A graft keeps no

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.folder_seal import check_folder
+from lightning_peft.core.folder_seal import check_folder, plain_values
 from lightning_peft.core.storage import first_line, read_torch
 
 _REST = "meta.pt"  # where Lightning puts what is no tensor of the model or the optimizer
@@ -130,7 +130,8 @@ def read_folder(path: str | Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "whole.pt"
         try:
-            dcp_to_torch_save(path, file)
+            with plain_values(Path(path)):
+                dcp_to_torch_save(path, file)
         except BaseException as error:  # whatever a damaged pickle makes the reader do; torch's own is no Exception
             if isinstance(error, KeyboardInterrupt):
                 raise

@@ -1,6 +1,8 @@
 """Sharded strategies in one process: what is gathered, what is planned, what is read, and what is refused."""
 
 import enum
+import os
+import pickle
 import random
 import sys
 import time
@@ -19,6 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint import save
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from lightning_peft import BitFit, FullyShard, LoRA, PromptTuning, TuningError, collect, load_delta
@@ -204,6 +207,30 @@ def test_a_folder_that_is_not_whole(tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
     with pytest.raises(TuningError, match="lacks a part or is damaged"):
         trainer(tmp_path, LoRA(r=2)).validate(Tuned("bert"), loader("bert"), ckpt_path=tmp_path / "delta.ckpt")
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("where", ["metadata", "value"])
+def test_nothing_in_a_folder_is_executed(tmp_path: Path, where: str) -> None:
+    folder, ran = tmp_path / "delta.ckpt", tmp_path / "ran"
+    save({"state_dict": {"a": torch.ones(2), "b": Evil(ran) if where == "value" else 3}}, checkpoint_id=folder)
+    torch.save({}, folder / "meta.pt")
+    if where == "metadata":
+        (folder / ".metadata").write_bytes(pickle.dumps(Evil(ran)))
+    with pytest.raises(TuningError, match=r"lacks a part or is damaged \((it names posix\.mkdir|CheckpointException)"):
+        read_checkpoint(folder)
+    assert not ran.exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def test_no_flipped_bit_of_a_folder_loads(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.prompts.shared_prompt import PromptCall, PromptLoss, SharedPrompt, decoder_of
+from lightning_peft.prompts.source_mask import reads_source
 from lightning_peft.prompts.virtual_tokens import (
     OtherTable,
     PlainIds,
@@ -52,7 +53,7 @@ class PromptMethod(Method):
             weight: the rows, [P, d], or a module that computes them.
             anywhere: a template may put the virtual tokens anywhere in the text.
         """
-        decoder = None if anywhere else decoder_of(backbone)
+        decoder = None if anywhere or reads_source(backbone) else decoder_of(backbone)
         if decoder is not None:
             self._share(backbone, decoder, weight)
             attention.spare_mask(backbone)

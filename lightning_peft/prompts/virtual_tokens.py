@@ -20,7 +20,9 @@ from lightning_peft.core.placement import device_of
 from lightning_peft.prompting.languages import UNSPACED
 
 IGNORED_LABEL = -100
-_OWN_WAY = ("input_ids", "attention_mask", "position_ids", "labels")
+SOURCE = "source_mask"
+"""The entry of a batch, and argument of a prefix language model, that says which tokens are source, [B, T]."""
+_OWN_WAY = ("input_ids", "attention_mask", "position_ids", "labels", SOURCE)
 _ELSEWHERE = re.compile(r"(decoder|pixel|image|video|entity|cross)_.*|.*label.*|.*grid.*")
 """Names of tensors of integers that do not run along ``input_ids``, even where they have its shape."""
 
@@ -132,6 +134,8 @@ def insert(
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.shape == tokens.shape and not targets:
         widened["labels"] = _widen(labels, source, virtual, IGNORED_LABEL)
+    if isinstance(batch.get(SOURCE), Tensor):
+        widened[SOURCE] = _widen(batch[SOURCE], source, virtual, 1)
     if isinstance(batch.get("position_ids"), Tensor):
         widened["position_ids"] = (widened["attention_mask"].cumsum(1) - 1).clamp(min=0)
     for name in ("start_positions", "end_positions"):

@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lightning_peft.core.cache_argument import cache_in, name_in
+from lightning_peft.prompts.source_mask import reads_source, source_argument
 
 Words: TypeAlias = Sequence[Sequence[Sequence[int]]]
 """The ids of the words that are scored in each row."""
@@ -50,7 +51,12 @@ class Shared:
 
 
 def prefill(model: nn.Module, ids: Sequence[int]) -> Shared | None:
-    """Let a causal model read what many sequences begin with; None: its cache cannot be shared."""
+    """Let a causal model read what many sequences begin with; None: its cache cannot be shared.
+
+    A prefix language model reads the whole source at once: what begins it depends on what follows.
+    """
+    if reads_source(model):
+        return None
     tokens = torch.tensor([list(ids)], device=_device(model))
     out = model(input_ids=tokens, use_cache=True, **_keep(model, 1))
     cache = _shareable(model, out)
@@ -113,7 +119,9 @@ def recomputed_scores(model: nn.Module, ids: Tensor, mask: Tensor, words: Words,
     longest = int(lengths.max())
     flat, filled, _ = _pad(sequences, ids.device, left=True)
     places = (filled.cumsum(1) - 1).clamp(min=0)
-    kept = {name: value + longest for name, value in _keep(model, 1).items()}
+    kept: dict[str, Any] = {name: value + longest for name, value in _keep(model, 1).items()}
+    source = torch.arange(flat.shape[1], device=ids.device) < flat.shape[1] - lengths.unsqueeze(1)
+    kept |= source_argument(model, source)
     out = model(input_ids=flat, attention_mask=filled, **_positions(model, places), use_cache=False, **kept)
     found = _of_tokens(out.logits[:, -longest - 1 : -1], flat[:, -longest:])
     counts = torch.arange(longest, device=ids.device) >= longest - lengths.unsqueeze(1)

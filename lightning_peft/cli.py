@@ -26,6 +26,7 @@ look and convert:
   methods     list the methods with what they train; methods NAME: the arguments of one
   templates   list the wordings of a task: lightning-peft templates FILE.yaml
   info        show what a delta file holds: lightning-peft info FILE
+  combine     make one delta of several: lightning-peft combine A=0.7 B=0.3 OUT --how linear
   merge       fold a delta into its backbone: lightning-peft merge FILE FOLDER
   plot        draw pictures of results: lightning-peft plot results.csv FOLDER
   export      write a delta as an adapter of Hugging Face PEFT: export FILE FOLDER --to peft, or --for vllm
@@ -41,7 +42,7 @@ Methods and their arguments work from the shell too: --method LoRA --method.r 4
 """
 _TRAINER = ("fit", "validate", "test", "predict", "check")
 _SUBMIT = "submit"
-_TOOLS = ("methods", "info", "merge", "plot", "export", "import", "templates", "configs")
+_TOOLS = ("methods", "info", "combine", "merge", "plot", "export", "import", "templates", "configs")
 _DEBUG = "LIGHTNING_PEFT_DEBUG"
 
 

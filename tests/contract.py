@@ -27,6 +27,7 @@ from lightning_peft import (
     TuningError,
     activate,
     collect,
+    combine,
     list_deltas,
     load_delta,
     muted,
@@ -41,8 +42,12 @@ from tests import fresh
 from tests.models import HEADS, batch, tiny
 from tests.modules import Tuned, loader, trainer
 
-ON_TWO_BACKBONES = ("test_muted_it_is_the_bare_backbone", "test_deltas_of_two_names_are_each_as_alone")
-"""The laws of the mechanism, which no backbone has a part in."""
+ON_FEW_BACKBONES = {
+    "test_muted_it_is_the_bare_backbone": 2,
+    "test_deltas_of_two_names_are_each_as_alone": 2,
+    "test_combined_with_weights_of_one_it_is_itself": 1,
+}
+"""How many backbones the laws of a mechanism need, in which these have little part."""
 
 
 class MethodContract:
@@ -62,7 +67,7 @@ class MethodContract:
         if "kind" in metafunc.fixturenames:
             law = metafunc.function.__name__
             chosen = self.compiled or self.backbones[:1] if law == "test_compiled_is_eager" else self.backbones
-            metafunc.parametrize("kind", chosen[:2] if law in ON_TWO_BACKBONES else chosen)
+            metafunc.parametrize("kind", chosen[: ON_FEW_BACKBONES.get(law, len(chosen))])
 
     # What `apply` does to a backbone.
 
@@ -219,6 +224,20 @@ class MethodContract:
         assert_same(bare, snapshot(model, kind))
         load_delta(model, tmp_path / "again.safetensors", "others")
         assert torch.equal(at_work(model, kind), alone["books"])
+
+    def test_combined_with_weights_of_one_it_is_itself(self, kind: str, tmp_path: Path) -> None:
+        """One delta of weight 1, and two that are equal, of weights that add up to 1."""
+        single, file = tiny(kind), tmp_path / "delta.safetensors"
+        method = self.applied(single)
+        shake(single)
+        save_delta(single, file)
+        expected = output(single, kind, method)
+        for name, files, weights in (("one", [file], [1.0]), ("two", [file, file], [0.7, 0.3])):
+            model = tiny(kind)
+            combine(files, weights, tmp_path / f"{name}.safetensors", backbone=model)
+            assert not list_deltas(model)
+            load_delta(model, tmp_path / f"{name}.safetensors", name)
+            assert_near({"": expected}, {"": at_work(model, kind)}, 1e-6 if name == "one" else 1e-5)
 
     # How it lives with the rest of torch.
 

@@ -29,6 +29,11 @@ def run_tool(command: str, arguments: Sequence[str]) -> None:
 
         run_interchange(command, arguments)
         return
+    if command == "combine":
+        from lightning_peft.commands.combining import run_combine
+
+        run_combine(arguments)
+        return
     functions: dict[str, Callable[..., None]] = {
         "methods": methods, "configs": configs, "info": info, "merge": merge_files, "plot": plot_rows,
         "templates": templates,

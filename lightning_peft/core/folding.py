@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -142,21 +142,27 @@ def _full_fp32() -> Iterator[None]:
         yield
 
 
-def merge(module: nn.Module, dequantize: bool = False) -> nn.Module:
+def merge(module: nn.Module, dequantize: bool = False, safe: bool = False) -> nn.Module:
     """Fold the grafts of ``module`` into the weights and forget them; what was trained in place stays as trained.
 
-    Where weights are in half precision, what rounding took of the update is logged.
+    Deltas that rest are removed. Where weights are in half precision, what rounding took of the update is logged.
 
     Args:
         module: holds one or more tuned backbones.
         dequantize: whether quantised weights that are to take in an update may become floats, for good.
+        safe: refuse a result that is not finite in the dtype of the weights.
 
     Raises:
-        TuningError: a graft cannot be folded; nothing has been changed then.
+        TuningError: a graft cannot be folded, or ``safe`` finds no finite result; nothing has been changed then.
     """
     whole, module = module, unwrapped(module)
     masters = [place for place in grafts(module) if isinstance(place.graft, MasterWeights)]
     places, worst, layers = foldable(module, dequantize), 0.0, dict(module.named_modules())
+    if safe:
+        _check_finite(places)
+    for place in list(grafts(module)):
+        if place.graft.rests:
+            detach(place.host, place.name)
     for path, host, name, graft in [*places, *masters]:
         error = None
         if isinstance(graft, Folding) and dequantize and has_quantized_weight(host):
@@ -175,6 +181,38 @@ def merge(module: nn.Module, dequantize: bool = False) -> nn.Module:
     return whole
 
 
+@torch.no_grad()
+def folded_values(host: nn.Module, own: Sequence[Graft]) -> dict[str, Tensor]:
+    """Return the parameters that grafts of a host fold into, as they would be afterwards; nothing is changed.
+
+    Args:
+        host: of the grafts.
+        own: in the order in which they are folded.
+    """
+    values: dict[str, Tensor] = {}
+    for graft in own:
+        for name in graft.folded(host) if isinstance(graft, Folding) else graft.weights:
+            value = values.get(name)
+            if value is None:
+                value = dense(host) if name == "weight" and has_quantized_weight(host) else host.get_parameter(name)
+                value = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
+            values[name] = graft.fold(name, value, host) if isinstance(graft, Folding) else graft("weight", value, name)
+    return values
+
+
+def _check_finite(places: Sequence[Grafted[Graft]]) -> None:
+    """Check that what grafts fold into a host is finite in the dtype of its weights."""
+    for host in dict.fromkeys(place.host for place in places):
+        own = [place for place in places if place.host is host]
+        for name, value in folded_values(host, [place.graft for place in own]).items():
+            dtype = value.dtype if has_quantized_weight(host) else host.get_parameter(name).dtype
+            if not value.to(dtype).isfinite().all():
+                raise TuningError(
+                    f"{own[0].path}.{name} would not be finite in {dtype}: merge into a backbone of fp32, or take an "
+                    "earlier file of a delta that diverged."
+                )
+
+
 def foldable(module: nn.Module, dequantize: bool = False, owner: str | None = None) -> list[Grafted[Graft]]:
     """Return the grafts of ``module`` that methods have put there, in the order in which they fold into the weights.
 
@@ -186,7 +224,8 @@ def foldable(module: nn.Module, dequantize: bool = False, owner: str | None = No
     Raises:
         TuningError: one cannot be folded, its weight is quantised, or is tied to that of another module.
     """
-    places = [place for place in grafts(module, owner) if not isinstance(place.graft, MasterWeights)]
+    every = (place for place in grafts(module, owner) if not isinstance(place.graft, MasterWeights))
+    places = [place for place in every if not place.graft.rests]
     owners = Counter(id(p) for child in module.modules() for p in child.parameters(recurse=False))
     for place in places:
         if not overrides(place.graft, "merge"):

@@ -103,6 +103,10 @@ class Graft(Movable):
         """Put the effect into the parameters of the host for good; override it where parameters can take it in."""
         raise NotImplementedError
 
+    def neutral(self, host: nn.Module, name: str) -> Tensor | None:
+        """Return the value of one of its tensors at which it has no effect, where the effect is linear in it."""
+        return None
+
     def refer(self, **modules: nn.Module | None) -> None:
         """Keep modules of elsewhere in the backbone as attributes, and not as children of this graft.
 
@@ -121,7 +125,7 @@ class Graft(Movable):
 
     def is_first(self, host: nn.Module) -> bool:
         """Tell whether this graft's hook is the first to see the host's output, those that rest left out."""
-        at_work = (hook for hook in output_hooks(host) if not _rests(hook))
+        at_work = (hook for hook in output_hooks(host) if not getattr(getattr(hook, "__self__", None), "rests", False))
         return next(at_work, None) == self._on_output
 
     def _on_input(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
@@ -286,11 +290,6 @@ def _forward(host: nn.Module, inner: Callable[..., Any] | None, *args: Any, **kw
 def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return host.get_submodule(path), leaf
-
-
-def _rests(hook: Callable[..., Any]) -> bool:
-    graft = getattr(hook, "__self__", None)
-    return isinstance(graft, Graft) and graft.rests
 
 
 def overrides(graft: Graft, joint: str) -> bool:

@@ -30,6 +30,10 @@ class StandIn(Graft):
         """Return the delta's parameter in the dtype of the host's."""
         return self.values[_key(name)].to(w.dtype)
 
+    def neutral(self, host: nn.Module, name: str) -> Tensor | None:
+        """Return the host's own value."""
+        return host.get_parameter({f"values.{_key(own)}": own for own in self.weights}[name])
+
     @torch.no_grad()
     def merge(self, host: nn.Module) -> None:
         """Put the values into the parameters of the host."""

@@ -77,6 +77,20 @@ def with_stand_ins(content: Content, backbone: nn.Module, name: str) -> dict[str
     return {copies.get(tensor, tensor): value for tensor, value in content.tensors.items()}
 
 
+def without_name(
+    tensors: Mapping[str, Tensor], meta: Mapping[str, Any], backbone: nn.Module, name: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the delta of this name on a backbone, its tensors and metadata, as if it had none."""
+    tuning = Tuning.of(backbone)
+    assert tuning is not None
+    keys = tuning.of_delta(name)
+    base = {own: first for key in keys for own, first in stand_ins(backbone, key).items()}
+    plain = {key: type(tuning.methods[key]).__name__.lower() for key in keys}
+    entries = [{**e, "init_args": {**e["init_args"], "name": None}} for e in meta["methods"]]
+    named = {base.get(tensor) or _renamed(tensor, plain, ""): value for tensor, value in tensors.items()}
+    return named, {**meta, "methods": entries}
+
+
 def _renamed(tensor: str, keys: Mapping[str, str], start: str) -> str:
     old = _key_in(tensor.removeprefix(start), list(keys)) if tensor.startswith(start) else None
     if old is None:

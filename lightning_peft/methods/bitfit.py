@@ -48,6 +48,10 @@ class BiasPart(Graft):
         self.part, self.heads = part, heads
         self.shift = nn.Parameter(torch.zeros(values.numel() // 3, dtype=torch.float32, device=values.device))
 
+    def neutral(self, host: nn.Module, name: str) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(self.shift)
+
     def whole(self) -> Tensor:
         """Return the shift with zeros for the two other parts, in the layout of the bias."""
         parts = [torch.zeros_like(self.shift).view(self.heads, -1) for _ in _PARTS]
@@ -75,6 +79,10 @@ class AddedBias(Graft):
         super().__init__()
         width = host.nf if isinstance(host, Conv1D) else host.out_features
         self.bias = nn.Parameter(torch.zeros(width, dtype=torch.float32, device=device_of(host)))  # type: ignore[arg-type]
+
+    def neutral(self, host: nn.Module, name: str) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(self.bias)
 
     def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Return ``out + b``."""

@@ -43,6 +43,10 @@ class Scaled(Folding):
         super().__init__()
         self.l = nn.Parameter(torch.ones(size, dtype=torch.float32, device=device))
 
+    def neutral(self, host: nn.Module, name: str) -> Tensor:
+        """Return ones."""
+        return torch.ones_like(self.l)
+
 
 class ScaledOutput(Scaled):
     """Multiplies the last features of a layer's output by l: all of them, or the keys and values of a fused projection.

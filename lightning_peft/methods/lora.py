@@ -33,8 +33,9 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, overrides
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
-from lightning_peft.updates.low_rank import GRAFTS, LowRankWeights, shape_of
+from lightning_peft.updates.low_rank import GRAFTS, shape_of
 from lightning_peft.updates.low_rank_init import Init
+from lightning_peft.updates.low_rank_weights import LowRankWeights
 from lightning_peft.updates.targets import Target, targets
 
 

@@ -76,14 +76,24 @@ def from_delta(path: str | Path, backbone: nn.Module | str | None = None) -> nn.
     if len(meta["backbones"]) != 1:
         raise TuningError(f"{path} tunes {len(meta['backbones'])} backbones: build the module and use load_delta.")
     (identity,) = meta["backbones"].values()
-    model = backbone if isinstance(backbone, nn.Module) else _pretrained(identity, backbone, str(path))
+    model = backbone if isinstance(backbone, nn.Module) else pretrained(identity, backbone, str(path))
     for method in methods_of({"methods": [entry | {"backbone": ""} for entry in meta["methods"]]}):
         method.apply(model)
     load_delta(model, path)
     return model.eval()
 
 
-def _pretrained(identity: Mapping[str, Any], name: str | None, source: str) -> nn.Module:
+def pretrained(identity: Mapping[str, Any], name: str | None, source: str) -> nn.Module:
+    """Return the backbone that a delta file names, from its folder, or from another one.
+
+    Args:
+        identity: what the file says of it.
+        name: a folder or hub id; None: what the file names.
+        source: the file, for messages.
+
+    Raises:
+        TuningError: the file does not say where it came from.
+    """
     kind = model_class(identity["class"])
     name = name or identity["name_or_path"]
     if kind is None or not name:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -49,6 +50,10 @@ class Bottleneck(Graft):
         hidden = self.activation(F.linear(x, down.weight.to(dtype), down.bias.to(dtype)))
         out = F.linear(hidden, up.weight.to(dtype), up.bias.to(dtype)).to(dtype)
         return out if self.scale == 1 else out * self.scale
+
+    def neutral(self, host: nn.Module, name: str) -> Tensor | None:
+        """Return zeros for U and b2."""
+        return torch.zeros_like(self.get_parameter(name)) if name.startswith("up.") else None
 
     def added(self, base: Tensor, x: Tensor) -> Tensor:
         """Return ``base + update(x)``, of the shape and dtype of ``base``."""

@@ -83,6 +83,12 @@ class Factors(Movable):
         rank_a, rank_b = (-2, -1) if self.A.dim() < 4 else (0, 1)
         return torch.cat([self.A, self.A - self.A0], rank_a), torch.cat([self.B - self.B0, self.B0], rank_b)
 
+    def neutral_of(self, name: str, weight: Tensor) -> Tensor | None:
+        """Return zeros for B and B₀, the norms of the rows of the weight for m, and None for A and A₀."""
+        if name in ("B", "B0"):
+            return torch.zeros_like(self.B)
+        return self.as_magnitude(_norms(weight)) if name == "m" else None
+
     @torch.no_grad()
     def norm(self, weight: Tensor, keep: bool = False) -> Tensor:
         """Return ``‖W + s B A‖`` of each output, [out], in fp32, without building the sum.

@@ -9,7 +9,6 @@ computed as ``s ((B - B₀) A + B₀ (A - A₀))``, so that it is zero at the st
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -64,6 +63,10 @@ class LowRank(Factors, Folding):
         self.dropout = dropout
         self.keeps_output = keeps_output
         self.comes_first = use_dora
+
+    def neutral(self, host: nn.Module, name: str) -> Tensor | None:
+        """Return zeros for B, and the norms of the rows of the weight for m."""
+        return self.neutral_of(name, self.matrix(whole(dense(host)), host))
 
     def matrix(self, weight: Tensor, host: nn.Module) -> Tensor:
         """Return the weight of the host as [out, in], a view of it."""
@@ -224,62 +227,6 @@ class LowRankConv2d(LowRank):
         """Return the kernel with the update."""
         value = value.add_(self.update())
         return value if self.m is None else value.mul_(row_ratio(self.m.flatten(), value).view(-1, 1, 1, 1))
-
-
-class LowRankWeights(Folding):
-    """Changes weights that their host reads without calling a layer, to ``W + s B A``, rescaled with DoRA.
-
-    For ``nn.MultiheadAttention`` (the packed in-projection and the output projection) and for experts stacked in one
-    tensor, each of which gets matrices of its own. The gradient goes through the whole weight, so a step costs as many
-    FLOPs as if that weight were trained; dropout on the input has no place here.
-
-    Args:
-        host: the module.
-        updates: name of a parameter below the host -> the arguments of its `Factors` beside the weight.
-    """
-
-    def __init__(self, host: nn.Module, updates: dict[str, dict[str, Any]]) -> None:
-        super().__init__()
-        self.weights = self.folds = tuple(updates)
-        self.transposed = structure.is_transposed(host)
-        for name, arguments in updates.items():
-            weight = host.get_parameter(name)
-            matrix = self.matrix(weight.detach())
-            part = Factors(partial(Tensor.detach, matrix), tuple(matrix.shape), weight.device, **arguments)
-            self.register_module(self.part_name(name), part)
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return a weight as [..., out, in], a view of it."""
-        return weight.mT if self.transposed else weight
-
-    @classmethod
-    def part_name(cls, name: str) -> str:
-        """Return the name below the graft of the update of a weight."""
-        own = name.replace(".", "_")
-        return f"{own}_" if hasattr(cls, own) else own  # a router's matrix is called as the joint is
-
-    def part(self, name: str) -> Factors:
-        """Return the update of a weight."""
-        part = self.get_submodule(self.part_name(name))
-        assert isinstance(part, Factors)
-        return part
-
-    def weight(self, w: Tensor, name: str) -> Tensor:
-        """Return the changed weight, computed in fp32, in the dtype of ``w``."""
-        return w if self.merged else self._changed(w, name).to(w.dtype)
-
-    def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
-        """Return the changed weight."""
-        return self._changed(value, name)
-
-    def _changed(self, w: Tensor, name: str) -> Tensor:
-        part = self.part(name)
-        with in_place.without_autocast(w):
-            a, b = part.factors()
-            changed = torch.add(self.matrix(w), b @ a, alpha=part.scale)
-            if part.m is not None:
-                changed = changed * row_ratio(part.m, changed)
-        return self.matrix(changed)
 
 
 GRAFTS: dict[type[nn.Module], type[LowRank]] = {

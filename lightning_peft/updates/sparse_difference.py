@@ -100,6 +100,10 @@ class SparseDifference(Folding):
             self._put(name, "values", values.detach().clone())
             self.register_buffer(_key(name, "indices"), indices)
 
+    def neutral(self, host: nn.Module, name: str) -> Tensor | None:
+        """Return zeros for differences."""
+        return torch.zeros_like(self.get_parameter(name)) if name.endswith(("_w", "_values")) else None
+
     def part(self, name: str, part: str) -> Any:
         """Return a tensor that belongs to a parameter, or None."""
         return getattr(self, _key(name, part), None)

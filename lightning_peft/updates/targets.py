@@ -44,7 +44,7 @@ def targets(
     Raises:
         TuningError: a pattern selects nothing, or a layer index is out of range.
     """
-    found, owners = _found(backbone, kinds)
+    found, owners = all_targets(backbone, kinds)
     if patterns is None:
         patterns = _query_and_value(backbone, found)
     if patterns == "all-linear":
@@ -65,7 +65,9 @@ def targets(
     return {name: target for name, target in found.items() if name in chosen}
 
 
-def _found(backbone: nn.Module, kinds: tuple[type[nn.Module], ...]) -> tuple[dict[str, Target], dict[str, list[str]]]:
+def all_targets(
+    backbone: nn.Module, kinds: tuple[type[nn.Module], ...]
+) -> tuple[dict[str, Target], dict[str, list[str]]]:
     """Return all targets, and which of them each module that reads matrices itself has."""
     head = set(structure.head_names(backbone))
     added = graft_prefixes(backbone)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft import LoRA, TuningError, collect, load_delta, merge, save_delta
 from lightning_peft.core.graft import grafts
-from lightning_peft.updates.low_rank import LowRankWeights
+from lightning_peft.updates.low_rank_weights import LowRankWeights
 from lightning_peft.updates.targets import targets
 from tests.contract import assert_near, half, shake
 

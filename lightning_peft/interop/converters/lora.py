@@ -22,7 +22,8 @@ from lightning_peft.interop.converters.lora_targets import (
 from lightning_peft.interop.names import Names, compact
 from lightning_peft.interop.patterns import common, number, pattern_of, spread, value_of
 from lightning_peft.updates.factors import Factors
-from lightning_peft.updates.low_rank import LowRank, LowRankWeights
+from lightning_peft.updates.low_rank import LowRank
+from lightning_peft.updates.low_rank_weights import LowRankWeights
 
 _WITHOUT_TWIN = (
     *("trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_bdlora"),

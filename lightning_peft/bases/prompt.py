@@ -13,16 +13,17 @@ from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.prompts.in_model import InModel, KnownTokens, Prepared, readers
 from lightning_peft.prompts.shared_prompt import PromptCall, PromptLoss, SharedPrompt, decoder_of
 from lightning_peft.prompts.source_mask import reads_source
 from lightning_peft.prompts.virtual_tokens import (
     OtherTable,
     PlainIds,
     PromptRows,
-    VirtualTokens,
     best_words,
     insert,
     is_widened,
+    texts_of,
 )
 from lightning_peft.training.method import Method
 
@@ -58,8 +59,7 @@ class PromptMethod(Method):
             self._share(backbone, decoder, weight)
             attention.spare_mask(backbone)
         else:
-            for table in structure.word_tables(backbone).values():
-                attach(table, VirtualTokens(weight), self.key)
+            self._attach(backbone, weight)
             padding = structure.setting(structure.config_of(backbone), "pad_token_id") or 0
             for table in structure.other_word_tables(backbone).values():
                 attach(table, OtherTable(padding), self.key)
@@ -83,14 +83,31 @@ class PromptMethod(Method):
         if structure.output_embeddings_of(backbone) is not None and "labels" in structure.arguments_of(backbone):
             attach(backbone, PromptLoss(call, backbone), f"{self.key}_loss")
 
+    def _attach(self, backbone: nn.Module, weight: nn.Parameter | nn.Module) -> None:
+        tables, known = structure.word_tables(backbone), Prepared()
+        for table in tables.values():
+            attach(table, KnownTokens(weight, known), self.key)
+        for reader in readers(backbone, tables):
+            attach(reader, InModel(self.prepare, known), f"{self.key}_in_model")
+        self._known = known
+
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the batch with the prompt in every row; one that has virtual tokens already is returned as it is.
 
-        Before the text of a causal model the prompt is in no batch.
+        Each text of a batch gets it, those of ``pos_input_ids`` and ``input_ids_b`` too, with the tensors of such names
+        that go along. Before the text of a causal model the prompt is in no batch.
 
         Raises:
             TuningError: the batch is no mapping with ``input_ids``, or with the prompt too long for the positions.
         """
+        prepared: Mapping[str, Any] = batch
+        for text in texts_of(batch):
+            entries = self._prepared(text.entries)
+            if entries is not text.entries:
+                prepared = {**prepared, **text.named(entries)}
+        return prepared
+
+    def _prepared(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         given = is_widened(batch)
         if given and not self._in_batch:
             raise TuningError(
@@ -108,6 +125,8 @@ class PromptMethod(Method):
                 f"the {self._limit} positions of the model: set max_length to "
                 f"{self._limit - self.num_virtual_tokens}."
             )
+        if self._in_batch:
+            self._known.note(batch["input_ids"])
         return batch
 
     def insert(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:

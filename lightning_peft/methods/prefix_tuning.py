@@ -25,7 +25,8 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
 from lightning_peft.prompts import infix
-from lightning_peft.prompts.virtual_tokens import PlainIds, VirtualTokens, is_widened
+from lightning_peft.prompts.in_model import InModel, KnownTokens, Prepared, readers
+from lightning_peft.prompts.virtual_tokens import PlainIds, is_widened
 from lightning_peft.training.mixin import TunedBy
 
 
@@ -55,7 +56,11 @@ class PrefixTuning(PrefixMethod):
         (table,) = structure.word_tables(backbone).values()
         width: int = table.embedding_dim  # type: ignore[assignment]
         device = device_of(table)
-        attach(table, VirtualTokens(nn.Parameter(torch.randn(count, width, device=device))), self.key)
+        known, weight = Prepared(), nn.Parameter(torch.randn(count, width, device=device))
+        attach(table, KnownTokens(weight, known), self.key)
+        for reader in readers(backbone, structure.word_tables(backbone)):
+            attach(reader, InModel(self.prepare, known), f"{self.key}_in_model")
+        self._known = known
         projections = infix.projections(backbone)
         for host, size, skip in projections.values():
             attach(host, infix.InfixStates(count, size, skip, call).to(device_of(host)), self.key)
@@ -76,6 +81,7 @@ class PrefixTuning(PrefixMethod):
             return super().prepare(batch)
         batch = batch if is_widened(batch) else infix.put_between(batch, self.num_virtual_tokens)
         tokens: Tensor = batch["input_ids"]
+        self._known.note(tokens)
         if self._limit is not None and tokens.shape[1] > self._limit:
             raise TuningError(
                 f"{tokens.shape[1]} tokens with the infix do not fit the {self._limit} positions of the model: "

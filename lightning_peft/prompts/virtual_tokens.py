@@ -8,7 +8,7 @@ CLIP pools at ``input_ids.argmax()`` and ids inside the vocabulary would collide
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ SOURCE = "source_mask"
 _OWN_WAY = ("input_ids", "attention_mask", "position_ids", "labels", SOURCE)
 _ELSEWHERE = re.compile(r"(decoder|pixel|image|video|entity|cross)_.*|.*label.*|.*grid.*")
 """Names of tensors of integers that do not run along ``input_ids``, even where they have its shape."""
+_SPANS = ("start_positions", "end_positions")
+_OF_ROWS = ("task_ids",)
+"""What all texts of a row have in common."""
 
 
 class PromptRows(Graft):
@@ -138,10 +141,53 @@ def insert(
         widened[SOURCE] = _widen(batch[SOURCE], source, virtual, 1)
     if isinstance(batch.get("position_ids"), Tensor):
         widened["position_ids"] = (widened["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    for name in ("start_positions", "end_positions"):
+    for name in _SPANS:
         if isinstance(batch.get(name), Tensor):
             widened[name] = batch[name] + (batch[name] >= start.squeeze(1)) * count
     return widened
+
+
+class Text(NamedTuple):
+    """One text of a batch: its tensors by the names that a model has for them, and what stands around these names."""
+
+    entries: Mapping[str, Any]
+    before: str = ""
+    behind: str = ""
+
+    def named(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Return entries by the names that they have in the batch."""
+        return {f"{self.before}{n}{self.behind}": value for n, value in entries.items() if n not in _OF_ROWS}
+
+
+def texts_of(batch: Any) -> list[Text]:
+    """Return the texts of a batch: that of ``input_ids``, and others such as ``pos_input_ids`` and ``input_ids_b``.
+
+    What a decoder reads or writes is none. To each other text belongs what has its name around one of the names that a
+    tokenizer gives.
+
+    Raises:
+        TuningError: the batch is no mapping with a text.
+    """
+    names = [str(name) for name in batch] if isinstance(batch, Mapping) else []
+    found = [name.split("input_ids", 1) for name in names if "input_ids" in name and "decoder" not in name]
+    texts = []
+    for before, behind in found:
+        if (before or behind) and _is_text(batch, before, behind):
+            own = {
+                n: n[len(before) : len(n) - len(behind)] for n in names if n.startswith(before) and n.endswith(behind)
+            }
+            common = {name: batch[name] for name in _OF_ROWS if name in batch}
+            texts.append(Text({short: batch[name] for name, short in own.items()} | common, before, behind))
+    if texts and "input_ids" not in names:
+        return texts
+    _input_ids(batch)
+    elsewhere = {name for text in texts for name in text.named(text.entries)}
+    return [Text({name: v for name, v in batch.items() if name not in elsewhere} if texts else batch), *texts]
+
+
+def _is_text(batch: Mapping[str, Any], before: str, behind: str) -> bool:
+    ids = batch[f"{before}input_ids{behind}"]
+    return isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()
 
 
 def is_widened(batch: Mapping[str, Any]) -> bool:

@@ -220,11 +220,11 @@ class Method(TuningMethod, L.Callback):
         for method in applied:
             prepared = method.prepare(prepared)
         before = {name: batch.get(name) for name in prepared if prepared[name] is not batch.get(name)}
-        self._given = batch, before
+        self._replaced = batch, before
         batch.update({name: prepared[name] for name in before})
 
     def _leave(self) -> None:
-        batch, before = vars(self).pop("_given", ({}, {}))
+        batch, before = vars(self).pop("_replaced", ({}, {}))
         for name, value in before.items():
             if value is None:
                 del batch[name]

@@ -22,6 +22,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
 from torch.optim import SGD, lr_scheduler
 from torch.utils import _python_dispatch
+from torch.utils.data import DataLoader
 
 from tests import private_names
 from tests.models import tiny
@@ -233,7 +234,7 @@ def one_thread_writes() -> None:
     assert io._executor is None
 
 
-@use("training/loaders.py", f"{LIGHTNING}loops/fit_loop.py", "_load_combined_loader_states")
+@use("training/place.py", f"{LIGHTNING}loops/fit_loop.py", "_load_combined_loader_states")
 def states_of_loaders_are_loaded_once() -> None:
     loop, loaded = quiet(max_steps=2).fit_loop, []
     loop._combined_loader = SimpleNamespace(_load_state_dicts=loaded.append)
@@ -241,6 +242,24 @@ def states_of_loaders_are_loaded_once() -> None:
     loop._load_combined_loader_states()
     loop._load_combined_loader_states()
     assert loaded == [["state"]]
+
+
+@use("training/place.py", f"{LIGHTNING}loops/fit_loop.py", "_combined_loader", "_data_fetcher", "_restarting")
+def where_a_fit_reads_and_whether_it_restarts() -> None:
+    loop = quiet().fit_loop
+    assert loop._combined_loader is loop._data_fetcher is None
+    loop.load_state_dict(loop.state_dict() | {"epoch_progress": {"total": {"ready": 1}, "current": {"ready": 1}}})
+    assert loop._restarting
+    assert loop.epoch_loop.restarting
+    assert "update_plateau_schedulers=not self.restarting" in inspect.getsource(type(loop).on_advance_end)
+
+
+@use("training/loader_state.py", f"{PYTORCH}torch/utils/data/dataloader.py", "_iterator")
+def workers_that_persist() -> None:
+    loader = DataLoader([1, 2], num_workers=1, persistent_workers=True)
+    assert loader._iterator is None
+    assert list(loader) == [1, 2]
+    assert loader._iterator is not None
 
 
 @use("training/requeue.py", f"{LIGHTNING}trainer/trainer.py", "_signal_connector", "_checkpoint_connector")
@@ -255,6 +274,17 @@ def parts_of_a_trainer_that_are_patched() -> None:
 EPOCH = f"{LIGHTNING}loops/training_epoch_loop.py"
 
 
+@use("training/epoch_metrics.py", EPOCH, "_results")
+def sums_of_metrics() -> None:
+    results = quiet().fit_loop.epoch_loop._results
+    for value in (1.0, 4.0):
+        results.log("training_step", "loss", torch.tensor(value), on_epoch=True, batch_size=2)
+    metric = results["training_step.loss"]
+    assert (metric.value, metric.cumulated_batch_size, metric.is_tensor, metric.has_reset) == (10, 4, True, False)
+    assert metric.meta.is_mean_reduction
+    assert (metric.meta.forked_name(False), metric.compute(), metric._computed) == ("loss", 2.5, 2.5)
+
+
 @use("training/requeue.py", EPOCH, "_should_accumulate")
 def whether_gradients_are_being_accumulated() -> None:
     loop = quiet(accumulate_grad_batches=2).fit_loop.epoch_loop
@@ -265,8 +295,9 @@ def whether_gradients_are_being_accumulated() -> None:
     assert said == [True, False, False]
 
 
-@use("training/checkpoint_content.py", EPOCH, "_batches_that_stepped")
+@use("training/place.py", EPOCH, "_batches_that_stepped", "_should_check_val_fx")
 def states_of_the_loops() -> None:
+    assert list(inspect.signature(quiet().fit_loop.epoch_loop._should_check_val_fx).parameters) == ["data_fetcher"]
     state = quiet().fit_loop.state_dict()
     assert state["epoch_loop.state_dict"]["_batches_that_stepped"] == 0
     for name in ("epoch_loop.val_loop.batch_progress", "epoch_loop.batch_progress"):

@@ -168,7 +168,8 @@ class BatchesLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # its __
             batches.start = state["batches"]
         return DataLoader.__iter__(self), batches.start
 
-    def position(self, batches: int) -> dict[str, Any]:
+    def position(self, batches: int | None) -> dict[str, Any]:
         """Return the epoch, how many of its batches have been taken, and how many it has."""
         of = len(self.sampler)
-        return {"epoch": self.sampler.epoch, "batches": batches % of, "of": of}  # the shorter of two is begun anew
+        done = (batches or 0) % of  # the shorter of two is begun anew
+        return {"epoch": self.sampler.epoch, "batches": done, "of": of}

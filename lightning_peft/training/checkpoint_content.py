@@ -14,11 +14,11 @@ from lightning_peft.core.delta_load import complete
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.pruned import whole_name
 from lightning_peft.core.run import canonical
-from lightning_peft.training import patches, strategy
+from lightning_peft.training import patches, resuming, strategy
 from lightning_peft.training.conditions import conditions, warn_of_changes
 from lightning_peft.training.guard import check_finite
-from lightning_peft.training.loaders import gather, random_state, set_random_state
-from lightning_peft.training.record import Life, Pause, trainer_of
+from lightning_peft.training.random_states import of_rank, set_random_state
+from lightning_peft.training.record import Life, trainer_of
 
 
 def on_save_checkpoint(
@@ -38,14 +38,10 @@ def on_save_checkpoint(
     if trainer is not None and "optimizer_states" in checkpoint:
         flat = strategy.keeps_own_optimizer(module)
         meta["optimizers"] = [] if flat else optimizer_names(module, trainer.optimizers)
-        pause = life.pause
-        mid_epoch = pause is not None or not trainer.is_last_batch
-        # What a finder of Lightning saves before the first epoch, and loads again, shall not set random states.
-        if trainer.fit_loop.epoch_progress.total.ready:
-            meta["resume"] = {"mid_epoch": mid_epoch, "random": gather(pause.random if pause else random_state())}
+        # What a finder of Lightning saves before it trains, and loads again, shall not set random states.
+        if trainer.fit_loop.epoch_progress.total.ready or life.is_begun:
+            meta["resume"] = resuming.note(module, trainer, checkpoint["loops"]["fit_loop"])
             meta["resume"]["conditions"] = conditions(trainer, module)
-        if pause is not None:
-            _rewind(checkpoint["loops"]["fit_loop"], pause)
     checkpoint[META] = seal(meta, checkpoint)
 
 
@@ -86,29 +82,13 @@ def on_load_checkpoint(
         holder[key] = complete(module, fitted(module, holder[key], meta, source))
     pending = Life.of(module).resumed
     if trainer is not None and trainer.state.fn == "fit" and (pending is None or "resume" in meta):
-        Life.of(module).resumed = {META: meta, "optimizer_states": checkpoint.get("optimizer_states", [])}
+        loops = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+        Life.of(module).resumed = {
+            META: meta,
+            "optimizer_states": checkpoint.get("optimizer_states", []),
+            "loaders": loops.get("combined_loader", []),
+        }
     patches.inherited(module, instance_hook, "on_load_checkpoint")(checkpoint)
-
-
-def _rewind(loops: dict[str, Any], pause: Pause) -> None:
-    """Say of the loops that they stand just after the latest training batch, or just before a validation.
-
-    Lightning resumes rightly from few places. The names are those of its loops' ``state_dict``, which have no public
-    form: https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/training_epoch_loop.py
-    """
-    if pause.in_validation:
-        progress = loops["epoch_loop.val_loop.batch_progress"]
-        done = progress["total"]["completed"] - progress["current"]["completed"]
-        progress["total"].update(ready=done + 1, started=done + 1, processed=done, completed=done)
-        progress["current"].update(ready=0, started=0, processed=0, completed=0)
-        progress["is_last_batch"] = False
-        return
-    progress = loops["epoch_loop.batch_progress"]
-    for part in ("total", "current"):
-        batches = progress[part]["completed"]
-        progress[part].update(ready=batches, started=batches, processed=batches, completed=max(batches - 1, 0))
-    progress["is_last_batch"] = False
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
 def _states(checkpoint: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
@@ -163,13 +143,21 @@ def warn_of_other_conditions(module: L.LightningModule, trainer: L.Trainer) -> N
         warn_of_changes(checkpoint[META]["resume"].get("conditions"), conditions(trainer, module))
 
 
-def restore_random_state(module: L.LightningModule, rank: int, mid_epoch: bool) -> None:
-    """Restore this rank's random generators from the checkpoint being resumed.
+def go_on(module: L.LightningModule, trainer: L.Trainer) -> None:
+    """Go on as the checkpoint being resumed says, if there is one; for ``on_train_start``."""
+    life = Life.of(module)
+    content, resumed, life.resumed, life.is_begun = _content(module), life.resumed, None, True
+    if content is not None and resumed is not None:
+        resuming.restore(module, trainer, content, resumed["loaders"], str(trainer.ckpt_path))
 
-    A run saved at the end of an epoch makes its next data iterator after that, one saved inside an epoch has made it
-    before: the caller says at which of the two it stands.
-    """
-    checkpoint = Life.of(module).resumed
-    resume = checkpoint[META].get("resume") if checkpoint is not None else None
-    if resume is not None and resume["mid_epoch"] is mid_epoch and rank < len(resume["random"]):
-        set_random_state(resume["random"][rank])
+
+def restore_random_state(module: L.LightningModule) -> None:
+    """Restore the random state of a run that was saved between two epochs, before loaders are made from it."""
+    content = _content(module)
+    if content is not None and not content["mid_epoch"] and (state := of_rank(content["random"])) is not None:
+        set_random_state(state)
+
+
+def _content(module: L.LightningModule) -> dict[str, Any] | None:
+    resumed = Life.of(module).resumed
+    return None if resumed is None else resumed[META].get("resume")

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_peft.core import structure
 from lightning_peft.core.run import own_tunings
-from lightning_peft.training.loaders import gather
+from lightning_peft.training.random_states import gather
 
 
 def conditions(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:

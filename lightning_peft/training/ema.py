@@ -36,6 +36,7 @@ class DeltaEMA(L.Callback):
         self.decay, self.start_step = decay, start_step
         self.average: dict[str, Tensor] = {}
         self._step = 0
+        self._is_swapped = self._is_left = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin with the parameters as they are.
@@ -49,6 +50,7 @@ class DeltaEMA(L.Callback):
                     "ModelCheckpoint(save_weights_only=True) would save what was not validated, since Lightning does "
                     "not ask DeltaEMA then: give save_weights_only=False."
                 )
+        self._is_swapped = self._is_left = False
         if not self.average:
             self.average = {name: p.detach().clone() for name, p in _named(pl_module).items()}
 
@@ -75,8 +77,14 @@ class DeltaEMA(L.Callback):
     @torch.no_grad()
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the average in the module."""
+        self._is_left = True
         for name, p in _named(pl_module).items():
             p.detach().copy_(self.average[name])
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave it there, too, when a run is resumed that was at its end, which does not train."""
+        if not self._is_left:
+            self.on_train_end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint's delta be the average."""
@@ -85,8 +93,9 @@ class DeltaEMA(L.Callback):
             raise TuningError("DeltaEMA writes one file: give the strategy save_distributed_checkpoint=False.")
         gathered = {name: whole(tensor).cpu() for name, tensor in averaged.items()}  # all ranks take part
         state = {canonical(name): tensor for name, tensor in checkpoint["state_dict"].items()}
-        checkpoint[_CURRENT] = state
-        checkpoint["state_dict"] = state | {name: tensor for name, tensor in gathered.items() if name in state}
+        held = state | {name: tensor for name, tensor in gathered.items() if name in state}
+        # During a validation the module has the average, and what is held here is the current values.
+        checkpoint[_CURRENT], checkpoint["state_dict"] = (held, state) if self._is_swapped else (state, held)
 
     @torch.no_grad()
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -110,6 +119,7 @@ class DeltaEMA(L.Callback):
     def _swap(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        self._is_swapped = not self._is_swapped
         for name, p in _named(module).items():
             held = p.detach().clone()
             p.detach().copy_(self.average[name])

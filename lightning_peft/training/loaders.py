@@ -6,42 +6,75 @@ DataModules are of it, and training reads any other loader through a `ResumableL
 (torchdata's ``StatefulDataLoader``) is left alone.
 """
 
-import random
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
-import numpy
-import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_peft.core.delta_file import META
 from lightning_peft.training import patches, signals
+from lightning_peft.training.loader_state import (
+    SameLoader,
+    ValidationLoader,
+    go_on_from,
+    goes_on,
+    sample_of,
+    state_of,
+)
+from lightning_peft.training.place import batches_done, is_last, load_loaders, place_of
+from lightning_peft.training.random_states import difference, gather, of_rank, plain, set_random_state, snapshot
 from lightning_peft.training.record import Life
+
+
+class Fetch(NamedTuple):
+    """One batch that a loader was asked for.
+
+    Attributes:
+        number: its number in the epoch, from 1.
+        place: its number in the pass through the loader, which is the same unless a shorter one of two begins anew.
+        before: the random state before it, and before its pass was begun if it is the first one.
+        of: the state that the pass was begun from.
+        sample: a checksum of a part of it.
+    """
+
+    number: int
+    place: int
+    before: dict[str, Any]
+    of: Any = None
+    sample: int = 0
 
 
 class Resumable:
     """A loader that can resume in the middle of an epoch; a subclass makes the iterator and its state."""
 
     trainer: L.Trainer | None = None
-    """Whose training reads it; it knows which of the batches that were given out have been begun."""
-    _given = 0
+    """Whose training reads it; it knows which of the batches that were given out are done."""
     _resume: Mapping[str, Any] | None = None
+    _fetched: deque[Fetch] | None = None
+    _pass: Any = None
 
     def begin(self, state: Mapping[str, Any] | None) -> tuple[Iterator[Any], int]:
-        """Return an iterator that goes on from a state, and the number of its first batch; None: from the beginning."""
+        """Return an iterator that goes on from a state, and the number of batches before; None: from the beginning."""
         raise NotImplementedError
 
-    def position(self, batches: int) -> dict[str, Any]:
-        """Return the state of an epoch of which so many batches have been taken; every rank must call it."""
+    def position(self, batches: int | None) -> dict[str, Any]:
+        """Return the state of an epoch of which so many batches are done, None: before it; every rank must call it."""
         raise NotImplementedError
+
+    def fetch(self, number: int) -> Fetch | None:
+        """Return what is known of the batch of this number of the epoch, if it is one of the latest."""
+        return next((fetch for fetch in self._fetched or () if fetch.number == number), None)
 
     def __iter__(self) -> Iterator[Any]:
         """Return an iterator of batches, made now as without us or, in a run that resumes, with the first of them.
 
         Lightning may restore its loops and set the epoch after it has made one, and workers would have read on by then.
         """
-        later = self._resume is not None or self._may_resume() or self._needs_epoch()
+        inside = self._resume is not None and (self._resume["batches"] or self._is_over())
+        later = inside or self._may_resume() or self._needs_epoch()
         return self._read(None if later else self._started())
 
     def _needs_epoch(self) -> bool:
@@ -50,6 +83,11 @@ class Resumable:
         inner = getattr(getattr(self, "batch_sampler", None), "sampler", None)
         return bool(getattr(self, "num_workers", 0)) and any(hasattr(each, "set_epoch") for each in (sampler, inner))
 
+    def _is_over(self) -> bool:
+        """Tell whether all batches of the epoch that is resumed are done, and the next one has not begun."""
+        over = self._resume is not None and self._resume.get("over")
+        return bool(over and self.trainer is not None and batches_done(self.trainer))
+
     def _may_resume(self) -> bool:
         if self.trainer is None:
             return False
@@ -57,18 +95,39 @@ class Resumable:
         restores_late = self.trainer.strategy.restore_checkpoint_after_setup and self.trainer.ckpt_path is not None
         return restores_late or (resumed is not None and "resume" in resumed[META])
 
-    def _started(self) -> Iterator[Any]:
+    def _started(self) -> tuple[Iterator[Any], int, int, dict[str, Any]]:
+        """Return an iterator, the number of batches before it in epoch and pass, and the random state before it."""
+        number = 0 if self.trainer is None else batches_done(self.trainer)
         state, self._resume = self._resume, None
+        before = snapshot()
         with signals.held_back():  # worker processes are started here
-            iterator, self._given = self.begin(state)
-        return iterator
+            iterator, index = self.begin(state)
+        if index and self._is_sized:  # else Lightning reads ahead, before the random state of the save is restored
+            set_random_state(plain(before))
+        if not number or self._fetched is None:
+            self._fetched = deque(maxlen=3 + (self.trainer.accumulate_grad_batches if self.trainer is not None else 0))
+        return iterator, number, index, before
 
-    def _read(self, iterator: Iterator[Any] | None) -> Iterator[Any]:
-        if iterator is None:
+    def _read(self, started: tuple[Iterator[Any], int, int, dict[str, Any]] | None) -> Iterator[Any]:
+        if started is None:
             self._load_late()
-            iterator = self._started()
-        for batch in iterator:
-            self._given += 1
+            if self._is_over():
+                return
+            started = self._started()
+        iterator, number, index, before = started
+        of, fetched = self._pass, self._fetched
+        assert fetched is not None
+        while True:
+            number, index = number + 1, index + 1
+            now = snapshot()
+            if index == 1 and of is not None:
+                of["first"] = now  # another loader may have begun a pass since, and a sampler draws late
+            fetch = Fetch(number, index, before if index == 1 else now, of)
+            fetched.append(fetch)
+            batch = next(iterator, _END)
+            if batch is _END:
+                return
+            fetched[-1] = fetch._replace(sample=sample_of(batch))
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,120 +135,97 @@ class Resumable:
         self._load_late()
         if self._resume is not None:  # nothing has been read since
             return dict(self._resume)
-        return self.position(self._given if self.trainer is None else _begun(self.trainer))
+        if self.trainer is None:
+            return self.position(self._fetched[-1].number if self._fetched else 0)
+        place = place_of(self.trainer)
+        if place.stage in ("validation", "validated", "end") and is_last(self.trainer):
+            return self.position(None) | {"over": True}
+        return self.position(None if place.stage == "epoch" and not place.is_again else place.batches)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Make the next iterator start from that position."""
-        self._resume = state_dict if state_dict["batches"] else None
+        self._resume = state_dict
+
+    @property
+    def _is_sized(self) -> bool:
+        return self.trainer is None or self.trainer.num_training_batches != float("inf")
 
     def _load_late(self) -> None:
         """Let Lightning load states that it forgets if a schedule has asked for the number of steps before.
 
-        https://github.com/Lightning-AI/pytorch-lightning/issues/20550,
-        https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/fit_loop.py
+        https://github.com/Lightning-AI/pytorch-lightning/issues/20550
         """
         if self.trainer is not None:
-            self.trainer.fit_loop._load_combined_loader_states()
-
-
-class SameLoader:
-    """A wrapper of a loader that forwards reading and writing of attributes to it, and is an instance of its class."""
-
-    loader: Any = None
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """The class of the loader: ``trainer.train_dataloader`` stays a ``DataLoader``."""
-        return type(self.loader)
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set what is of this class here and all else on the loader, such as Lightning's ``worker_init_fn``."""
-        if hasattr(type(self), name):
-            super().__setattr__(name, value)
-        else:
-            setattr(self.loader, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self.loader, name)
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return object.__new__, (type(self),), vars(self)
+            load_loaders(self.trainer)
 
 
 class ResumableLoader(Resumable, SameLoader):
     """Any loader, which resumes by reading the epoch again up to the batch, from the same random state."""
 
-    _random: dict[str, Any] | None = None
-
     def begin(self, state: Mapping[str, Any] | None) -> tuple[Iterator[Any], int]:
         """Return an iterator that is made from the random state of this rank, read on to the batch that is next."""
-        now, batches = random_state(), state["batches"] if state is not None else 0
-        ranks = state["ranks"] if state is not None else []
-        there = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
-        then = ranks[rank] if len(ranks) == size else None
-        if then is not None:
-            set_random_state(then)
-        self._random = then or now
+        mine = of_rank(state["ranks"]) if state is not None else None
+        batches = state["batches"] if state is not None else 0
+        if mine is not None:
+            if mine["goes_on"] and not batches and not goes_on(self.loader):
+                rank_zero_warn(
+                    "worker processes that persist go on with random states of their own, which no file holds: if the "
+                    "dataset draws random numbers, set persistent_workers=False for a run that resumes exactly."
+                )
+            go_on_from(self.loader, mine)
+            if "made" in mine:
+                set_random_state(mine["made"])
+        self._pass = state_of(self.loader) | {"made": snapshot()}
         iterator = iter(self.loader)
-        for _ in range(batches):
-            next(iterator, None)
-        # Without a length Lightning reads ahead, before the random state of the save is restored.
-        if then is not None and (self.trainer is None or self.trainer.num_training_batches != float("inf")):
-            set_random_state(now)
+        if mine is not None and batches:
+            set_random_state(mine["made"] | mine["first"])
+        for index in range(1, batches + 1):
+            if mine is not None and index == batches > 1:
+                set_random_state(mine["made"] | mine["last"])
+            batch = next(iterator, None)
+            if mine is not None and index == batches and sample_of(batch) != mine["sample"]:
+                rank_zero_warn(
+                    f"batch {index} of the epoch is not what it was in the run that is resumed, so the next ones may "
+                    "differ, too: its loader draws from something that no file holds; give it a state_dict."
+                )
+        if mine is not None and "next" in mine and not self._is_sized:
+            set_random_state(mine["made"] | mine["next"])
         return iterator, batches
 
-    def position(self, batches: int) -> dict[str, Any]:
+    def position(self, batches: int | None) -> dict[str, Any]:
         """Return the number of batches, and for each rank the random state that its iterator was made from."""
-        return {"batches": batches, "ranks": gather(self._random) if batches else []}
+        following, latest = (None, None) if batches is None else (self.fetch(batches + 1), self.fetch(batches))
+        index = following.place - 1 if following is not None else latest.place if latest is not None else 0
+        known = following or latest
+        begun = known.of if known is not None else None
+        if begun is None:
+            return {"batches": 0, "ranks": gather(state_of(self.loader))}
+        mine = {key: value for key, value in begun.items() if key not in ("made", "first")}
+        if index or not self._is_sized:
+            mine["made"] = plain(begun["made"])
+        if index and latest is not None:
+            mine |= {"sample": latest.sample, "first": difference(begun["first"], begun["made"])}
+            mine["last"] = difference(latest.before, begun["made"])
+            if following is not None and not self._is_sized:
+                mine["next"] = difference(following.before, begun["made"])
+        return {"batches": index, "ranks": gather(mine)}
 
 
-class ValidationLoader(SameLoader):
-    """Any loader, which reports the random state that a validation begins from.
-
-    Args:
-        loader: what Lightning is about to read.
-        on_iter: is told the state of the random generators just before an iterator is made.
-    """
-
-    on_iter: Any = None
-
-    def __init__(self, loader: Any, on_iter: Callable[[dict[str, Any]], None]) -> None:
-        super().__init__(loader)
-        self.on_iter = on_iter
-
-    def __iter__(self) -> Iterator[Any]:
-        self.on_iter(random_state())
-        with signals.held_back():  # worker processes are started here
-            return iter(self.loader)
-
-
-def resume_loaders(trainer: L.Trainer, on_validation: Callable[[dict[str, Any]], None]) -> None:
+def resume_loaders(trainer: L.Trainer) -> None:
     """Wrap the training loaders of fit in `ResumableLoader`; no loader's workers get the signals of `signals.STOP`.
 
     Args:
         trainer: its strategy is asked by Lightning to process each loader.
-        on_validation: is told the state of the random generators before a validation makes an iterator.
     """
-    hook = partial(_process, trainer, on_validation)
-    patches.of_run(trainer).patch(trainer.strategy, "process_dataloader", hook)
+    patches.of_run(trainer).patch(trainer.strategy, "process_dataloader", partial(_process, trainer))
 
 
-def _process(trainer: L.Trainer, on_validation: Callable[[dict[str, Any]], None], loader: Any) -> Any:
+def _process(trainer: L.Trainer, loader: Any) -> Any:
     loader = type(trainer.strategy).process_dataloader(trainer.strategy, loader)
     if trainer.state.fn != "fit" or isinstance(loader, SameLoader):
         return loader
     if not trainer.training:
-        return ValidationLoader(loader, on_validation)
+        return ValidationLoader(loader, trainer)
     if not hasattr(loader, "state_dict"):
         loader = ResumableLoader(loader)
     if isinstance(loader, Resumable):
@@ -197,46 +233,4 @@ def _process(trainer: L.Trainer, on_validation: Callable[[dict[str, Any]], None]
     return loader
 
 
-def _begun(trainer: L.Trainer) -> int:
-    """Return how many batches of this epoch training has begun, 0 when the epoch is over."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    # The next batch may have been read but not begun.
-    if progress.current.started < progress.current.ready:  # type: ignore[attr-defined]
-        return progress.current.completed
-    return 0 if progress.is_last_batch else progress.current.ready
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of all random generators of this process as tensors and plain values.
-
-    Of the GPUs it is that of the process's own, whatever number it has: other processes draw from the others.
-    """
-    kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": [kind, torch.from_numpy(numpy.asarray(keys, "int64")), position, has_gauss, gauss],
-        "python": [random.getstate()[0], list(random.getstate()[1]), random.getstate()[2]],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Set the random generators of this process to what `random_state` returned."""
-    torch.set_rng_state(state["torch"])
-    kind, keys, *rest = state["numpy"]
-    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def gather(state: Any) -> list[Any]:
-    """Return the states of all ranks, in order; every rank must call it."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return [state]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, state)
-    return states
+_END = object()

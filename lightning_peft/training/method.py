@@ -15,6 +15,7 @@ from lightning_peft.core.tuning import Tuning
 from lightning_peft.training import (
     checkpoint_content,
     checks,
+    epoch_metrics,
     finetuning,
     lifecycle,
     modes,
@@ -62,16 +63,15 @@ class Method(TuningMethod, L.Callback):
         self._asked = False
         checkpoint_content.remap_optimizers(pl_module, trainer.optimizers)
         checkpoint_content.warn_of_other_conditions(pl_module, trainer)
-        checkpoint_content.restore_random_state(pl_module, trainer.global_rank, mid_epoch=False)
+        checkpoint_content.restore_random_state(pl_module)
         # Lightning warns of modules in eval mode before it calls on_train_start: the modes are set after that.
         if self._leads(trainer, on_backbone=True):
             modes.begin(pl_module, select.backbone_of(pl_module, self.backbone))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the random state of a run that was saved inside an epoch, for which no epoch starts."""
+        """Go on where a run was saved: for one that was saved inside an epoch, none starts."""
         self.on_train_epoch_start(trainer, pl_module)
-        checkpoint_content.restore_random_state(pl_module, trainer.global_rank, mid_epoch=True)
-        Life.of(pl_module).resumed = None
+        checkpoint_content.go_on(pl_module, trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put what is frozen into the mode that the methods ask for, and what is trained into training mode."""
@@ -87,12 +87,14 @@ class Method(TuningMethod, L.Callback):
             loss.add_(penalty.to(loss.dtype) * (scale / trainer.accumulate_grad_batches))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Note which trained parameters get gradients."""
+        """Note that a step begins, and which trained parameters get gradients."""
+        Life.of(pl_module).stepping = True
         if self._leads(trainer):
             checks.note_gradients(pl_module, optimizer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse, after the first epoch, a trained parameter that has had no gradient."""
+        epoch_metrics.close(trainer, Life.of(pl_module).sums)
         checks.check_gradients(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -101,10 +103,15 @@ class Method(TuningMethod, L.Callback):
 
     on_test_start = on_predict_start = on_validation_start
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that the validation is over, and is not to be done again by a run that resumes from here."""
+        Life.of(pl_module).validated = True
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Replace the batch's entries by those of `prepare`; at the start of an epoch, look at the optimizers again."""
+        Life.of(pl_module).begin_batch(trainer.global_step, epoch_metrics.marks(trainer))
         if batch_idx == 0:
             finetuning.check_optimized(pl_module, trainer)
         self._enter(trainer, pl_module, batch)
@@ -118,6 +125,7 @@ class Method(TuningMethod, L.Callback):
             TuningError: the module has called ``loss.backward()``, which tells no callback.
         """
         self._leave()
+        epoch_metrics.add(trainer, Life.of(pl_module).sums)
         if type(self).penalty is not TuningMethod.penalty and not self._asked and trainer.global_step:
             raise TuningError(
                 f"{type(pl_module).__name__} calls loss.backward(), which leaves out the penalty of "

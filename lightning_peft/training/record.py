@@ -1,7 +1,7 @@
 """The record that a LightningModule keeps of the methods that tune it and of their run."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
@@ -11,18 +11,6 @@ if TYPE_CHECKING:
     from lightning_peft.training.method import Method
 
 
-class Pause(NamedTuple):
-    """The random state of a save between two batches.
-
-    Attributes:
-        random: the state of the random generators to go on with.
-        in_validation: whether a validation was running, which is then done again as a whole.
-    """
-
-    random: dict[str, Any]
-    in_validation: bool
-
-
 @dataclass
 class Life(Run):
     """What is known of a LightningModule that methods tune: what its run trains, and how far it is.
@@ -30,8 +18,15 @@ class Life(Run):
     Attributes:
         methods: the methods, in the order in which they are applied.
         resumed: metadata and optimizer states of the checkpoint that fit resumes from, until they are restored.
-        pause: where a save stands that falls between two batches; None: at the hook that saves.
         validation_random: the random state before the latest validation during fit.
+        is_begun: whether training has begun in this run.
+        validated: whether a validation is over, whose last hooks may be running.
+        steps_before: how many optimizer steps there were when the latest training batch began.
+        stepping: whether an optimizer of that batch has begun to step.
+        validation_loaders: what validations read from, in the order in which Lightning has asked for them.
+        marks: what the metrics of the epoch had summed when the latest training batch began.
+        sums: what the metrics of the epoch had summed when a run that is resumed was saved.
+        validation_states: what each of them goes on from in a run that is resumed.
         without_gradient: names of the trained parameters that have had no gradient yet; None before the first step.
         steps: how many optimizer steps have looked for gradients.
         modes: whether training mode is what each module of a backbone was last put into.
@@ -41,8 +36,15 @@ class Life(Run):
 
     methods: list["Method"] = field(default_factory=list)
     resumed: dict[str, Any] | None = None
-    pause: Pause | None = None
     validation_random: dict[str, Any] | None = None
+    is_begun: bool = False
+    validated: bool = False
+    steps_before: int = 0
+    stepping: bool = False
+    validation_loaders: list[Any] = field(default_factory=list)
+    validation_states: list[Any] = field(default_factory=list)
+    marks: dict[str, Any] = field(default_factory=dict)
+    sums: dict[str, Any] = field(default_factory=dict)
     without_gradient: set[str] | None = None
     steps: int = 0
     modes: dict[str, bool] = field(default_factory=dict)
@@ -58,9 +60,17 @@ class Life(Run):
             life = vars(module)[ATTRIBUTE] = cls(outside=loaded)
         return life
 
+    def begin_batch(self, steps: int, marks: dict[str, Any]) -> None:
+        """Note that a training batch begins, after so many optimizer steps and with these sums of metrics."""
+        self.steps_before, self.marks = steps, marks
+        self.stepping, self.validated, self.validation_random = False, False, None
+
     def end_run(self) -> None:
         """Clear the state of one run: an exception may have ended it before a checkpoint was restored."""
-        self.resumed = self.pause = self.validation_random = None
+        self.resumed = self.validation_random = None
+        self.is_begun = self.validated = self.stepping = False
+        self.steps_before, self.validation_loaders, self.validation_states = 0, [], []
+        self.marks, self.sums = {}, {}
         self.without_gradient, self.steps = None, 0
 
 

@@ -21,8 +21,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.training import patches, signals, slurm
-from lightning_peft.training.loaders import random_state
-from lightning_peft.training.record import Life, Pause
 
 EXIT = 75
 """The exit code of a run that stopped to be continued (EX_TEMPFAIL)."""
@@ -74,10 +72,8 @@ class SafeRequeue(L.Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock; a validation that is about to be done again has not been begun."""
+        """Start the clock."""
         self._saved = time.monotonic()
-        total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
-        total.ready = total.started = total.processed = total.completed  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -87,15 +83,13 @@ class SafeRequeue(L.Callback):
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
         self._agree(trainer)
-        if self._decision:
-            Life.of(pl_module).pause = Pause(random_state(), in_validation=False)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Do what was agreed, now that hooks, loggers and schedulers have seen the batch before."""
-        if self._decision and (batch_idx > 0 or trainer.num_training_batches == 1):
-            self._act(trainer, pl_module)
+        if self._decision:
+            self._act(trainer)
 
     def on_validation_batch_end(
         self,
@@ -115,10 +109,7 @@ class SafeRequeue(L.Callback):
             return
         if trainer.sanity_checking:
             self._stop(trainer, "nothing trained yet")
-        life = Life.of(pl_module)
-        assert life.validation_random is not None
-        life.pause = Pause(life.validation_random, in_validation=True)
-        self._act(trainer, pl_module)
+        self._act(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove the own file: what is finished needs no resuming."""
@@ -135,11 +126,10 @@ class SafeRequeue(L.Callback):
             return
         self._decision = "stop" if together(bool(signals.received()), all=False) else "save" if save else ""
 
-    def _act(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _act(self, trainer: L.Trainer) -> None:
         decision, self._decision = self._decision, ""
         new = _beside(self._path, "new")
         trainer.save_checkpoint(new)
-        Life.of(module).pause = None
         if trainer.is_global_zero:
             _replace(new, self._path)
         trainer.strategy.barrier("SafeRequeue")

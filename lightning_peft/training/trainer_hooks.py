@@ -1,7 +1,6 @@
 """Installs our hooks on a Trainer; `patches` removes them when its run ends."""
 
 from functools import partial
-from typing import Any
 
 import lightning as L
 
@@ -18,15 +17,11 @@ def install_hooks(trainer: L.Trainer, life: Life, module: L.LightningModule) -> 
     patches.of_run(trainer).record(life, "run", life.end_run)
     strategy_files.save_deltas(trainer, partial(_restored, trainer, module))
     checkpoint_io.write_atomically(trainer)
-    loaders.resume_loaders(trainer, partial(_remember, life))
+    loaders.resume_loaders(trainer)
     requeue.add_requeue(trainer)
-
-
-def _remember(life: Life, state: dict[str, Any]) -> None:
-    life.validation_random = state
 
 
 def _restored(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Go on as the checkpoint says under strategies that read it later than the methods' ``on_fit_start``."""
     checkpoint_content.remap_optimizers(module, trainer.optimizers)
-    checkpoint_content.restore_random_state(module, trainer.global_rank, mid_epoch=False)
+    checkpoint_content.restore_random_state(module)

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_peft import LoRA
 from lightning_peft.core.delta_file import META
 from lightning_peft.core.storage import read_torch
-from lightning_peft.training import conditions, loaders
+from lightning_peft.training import conditions, random_states
 from tests.modules import Tuned, loader, trainer
 
 
@@ -21,12 +21,12 @@ def test_the_state_of_the_own_gpu_goes_to_the_own_gpu_of_now(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: states[now["device"]])
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: states.update({now["device"]: state}))
-    saved = loaders.random_state()
+    saved = random_states.random_state()
     now["device"] = 0
-    loaders.set_random_state(saved)
+    random_states.set_random_state(saved)
     assert states[0].tolist() == [3, 3]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    loaders.set_random_state(saved)  # a CPU goes on with what it has
+    random_states.set_random_state(saved)  # a CPU goes on with what it has
 
 
 def test_a_resume_under_other_conditions_says_so(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from lightning_peft import (
     merge,
 )
 from lightning_peft.core.graft import grafts
-from lightning_peft.training import loaders
+from lightning_peft.training import random_states
 from tests.models import batch, tiny
 from tests.modules import Tuned, loader, trainer
 
@@ -313,9 +313,9 @@ def test_resume_inside_an_epoch_with_a_stateful_loader(tmp_path: Path) -> None:
 
 
 def test_all_random_generators_go_on_where_they_were() -> None:
-    state = loaders.random_state()
+    state = random_states.random_state()
     drawn = (torch.rand(2), numpy.random.rand(2), random.random())
-    loaders.set_random_state(state)
+    random_states.set_random_state(state)
     again = (torch.rand(2), numpy.random.rand(2), random.random())
     assert torch.equal(drawn[0], again[0])
     assert numpy.array_equal(drawn[1], again[1])

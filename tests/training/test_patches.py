@@ -128,7 +128,7 @@ def test_whatever_ends_a_run_the_trainer_is_as_before(tmp_path: Path, place: str
     assert functions(run, module) == before | STAY
     assert not (tmp_path / "best" / ".in-use").exists()
     life = Life.of(module)
-    assert life.resumed is life.pause is life.validation_random is None
+    assert life.resumed is life.validation_random is None
     module.train().error = None
     again = trainer(tmp_path, LoRA(r=2), ModelCheckpoint(tmp_path / "best"), max_epochs=1)
     again.fit(module, loader("bert"), loader("bert"))

@@ -17,6 +17,7 @@ from lightning_peft.core.run import canonical
 from lightning_peft.training import patches, resuming, strategy
 from lightning_peft.training.conditions import conditions, warn_of_changes
 from lightning_peft.training.guard import check_finite
+from lightning_peft.training.place import loaders_of
 from lightning_peft.training.random_states import of_rank, set_random_state
 from lightning_peft.training.record import Life, trainer_of
 
@@ -39,7 +40,7 @@ def on_save_checkpoint(
         flat = strategy.keeps_own_optimizer(module)
         meta["optimizers"] = [] if flat else optimizer_names(module, trainer.optimizers)
         # What a finder of Lightning saves before it trains, and loads again, shall not set random states.
-        if trainer.fit_loop.epoch_progress.total.ready or life.is_begun:
+        if trainer.fit_loop.epoch_progress.total.ready or loaders_of(trainer):
             meta["resume"] = resuming.note(module, trainer, checkpoint["loops"]["fit_loop"])
             meta["resume"]["conditions"] = conditions(trainer, module)
     checkpoint[META] = seal(meta, checkpoint)
@@ -146,7 +147,7 @@ def warn_of_other_conditions(module: L.LightningModule, trainer: L.Trainer) -> N
 def go_on(module: L.LightningModule, trainer: L.Trainer) -> None:
     """Go on as the checkpoint being resumed says, if there is one; for ``on_train_start``."""
     life = Life.of(module)
-    content, resumed, life.resumed, life.is_begun = _content(module), life.resumed, None, True
+    content, resumed, life.resumed = _content(module), life.resumed, None
     if content is not None and resumed is not None:
         resuming.restore(module, trainer, content, resumed["loaders"], str(trainer.ckpt_path))
 

@@ -95,8 +95,8 @@ class Resumable:
         restores_late = self.trainer.strategy.restore_checkpoint_after_setup and self.trainer.ckpt_path is not None
         return restores_late or (resumed is not None and "resume" in resumed[META])
 
-    def _started(self) -> tuple[Iterator[Any], int, int, dict[str, Any]]:
-        """Return an iterator, the number of batches before it in epoch and pass, and the random state before it."""
+    def _started(self) -> tuple[Iterator[Any], int, int]:
+        """Return an iterator, and the numbers of the batches before it in the epoch and in the pass."""
         number = 0 if self.trainer is None else batches_done(self.trainer)
         state, self._resume = self._resume, None
         before = snapshot()
@@ -106,28 +106,29 @@ class Resumable:
             set_random_state(plain(before))
         if not number or self._fetched is None:
             self._fetched = deque(maxlen=3 + (self.trainer.accumulate_grad_batches if self.trainer is not None else 0))
-        return iterator, number, index, before
+        self._fetched.append(Fetch(number + 1, index + 1, before if not index else snapshot(), self._pass))
+        return iterator, number, index
 
-    def _read(self, started: tuple[Iterator[Any], int, int, dict[str, Any]] | None) -> Iterator[Any]:
+    def _read(self, started: tuple[Iterator[Any], int, int] | None) -> Iterator[Any]:
         if started is None:
             self._load_late()
             if self._is_over():
                 return
             started = self._started()
-        iterator, number, index, before = started
-        of, fetched = self._pass, self._fetched
+        iterator, number, index = started
+        of, fetched, is_first = self._pass, self._fetched, True
         assert fetched is not None
         while True:
-            number, index = number + 1, index + 1
-            now = snapshot()
+            number, index, now = number + 1, index + 1, snapshot()
             if index == 1 and of is not None:
                 of["first"] = now  # another loader may have begun a pass since, and a sampler draws late
-            fetch = Fetch(number, index, before if index == 1 else now, of)
-            fetched.append(fetch)
+            if not is_first:
+                fetched.append(Fetch(number, index, now, of))
+            is_first = False
             batch = next(iterator, _END)
             if batch is _END:
                 return
-            fetched[-1] = fetch._replace(sample=sample_of(batch))
+            fetched[-1] = fetched[-1]._replace(sample=sample_of(batch))
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,6 +180,7 @@ class ResumableLoader(Resumable, SameLoader):
         iterator = iter(self.loader)
         if mine is not None and batches:
             set_random_state(mine["made"] | mine["first"])
+        self._pass["first"] = snapshot()
         for index in range(1, batches + 1):
             if mine is not None and index == batches > 1:
                 set_random_state(mine["made"] | mine["last"])

@@ -19,7 +19,6 @@ class Life(Run):
         methods: the methods, in the order in which they are applied.
         resumed: metadata and optimizer states of the checkpoint that fit resumes from, until they are restored.
         validation_random: the random state before the latest validation during fit.
-        is_begun: whether training has begun in this run.
         validated: whether a validation is over, whose last hooks may be running.
         steps_before: how many optimizer steps there were when the latest training batch began.
         stepping: whether an optimizer of that batch has begun to step.
@@ -37,7 +36,6 @@ class Life(Run):
     methods: list["Method"] = field(default_factory=list)
     resumed: dict[str, Any] | None = None
     validation_random: dict[str, Any] | None = None
-    is_begun: bool = False
     validated: bool = False
     steps_before: int = 0
     stepping: bool = False
@@ -68,7 +66,7 @@ class Life(Run):
     def end_run(self) -> None:
         """Clear the state of one run: an exception may have ended it before a checkpoint was restored."""
         self.resumed = self.validation_random = None
-        self.is_begun = self.validated = self.stepping = False
+        self.validated = self.stepping = False
         self.steps_before, self.validation_loaders, self.validation_states = 0, [], []
         self.marks, self.sums = {}, {}
         self.without_gradient, self.steps = None, 0

@@ -27,6 +27,8 @@ def sentence(error: Exception) -> str:
     """Return the message of an error for a user, in one sentence."""
     if (cause := refusal(error)) is not None:
         return str(cause)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{str(error.filename)[:100]!r} cannot be used ({error.strerror}): give another path."
     first = (str(error).strip().splitlines() or [""])[0]
     if re.search(
         r"Connection (closed|reset|refused)|Timed out waiting|collective operation timeout|timed out", str(error)

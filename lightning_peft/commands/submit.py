@@ -62,7 +62,10 @@ def submit(arguments: Sequence[str]) -> None:
     """
     options, rest = _parser().parse_known_args(list(arguments))
     for file in options.config:
-        named(file)
+        if not Path(named(file)).is_file():
+            raise TuningError(
+                f"--config {file!r} is no file: give a path, or a name that lightning-peft configs lists."
+            )
     script = script_of(options, rest)
     if options.dry_run:
         print(script, end="")

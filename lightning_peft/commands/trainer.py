@@ -219,7 +219,7 @@ def check_checkpoint(path: str | None, command: str) -> None:
     Raises:
         TuningError: it names none.
     """
-    if path is None or (path in ("last", "hpc", "best") and (command, path) != ("fit", "best")):
+    if path is None or path in ("last", "hpc"):
         return
     if path in ("", "best"):
         raise TuningError(f"--ckpt_path {path!r} names no checkpoint to {command}: give the path of one, or null.")
@@ -271,5 +271,9 @@ def _torch_first(words: list[str]) -> list[str]:
 
 def _build_optimizer(model: L.LightningModule, build: Any) -> Any:
     with patches.patched(model, "configure_optimizers"):
-        build()
-        return model.configure_optimizers()
+        try:
+            build()
+            return model.configure_optimizers()
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            said = f"the optimizer or its schedule cannot be built ({first_line(error)})"
+            raise TuningError(f"{said}: change their arguments.") from error

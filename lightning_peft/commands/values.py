@@ -28,7 +28,7 @@ _OURS = {
     **dict.fromkeys(("batch_size", "max_length", "max_new_tokens", "shots", "image_size", "num_beams"), _COUNT),
     **dict.fromkeys(("warmup", "validation_share", "test_share"), Bounds(at_least=0, at_most=1)),
     "num_workers": Bounds(at_least=0, below=1000),
-    "pad_to_multiple_of": _COUNT,
+    **dict.fromkeys(("pad_to_multiple_of", "step_size", "T_max", "total_iters", "T_0"), _COUNT),
     "seed": Bounds(at_least=0, below=2**32),
 }
 _TRAINER = {

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from lightning_peft.commands import fail, refusal, sentence
+from lightning_peft.commands import fail, is_misfit, refusal, sentence
 from lightning_peft.training import signals, slurm
 
 _HELP = """\
@@ -97,9 +97,13 @@ def _run(command: str) -> None:
 
 def _is_mistake(error: Exception) -> bool:
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # without it, it has raised nothing
-    return refusal(error) is not None or isinstance(
-        error,
-        (ValueError, OSError) if lightning is None else (ValueError, OSError, lightning.MisconfigurationException),
+    return (
+        refusal(error) is not None
+        or is_misfit(error)
+        or isinstance(
+            error,
+            (ValueError, OSError) if lightning is None else (ValueError, OSError, lightning.MisconfigurationException),
+        )
     )
 
 

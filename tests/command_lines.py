@@ -231,6 +231,10 @@ def _lines() -> Iterator[Case]:
         ("--method", "LoRA", "--method.rank_pattern", "{query: null}"),
         ("--method", "LoRA", "--method.rank_pattern", "&a {query: *a}"),
         ("--model.dtype", "float64"),
+        ("--model", "CausalLM"),
+        ("--model", "TokenClassification"),
+        ("--data", "CausalLMData"),
+        ("--data", "ImageData"),
         ("--data.text", "[text,text,text]"),
         ("--data.bucket", "null"),
     ]

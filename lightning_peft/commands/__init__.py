@@ -1,6 +1,8 @@
 """The commands of the console script, and how they fail."""
 
 import re
+import traceback
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -23,6 +25,14 @@ def refusal(error: BaseException) -> BaseException | None:
     return cause
 
 
+def is_misfit(error: BaseException) -> bool:
+    """Tell whether a task or its data have failed at what they were given by the other."""
+    places = tuple(str(Path(__file__).parents[1] / folder) for folder in ("tasks", "data"))
+    frames = traceback.extract_tb(error.__traceback__)
+    kinds = (IndexError, KeyError, ValueError, NotImplementedError)
+    return isinstance(error, kinds) and any(frame.filename.startswith(places) for frame in frames)
+
+
 def sentence(error: Exception) -> str:
     """Return the message of an error for a user, in one sentence."""
     if (cause := refusal(error)) is not None:
@@ -30,6 +40,12 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{str(error.filename)[:100]!r} cannot be used ({error.strerror}): give another path."
     first = (str(error).strip().splitlines() or [""])[0]
+    if is_misfit(error):
+        reason = f"{type(error).__name__}: {first[:200]}".rstrip(".: ")
+        return (
+            f"a batch of the data does not fit the task ({reason}): give a model and data that belong together "
+            "(--debug shows the place)."
+        )
     if re.search(
         r"Connection (closed|reset|refused)|Timed out waiting|collective operation timeout|timed out", str(error)
     ):

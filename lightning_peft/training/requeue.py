@@ -42,9 +42,7 @@ class SafeRequeue(L.Callback):
 
     def __init__(self, every_minutes: float | None = 10.0, requeue: bool = True) -> None:
         if every_minutes is not None and not 0 <= every_minutes < float("inf"):
-            raise TuningError(
-                f"SafeRequeue's every_minutes={every_minutes} is out of range: take 0 or more, or None."
-            )
+            raise TuningError(f"SafeRequeue's every_minutes={every_minutes} is out of range: take 0 or more, or None.")
         self.every_minutes, self.requeue = every_minutes, requeue
         self._path = Path()
         self._decision = ""

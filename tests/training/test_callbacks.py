@@ -227,3 +227,17 @@ def test_a_loader_that_stands_in_for_another_is_read_written_and_pickled() -> No
     copy = pickle.loads(pickle.dumps(stands))
     assert type(copy) is ResumableLoader
     assert len(list(copy)) == len(copy) == 2
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_trainer_without_the_method_loads_no_delta(strict: bool, tmp_path: Path) -> None:
+    class Plain(Net):
+        strict_loading = property(lambda self: strict, lambda self, value: None)  # type: ignore[assignment]
+
+    _, file = fit(tmp_path, lora(), module=Plain())
+    alone = trainer(tmp_path)
+    with pytest.raises(TuningError, match=r"a delta, of whose method Plain knows nothing: give the Trainer the method"):
+        alone.validate(Plain(), ckpt_path=file, verbose=False)
+    with_it = trainer(tmp_path, lora()).validate(Plain(), DataLoader(torch.ones(4, 32), 4), ckpt_path=file)
+    module = load_from_checkpoint(Plain, file)
+    assert alone.validate(module, DataLoader(torch.ones(4, 32), 4)) == with_it

@@ -10,32 +10,43 @@ from lightning_peft.core import delta_load, select
 from lightning_peft.core.delta import identity_of
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.delta_fit import check_backbones, fitted
+from lightning_peft.core.errors import TuningError
 from lightning_peft.core.run import canonical, selected, unwrapped
 from lightning_peft.core.sharded import like
 from lightning_peft.core.tuning import Tuning
 from lightning_peft.deltas.named_files import Content, content_of, renamed, with_stand_ins
+from lightning_peft.deltas.swapping import fits, slot, swap
 from lightning_peft.training.rebuild import methods_of
 
 
 def load_delta(
-    module: nn.Module, path: str | Path, name: str | None = None, allow_other_backbone: bool = False
+    module: nn.Module,
+    path: str | Path,
+    name: str | None = None,
+    allow_other_backbone: bool = False,
+    max_r: int | None = None,
 ) -> None:
     """Load a delta file (safetensors or a checkpoint) into ``module``.
 
     Without a name the methods of the module must be those of the file. Under a name that the backbone does not have,
     the file brings its methods along; the delta computes from then on, alone: `activate` lets others compute with it.
-    Under a name that is there, it takes the place of that delta. Everything is checked before the first tensor changes.
+    Under a name that is there, it takes the place of that delta, in the same tensors, so that a compiled model runs on:
+    a LoRA may have another scale, a lower rank and fewer layers than it finds there, others must be made alike.
+    Everything is checked before the first tensor changes.
 
     Args:
         module: a backbone, or a module with one.
         path: the file.
         name: what the delta is to go by; of a file with several deltas, the one that is wanted.
         allow_other_backbone: load it whatever backbone it was trained on.
+        max_r: of a LoRA, the rank that others which are to take its place may have; None: its own.
 
     Raises:
         TuningError: the file is no whole delta, or was made for another backbone, method or set of tensors.
     """
     if name is None:
+        if max_r is not None:
+            raise TuningError(f"max_r={max_r} is for a delta under a name: give name=, too.")
         delta_load.load_delta(module, path, allow_other_backbone)
         return
     module = unwrapped(module)
@@ -51,7 +62,7 @@ def load_delta(
         tuning.rest(backbone, frozenset(tuning.methods))
     try:
         for method in methods_of({"methods": [entry | {"backbone": ""} for entry in content.meta["methods"]]}):
-            method.apply(module)
+            (method if max_r is None else slot(method, max_r)).apply(module)
         _fill(module, backbone, content, name, str(path), allow_other_backbone)
     except BaseException:
         _take_back(backbone, name, before)
@@ -67,6 +78,9 @@ def _fill(
     tensors = with_stand_ins(content, backbone, name)
     if not allow_other_backbone:
         _check_backbone(backbone, tuning, content, source)
+    if fits(tuning, name, content):
+        swap(backbone, tuning, name, content, tensors, source)
+        return
     with selected(module, tuning.of_delta(name)):
         tensors = fitted(module, tensors, content.meta, source, allow_other_backbone=True)
     live = {canonical(name): tensor for name, tensor in module.state_dict().items()}

@@ -93,8 +93,8 @@ class LoRA(MergingMethod):
         chosen = self.without_excluded(targets(backbone, tuple(GRAFTS), self.target_modules, self.layers))
         if not chosen:
             raise TuningError(f"exclude={self.exclude!r} leaves nothing of the target modules: let it name fewer.")
-        ranks = _by_name(self.rank_pattern, chosen, self.r, "rank_pattern")
-        alphas = _by_name(self.alpha_pattern, chosen, self.alpha, "alpha_pattern")
+        ranks = by_name(self.rank_pattern, chosen, self.r, "rank_pattern")
+        alphas = by_name(self.alpha_pattern, chosen, self.alpha, "alpha_pattern")
         keeps_output = not structure.computes_in_place(backbone)
         read: dict[nn.Module, dict[str, dict[str, Any]]] = {}
         for name, target in chosen.items():
@@ -166,7 +166,12 @@ class LoRA(MergingMethod):
 LoRAMixin = TunedBy[LoRA]
 
 
-def _by_name(pattern: dict[str, Any], names: Iterable[str], default: Any, argument: str) -> dict[str, Any]:
+def by_name(pattern: dict[str, Any], names: Iterable[str], default: Any, argument: str) -> dict[str, Any]:
+    """Return a value for each name: that of the pattern that it matches, or the default.
+
+    Raises:
+        TuningError: a pattern matches no name.
+    """
     values = dict.fromkeys(names, default)
     for suffix, selected in select.match(values, list(pattern)).items():
         if not selected:

@@ -1,0 +1,156 @@
+"""Puts another LoRA into the place of one, whose parameters stay the same objects of the same shapes.
+
+So a compiled model runs on as it is compiled. Lower ranks are filled up with zeros, other scales go into B, and layers
+that the new one leaves alone get an update of zero.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.method import TuningMethod
+from lightning_peft.core.select import near
+from lightning_peft.core.tuning import Tuning
+from lightning_peft.deltas.low_rank_sums import part_of, targets_of
+from lightning_peft.deltas.named_files import Content
+from lightning_peft.methods.lora import LoRA, by_name
+from lightning_peft.training.rebuild import methods_of
+from lightning_peft.updates.factors import Factors
+from lightning_peft.updates.low_rank_weights import LowRankWeights
+from lightning_peft.updates.targets import Target
+
+
+def slot(method: TuningMethod, max_r: int) -> TuningMethod:
+    """Return a LoRA that has room for others of its name up to a rank.
+
+    Raises:
+        TuningError: the method is no LoRA, or has a higher rank.
+    """
+    if not isinstance(method, LoRA):
+        raise TuningError(f"max_r={max_r} is for LoRA, the file is of {type(method).__name__}: leave it out.")
+    highest = max([method.r, *method.rank_pattern.values()]) * (1 if method.init in ("kaiming", "gaussian") else 2)
+    if highest > max_r:
+        raise TuningError(f"max_r={max_r} has no room for rank {highest} of the file: take at least that.")
+    return dataclasses.replace(
+        method, r=max_r, alpha=float(max_r), use_rslora=False, rank_pattern={}, alpha_pattern={}, init="kaiming"
+    )
+
+
+def fits(tuning: Tuning, name: str, content: Content) -> bool:
+    """Tell whether a delta of a file is to be fitted into one that is there: both are one LoRA, and they differ."""
+    keys, (entry, *others) = tuning.of_delta(name), content.meta["methods"]
+    method = tuning.methods[keys[0]]
+    if others or len(keys) > 1 or type(method) is not LoRA or not entry["class_path"].endswith(".LoRA"):
+        return False
+    now, free = method.init_args(), LoRA.may_change
+    return any(now.get(n) != value for n, value in entry["init_args"].items() if n not in free)
+
+
+@torch.no_grad()
+def swap(
+    backbone: nn.Module, tuning: Tuning, name: str, content: Content, tensors: dict[str, Tensor], source: str
+) -> None:
+    """Give the LoRA of this name the values of another one, after checking all of it.
+
+    Args:
+        backbone: the tuned backbone.
+        tuning: its record.
+        name: of the delta.
+        content: of the file.
+        tensors: those of the file, by the names that they would have here.
+        source: the file, for messages.
+
+    Raises:
+        TuningError: the file has a higher rank, other layers, magnitudes or beginnings, or other tensors.
+    """
+    (key,) = tuning.of_delta(name)
+    there = tuning.methods[key]
+    (other,) = methods_of({"methods": [entry | {"backbone": ""} for entry in content.meta["methods"]]})
+    assert isinstance(there, LoRA)
+    assert isinstance(other, LoRA)
+    if there.use_dora is not other.use_dora or there.bias != other.bias:
+        raise TuningError(
+            f"{source} has use_dora={other.use_dora} and bias={other.bias!r}, {name} has {there.use_dora} and "
+            f"{there.bias!r}: load it under another name."
+        )
+    room, wanted = targets_of(backbone, there), targets_of(backbone, other)
+    if missing := sorted(wanted.keys() - room.keys()):
+        raise TuningError(
+            f"{source} changes {missing[0]}, which {name} has no room for{near(missing[0], room)}: load it under "
+            "another name, or give that name a LoRA of all these layers first."
+        )
+    rest = {n.removeprefix(content.start): t for n, t in tensors.items()}
+    scales = _scales(other, list(wanted))
+    writes: list[Callable[[], None]] = []
+    paths = {module: path for path, module in backbone.named_modules()}
+    for own, target in room.items():
+        new = part_of(target, key)
+        prefix = _prefix(paths[target.host], target, key)
+        old = {leaf: rest.pop(f"{prefix}.{leaf}") for leaf in ("A", "B", "m", "A0", "B0") if f"{prefix}.{leaf}" in rest}
+        _check(old, new, own in wanted, f"{source} at {own}")
+        writes.append(_write(new, old, scales.get(own, 1.0), target, key))
+    state = backbone.state_dict()
+    for tensor, value in rest.items():
+        if tensor not in state or state[tensor].shape != value.shape or not value.isfinite().all():
+            raise TuningError(f"{source} has {tensor}, which {name} has no room for{near(tensor, state)}.")
+        writes.append(lambda live=state[tensor], value=value: live.copy_(value))  # type: ignore[misc]
+    for write in writes:
+        write()
+
+
+def _scales(method: LoRA, names: list[str]) -> dict[str, float]:
+    ranks = by_name(method.rank_pattern, names, method.r, "rank_pattern")
+    alphas = by_name(method.alpha_pattern, names, method.alpha, "alpha_pattern")
+    return {n: alphas[n] / (ranks[n] ** 0.5 if method.use_rslora else ranks[n]) for n in names}
+
+
+def _prefix(path: str, target: Target, key: str) -> str:
+    inner = "" if target.weight is None else f".{LowRankWeights.part_name(target.weight)}"
+    return f"{path}.{key}{inner}".lstrip(".")
+
+
+def _check(old: dict[str, Tensor], new: Factors, is_there: bool, where: str) -> None:
+    needed = {"A", "B"} | ({"m"} if new.m is not None else set())
+    if lost := sorted(needed - old.keys()) if is_there else []:
+        raise TuningError(f"{where} lacks {lost[0]}: it is not whole, so take another copy.")
+    if not old:
+        return
+    if any(not tensor.isfinite().all() for tensor in old.values()):
+        raise TuningError(f"{where} has NaN or infinity: its run diverged, so take an earlier file.")
+    dim = 0 if new.A.dim() == 4 else -2
+    rank = old["A"].shape[dim] * (2 if "A0" in old else 1)
+    if rank > new.A.shape[dim]:
+        raise TuningError(
+            f"{where} has rank {rank}, there is room for {new.A.shape[dim]}: load the first with max_r={rank}."
+        )
+
+
+def _write(new: Factors, old: dict[str, Tensor], scale: float, target: Target, key: str) -> Callable[[], None]:
+    def write() -> None:
+        new.A.zero_()
+        new.B.zero_()
+        if new.m is not None:
+            neutral = target.host.get_submodule(key).neutral(target.host, _leaf(target, "m"))  # type: ignore[operator]
+            new.m.copy_(old.get("m", neutral))
+        if not old:
+            return
+        a, b = old["A"].to(new.A.device), old["B"].to(new.B.device)
+        if "A0" in old:
+            first, last = (0, 1) if a.dim() == 4 else (-2, -1)
+            a = torch.cat([a, a - old["A0"].to(a.device)], first)
+            b = torch.cat([b - old["B0"].to(b.device), old["B0"].to(b.device)], last)
+        if a.dim() == 4:
+            new.A[: a.shape[0]] = a
+            new.B[:, : a.shape[0]] = b * (scale / new.scale)
+        else:
+            new.A[..., : a.shape[-2], :] = a
+            new.B[..., : a.shape[-2]] = b * (scale / new.scale)
+
+    return write
+
+
+def _leaf(target: Target, leaf: str) -> str:
+    return leaf if target.weight is None else f"{LowRankWeights.part_name(target.weight)}.{leaf}"

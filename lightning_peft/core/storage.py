@@ -1,10 +1,14 @@
 """Writes files whole or not at all, and reads them without running anything that is in them."""
 
+import errno
 import json
 import os
 import pickle
+import re
+import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +17,82 @@ from safetensors.torch import save_file
 
 from lightning_peft.core.errors import TuningError
 
+_HOST = socket.gethostname().replace(".", "-")
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)\.tmp")
+
+
+class DiskError(TuningError):
+    """A file could not be written; what was there before is whole."""
+
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` to write to; it replaces ``path`` when the block ends well.
 
     A kill at any moment leaves the old file or the new one. Beside it, since a move between file systems is a copy.
+
+    Raises:
+        DiskError: the disk is full, too many files are open, or another error of the file system.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent, path.name)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if not _is_of_the_disk(error):
+            raise
+        raise DiskError(_sentence(error, path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes of this machine have left of `atomic`.
+
+    Args:
+        folder: where they wrote.
+        name: of the file that they wrote; None: any, and of any machine, for a folder that this process has for itself.
+    """
+    for file in folder.glob(".*.tmp"):
+        parts = _TEMPORARY.fullmatch(file.name)
+        if parts is None or (name is not None and not _is_of_the_dead(parts, name)):
+            continue
+        with suppress(OSError):  # another process was faster
+            file.unlink()
+
+
+def _is_of_the_dead(parts: re.Match[str], name: str) -> bool:
+    if parts["name"] != name or parts["host"] != _HOST or int(parts["pid"]) == os.getpid():
+        return False
+    try:
+        os.kill(int(parts["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is another user's
+        return False
+    return False
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    texts = ("PytorchStreamWriter", "unexpected pos", "cannot be opened", "open file failed", "I/O error")
+    return isinstance(error, OSError) or any(text in str(error) for text in texts)
+
+
+def _sentence(error: Exception, path: Path) -> str:
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+    reason = "no space left on the device, or too many open files"
+    if isinstance(error, OSError) and error.errno is not None:
+        reason = errno.errorcode.get(error.errno, "") + " " + (error.strerror or "")
+    return (
+        f"{path} could not be written ({reason}; {free / 2**20:.0f} MiB are free there), and what was there "
+        "before is whole: make room, or give another folder."
+    )
 
 
 def read_torch(path: str | Path, weights_only: bool = True, map_location: Any = "cpu") -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """Writes and reads a Trainer's checkpoint files: atomically, in order, and in folders that no other job writes to."""
 
-import errno
 import fcntl
 import os
-import shutil
 import socket
 import warnings
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning_peft.core.delta_file import IN_FOLDER, read_checkpoint
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.sharded import is_folder
-from lightning_peft.core.storage import atomic
+from lightning_peft.core.storage import DiskError, atomic, sweep
 from lightning_peft.training import patches
 
 
@@ -45,13 +43,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             try:
                 with atomic(path) as temporary:
                     torch.save(checkpoint, temporary)
-            except (OSError, RuntimeError) as error:
-                if not _is_of_the_disk(error):
-                    raise
-                sentence, self._failed = _sentence(error, Path(path)), True
+            except DiskError as error:
+                self._failed = True
                 if self.on_error == "raise":
-                    raise TuningError(sentence) from error
-                warnings.warn(sentence, stacklevel=2)
+                    raise
+                warnings.warn(str(error), stacklevel=2)
                 return
             self._failed = False
 
@@ -145,6 +141,7 @@ class Claim:
         try:
             # Locks of this kind end with the process, also by kill -9, and reach across nodes on NFS and Lustre.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sweep(folder)
         except BlockingIOError:
             with file:
                 file.seek(0)
@@ -158,21 +155,3 @@ class Claim:
         cls._held[path] = file
         patches.of_run(trainer).record(cls, str(path), partial(cls._release, path))
         return ""
-
-
-def _sentence(error: Exception, path: Path) -> str:
-    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-    return (
-        f"{path} could not be written ({_reason(error)}; {free / 2**20:.0f} MiB are free there), and what was there "
-        "before is whole: make room, or give another folder."
-    )
-
-
-def _is_of_the_disk(error: Exception) -> bool:
-    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno is not None:
-        return errno.errorcode.get(error.errno, "") + " " + (error.strerror or "")
-    return "no space left on the device, most likely"

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from lightning_peft.commands import fail, is_misfit, refusal, sentence
+from lightning_peft.commands import fail, is_misfit, refusal, sentence, short_help
 from lightning_peft.training import signals, slurm
 
 _HELP = """\
@@ -33,7 +33,7 @@ look and convert:
   import      write an adapter of Hugging Face PEFT as a delta: import FOLDER FILE
 
 any command:
-  --help      show the arguments of a command
+  --help      show the arguments of a command; of fit and its like --help all shows every one
   --debug     show the traceback of an error
   --version   show the version
 
@@ -72,6 +72,8 @@ def _run(command: str) -> None:
             from lightning_peft.commands.submit import submit
 
             submit(sys.argv[2:])
+        elif command in _TRAINER and short_help.is_asked(sys.argv[2:]):
+            short_help.show(command, sys.argv[2:])
         elif command in _TRAINER:
             slurm.check_environment()
             if command == "fit" and (slurm.is_job() or slurm.is_elastic()):

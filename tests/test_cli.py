@@ -299,8 +299,7 @@ def test_one_batch_is_no_share_of_all() -> None:
 
 
 def test_a_missing_argument_is_called_by_its_option() -> None:
-    from lightning_peft.commands.trainer import _one_sentence
+    from lightning_peft.commands.known_names import missing
 
-    required = "the following arguments are required: "
-    assert _one_sentence(f"{required}model", []) == "--model.model is missing: give the backbone, a folder or hub id."
-    assert _one_sentence(f"{required}fit.data, fit.model.", []).startswith("--data and --model are missing: give them")
+    assert missing(["model"]) == "--model.model is missing: give the backbone, a folder or hub id."
+    assert missing(["fit.data", "fit.model"]).startswith("--data and --model are missing: give them")

@@ -2,11 +2,13 @@
 
 import inspect
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_peft.commands.short_help import arguments_of, classes_named
 from lightning_peft.training.method import Method
 
 
@@ -20,6 +22,14 @@ def known_names(parser: LightningArgumentParser) -> list[str]:
             names.update(inspect.signature(kind).parameters)
             names.add(kind.__name__)
     return sorted(names | {name.rpartition(".")[2] for name in names})
+
+
+def names_at_hand(word: str, words: Sequence[str]) -> list[str]:
+    """Return the arguments of the class that an argument was meant for, where the command line says which it is."""
+    meant = re.compile(rf"--(model|data|method)\.(?:init_args\.)?{re.escape(word)}(?:=.*)?")
+    option = next((found for found in map(meant.fullmatch, words) if found), None)
+    chosen = classes_named(words).get(option[1]) if option is not None else None
+    return list(arguments_of(chosen)) if chosen is not None else []
 
 
 def missing(names: list[str]) -> str:

@@ -19,9 +19,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import lightning_peft
 from lightning_peft.commands import agreement, fail, sentence
 from lightning_peft.commands.config_files import ConfigFile
-from lightning_peft.commands.known_names import known_names, missing
+from lightning_peft.commands.known_names import known_names, missing, names_at_hand
 from lightning_peft.commands.values import check_seed, check_values
-from lightning_peft.commands.wording import one_sentence
+from lightning_peft.commands.wording import one_sentence, unknown_word
 from lightning_peft.commands.yaml_check import check_words, is_file
 from lightning_peft.core import arguments
 from lightning_peft.core.delta_file import read_checkpoint, read_delta
@@ -62,7 +62,11 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with exit code 2."""
         lacking = re.search(r"following arguments are required: ([\w., ]+?)\.?$", " ".join(message.split()))
-        fail(missing(lacking[1].split(", ")) if lacking else one_sentence(message, known_names(self)))
+        fail(missing(lacking[1].split(", ")) if lacking else self._sentence(message))
+
+    def _sentence(self, message: str) -> str:
+        names = names_at_hand(unknown_word(message), sys.argv[2:])
+        return one_sentence(message, names or known_names(self))
 
 
 class TuningCLI(LightningCLI):

@@ -23,13 +23,39 @@ _UNKNOWN = (
 )
 
 
+ALIASES = {
+    "rank": "r",
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "learning_rate": "lr",
+    "epochs": "trainer.max_epochs",
+    "num_epochs": "trainer.max_epochs",
+    "num_train_epochs": "trainer.max_epochs",
+    "gpus": "trainer.devices",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "per_device_train_batch_size": "batch_size",
+    "max_seq_length": "max_length",
+    "prompt_length": "num_virtual_tokens",
+    "prefix_length": "num_virtual_tokens",
+    "pretrained_model_name_or_path": "model",
+    "model_name_or_path": "model",
+}
+"""What others call an argument -> its name here."""
+
+
+def unknown_word(message: str) -> str:
+    """Return the argument that the parser does not know; '' if it objects to something else."""
+    found = re.search(_UNKNOWN, message)
+    return next(part for part in found.groups() if part) if found else ""
+
+
 def one_sentence(message: str, names: Iterable[str]) -> str:
     """Return what the parser says, in one sentence; ``names`` are those that a user may have meant."""
     keys = re.findall(r'(?:Parser key|Key|key) "([^"]+)"', message)
     given = re.findall(r"(?:Given|Got) value: (.*)", message)
     place = f"{keys[-1]}={_short(given[-1])}" if keys and given else keys[-1] if keys else "the command line"
-    if found := re.search(_UNKNOWN, message):
-        word = next(part for part in found.groups() if part)
+    if word := unknown_word(message):
         near = _nearest(word, names)
         return f"the argument {_short(word)} is not accepted{near or ': --help shows those that are.'}"
     if found := re.search(_NO_CLASS, message):
@@ -76,6 +102,8 @@ def _kinds(message: str) -> list[str]:
 
 def _nearest(word: str, names: Iterable[str]) -> str:
     names, last = list(names), word.rpartition(".")[2]
+    if (alias := ALIASES.get(last.casefold())) is not None and (alias in names or "." in alias):
+        return f". Did you mean {alias!r}?"
     for each in (word, last):
         close = [name for name in names if name.casefold() == each.casefold() or name.startswith(f"{each}_")]
         close = close or difflib.get_close_matches(each, names, n=1)

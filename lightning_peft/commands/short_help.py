@@ -65,7 +65,7 @@ def classes_named(words: Sequence[str]) -> dict[str, str]:
         value = rest if equals else value
         if option in ("-c", "--config") and (path := shipped.find(value)) is not None:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            named = {place: content.get(place) for place in _PLACES} if isinstance(content, dict) else {}
+            named: dict[str, Any] = {p: content.get(p) for p in _PLACES} if isinstance(content, dict) else {}
             found |= {p: c["class_path"] if isinstance(c, dict) else c for p, c in named.items() if _is_class(c)}
         elif option.removeprefix("--") in _PLACES and value and not value.startswith("-"):
             found[option.removeprefix("--")] = value

@@ -125,7 +125,7 @@ def asked_by_all(
             "module the template that they were trained with."
         )
     rows = len(batch["input_ids"])
-    repeated = {
+    repeated: dict[str, Any] = {
         name: torch.cat([value] * prompts)
         if isinstance(value, Tensor) and value.shape[:1] == (rows,)
         else value * prompts

@@ -45,7 +45,7 @@ class Task(MethodMixin, L.LightningModule):
     """The class of transformers that loads the model."""
     what = "model"
     """What the model is, for error messages."""
-    not_inputs = frozenset({"labels", "task_ids"})
+    not_inputs: frozenset[str] = frozenset({"labels", "task_ids"})
     """The entries of a batch that are tensors and no inputs of the model."""
     monitor = "val_loss"
     """The score that says which checkpoint is best."""

@@ -19,7 +19,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folder_seal import check_folder, digests, seal_folder
 from lightning_peft.core.run import canonical
 from lightning_peft.training import patches
-from lightning_peft.training.loaders import gather
+from lightning_peft.training.random_states import gather
 from lightning_peft.training.shard_units import wrap_policy
 
 

@@ -1,6 +1,6 @@
 """Kills runs with SIGKILL while they save, at each call of the system and at random moments, and resumes them.
 
-python -m tests.killing --random 60 prints what came of it. After a kill a whole file must be there from the first save
+python -m tests.killing --random 100 prints what came of it. After a kill a whole file must be there from the first save
 on, and the run that resumes from the newest one must end as the run that was not killed, bit for bit.
 """
 
@@ -113,8 +113,8 @@ def attempt(whole: dict[str, torch.Tensor], prepare: Callable[[], None], seconds
 def main() -> None:
     """Kill at each call, at numbers of bytes and at random moments, and print a table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--random", type=int, default=60)
-    parser.add_argument("--calls", type=int, default=200, help="the most calls to kill at")
+    parser.add_argument("--random", type=int, default=100)
+    parser.add_argument("--calls", type=int, default=400, help="the most calls to kill at")
     options = parser.parse_args()
     table: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -128,8 +128,9 @@ def main() -> None:
             break
     for count in range(0, 60000, 6000):
         table["bytes", attempt(whole, at_bytes(count))] += 1
-    for i in range(options.random):
-        table["moment", attempt(whole, lambda: None, random.Random(i).uniform(0, 1.5 * length))] += 1
+    rng = random.Random(0)
+    while table["moment", "killed"] < options.random:
+        table["moment", attempt(whole, lambda: None, rng.uniform(0, length))] += 1
     for (kind, outcome), times in sorted(table.items()):
         print(f"{kind:8} {outcome:40} {times}")
 

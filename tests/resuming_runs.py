@@ -28,6 +28,7 @@ METHODS: dict[str, Any] = {
     "PromptTuning": lambda: [PromptTuning(num_virtual_tokens=2, init="random_uniform")],
     "DiffPruning": lambda: [DiffPruning()],
     "LoRA+BitFit": lambda: [LoRA(r=2), BitFit()],
+    "DoRA+DiffPruning": lambda: [LoRA(r=2, use_dora=True), DiffPruning()],
     "FullFineTuning": lambda: [FullFineTuning()],
 }
 OPTIMIZERS: dict[str, Any] = {
@@ -99,7 +100,7 @@ def draw(number: int) -> Drawn:
     """Return the configuration of this number; thirteen in a row have each loader once."""
     rng = random.Random(number)
     drawn = Drawn(
-        rng.choice(list(METHODS)), rng.choice(list(OPTIMIZERS)), rng.choice(list(SCHEDULERS)),
+        rng.choice([name for name in METHODS if name != "DoRA+DiffPruning"]), rng.choice(list(OPTIMIZERS)), rng.choice(list(SCHEDULERS)),
         rng.choice(("32-true", "32-true", "bf16-mixed", "bf16-true")), LOADERS[number % len(LOADERS)],
         rng.choice((1, 1, 2, 3)), rng.choice(list(VALIDATIONS)), rng.choice((0, 2)),
         rng.choice(("epochs", "epochs", "steps")), rng.choice(list(CALLBACKS)), rng.random() < 0.15,

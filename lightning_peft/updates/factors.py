@@ -45,7 +45,7 @@ class Factors(Movable):
     ) -> None:
         super().__init__()
         self.scale = scale
-        self._kept: dict[str, tuple[tuple[Any, ...], Any]] = {}
+        self._kept: dict[str, tuple[tuple[Any, ...], Any, tuple[Tensor, ...]]] = {}
         self.register_load_state_dict_pre_hook(_forget)
         shape_a, shape_b = self.shapes(shape, r)
         self.A = nn.Parameter(torch.empty(shape_a, dtype=torch.float32, device=device))
@@ -119,7 +119,9 @@ class Factors(Movable):
             return compute()
         key = (torch.is_inference_mode_enabled(), *((_address(t), times_written(t), t.dtype, t.shape) for t in inputs))
         if name not in self._kept or self._kept[name][0] != key:
-            self._kept[name] = key, compute()
+            # The inputs are held, too: the memory of one that is gone, as of a weight that another method computes at
+            # each call, would be given to the next one, which then looks the same.
+            self._kept[name] = key, compute(), inputs
         return self._kept[name][1]
 
     def train(self, mode: bool = True) -> Self:

@@ -145,3 +145,9 @@ def test_a_longer_run_goes_on_where_steps_have_ended_an_epoch(tmp_path: Path) ->
     fit("parts", 2)
     longer = fit("longer", 5, tmp_path / "parts" / "end.ckpt")
     assert_same({n: t.detach() for n, t in collect(whole).items()}, {n: t.detach() for n, t in collect(longer).items()})
+
+
+def test_two_runs_of_one_seed_are_equal_where_a_method_computes_the_weight_of_another() -> None:
+    """DoRA kept the norms of a weight that was gone, and took them for those of the next one at its address."""
+    outcomes = {str(resuming.fit(dataclasses.replace(PLAIN, method="DoRA+DiffPruning")).losses) for _ in range(3)}
+    assert len(outcomes) == 1

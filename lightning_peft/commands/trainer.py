@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lightning_peft
-from lightning_peft.commands import agreement, fail, sentence
+from lightning_peft.commands import agreement, fail, refusal, sentence
 from lightning_peft.commands.config_files import ConfigFile
 from lightning_peft.commands.known_names import known_names, missing, names_at_hand
 from lightning_peft.commands.values import check_seed, check_values
@@ -111,7 +111,7 @@ class TuningCLI(LightningCLI):
         except Exception as error:
             if self.tells:
                 agreement.tell(self.trainer_class, self._places(), sentence(error))
-            if "Does not validate" in str(error):
+            if "Does not validate" in str(error) and refusal(error) is None:
                 raise TuningError(
                     f"a class that is asked for cannot be built ({_reason(error)}): change its arguments, or install "
                     "what it needs."

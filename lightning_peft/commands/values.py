@@ -117,7 +117,8 @@ def _check(kind: type, called: str, name: str, value: Any, ranges: dict[str, Bou
 def takes_none(kind: type, name: str) -> bool:
     """Tell whether an argument of a class may be None, by its annotation and its default."""
     hint, default = _parameters(kind).get(name, (Any, None))
-    return hint is Any or default is None or type(None) in (hint, *get_args(hint))
+    linked = default is inspect.Parameter.empty  # what must be given is None here until another class gives it
+    return linked or hint is Any or default is None or type(None) in (hint, *get_args(hint))
 
 
 @cache

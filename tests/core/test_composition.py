@@ -168,9 +168,10 @@ def test_they_are_removed_in_any_order(kind: str, first: str, second: str, order
     both[order[0]].remove(model)
     assert left.is_applied(model)
     assert not both[order[0]].is_applied(model)
-    loss_of(model, kind, left).backward()
     own = [p for p in model.parameters() if p.requires_grad]
-    assert own
+    assert bool(own) == (type(left).__name__ != "PrefixLM")  # which trains nothing
+    if own:
+        loss_of(model, kind, left).backward()
     assert all(p.grad is not None for p in own)
     model.zero_grad()
     left.remove(model)

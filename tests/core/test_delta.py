@@ -365,6 +365,6 @@ def test_one_graft_that_cannot_be_merged_keeps_all() -> None:
     prompt = PromptTuning(num_virtual_tokens=3, init="random_uniform")
     prompt.apply(model)
     before = copy_of(model.state_dict())
-    with pytest.raises(TuningError, match=r"SharedPrompt at transformer computes what no weight can"):
+    with pytest.raises(TuningError, match=r"PromptLoss at the root computes what no weight can"):
         merge(model)
     assert_same(before, copy_of(model.state_dict()))

@@ -126,6 +126,13 @@ def all_moves_go_through_apply() -> None:
     assert module[0].weight.dtype is torch.float16
 
 
+@use("training/ema.py", f"{PYTORCH}aten/src/ATen/native/native_functions.yaml", "_foreach_lerp_")
+def tensors_move_together() -> None:
+    moving = [torch.zeros(2), torch.zeros(3)]
+    torch._foreach_lerp_(moving, [torch.ones(2), torch.ones(3)], 0.5)
+    assert [tensor.tolist() for tensor in moving] == [[0.5] * 2, [0.5] * 3]
+
+
 TRANSFORMS = f"{PYTORCH}torch/_functorch/autograd_function.py"
 
 

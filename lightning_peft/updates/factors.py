@@ -102,13 +102,11 @@ class Factors(Movable):
         with without_autocast(self.A):
             a, b = (factor.detach().flatten(1) for factor in self.factors())
             weight = weight.detach().flatten(1)
-            plain = self.kept("norms", (weight,), lambda: _norms(weight)) if keep else _norms(weight)
-            square = plain.square()
-            mixed = _product(a, weight).mul_(2 * self.scale)
-            mixed = mixed.add_(torch.mm(torch.mm(a, a.t()), b.t()), alpha=self.scale**2)
-            moved = square + (b.t() * mixed).sum(0)
-            # Rounding must not make a square negative; a row of zeros has no direction, and m is 0 there.
-            return torch.maximum(moved, 1e-7 * square).clamp_(min=_TINY).sqrt_()
+            square, least = self.kept("norms", (weight,), lambda: _squares(weight)) if keep else _squares(weight)
+            mixed = _product(a, weight)
+            mixed = mixed.addmm_(torch.mm(a, a.t()), b.t(), beta=2 * self.scale, alpha=self.scale**2)
+            moved = (b.t() * mixed).sum(0).add_(square)
+            return torch.maximum(moved, least).sqrt_()
 
     def kept(self, name: str, inputs: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
         """Return the cached result of ``compute``, unless an input is another tensor now or was written to.
@@ -153,6 +151,15 @@ def _norms(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.promote_types(weight.dtype, torch.float32)).float()
 
 
+def _squares(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the square of the norm of each row, and the least that it may become by an update.
+
+    Rounding must not make a square negative; a row of zeros has no direction, and m is 0 there.
+    """
+    square = _norms(weight).square()
+    return square, (1e-7 * square).clamp_(min=_TINY)
+
+
 def _address(tensor: Tensor) -> int:
     return tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else id(tensor)
 
@@ -161,5 +168,5 @@ def _product(a: Tensor, weight: Tensor) -> Tensor:
     """Return ``a Wᵀ``, [r, out], in the dtype of a; a W of half precision is cast in parts."""
     if weight.dtype == a.dtype:
         return torch.mm(a, weight.t())
-    rows = max(1, _CHUNK // weight.shape[1])
-    return torch.cat([torch.mm(a, part.to(a.dtype).t()) for part in weight.split(rows)], dim=1)
+    parts = [torch.mm(a, part.to(a.dtype).t()) for part in weight.split(max(1, _CHUNK // weight.shape[1]))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

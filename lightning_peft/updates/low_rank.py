@@ -94,8 +94,7 @@ class LowRank(Factors, Folding):
                 return self._dropped(out, host, x)
         free = self._adds_in_place(out, host, x)
         if free:
-            a, b = self.factors()
-            out = in_place.add_low_rank(out, x, a.to(x.dtype), b.to(x.dtype), self.scale)
+            out = in_place.add_low_rank(out, x, *self.factors(), self.scale)
         else:
             out = torch.add(out, self.added(x, host).to(out.dtype), alpha=self.scale)
         return out if self.m is None else self._rescaled(out, host, free)

@@ -41,6 +41,7 @@ from lightning_peft.core.tuning import tunings
 from tests import fresh
 from tests.models import HEADS, batch, tiny
 from tests.modules import Tuned, loader, trainer
+from tests.syncs import Syncs
 
 ON_FEW_BACKBONES = {
     "test_muted_it_is_the_bare_backbone": 2,
@@ -322,7 +323,9 @@ class MethodContract:
         method, module = copy.deepcopy(self.method), Tuned(kind)
         full = ModelCheckpoint(tmp_path, filename="full")
         light = ModelCheckpoint(tmp_path, filename="light", save_weights_only=True, every_n_train_steps=3)
-        trainer(tmp_path, method, full, light).fit(module, loader(kind), loader(kind))
+        syncs = Syncs()
+        trainer(tmp_path, syncs, method, syncs.end, full, light).fit(module, loader(kind), loader(kind))
+        assert syncs.found == {}  # a step waits for no GPU
         delta, pristine = collect(module), tiny(kind).state_dict()
         now = module.model.state_dict()
         frozen = pristine.keys() & frozen_names(module.model)

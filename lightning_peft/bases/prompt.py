@@ -12,6 +12,7 @@ from lightning_peft.core import attention, compatibility, select, structure, tex
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
+from lightning_peft.core.host_copy import ask
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.prompts.in_model import InModel, KnownTokens, Prepared, readers
 from lightning_peft.prompts.shared_prompt import PromptCall, PromptLoss, SharedPrompt, decoder_of
@@ -168,7 +169,7 @@ class PromptMethod(Method):
         return ids
 
     def _check_ids(self, ids: Tensor) -> None:
-        highest = int(-1 - ids.min())
+        highest = ask(ids, lambda given: int(-1 - given.min()))
         if highest >= self.num_virtual_tokens * self._prompts():
             raise TuningError(
                 f"the batch has virtual token {highest}, {type(self).__name__} trains {self.num_virtual_tokens}: "

@@ -20,6 +20,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.attention_probe import Attention, probe, seen, watched
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, grafts, overrides
+from lightning_peft.core.host_copy import ask
 from lightning_peft.core.longer_cache import LongerCache
 from lightning_peft.core.tracing import is_traced
 
@@ -179,7 +180,7 @@ def _sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def _sees_all(padding: Tensor | None) -> bool:
-    return padding is None or (not is_traced() and bool(padding.all()))
+    return padding is None or (not is_traced() and ask(padding, lambda mask: bool(mask.all())))
 
 
 def _widened_bias(graft: Graft, bias: Tensor, added: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.host_copy import ask
 
 
 @dataclass
@@ -161,16 +162,25 @@ def identify(given: dict[str, Any]) -> tuple[list[tuple[bytes, int]], Any]:
     mask = tensors.get("attention_mask")
     if mask is not None and mask.ndim == 2:
         padded = mask.shape[1]
-        lengths = (torch.arange(1, padded + 1, device=mask.device) * (mask != 0)).amax(1).tolist()
+        lengths = ask(mask, _lengths)
     hashes = [hashlib.blake2b(options.encode(), digest_size=16) for _ in range(count)]
     for name, tensor in tensors.items():
-        values = tensor.detach().cpu().contiguous()
+        values = ask(tensor, lambda given: given.detach().cpu().contiguous())
         by_row = values.ndim > 0 and len(values) == count
         cut = by_row and lengths is not None and values.ndim > 1 and values.shape[1] == padded
         for i, digest in enumerate(hashes):
             row = values[i] if by_row else values
             row = row[: lengths[i]] if cut and lengths is not None else row
             digest.update(f"{name} {row.dtype} {tuple(row.shape)}".encode())
-            digest.update(row.reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(_bytes(row))
     shapes = tuple((name, tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in tensors.items())
     return [(digest.digest(), padded) for digest in hashes], (options, shapes)
+
+
+def _lengths(mask: Tensor) -> list[int]:
+    """Return the length of each row without the padding at its end."""
+    return (torch.arange(1, mask.shape[1] + 1, device=mask.device) * (mask != 0)).amax(1).tolist()
+
+
+def _bytes(row: Tensor) -> Any:
+    return row.reshape(-1).view(torch.uint8).numpy().data

@@ -24,6 +24,7 @@ from lightning_peft.bases.prompt import PromptMethod, cut_to
 from lightning_peft.core import structure
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.host_copy import ask
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.core.placement import device_of, has_values
 from lightning_peft.prompts.virtual_tokens import frequent_ids, insert, uniform_rows, word_rows
@@ -78,7 +79,7 @@ class PromptTuning(PromptMethod):
                 f"num_prompts={self.num_prompts}, but the batch does not say which prompt its rows have: "
                 "let it hold task_ids, [B]."
             )
-        low, high = int(tasks.min()), int(tasks.max())
+        low, high = ask(tasks, lambda given: (int(given.min()), int(given.max())))
         if low < 0 or high >= self.num_prompts:
             raise TuningError(
                 f"task id {low if low < 0 else high} is out of range: there are prompts 0 to {self.num_prompts - 1}, "

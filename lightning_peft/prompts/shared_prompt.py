@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_peft.core import cache_argument, structure, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
+from lightning_peft.core.host_copy import ask
 from lightning_peft.core.sharded import is_part
 from lightning_peft.core.tracing import is_traced
 from lightning_peft.prompts.prefix import positions_of
@@ -119,7 +120,9 @@ class SharedPrompt(PromptRows):
                     f"a soft prompt is put before the text with a mask [B, T], this one has {mask.ndim} dimensions: "
                     "give that of the tokenizer, and to generate() no cache of fixed size."
                 )
-            if mask.shape[1] == cached + text.shape[1] - self.count:
+            if not is_traced() and ask(mask, _is_full):  # none says the same, and asks nothing of the GPU
+                inputs["attention_mask"] = None
+            elif mask.shape[1] == cached + text.shape[1] - self.count:
                 inputs["attention_mask"] = torch.cat((mask.new_ones(mask.shape[0], self.count), mask), 1)
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = inputs["position_ids"] + self.count
@@ -177,6 +180,10 @@ def decoder_of(backbone: nn.Module) -> nn.Module | None:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or structure.setting(config, "sliding_window") or parts:
             return None
     return decoder
+
+
+def _is_full(mask: Tensor) -> bool:
+    return bool((mask != 0).all())
 
 
 def _is_checkpointed(host: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
+from lightning_peft.core.host_copy import ask
 from lightning_peft.core.placement import device_of
 from lightning_peft.prompting.languages import UNSPACED
 
@@ -192,7 +193,7 @@ def _is_text(batch: Mapping[str, Any], before: str, behind: str) -> bool:
 
 def is_widened(batch: Mapping[str, Any]) -> bool:
     """Tell whether a batch holds virtual tokens already."""
-    return bool((_input_ids(batch) < 0).any())
+    return ask(_input_ids(batch), lambda ids: bool((ids < 0).any()))
 
 
 def uniform_rows(count: int, dim: int) -> Tensor:

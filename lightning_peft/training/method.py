@@ -83,8 +83,9 @@ class Method(TuningMethod, L.Callback):
         penalty = self.penalty(pl_module)
         if penalty is not None:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            scale = scaler.get_scale() if scaler is not None else 1.0
-            loss.add_(penalty.to(loss.dtype) * (scale / trainer.accumulate_grad_batches))
+            if scaler is not None:  # it knows its scale as a tensor, and to ask for the number would wait for the GPU
+                penalty = scaler.scale(penalty)
+            loss.add_(penalty.to(loss.dtype) / trainer.accumulate_grad_batches)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Note that a step begins, and which trained parameters get gradients."""

@@ -4,6 +4,7 @@ from functools import partial
 
 import lightning as L
 
+from lightning_peft.core import host_copy
 from lightning_peft.training import checkpoint_content, checkpoint_io, loaders, patches, requeue, strategy_files
 from lightning_peft.training.record import Life
 
@@ -19,6 +20,15 @@ def install_hooks(trainer: L.Trainer, life: Life, module: L.LightningModule) -> 
     checkpoint_io.write_atomically(trainer)
     loaders.resume_loaders(trainer)
     requeue.add_requeue(trainer)
+    patches.of_run(trainer).patch(trainer.strategy, "batch_to_device", partial(_moved, trainer))
+
+
+def _moved(trainer: L.Trainer, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """Move a batch, whose tensors then know what they were moved from."""
+    strategy = trainer.strategy
+    moved = type(strategy).batch_to_device(strategy, batch, *args, **kwargs)
+    host_copy.note(moved, batch)
+    return moved
 
 
 def _restored(trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -159,14 +159,14 @@ class _Rescale(torch.autograd.Function):
     def forward(ctx: Any, out: Tensor, bias: Tensor | None, m: Tensor, norm: Tensor | None) -> Tensor:
         ratio = m if norm is None else m / norm
         out = scale_(out.detach(), bias, ratio)  # detached, as in _AddLowRank
-        ctx.save_for_backward(bias, m, norm, ratio, out)
+        ctx.save_for_backward(bias, m, ratio, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        bias, m, norm, ratio, y = ctx.saved_tensors
+        bias, m, ratio, y = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True, and what was saved does not know what it was computed from
-            ratio = m if norm is None else m / norm
+            ratio = m * torch.where(m == 0, 0.0, ratio / m).detach()
         needs_out, needs_bias, needs_m, _ = ctx.needs_input_grad
         d = grad.reshape(-1, grad.shape[-1])
         wide = torch.promote_types(d.dtype, torch.float32)

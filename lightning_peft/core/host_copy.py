@@ -17,8 +17,9 @@ _HELD = "_lightning_peft_held"
 
 def note(moved: Any, before: Any) -> None:
     """Let each tensor of a batch know what it was moved from, where the two batches have it at the same place."""
-    if isinstance(moved, Tensor) and isinstance(before, Tensor) and before.device.type == "cpu":
-        vars(moved)[_HELD] = None if moved is before else before, times_written(moved)
+    if isinstance(moved, Tensor):
+        if isinstance(before, Tensor) and before.device.type == "cpu" and not moved.is_inference():
+            vars(moved)[_HELD] = None if moved is before else before, times_written(moved)
     elif isinstance(moved, Mapping) and isinstance(before, Mapping):
         for name in moved.keys() & before.keys():
             note(moved[name], before[name])

@@ -1,6 +1,7 @@
 """Installs our hooks on a Trainer; `patches` removes them when its run ends."""
 
 from functools import partial
+from typing import Any
 
 import lightning as L
 

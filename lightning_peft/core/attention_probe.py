@@ -9,16 +9,16 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_peft.core import placement, structure, text_structure
 from lightning_peft.core.cache_argument import argument_of
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.longer_cache import with_longer_cache
+from lightning_peft.core.meta_run import ran
 
 Kind = Literal["self", "encoder", "decoder", "cross"]
 _SOURCE, _TARGET = 3, 5  # lengths of the probe's inputs, which tell self- from cross-attention
@@ -131,24 +131,15 @@ def _hidden(part: nn.Module, width: int) -> Tensor:
 
 def _ran(part: nn.Module, inputs: Mapping[str, Any], state: _Probe) -> bool:
     """Run a part without numbers, and tell whether it came to its end."""
-    kept = {module: dict(vars(module)) for module in part.modules()}
-    tensors = {**dict(part.named_parameters()), **dict(part.named_buffers())}
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    try:
-        takers = {module for module in kept if argument_of(module.forward) is not None}
-        innermost = {module for module in takers if takers.isdisjoint(list(module.modules())[1:])}
-        for module in list(kept)[1:]:
-            if not isinstance(module, Graft):
-                vars(module)["forward"] = partial(_lenient, module, module.forward, module in innermost, state)
-        with torch.no_grad(), _NoNumbers():
-            torch.func.functional_call(part, meta, kwargs=dict(inputs))
-    except Exception:  # whatever a foreign model raises where it is given no numbers: its parts are tried next
-        return False
-    finally:
-        for module, attributes in kept.items():
-            vars(module).clear()
-            vars(module).update(attributes)
-    return True
+    takers = {module for module in part.modules() if argument_of(module.forward) is not None}
+    innermost = {module for module in takers if takers.isdisjoint(list(module.modules())[1:])}
+
+    def lenient(module: nn.Module) -> Any:
+        if isinstance(module, Graft):
+            return None
+        return partial(_lenient, module, module.forward, module in innermost, state)
+
+    return ran(part, each=lenient, **inputs)
 
 
 def _lenient(
@@ -188,20 +179,6 @@ def _through_cache(
     with_longer_cache(module, forward, lengthen, 1, (), inputs)
     if shapes:
         state.see(module, *shapes[0], by_cache=True)
-
-
-class _NoNumbers(TorchFunctionMode):
-    """Answers what the number in a tensor without values is by 1, whether it is true by yes, and equality by yes."""
-
-    _NUMBERS: ClassVar[Mapping[Any, Any]] = {
-        Tensor.item: 1, Tensor.__int__: 1, Tensor.__index__: 1, Tensor.__float__: 1.0, Tensor.__bool__: True,
-        torch.equal: True, Tensor.equal: True,
-    }  # fmt: skip
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._NUMBERS and args[0].is_meta:
-            return self._NUMBERS[func]
-        return func(*args, **(kwargs or {}))
 
 
 def inputs_on_meta(

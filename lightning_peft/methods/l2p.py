@@ -75,6 +75,8 @@ class L2P(Method):
             raise TuningError(f"top_n={self.top_n} is more than the {self.pool_size} prompts of the pool: take fewer.")
         found = tower(backbone)
         name = type(backbone).__name__
+        if found.plain:
+            raise TuningError(f"L2P runs a transformers model twice, and {name} is none: take one, or VPT.")
         if found.windowed or not found.has_cls:
             raise TuningError(f"L2P asks by the [CLS] token, which {name} has not: take a ViT, DeiT, DINOv2 or CLIP.")
         if structure.gives_feature_maps(found.module) or not structure.head_names(backbone):

@@ -15,7 +15,7 @@ image.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,122 +24,22 @@ from lightning_peft.core import attention, compatibility, select, structure
 from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach, owned_by
+from lightning_peft.core.meta_run import ran
 from lightning_peft.core.placement import device_of
+from lightning_peft.towers.plain_vision import counting_prefixes
+from lightning_peft.towers.token_prompts import (
+    BlockPrompt,
+    EmbeddedPrompt,
+    FoldedPrompt,
+    LastBlockPrompt,
+    MorePrefixTokens,
+    Pooled,
+    TokenPrompt,
+)
 from lightning_peft.towers.vision import Tower, tower
 from lightning_peft.towers.window_prompts import ImagePrompts, attach_windows
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
-
-
-class TokenPrompt(ImagePrompts):
-    """Puts prompts after the first n tokens, or in the place of those that stand there.
-
-    Args:
-        weight: the prompts, [P, dp]; None: those of an earlier block go through.
-        projection: from dp to d, shared between blocks; None: dp is d.
-        dropout: of the prompts.
-        start: n.
-        width: P.
-        insert: whether the sequence has no prompts yet.
-    """
-
-    def __init__(
-        self,
-        weight: nn.Parameter | None,
-        projection: nn.Linear | None,
-        dropout: float,
-        start: int,
-        width: int,
-        insert: bool,
-    ) -> None:
-        super().__init__(weight, projection, dropout)
-        self.start = start
-        self.width = width
-        self.insert = insert
-
-    def joined(self, x: Tensor) -> Tensor:
-        """Return the tokens with the prompts among them, [B, n + P + N, d]."""
-        if self.weight is None:
-            return x
-        rest = self.start if self.insert else self.start + self.width
-        return torch.cat((x[:, : self.start], self.rows(x), x[:, rest:]), dim=1)
-
-    def stripped(self, out: Any) -> Any:
-        """Return the output of a block without prompts, [B, n + N, d]."""
-        x = out[0] if isinstance(out, tuple) else out
-        x = torch.cat((x[:, : self.start], x[:, self.start + self.width :]), dim=1)
-        return (x, *out[1:]) if isinstance(out, tuple) else x
-
-
-class EmbeddedPrompt(TokenPrompt):
-    """Adds prompts to the output of the embeddings, so that the stack builds its mask for the longer sequence."""
-
-    def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the embeddings of the image with the prompts among them."""
-        return self.joined(out)
-
-
-class BlockPrompt(TokenPrompt):
-    """Puts prompts into the input of a block."""
-
-    def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the block's input with prompts of its own."""
-        return self.joined(x)
-
-
-class LastBlockPrompt(BlockPrompt):
-    """A `BlockPrompt` of the last block, which removes the prompts again: norm, pooling and head do not know them."""
-
-    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Return the block's output without the prompts."""
-        return self.stripped(out)
-
-
-class Pooled(Graft):
-    """Sets every token of the last hidden state to the vector that the head reads, however it pools.
-
-    Args:
-        pool: 'cls' for the first token, 'mean' for the mean over the patches.
-        prefix: number of tokens before the patches.
-    """
-
-    def __init__(self, pool: str, prefix: int) -> None:
-        super().__init__()
-        self.pool = pool
-        self.prefix = prefix
-
-    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the tower, its last hidden state pooled, [B, n + N, d]."""
-        x: Tensor = out[0]
-        pooled = x[:, :1] if self.pool == "cls" else x[:, self.prefix :].mean(1, keepdim=True)
-        pooled = pooled.expand_as(x)
-        if isinstance(out, tuple):
-            return (pooled, *out[1:])
-        out.last_hidden_state = pooled
-        return out
-
-
-class FoldedPrompt(Graft):
-    """Keys and values that an attention computed from its prompts, kept in their place.
-
-    Args:
-        key: [1, H, P, d_h].
-        value: [1, H, P, d_h].
-    """
-
-    key: Tensor
-    value: Tensor
-
-    def __init__(self, key: Tensor, value: Tensor) -> None:
-        super().__init__()
-        self.columns = key.shape[2]
-        self.register_buffer("key", key.clone())
-        self.register_buffer("value", value.clone())
-
-    def key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values with those of the prompts on their left."""
-        added = [t.to(key.dtype).expand(key.shape[0], -1, -1, -1) for t in (self.key, self.value)]
-        return torch.cat((added[0], key), dim=2), torch.cat((added[1], value), dim=2)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -179,6 +79,8 @@ class VPT(Method):
         chosen = self._layers(len(found.blocks), type(backbone).__name__)
         self._check_fit(backbone, found)
         bound = initial_bound(found, self.projection)
+        image = torch.empty(2, *found.image_size, dtype=found.patches.weight.dtype, device="meta")
+        parts = [part for part in (found.module, backbone) if ran(part, image)]
         if found.windowed:
             weights = {i: self._drawn(bound, _width(found.blocks[i]), found.blocks[i]) for i in chosen}
             attach_windows(found, weights, self._dropout, self.key)
@@ -186,6 +88,11 @@ class VPT(Method):
             self._attach_tokens(found, chosen, bound)
         if self.pool != "model":
             attach(found.module, Pooled(self.pool, found.prefix), self.key)
+        if not all(ran(part, image) for part in parts):
+            raise TuningError(
+                f"{type(backbone).__name__} computes from the number or the places of its tokens, which prompts "
+                "change: tune it by LoRA or BitFit."
+            )
         return ()
 
     def prompts(self, model: nn.Module) -> list[Tensor]:
@@ -214,7 +121,7 @@ class VPT(Method):
         prompted = {id(m) for i in chosen for m in found.blocks[i].modules()}
         start = 0 if found.windowed else found.prefix
         attentions = [a for a in attention.join(backbone, self.key) if id(a.module) in prompted]
-        image = found.patches.weight.new_zeros(1, found.patches.in_channels, *found.image_size)
+        image = found.patches.weight.new_zeros(1, *found.image_size)
         was_training = found.module.training
         found.module.eval()
         with torch.no_grad(), attention.recorded(attentions) as seen:
@@ -251,6 +158,8 @@ class VPT(Method):
             )
         if found.windowed and self.projection is not None:
             raise TuningError(f"the blocks of {name} have several widths: leave projection out.")
+        if self.pool != "model" and found.plain:
+            raise TuningError(f"pool={self.pool!r} is for a transformers classifier: take pool='model'.")
         if self.pool == "cls" and not found.has_cls:
             raise TuningError(f"pool='cls', but {name} has no [CLS] token: take pool='mean' or 'model'.")
         if self.pool != "model" and not structure.head_names(backbone):
@@ -269,14 +178,17 @@ class VPT(Method):
             first = i == chosen[0]
             return kind(weight, shared, self._dropout, found.prefix, self.num_virtual_tokens, first)
 
-        if 0 in weights:
-            attach(found.embeddings, prompt(EmbeddedPrompt, 0, own=True), self.key)
+        at_block = found.embeddings is found.blocks[0]
+        if 0 in weights and not at_block:
+            attach(found.embeddings, prompt(BlockPrompt if found.plain else EmbeddedPrompt, 0, own=True), self.key)
         last = len(found.blocks) - 1
         for i, block in enumerate(found.blocks):
             if i == last:
-                attach(block, prompt(LastBlockPrompt, i, own=i > 0), self.key)
-            elif i > 0 and i in weights:
+                attach(block, prompt(LastBlockPrompt, i, own=i > 0 or at_block), self.key)
+            elif i in weights and (i > 0 or at_block):
                 attach(block, prompt(BlockPrompt, i, own=True), self.key)
+        for module in counting_prefixes(found.blocks[chosen[0] :]):
+            attach(module, MorePrefixTokens(self.num_virtual_tokens), self.key)
 
     def _projection(self, found: Tower) -> nn.Linear | None:
         if self.projection is None:
@@ -288,8 +200,8 @@ class VPT(Method):
 
 def initial_bound(found: Tower, projection: int | None = None) -> float:
     """Return v of the initial values U(-v, v), 0.0625 for ViT-B/16; a projection's prompts have its width."""
-    height, width = found.patches.kernel_size
-    return math.sqrt(6 / (found.patches.in_channels * int(height) * int(width) + (projection or found.dim)))
+    area = math.prod(found.patches.kernel_size)
+    return math.sqrt(6 / (found.patches.in_channels * area + (projection or found.dim)))
 
 
 def _width(block: nn.Module) -> int:

@@ -1,13 +1,14 @@
 """The parts of a vision transformer, found by what they are: patch embedding, blocks, tokens before the patches.
 
 No table lists architectures. The patch embedding is the convolution outside of the blocks, the tower is the innermost
-transformers model around it, its blocks are its longest list of equal modules that attend. How many tokens stand before
-the patches ([CLS], a distillation token, registers) is counted in one run of the embeddings on an empty image.
+transformers model around it (for others see `plain_vision`), its blocks are its longest list of equal modules that
+attend. How many tokens stand before the patches ([CLS], a distillation token, registers) is counted in one run of the
+embeddings on an empty image.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.core import select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.placement import undispatched
+from lightning_peft.towers.plain_vision import plain_tower
 
 
 @dataclass(frozen=True)
@@ -23,27 +25,30 @@ class Tower:
 
     Attributes:
         module: takes pixels and returns hidden states.
-        embeddings: its child whose output, [B, n + N, d], goes into the first block.
+        embeddings: its child whose output, [B, n + N, d], goes into the first block; of a plain one, the module
+            whose input that is.
         blocks: its blocks in their order, those of all stages of a windowed one.
         patches: the convolution that makes tokens of patches.
-        image_size: height and width that the model was made for [pixels].
+        image_size: shape of an image of the size that the model was made for, [C, H, W]; of a video, [T, C, H, W].
         prefix: n, the number of tokens before those of the patches.
         tokens: N, the number of patches of an image of the size that the model was made for.
         dim: the width d of its first block.
         windowed: whether its blocks attend within windows of a shrinking grid (Swin).
         has_cls: whether the first token is a [CLS].
+        plain: whether it is no transformers model.
     """
 
     module: nn.Module
     embeddings: nn.Module
     blocks: tuple[nn.Module, ...]
-    patches: nn.Conv2d
-    image_size: tuple[int, int]
+    patches: nn.Conv2d | nn.Conv3d
+    image_size: tuple[int, ...]
     prefix: int
     tokens: int
     dim: int
     windowed: bool
     has_cls: bool
+    plain: bool = False
 
 
 def tower(backbone: nn.Module) -> Tower:
@@ -53,31 +58,65 @@ def tower(backbone: nn.Module) -> Tower:
         TuningError: there is none.
     """
     place = _patch_embedding(backbone)
-    if place is None:
+    found = (_of_transformers(backbone, *place) if place is not None else None) or _plain(backbone)
+    if found is None:
         raise TuningError(
-            f"{type(backbone).__name__} has no vision transformer (a transformers model that makes tokens of patches "
-            "and attends to them): take a ViT, DeiT, DINOv2, CLIP, SigLIP or Swin, say."
+            f"{type(backbone).__name__} has no vision transformer (a model that makes a row of tokens of patches and "
+            "attends to them in equal blocks): take a ViT, DeiT, DINOv2, CLIP, SigLIP or Swin, say, or tune it by LoRA."
         )
-    module, embeddings, patches = place
+    return found
+
+
+def _of_transformers(backbone: nn.Module, module: nn.Module, embeddings: nn.Module, patches: nn.Conv2d) -> Tower | None:
     with torch.no_grad(), torch.random.fork_rng(devices=[]), undispatched(backbone):
-        # Not by a call, since what methods have attached adds tokens.
-        out = type(embeddings).forward(embeddings, _empty_image(module, patches))
+        try:  # not by a call, since what methods have attached adds tokens
+            out = type(embeddings).forward(embeddings, _empty_image(module, patches))
+        except (RuntimeError, TypeError, ValueError, AttributeError):  # it embeds something else than one image
+            return None
     windowed = isinstance(out, tuple)
-    tokens: Tensor = out[0] if isinstance(out, tuple) else out
-    count = _grid(module, patches)
+    tokens = out[0] if isinstance(out, tuple) else out
+    count, blocks = _grid(module, patches), _blocks(module, windowed)
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3 or not blocks or tokens.shape[1] < count:
+        return None
     names = [name for name, _ in embeddings.named_parameters(recurse=False)]
     return Tower(
         module,
         embeddings,
-        _blocks(module, windowed),
+        blocks,
         patches,
-        _image_size(module),
+        (patches.in_channels, *_image_size(module)),
         prefix=tokens.shape[1] - count,
         tokens=count,
         dim=tokens.shape[2],
         windowed=windowed,
-        has_cls=any(re.fullmatch(r"cls_token|class_token|class_embedding", name) for name in names),
+        has_cls=has_cls(names),
     )
+
+
+def _plain(backbone: nn.Module) -> Tower | None:
+    found = plain_tower(backbone)
+    if found is None:
+        return None
+    prefix, dim = found.shape[1] - found.tokens, found.shape[2]
+    names = [name for name, _ in found.module.named_parameters(recurse=False)]
+    return Tower(
+        found.module,
+        found.entry,
+        found.blocks,
+        found.patches,
+        found.image_size,
+        prefix=prefix,
+        tokens=found.tokens,
+        dim=dim,
+        windowed=False,
+        has_cls=has_cls(names),
+        plain=True,
+    )
+
+
+def has_cls(names: Iterable[str]) -> bool:
+    """Tell whether there is a [CLS] token among parameters of these names."""
+    return any(re.fullmatch(r"cls_token|class_token|class_embedding", name) for name in names)
 
 
 def _patch_embedding(backbone: nn.Module) -> tuple[nn.Module, nn.Module, nn.Conv2d] | None:
@@ -91,7 +130,8 @@ def _patch_embedding(backbone: nn.Module) -> tuple[nn.Module, nn.Module, nn.Conv
         parts = name.split(".")
         for depth in range(len(parts) - 1, -1, -1):
             owner = backbone.get_submodule(".".join(parts[:depth]))
-            if _is_model(owner) and len(parts) > depth + 1 and _attending(owner):
+            is_tower = _is_model(owner) and structure.image_size(structure.config_of(owner)) is not None
+            if is_tower and len(parts) > depth + 1 and _attending(owner):
                 return owner, owner.get_submodule(parts[depth]), conv
     return None
 
@@ -127,6 +167,6 @@ def _grid(module: nn.Module, patches: nn.Conv2d) -> int:
 
 
 def _image_size(module: nn.Module) -> tuple[int, int]:
-    config: Any = module.config
-    size = config.image_size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    size = structure.image_size(structure.config_of(module))
+    assert size is not None
+    return size

@@ -163,7 +163,8 @@ class MergedPrompt(Graft):
 def _stages(tower: Tower) -> list[Any]:
     first = tower.blocks[0]
     for stages in structure.block_lists(tower.module).values():
-        if any(first is not stage and first in stage.modules() for stage in stages):
+        inside = any(first is not stage and first in stage.modules() for stage in stages)
+        if inside and all(structure.part(stage, "blocks") is not None for stage in stages):
             return list(stages)
     raise TuningError(f"{type(tower.module).__name__} has no stages of blocks: take a Swin, or an unwindowed model.")
 

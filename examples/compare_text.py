@@ -31,7 +31,7 @@ from torchmetrics.text import SacreBLEUScore
 import lightning_peft
 from lightning_peft import data as sources
 from lightning_peft import tasks
-from lightning_peft.data import synthetic
+from lightning_peft.data import synthetic, synthetic_zh
 
 Built = tuple[L.LightningModule, L.LightningDataModule]
 OPINIONS = {"bad": "bad", "good": "good"}
@@ -81,6 +81,15 @@ def topics(model: str, template: str | None) -> Built:
     return tasks.ClozeClassification(model, data.verbalizer, data.label_names, lead=data.lead), data
 
 
+def zh_opinions(model: str, template: str | None) -> Built:
+    """Good or bad in Chinese, said by two characters at two masks: '河村的鱼汤不难吃。[MASK][MASK]。'."""
+    data = sources.ClozeClassificationData(
+        tokenizer=model, dataset="made://zh_opinions", template=template or "{text}{mask}。",
+        verbalizer=synthetic_zh.SUMMARY, multi_token=True, max_length=64,
+    )  # fmt: skip
+    return tasks.ClozeClassification(model, data.verbalizer, data.label_names, lead=data.lead), data
+
+
 def facts(model: str, template: str | None) -> Built:
     """Who keeps which animal, without the words that ask for it; nobody who is asked about is learnt from."""
     data = sources.KnowledgeProbingData(
@@ -111,6 +120,7 @@ def pairs(model: str, _: str | None = None) -> Built:
 
 FULL = Entry("FullFineTuning", lr=1e-3)
 BETWEEN = "{text} {v:8} {mask} ."
+BETWEEN_ZH = "{text}{v:8}{mask}。"
 
 
 def cloze(words: dict[str, str], encoder_lr: float) -> dict[str, Entry]:
@@ -183,6 +193,18 @@ PROBLEMS = {
             "bert, 'all in all it was [MASK] .'": ("bert", {"templates": "{text} all in all it was {mask} ."}),
             **shots("{text} all in all it was {answer}"),
         },
+    ),
+    "zh_opinions": Problem(
+        "bert_zh",
+        "accuracy",
+        300,
+        zh_opinions,
+        {
+            "PromptTuning(8)": Entry("PromptTuning", {"num_virtual_tokens": 8}),
+            "PTuning(8)": Entry("PTuning", lr=1e-3, template=BETWEEN_ZH),
+            "FullFineTuning": FULL,
+        },
+        None,
     ),
     "descriptions": Problem(
         "gpt2",

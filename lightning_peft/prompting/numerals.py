@@ -13,7 +13,7 @@ from functools import cache
 from lightning_peft.prompting.languages import LETTER
 
 _BETWEEN_WIDE = re.compile(r"(?<=[０-９])，(?=[０-９]{3}(?![０-９]))")
-_MARKS = str.maketrans("（）［］：；？！，．％＋－−﹣٫٬", "()[]:;?!\uff0c.%+---.,")
+_MARKS = str.maketrans("（）［］：；？！，．％＋－−﹣＊／＝٫٬", "()[]:;?!\uff0c.%+---*/=.,")
 """Marks and what they are read as; the full-width comma stays: in Chinese it ends a clause."""
 _HAN = re.compile(r"\s*(负?[零〇一二两三四五六七八九十百千万亿兩萬億]+)")
 _HAN_DIGITS = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2, "兩": 2}

@@ -19,6 +19,7 @@ from lightning_peft.prompting.reasoning import (
     majority,
     solved,
 )
+from lightning_peft.prompting.steps import Checked, check_steps, sound
 from lightning_peft.tasks.base import Split
 from lightning_peft.tasks.generation_prompts import GenerationPrompts
 from lightning_peft.tasks.metrics import ExactMatch
@@ -27,6 +28,7 @@ from lightning_peft.tasks.sampling import Sampler
 from lightning_peft.tasks.template_scores import TemplateScores
 
 Reasoning = Literal["none", "zero_shot"]
+Check = Literal["no", "note", "filter"]
 
 
 class PromptedGeneration(PromptedTask):
@@ -52,6 +54,9 @@ class PromptedGeneration(PromptedTask):
         choices: the letters of 'choice'.
         paths: how many texts are sampled for each row; the most frequent answer counts (self-consistency). Texts
             without an answer have no vote; of equally many votes the likelier answer wins, then the first.
+        check: work out the sums of each text anew: 'note' what is wrong, unused or unlike the answer in predictions,
+            and log ``test_wrong_steps``, the share of texts with a wrong sum; 'filter' leaves such texts, and those
+            whose last sum is not their answer, out of the vote, unless no other is left. For answers that are numbers.
         temperature: of sampling; 0: the likeliest token each time.
         top_k: sample from so many of the likeliest tokens; 0: from all.
         top_p: sample from the likeliest tokens of this share together.
@@ -81,6 +86,7 @@ class PromptedGeneration(PromptedTask):
         answer: Kind = "text",
         choices: str = "ABCDE",
         paths: int = 1,
+        check: Check = "no",
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -98,7 +104,10 @@ class PromptedGeneration(PromptedTask):
         self.language = language
         words = language_of(language or "en")
         self.reasoning, self.trigger = reasoning, words.steps if trigger is None else trigger
-        self.kind, self.choices = answer, choices
+        self.kind, self.choices, self.check = answer, choices, check
+        self.decimal = words.decimal
+        if check != "no" and answer != "number":
+            raise TuningError(f"check={check!r} compares sums with an answer of kind {answer}: set answer='number'.")
         self.ask = ask or answer_trigger(answer, choices, language=words)
         self.paths, self.max_new_tokens, self.max_answer_tokens = paths, max_new_tokens, max_answer_tokens
         self.stop = stop if stop is not None else (self.separator if self.demonstrations else None)
@@ -108,7 +117,7 @@ class PromptedGeneration(PromptedTask):
         self.sampler = Sampler(self.tokenizer, self.lm, temperature, top_k, top_p, repetition_penalty, self.stop)
         names = [template.name for template in self.templates]
         self.by_template = TemplateScores(names, {"exact_match": ExactMatch()}, "exact_match")
-        self.answered = MeanMetric()
+        self.answered, self.wrong_steps = MeanMetric(), MeanMetric()
 
     def answer_of(self, row: Mapping[str, Any]) -> str:
         """Return the answer of a demonstration, with its rationale if there is one.
@@ -175,8 +184,11 @@ class PromptedGeneration(PromptedTask):
         for start in range(0, len(paths), self.paths):
             own = slice(start, start + self.paths)
             scores = [path.score for path in paths[own]]
-            answer = majority(answers[own], scores)
-            found.append({"texts": texts[own], "answers": answers[own], "scores": scores, "answer": answer})
+            one: dict[str, Any] = {"texts": texts[own], "answers": answers[own], "scores": scores, "checks": []}
+            if self.check != "no":
+                each = zip(texts[own], answers[own], strict=True)
+                one["checks"] = [check_steps(text, answer, self.decimal) for text, answer in each]
+            found.append(one | {"answer": self._voted(one)})
         return found
 
     def score(self, batch: Mapping[str, Any], split: Split) -> None:
@@ -189,17 +201,23 @@ class PromptedGeneration(PromptedTask):
             self.by_template.add(number, [answer or "" for answer in answers], right)
             for answer in answers:
                 self.answered.update(float(answer is not None))
+        for one in found:
+            for check in one["checks"]:
+                self.wrong_steps.update(float(bool(check.wrong)))
 
     def reset_scores(self, split: Split) -> None:
         """Forget the scores of an earlier epoch."""
         super().reset_scores(split)
         self.answered.reset()
+        self.wrong_steps.reset()
 
     def log_scores(self, split: Split) -> None:
         """Log the scores, and the share of rows with an answer."""
         super().log_scores(split)
         answered = self.answered.compute()
         self.log(f"{split}_answered", answered, prog_bar=True, sync_dist=True)
+        if self.check != "no":
+            self.log(f"{split}_wrong_steps", self.wrong_steps.compute(), sync_dist=True)
         if answered == 0:
             rank_zero_warn(
                 f"no text held an answer of kind {self.kind}: look at the texts of `predict`, and at max_new_tokens."
@@ -209,20 +227,27 @@ class PromptedGeneration(PromptedTask):
         """Return for each row ``prompt``, ``text`` (with its rationale), ``scores``, ``answers`` and ``answer``.
 
         ``text``, ``scores`` and ``answers`` list the paths; of several templates, all their paths vote for ``answer``.
+        Where sums are checked, ``steps`` has of each path the ``wrong`` and ``unused`` ones, and ``consistent``.
         """
         found, size = self(batch), len(batch["fields"])
         columns: dict[str, list[Any]] = {name: [] for name in ("prompt", "text", "scores", "answers", "answer")}
         for row in range(size):
             own = found[row::size]
             prompts = batch["prompts"][row::size]
-            answers = [answer for one in own for answer in one["answers"]]
-            scores = [score for one in own for score in one["scores"]]
+            joined = {name: [value for one in own for value in one[name]] for name in ("answers", "scores", "checks")}
             columns["prompt"].append(prompts[0] if len(prompts) == 1 else prompts)
             columns["text"].append([text for one in own for text in one["texts"]])
-            columns["scores"].append(scores)
-            columns["answers"].append(answers)
-            columns["answer"].append(majority(answers, scores))
+            columns["scores"].append(joined["scores"])
+            columns["answers"].append(joined["answers"])
+            columns["answer"].append(self._voted(joined))
+            if self.check != "no":
+                columns.setdefault("steps", []).append([_noted(check) for check in joined["checks"]])
         return columns
+
+    def _voted(self, paths: Mapping[str, Any]) -> str | None:
+        """Return the answer that most paths give; with ``filter``, of those alone whose sums hold."""
+        answers: list[str | None] = paths["answers"]
+        return majority(sound(answers, paths["checks"]) if self.check == "filter" else answers, paths["scores"])
 
     def _answers_after(self, ids: Tensor, mask: Tensor, rationales: Sequence[str]) -> list[str | None]:
         """Return the answers that the model gives when it has read its rationales."""
@@ -240,6 +265,12 @@ class PromptedGeneration(PromptedTask):
                 raise TuningError(
                     f"{template} has words behind the answer, which are not written: end with {{answer}}."
                 )
+
+
+def _noted(check: Checked) -> dict[str, Any]:
+    """Return what a check found, as it is written beside a prediction."""
+    wrong, unused = ([step.text for step in steps] for steps in (check.wrong, check.unused))
+    return {"wrong": wrong, "unused": unused, "consistent": check.consistent}
 
 
 def _check_numbers(counts: Mapping[str, int], paths: int, temperature: float, repetition_penalty: float) -> None:

@@ -161,6 +161,31 @@ def test_self_consistency(lms: dict[str, str], tmp_path: Path) -> None:
     assert batch["answer"] == ["2"] * 3
 
 
+RIGHT, IDLE, WRONG = "9 - 7 = 2. 2 + 8 = 10. The answer is 10.", "1 + 1 = 2. 3 + 4 = 7. So 7", "9 - 7 = 3. So 5"
+
+
+@pytest.mark.parametrize(("check", "answer"), [("note", "5"), ("filter", "10")])
+def test_sums_are_worked_out_anew(check: str, answer: str, lms: dict[str, str], tmp_path: Path) -> None:
+    module = task(lms["gpt2"], paths=4, temperature=0.7, check=check, rationale="why")
+    rows = data(lms["gpt2"], tmp_path, batch_size=5)
+    says(module, [WRONG, RIGHT, WRONG, IDLE], [-1.0, -1.0, -1.0, -2.0])
+    (batch,) = trainer(tmp_path).predict(module, rows)
+    assert batch["answer"] == [answer] * 5
+    assert batch["answers"][0] == ["5", "10", "5", "7"]
+    assert batch["steps"][0] == [
+        {"wrong": ["9 - 7 = 3"], "unused": ["9 - 7 = 3"], "consistent": False},
+        {"wrong": [], "unused": [], "consistent": True},
+        {"wrong": ["9 - 7 = 3"], "unused": ["9 - 7 = 3"], "consistent": False},
+        {"wrong": [], "unused": ["1 + 1 = 2"], "consistent": True},
+    ]
+    says(module, [WRONG, RIGHT, WRONG, IDLE])
+    (logged,) = trainer(tmp_path).test(module, rows, verbose=False)
+    assert logged["test_wrong_steps"] == pytest.approx(0.5)
+    says(module, [WRONG])
+    (batch,) = trainer(tmp_path).predict(module, rows)
+    assert batch["answer"] == ["5"] * 5, "where no rationale holds, all vote"
+
+
 def test_sampling_depends_on_seed_and_rows_alone(lms: dict[str, str], tmp_path: Path) -> None:
     rows = data(lms["gpt2"], tmp_path)
     options = {"paths": 3, "temperature": 1.0, "answer": "text"}
@@ -203,6 +228,7 @@ def test_several_templates_vote(lms: dict[str, str], tmp_path: Path) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens=0 is out of range"),
         ({"template": "{source} {answer} end"}, "has words behind the answer, which are not written"),
         ({"answer": "date"}, "kind='date' is no kind of answer"),
+        ({"answer": "text", "check": "note"}, "check='note' compares sums with an answer of kind text: set answer="),
     ],
 )
 def test_mistakes(options: dict, message: str, lms: dict[str, str]) -> None:

@@ -90,6 +90,14 @@ def zh_opinions(model: str, template: str | None) -> Built:
     return tasks.ClozeClassification(model, data.verbalizer, data.label_names, lead=data.lead), data
 
 
+def zh_facts(model: str, template: str | None) -> Built:
+    """Who keeps which animal in Chinese, one character each: '王安[MASK]。'."""
+    data = sources.KnowledgeProbingData(
+        tokenizer=model, dataset="made://zh_facts", template=template or "{sub}{obj}。", max_length=32, batch_size=8
+    )
+    return tasks.KnowledgeProbing(model, data.candidates, lead=data.lead), data
+
+
 def facts(model: str, template: str | None) -> Built:
     """Who keeps which animal, without the words that ask for it; nobody who is asked about is learnt from."""
     data = sources.KnowledgeProbingData(
@@ -120,7 +128,6 @@ def pairs(model: str, _: str | None = None) -> Built:
 
 FULL = Entry("FullFineTuning", lr=1e-3)
 BETWEEN = "{text} {v:8} {mask} ."
-BETWEEN_ZH = "{text}{v:8}{mask}。"
 
 
 def cloze(words: dict[str, str], encoder_lr: float) -> dict[str, Entry]:
@@ -201,7 +208,18 @@ PROBLEMS = {
         zh_opinions,
         {
             "PromptTuning(8)": Entry("PromptTuning", {"num_virtual_tokens": 8}),
-            "PTuning(8)": Entry("PTuning", lr=1e-3, template=BETWEEN_ZH),
+            "FullFineTuning": FULL,
+        },
+        None,
+    ),
+    "zh_facts": Problem(
+        "bert_zh",
+        "p_at_1",
+        400,
+        zh_facts,
+        {
+            "PTuning(6)": Entry("PTuning", lr=1e-2, template="{v:2}{sub}{v:2}{obj}{v:2}"),
+            "PromptTuning(6)": Entry("PromptTuning", {"num_virtual_tokens": 6}),
             "FullFineTuning": FULL,
         },
         None,

@@ -32,6 +32,7 @@ from lightning_peft.data.instructions import (
 )
 from lightning_peft.data.lm_adaptation import LMAdaptationData as LMAdaptationData
 from lightning_peft.data.multi_task import MultiTaskData as MultiTaskData
+from lightning_peft.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
 from lightning_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
 from lightning_peft.data.stdlib_docstrings import StdlibDocstrings as StdlibDocstrings
 from lightning_peft.data.text_classification import TextClassificationData as TextClassificationData
@@ -91,6 +92,7 @@ from lightning_peft.tasks.multi_task import MultiTask as MultiTask
 from lightning_peft.tasks.nearest_demonstrations import NearestDemonstrations as NearestDemonstrations
 from lightning_peft.tasks.prompted_classification import PromptedClassification as PromptedClassification
 from lightning_peft.tasks.prompted_generation import PromptedGeneration as PromptedGeneration
+from lightning_peft.tasks.multiple_choice import MultipleChoice as MultipleChoice
 from lightning_peft.tasks.question_answering import QuestionAnswering as QuestionAnswering
 from lightning_peft.tasks.seq2seq import LMAdaptation as LMAdaptation, Seq2Seq as Seq2Seq
 from lightning_peft.tasks.text_classification import TextClassification as TextClassification

@@ -12,6 +12,7 @@ from lightning_peft.data.image_data import ImageData
 from lightning_peft.data.instructions import InstructionCausalLMData, InstructionSeq2SeqData
 from lightning_peft.data.lm_adaptation import LMAdaptationData
 from lightning_peft.data.multi_task import MultiTaskData
+from lightning_peft.data.multiple_choice import MultipleChoiceData
 from lightning_peft.data.question_answering import QuestionAnsweringData
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.data.stdlib_docstrings import StdlibDocstrings
@@ -35,6 +36,7 @@ __all__ = [
     "KnowledgeProbingData",
     "LMAdaptationData",
     "MultiTaskData",
+    "MultipleChoiceData",
     "QuestionAnsweringData",
     "Seq2SeqData",
     "SourcedData",

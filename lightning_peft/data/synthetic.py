@@ -38,6 +38,7 @@ FAMILIES = ["berg", "dale", "ford", "hill", "holt", "wells", "stone", "wood"]
 """Family names; the first six are towns as well, so that only the words around them tell which is meant."""
 
 BEST = {
+    "choices": {"accuracy": 1.0},
     "corpus": {"perplexity": "exp of the sum of the column nats over the number of tokens"},
     "descriptions": {"bleu": 1.0, "chrf": 1.0, "rougeL": 1.0, "exact_match": 1.0, "perplexity": 1.0},
     "facts": {"p_at_1": 1.0},
@@ -201,6 +202,20 @@ def _questions() -> list[dict[str, Any]]:
     return rows
 
 
+def _choices() -> list[dict[str, Any]]:
+    """What is told of four people, a question about one of them, and three answers to choose from (``options``)."""
+    rows = []
+    for seed, row in enumerate(_questions()):
+        (right,) = row["answers"]["text"]
+        draw = Draw(seed)
+        kind = next(values for values in (TOWNS, FOODS, WORKS, ANIMALS) if right in values)
+        options = [right, *draw.random.sample([value for value in kind if value != right], 2)]
+        draw.random.shuffle(options)
+        named = {"context": row["context"], "question": row["question"], "options": options}
+        rows.append(named | {"label": options.index(right)})
+    return rows
+
+
 def _descriptions() -> list[dict[str, Any]]:
     """From a table of facts to the sentence that tells them, in a fixed order."""
     rows = []
@@ -219,6 +234,7 @@ def _facts() -> list[dict[str, Any]]:
 
 
 _SETS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "choices": _choices,
     "corpus": _corpus,
     "descriptions": _descriptions,
     "facts": _facts,

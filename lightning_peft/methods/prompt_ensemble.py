@@ -66,7 +66,7 @@ class PromptEnsemble(Method):
             )
         tables = structure.word_tables(backbone)
         table = next(iter(tables.values()))
-        rows = self._new(backbone, table) if self.num_prompts is not None else self._given(table.embedding_dim)  # type: ignore[arg-type]
+        rows = self._new(backbone, table) if self.num_prompts is not None else self._read_all(table.embedding_dim)  # type: ignore[arg-type]
         lengths = [len(r) for r in rows]
         padded = torch.cat([torch.cat((torch.zeros(max(lengths) - len(r), r.shape[1]), r.cpu())) for r in rows])
         weight = nn.Parameter(padded.to(device_of(table)))
@@ -122,7 +122,7 @@ class PromptEnsemble(Method):
         start = PromptTuning(num_virtual_tokens=self.num_virtual_tokens, init=self.init, tokenizer=self.tokenizer)
         return [start.initial_rows(backbone, table) for _ in range(self.num_prompts or 0)]
 
-    def _given(self, width: int) -> list[Tensor]:
+    def _read_all(self, width: int) -> list[Tensor]:
         """Return the rows of the prompts of all files."""
         rows: list[Tensor] = []
         templates: dict[str | None, str] = {}

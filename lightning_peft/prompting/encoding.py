@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.prompting.template import Template
-from lightning_peft.prompting.template_parts import Answer, Field, Mask, Options, Part, Soft, Text
+from lightning_peft.prompting.template_parts import Answer, Field, Lettered, Mask, Options, Part, Soft, Text
 from lightning_peft.prompting.verbalizer import Verbalizer
 
 Style: TypeAlias = Literal["masked", "causal", "seq2seq"]
@@ -199,7 +199,7 @@ def _encode_parts(
             tokens += _tokenise(tokenizer, chunk, joins, ends=True)
             tokens += [(-1 - part.first - k, None) for k in range(part.count)]
             chunk, joins = [], True
-        elif isinstance(part, (Text, Field, Options)):
+        elif isinstance(part, (Text, Field, Options, Lettered)):
             shortens = isinstance(part, Field) and part.shortens
             chunk.append((template.words(part, fields, options), i if shortens else None))
         else:

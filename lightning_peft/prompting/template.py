@@ -1,14 +1,15 @@
 """Templates: the words around the data, in one small syntax that is parsed and never evaluated.
 
-========== ===========================================================================================================
-``{name}``   the field ``name`` of a row; when a prompt is too long, fields are shortened, the last one first
-``{name!}``  the same, never shortened
-``{mask}``   what a masked language model fills in
-``{answer}`` what a language model goes on with
-``{options}`` the answers to choose from, as in FLAN: ``OPTIONS:``, then one a line
-``{v:3}``    three virtual tokens of a soft prompt
-``{{ }}``    braces
-========== ===========================================================================================================
+============== =======================================================================================================
+``{name}``     the field ``name`` of a row; when a prompt is too long, fields are shortened, the last one first
+``{name!}``    the same, never shortened
+``{mask}``     what a masked language model fills in
+``{answer}``   what a language model goes on with
+``{options}``  the answers to choose from, as in FLAN: ``OPTIONS:``, then one a line
+``{lettered}`` those of the row itself, a list in its column ``options``, as ``(A) ...``, one a line
+``{v:3}``      three virtual tokens of a soft prompt
+``{{ }}``      braces
+============== =======================================================================================================
 
 Sources: cloze and prefix prompts, Schick and Schütze 2020 (2001.07676) section 3; options, Wei et al. 2021 (2109.01652)
 section 2; tokens anywhere in a template, Liu et al. 2021 (2103.10385) section 3.
@@ -26,12 +27,14 @@ from lightning_peft.prompting.template_parts import (
     RESERVED,
     Answer,
     Field,
+    Lettered,
     Mask,
     Options,
     Part,
     Soft,
     Text,
     add_text,
+    lettered,
     options_text,
     words_of,
 )
@@ -91,8 +94,9 @@ class Template:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The names of the fields, each once, in order."""
-        return tuple(dict.fromkeys(part.name for part in self.parts if isinstance(part, Field)))
+        """The names of the columns that a row must have, each once, in order."""
+        names = [part.name if isinstance(part, Field) else "options" for part in self.parts if _reads_row(part)]
+        return tuple(dict.fromkeys(names))
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -221,6 +225,11 @@ class Template:
             if not options or isinstance(options, str):
                 raise TuningError(f"{self} lists {{options}}, and there are none: give options=, two answers or more.")
             return options_text(options)
+        if isinstance(part, Lettered):
+            own = fields.get("options")
+            if not isinstance(own, Sequence) or isinstance(own, str) or not own:
+                raise TuningError(f"{self} letters the options of a row, and this one has none: give a column options.")
+            return lettered([words_of(option, "options") for option in own])
         return ""
 
     def _text(self, parts: Sequence[Part], fields: Mapping[str, Any], options: Sequence[str] | None) -> str:
@@ -237,9 +246,13 @@ class Template:
         if found := _NAME.fullmatch(inside):
             return Field(found[1], not found[2])
         raise TuningError(
-            f"{token!r} in the template {self.text!r} is no slot: write {{name}}, {{mask}}, {{answer}}, {{options}} or "
-            "{v:3}, and a brace of the text twice."
+            f"{token!r} in the template {self.text!r} is no slot: write {{name}}, {{mask}}, {{answer}}, {{options}}, "
+            "{lettered} or {v:3}, and a brace of the text twice."
         )
 
     def __str__(self) -> str:
         return f"template {self.name or self.text!r}"
+
+
+def _reads_row(part: Part) -> bool:
+    return isinstance(part, (Field, Lettered))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 from typing import Any, TypeAlias
 
 from lightning_peft.core.errors import TuningError
@@ -45,10 +46,29 @@ class Options:
     """The answers to choose from."""
 
 
-Part: TypeAlias = Text | Field | Soft | Mask | Answer | Options
+@dataclass(frozen=True)
+class Lettered:
+    """The options of the row itself, with letters."""
 
 
-RESERVED: dict[str, Part] = {"mask": Mask(), "answer": Answer(), "options": Options()}
+Part: TypeAlias = Text | Field | Soft | Mask | Answer | Options | Lettered
+
+
+RESERVED: dict[str, Part] = {"mask": Mask(), "answer": Answer(), "options": Options(), "lettered": Lettered()}
+
+
+def lettered(options: Sequence[str]) -> str:
+    r"""Return options with letters, one a line.
+
+    >>> lettered(["rice", "soup"])
+    '(A) rice\n(B) soup'
+
+    Raises:
+        TuningError: there are more options than letters.
+    """
+    if len(options) > len(ascii_uppercase):
+        raise TuningError(f"{len(options)} options have no letter each: give {len(ascii_uppercase)} or fewer.")
+    return "\n".join(f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
 
 
 def options_text(options: Sequence[str]) -> str:

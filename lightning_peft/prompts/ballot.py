@@ -133,7 +133,7 @@ def asked_by_all(
         else value
         for name, value in batch.items()
     }
-    ids = repeated["input_ids"]
+    ids: Tensor = repeated["input_ids"]
     number = torch.arange(prompts, device=ids.device).repeat_interleave(rows).unsqueeze(1)
     if anywhere:
         return {**repeated, "input_ids": torch.where(ids < 0, ids - number * length, ids)}

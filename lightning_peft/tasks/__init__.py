@@ -9,6 +9,7 @@ from lightning_peft.tasks.domain_adaptation import DomainAdaptation
 from lightning_peft.tasks.image_classification import ImageClassification
 from lightning_peft.tasks.knowledge_probing import KnowledgeProbing
 from lightning_peft.tasks.multi_task import MultiTask
+from lightning_peft.tasks.multiple_choice import MultipleChoice
 from lightning_peft.tasks.nearest_demonstrations import NearestDemonstrations
 from lightning_peft.tasks.prompted_classification import PromptedClassification
 from lightning_peft.tasks.prompted_generation import PromptedGeneration
@@ -27,6 +28,7 @@ __all__ = [
     "KnowledgeProbing",
     "LMAdaptation",
     "MultiTask",
+    "MultipleChoice",
     "NearestDemonstrations",
     "PromptedClassification",
     "PromptedGeneration",

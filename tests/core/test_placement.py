@@ -124,7 +124,9 @@ def test_merging_into_offloaded_weights_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda host: LowRank(host, 2, 4.0, 0.0, False), ScaledOutput, ScaledInput, AddedBias], ids=str
+    "make",
+    [lambda host: LowRank(host, 2, 4.0, 0.0, False), ScaledOutput, ScaledInput, AddedBias],
+    ids=["LowRank", "ScaledOutput", "ScaledInput", "AddedBias"],
 )
 def test_a_graft_sees_its_input_on_the_device_of_its_host(make: Any) -> None:
     """The second device of every machine is the meta device, which computes shapes."""

@@ -7,6 +7,7 @@ from lightning_peft.core.delta_load import convert as convert
 from lightning_peft.core.errors import TuningError as TuningError
 from lightning_peft.core.folding import merge as merge
 from lightning_peft.core.graft import Graft as Graft, attach as attach, detach as detach
+from lightning_peft.core.routing import routed as routed
 from lightning_peft.core.switching import (
     Delta as Delta,
     activate as activate,

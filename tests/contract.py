@@ -33,19 +33,21 @@ from lightning_peft import (
     muted,
     prepare,
     remove_delta,
+    routed,
     save_delta,
 )
 from lightning_peft.core.delta import metadata
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.tuning import tunings
 from tests import fresh
-from tests.models import HEADS, batch, tiny
+from tests.models import HEADS, TWO_TOWERS, batch, tiny
 from tests.modules import Tuned, loader, trainer
 from tests.syncs import Syncs
 
 ON_FEW_BACKBONES = {
     "test_muted_it_is_the_bare_backbone": 2,
     "test_deltas_of_two_names_are_each_as_alone": 2,
+    "test_routed_each_row_is_as_alone": 1,
     "test_combined_with_weights_of_one_it_is_itself": 1,
 }
 """How many backbones the laws of a mechanism need, in which these have little part."""
@@ -225,6 +227,29 @@ class MethodContract:
         assert_same(bare, snapshot(model, kind))
         load_delta(model, tmp_path / "again.safetensors", "others")
         assert torch.equal(at_work(model, kind), alone["books"])
+
+    def test_routed_each_row_is_as_alone(self, kind: str, tmp_path: Path) -> None:
+        model, rows, alone = tiny(kind), ["films", "books", None, "films"], {}
+        for seed, name in enumerate(("films", "books")):
+            single = tiny(kind)
+            self.applied(single)
+            torch.manual_seed(seed)
+            shake(single)
+            save_delta(single, tmp_path / f"{name}.safetensors")
+            load_delta(model, tmp_path / f"{name}.safetensors", name)
+        plain = {n: v for n, v in batch(kind).items() if n != "labels" or kind == "t5"}
+        with torch.no_grad():
+            for i, name in enumerate(rows):
+                activate(model, *filter(None, [name]))
+                alone[i] = model(**prepare(model, {n: v[i : i + 1] for n, v in plain.items()})).logits[0]
+            with routed(model, rows):
+                if kind in TWO_TOWERS:  # whose texts are of classes, and not of the rows
+                    with pytest.raises(TuningError, match=r"which are no batch|is routed by 4 names"):
+                        model(**prepare(model, plain))
+                    return
+                found = model(**prepare(model, plain)).logits
+        for i, expected in alone.items():
+            torch.testing.assert_close(found[i][: len(expected)], expected, atol=1e-5, rtol=1e-4)
 
     def test_combined_with_weights_of_one_it_is_itself(self, kind: str, tmp_path: Path) -> None:
         """One delta of weight 1, and two that are equal, of weights that add up to 1."""

@@ -112,10 +112,15 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention over the columns that grafts add and over the model's own, [B, H, S, d]."""
+    joining = [child for child in module.children() if isinstance(child, Graft) and overrides(child, "key_value")]
+    if joining and joining[0].switch is not None and joining[0].switch.groups is not None:
+        call = partial(_attend, base, module)
+        output, weights = joining[0].switch.by_rows(call, (query, key, value, attention_mask), kwargs)
+        return output, weights
     seen(module, key, value)
     length = key.shape[2]
-    for child in module.children():
-        if isinstance(child, Graft) and overrides(child, "key_value") and not child.rests:
+    for child in joining:
+        if not child.rests:
             key, value = child("key_value", key, value)
             if (bias := kwargs.get("position_bias")) is not None:
                 kwargs["position_bias"] = _widened_bias(child, bias, key.shape[2] - bias.shape[-1])

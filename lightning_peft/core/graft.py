@@ -121,7 +121,7 @@ class Graft(Movable):
     @property
     def rests(self) -> bool:
         """Whether its owner is muted, so that it returns what it gets."""
-        return self.switch is not None and self.owner in self.switch.off
+        return self.switch is not None and self.switch.rests(self.owner)
 
     def is_first(self, host: nn.Module) -> bool:
         """Tell whether this graft's hook is the first to see the host's output, those that rest left out."""

@@ -165,9 +165,9 @@ def computes_in_place(model: nn.Module) -> bool:
     return any(getattr(module, "inplace", False) for module in model.modules())
 
 
-def recomputes_activations(model: nn.Module) -> bool:
-    """Tell whether transformers computes activations of a model anew in the backward pass."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+def recomputing(model: nn.Module) -> list[nn.Module]:
+    """Return the modules whose activations transformers computes anew in the backward pass."""
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
 
 
 def pretrained_models(module: nn.Module) -> dict[str, nn.Module]:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_peft.core.compatibility import check_compatible
+from lightning_peft.core.routing import at_rest, prepared_by_row
 from lightning_peft.core.run import unwrapped
-from lightning_peft.core.tuning import Tuning, chosen, tunings
+from lightning_peft.core.tuning import chosen, tunings
 
 
 class Delta(NamedTuple):
@@ -56,7 +57,7 @@ def muted(model: nn.Module, *names: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for backbone, tuning, keys in chosen(unwrapped(model), names or None):
-            stack.enter_context(_resting(backbone, tuning, tuning.switch.off | keys))
+            stack.enter_context(at_rest(backbone, tuning, tuning.switch.off | keys))
         yield
 
 
@@ -87,17 +88,10 @@ def remove_delta(model: nn.Module, name: str) -> None:
 def prepare(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a batch as the deltas at work on the backbones of a module want it, e.g. with virtual tokens in it."""
     for _, _, tuning in tunings(unwrapped(model)):
+        if tuning.switch.groups is not None:
+            batch = prepared_by_row(tuning, batch, tuning.switch.groups)
+            continue
         for key, method in tuning.methods.items():
             if key not in tuning.switch.off:
                 batch = method.prepare(batch)
     return batch
-
-
-@contextmanager
-def _resting(backbone: nn.Module, tuning: Tuning, off: frozenset[str]) -> Iterator[None]:
-    before = tuning.switch.off
-    tuning.rest(backbone, off)
-    try:
-        yield
-    finally:
-        tuning.rest(backbone, before)

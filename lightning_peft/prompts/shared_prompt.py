@@ -189,7 +189,7 @@ def _is_full(mask: Tensor) -> bool:
 def _is_checkpointed(host: nn.Module) -> bool:
     """Tell whether activations are computed anew in the backward pass, by transformers or by torch's wrapper."""
     wrapped = any(type(module).__name__ == "CheckpointWrapper" for module in host.modules())
-    return host.training and (wrapped or structure.recomputes_activations(host))
+    return host.training and bool(wrapped or structure.recomputing(host))
 
 
 def _is_sharded(host: nn.Module) -> bool:

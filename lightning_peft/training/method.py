@@ -213,7 +213,7 @@ class Method(TuningMethod, L.Callback):
 
     def _assert_checkpointing(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         backbone = select.backbone_of(module, self.backbone)
-        on = structure.recomputes_activations(backbone)
+        on = structure.recomputing(backbone)
         if on and not self._trains_frozen(trainer):
             raise TuningError(
                 f"{type(backbone).__name__} has gradient checkpointing on, which transformers does in training mode "

@@ -175,7 +175,7 @@ def test_a_plain_module_says_nothing() -> None:
     assert structure.settings_of(model) == {}
     assert structure.name_or_path(model) == ""
     assert structure.width_of(model) is structure.main_input_of(model) is structure.image_size(None) is None
-    assert structure.is_encoder_decoder(model) is structure.recomputes_activations(model) is False
+    assert structure.is_encoder_decoder(model) is bool(structure.recomputing(model)) is False
     assert structure.base_model_of(model) is model
     assert structure.output_embeddings_of(model) is structure.input_embeddings_of(model) is None
     assert structure.part(model, "weight") is structure.part(model[0], "weight") is None

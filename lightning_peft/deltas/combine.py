@@ -21,6 +21,7 @@ from lightning_peft.deltas import low_rank_sums
 from lightning_peft.deltas.loading import load_delta
 from lightning_peft.deltas.merging_rules import How, Rule
 from lightning_peft.deltas.named_files import without_name
+from lightning_peft.deltas.newcomer import newcomer
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.prompts.prefix import Prefix
 from lightning_peft.prompts.virtual_tokens import PromptRows
@@ -101,31 +102,30 @@ def combine_deltas(
     Raises:
         TuningError: there is no such delta, or they have no common form for this rule; nothing has changed then.
     """
-    rule, module = Rule(how, r, density, seed), unwrapped(model)
     if how == "linear" and abs(sum(weights.values())) < 1e-6:
-        raise TuningError(
-            f"weights {list(weights.values())} add up to 0, so there is no mean: take how='cat' or 'svd'."
-        )
+        raise TuningError(f"weights {list(weights.values())} add up to 0, so there is no mean: take 'cat' or 'svd'.")
+    rule, module = Rule(how, r, density, seed), unwrapped(model)
     ((backbone, tuning, _),) = [found for found in chosen(module, list(weights)) if found[2]]
+    methods = _by_kind(tuning, weights)
+    parts = low_rank_sums.parts_of(backbone, low_rank_sums.loras(tuning, weights))
+    new = [_new(kind, each, parts, rule) for kind, each in methods.items()]
+    with newcomer(backbone, name):
+        for method in new:
+            dataclasses.replace(method, name=name, backbone=None).apply(backbone)
+        lost = [_fill(backbone, tuning, key, methods, parts, rule) for key in tuning.of_delta(name)]
+    if worst := max(lost, default=0.0):
+        _log.warning("The rank has no room for %.1f %% of the combined update, where it is most.", 100 * worst)
+
+
+def _by_kind(
+    tuning: Tuning, weights: Mapping[str, float]
+) -> dict[type[TuningMethod], list[tuple[float, TuningMethod]]]:
+    """Return the methods of some deltas with their weights, those of a class together."""
     methods: dict[type[TuningMethod], list[tuple[float, TuningMethod]]] = {}
     for delta, weight in weights.items():
         for key in tuning.of_delta(delta):
             methods.setdefault(type(tuning.methods[key]), []).append((weight, tuning.methods[key]))
-    parts = low_rank_sums.parts_of(backbone, low_rank_sums.loras(tuning, weights))
-    new = [_new(kind, each, parts, rule) for kind, each in methods.items()]
-    before = tuning.switch.off
-    tuning.rest(backbone, frozenset(tuning.methods))
-    try:
-        for method in new:
-            dataclasses.replace(method, name=name, backbone=None).apply(backbone)
-        lost = [_fill(backbone, tuning, key, methods, parts, rule) for key in tuning.of_delta(name)]
-    except BaseException:
-        for key in tuning.of_delta(name):
-            tuning.undo(backbone, key)
-        tuning.rest(backbone, before)
-        raise
-    if worst := max(lost, default=0.0):
-        _log.warning("The rank has no room for %.1f %% of the combined update, where it is most.", 100 * worst)
+    return methods
 
 
 def _new(

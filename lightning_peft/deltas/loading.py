@@ -15,6 +15,7 @@ from lightning_peft.core.run import canonical, selected, unwrapped
 from lightning_peft.core.sharded import like
 from lightning_peft.core.tuning import Tuning
 from lightning_peft.deltas.named_files import Content, content_of, renamed, with_stand_ins
+from lightning_peft.deltas.newcomer import newcomer
 from lightning_peft.deltas.swapping import fits, slot, swap
 from lightning_peft.training.rebuild import methods_of
 
@@ -31,8 +32,7 @@ def load_delta(
     Without a name the methods of the module must be those of the file. Under a name that the backbone does not have,
     the file brings its methods along; the delta computes from then on, alone: `activate` lets others compute with it.
     Under a name that is there, it takes the place of that delta, in the same tensors, so that a compiled model runs on:
-    a LoRA may have another scale, a lower rank and fewer layers than it finds there, others must be made alike.
-    Everything is checked before the first tensor changes.
+    a LoRA may have another scale, a lower rank and fewer layers than it finds there. All is checked before any changes.
 
     Args:
         module: a backbone, or a module with one.
@@ -57,16 +57,10 @@ def load_delta(
     if tuning is not None and tuning.of_delta(name):
         _fill(module, backbone, content, name, str(path), allow_other_backbone)
         return
-    before = frozenset() if tuning is None else tuning.switch.off
-    if tuning is not None:
-        tuning.rest(backbone, frozenset(tuning.methods))
-    try:
+    with newcomer(backbone, name):
         for method in methods_of({"methods": [entry | {"backbone": ""} for entry in content.meta["methods"]]}):
             (method if max_r is None else slot(method, max_r)).apply(module)
         _fill(module, backbone, content, name, str(path), allow_other_backbone)
-    except BaseException:
-        _take_back(backbone, name, before)
-        raise
 
 
 def _fill(
@@ -97,13 +91,3 @@ def _check_backbone(backbone: nn.Module, tuning: Tuning, content: Content, sourc
     mine = identity_of(backbone, view)
     (theirs,) = content.meta["backbones"].values()
     check_backbones({"": theirs}, {"": mine}, source)
-
-
-def _take_back(backbone: nn.Module, name: str, off: frozenset[str]) -> None:
-    tuning = Tuning.of(backbone)
-    if tuning is None:
-        return
-    for key in tuning.of_delta(name):
-        tuning.undo(backbone, key)
-    if Tuning.of(backbone) is not None:
-        tuning.rest(backbone, off)

@@ -5,7 +5,8 @@ that the new one leaves alone get an update of zero.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,45 @@ def swap(
     (other,) = methods_of({"methods": [entry | {"backbone": ""} for entry in content.meta["methods"]]})
     assert isinstance(there, LoRA)
     assert isinstance(other, LoRA)
+    room, wanted = _wanted(other, there, name, source, backbone)
+    rest = {n.removeprefix(content.start): t for n, t in tensors.items()}
+    scales = _scales(other, list(wanted))
+    writes: list[Callable[[], None]] = []
+    paths = {module: path for path, module in backbone.named_modules()}
+    for own, target in room.items():
+        new = part_of(target, key)
+        prefix = _prefix(paths[target.host], target, key)
+        old = {leaf: rest.pop(f"{prefix}.{leaf}") for leaf in ("A", "B", "m", "A0", "B0") if f"{prefix}.{leaf}" in rest}
+        _check(old, new, own in wanted, f"{source} at {own}")
+        writes.append(_write(new, old, scales.get(own, 1.0), target, key))
+    writes += _writes_of_the_rest(backbone, rest, f"{source} has", name)
+    for write in writes:
+        write()
+
+
+def _writes_of_the_rest(
+    backbone: nn.Module, rest: Mapping[str, Tensor], has: str, name: str
+) -> list[Callable[[], None]]:
+    """Return what writes the tensors that are of no update: heads and biases."""
+    state = backbone.state_dict()
+    for tensor, value in rest.items():
+        if tensor not in state or state[tensor].shape != value.shape or not value.isfinite().all():
+            raise TuningError(f"{has} {tensor}, which {name} has no room for{near(tensor, state)}.")
+    return [partial(_copy, state[tensor], value) for tensor, value in rest.items()]
+
+
+def _copy(live: Tensor, value: Tensor) -> None:
+    live.copy_(value)
+
+
+def _wanted(
+    other: LoRA, there: LoRA, name: str, source: str, backbone: nn.Module
+) -> tuple[dict[str, Target], dict[str, Target]]:
+    """Return the layers of the LoRA that is there, and of the one that is to take its place.
+
+    Raises:
+        TuningError: they are of unlike kinds, or there is no room for a layer.
+    """
     if there.use_dora is not other.use_dora or there.bias != other.bias:
         raise TuningError(
             f"{source} has use_dora={other.use_dora} and bias={other.bias!r}, {name} has {there.use_dora} and "
@@ -82,23 +122,7 @@ def swap(
             f"{source} changes {missing[0]}, which {name} has no room for{near(missing[0], room)}: load it under "
             "another name, or give that name a LoRA of all these layers first."
         )
-    rest = {n.removeprefix(content.start): t for n, t in tensors.items()}
-    scales = _scales(other, list(wanted))
-    writes: list[Callable[[], None]] = []
-    paths = {module: path for path, module in backbone.named_modules()}
-    for own, target in room.items():
-        new = part_of(target, key)
-        prefix = _prefix(paths[target.host], target, key)
-        old = {leaf: rest.pop(f"{prefix}.{leaf}") for leaf in ("A", "B", "m", "A0", "B0") if f"{prefix}.{leaf}" in rest}
-        _check(old, new, own in wanted, f"{source} at {own}")
-        writes.append(_write(new, old, scales.get(own, 1.0), target, key))
-    state = backbone.state_dict()
-    for tensor, value in rest.items():
-        if tensor not in state or state[tensor].shape != value.shape or not value.isfinite().all():
-            raise TuningError(f"{source} has {tensor}, which {name} has no room for{near(tensor, state)}.")
-        writes.append(lambda live=state[tensor], value=value: live.copy_(value))  # type: ignore[misc]
-    for write in writes:
-        write()
+    return room, wanted
 
 
 def _scales(method: LoRA, names: list[str]) -> dict[str, float]:

@@ -44,19 +44,8 @@ def to_lora(model: nn.Module, r: int, name: str | None = None) -> dict[str, floa
     if tuning is None or not at_work:
         raise TuningError(f"no delta is at work on this {type(backbone).__name__}: apply or activate one.")
     changed = _changed(backbone, tuning)
-    found, _ = all_targets(backbone, tuple(GRAFTS))
-    by_name = {_weight_name(backbone, target): (own, target) for own, target in found.items()}
     heads = {n: changed[n] for n in structure.head_names(backbone) if n in changed}
-    rest = {n: pair for n, pair in changed.items() if n not in heads}
-    if other := sorted(n for n in rest if n not in by_name):
-        raise TuningError(
-            f"{other[0]} is no matrix of a layer, so no LoRA can take in its change: keep the delta, or merge it."
-        )
-    if not rest:
-        raise TuningError(
-            f"the deltas at work on this {type(backbone).__name__} change no matrix, so there is no LoRA of it."
-        )
-    changes = {by_name[n][0]: (by_name[n][1], after - before) for n, (before, after) in rest.items()}
+    changes = _changes(backbone, {n: pair for n, pair in changed.items() if n not in heads})
     for key in at_work:
         tuning.undo(backbone, key)
     method = _method(changes, r, name)
@@ -65,6 +54,25 @@ def to_lora(model: nn.Module, r: int, name: str | None = None) -> dict[str, floa
         path, _, leaf = own.rpartition(".")
         trained_parameter(backbone.get_submodule(path), leaf, method.key).copy_(after)
     return {own: _put(target, change, method.key) for own, (target, change) in changes.items()}
+
+
+def _changes(backbone: nn.Module, changed: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Target, Tensor]]:
+    """Return the matrices whose values before and after are given, by name, each with its change.
+
+    Raises:
+        TuningError: one is no matrix of a layer, or there is none.
+    """
+    found, _ = all_targets(backbone, tuple(GRAFTS))
+    by_name = {_weight_name(backbone, target): (own, target) for own, target in found.items()}
+    if other := sorted(n for n in changed if n not in by_name):
+        raise TuningError(
+            f"{other[0]} is no matrix of a layer, so no LoRA can take in its change: keep the delta, or merge it."
+        )
+    if not changed:
+        raise TuningError(
+            f"the deltas at work on this {type(backbone).__name__} change no matrix, so there is no LoRA of it."
+        )
+    return {by_name[n][0]: (by_name[n][1], after - before) for n, (before, after) in changed.items()}
 
 
 def _changed(backbone: nn.Module, tuning: Tuning) -> dict[str, tuple[Tensor, Tensor]]:

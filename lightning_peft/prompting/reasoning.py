@@ -90,16 +90,13 @@ def extract_answer(
 ) -> str | None:
     """Return the answer in what a model wrote, or None where there is none.
 
-    What follows the last "answer is", or what another language says there, is read from its beginning; where those
-    words are missing, ``pick`` says which of several answers counts: the last one of a rationale, the first one after
-    an answer trigger.
+    What follows the last "answer is", or what another language says there, is read from its beginning; else ``pick``
+    says which of several answers counts: the last one of a rationale, the first one after an answer trigger.
 
     >>> extract_answer("3 and 4 make 7. The answer is 1,234.")
     '1234'
     >>> extract_answer("An answer is (C)", "choice")
     'C'
-    >>> extract_answer("So I cannot tell.", "yes_no") is None
-    True
     >>> extract_answer("所以现在有6 + 3 = 9个。答案是９个。"), extract_answer("Die Antwort ist 1.234,5 kg.")
     ('9', '1234.5')
 
@@ -116,22 +113,22 @@ def extract_answer(
         TuningError: there is no such kind or language.
     """
     _check_kind(kind)
-    text = unicodedata.normalize("NFC", text)
-    plain = simple(text)
+    plain = simple(text := unicodedata.normalize("NFC", text))
     known = [language_of(language)] if language is not None else list(languages().values())
     own, start = _after_phrase(plain, known)
-    first = own is not None or pick == "first"
+    first, rest = own is not None or pick == "first", plain[start:]
     if kind == "text":
         return _line(text[start:], first, own)
-    found: Sequence[str | None]
-    if kind == "number":
-        decimal = (own or known[0]).decimal if own or language is not None else "."
-        found = numbers(plain[start:], decimal) or ([han_number(plain[start:])] if own else [])
-    elif kind == "choice":
-        found = _letters(plain[start:], choices)
-    else:
-        found = _yes_no(plain[start:], known)
+    decimal = (own or known[0]).decimal if own or language is not None else "."
+    found = _answers(rest, kind, choices, decimal, known) or ([han_number(rest)] if own and kind == "number" else [])
     return found[0 if first else -1] if found else None
+
+
+def _answers(text: str, kind: Kind, choices: str, decimal: str, known: Sequence[Language]) -> Sequence[str | None]:
+    """Return all answers of a kind in a text, in their order."""
+    if kind == "number":
+        return numbers(text, decimal)
+    return _letters(text, choices) if kind == "choice" else _yes_no(text, known)
 
 
 def majority(answers: Sequence[str | None], scores: Sequence[float] | None = None) -> str | None:

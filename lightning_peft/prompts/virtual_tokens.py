@@ -124,16 +124,13 @@ def insert(
     """
     tokens = _input_ids(batch)
     size, length = tokens.shape
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(tokens) if mask is None else mask
+    mask = torch.ones_like(tokens) if batch.get("attention_mask") is None else batch["attention_mask"]
     start = mask.to(torch.int).argmax(1, keepdim=True) + after
     columns = torch.arange(length + count, device=tokens.device).expand(size, -1)
     virtual = (columns >= start) & (columns < start + count)
     source = torch.where(columns < start, columns, columns - count).clamp(0, length - 1)
-    widened: dict[str, Any] = dict(batch)
-    widened["attention_mask"] = _widen(mask, source, virtual, 1)
-    ids = torch.where(virtual, -1 - (columns - start + first), tokens.gather(1, source))
-    widened["input_ids"] = ids.to(tokens.dtype)
+    ids = torch.where(virtual, -1 - (columns - start + first), tokens.gather(1, source)).to(tokens.dtype)
+    widened = {**batch, "attention_mask": _widen(mask, source, virtual, 1), "input_ids": ids}
     widened |= {n: _widen(value, source, virtual, 0) for n, value in batch.items() if _runs_along(n, value, tokens)}
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.shape == tokens.shape and not targets:

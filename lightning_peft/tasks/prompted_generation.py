@@ -97,17 +97,13 @@ class PromptedGeneration(PromptedTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, templates, **kwargs)
-        counts = {"paths": paths, "max_new_tokens": max_new_tokens, "max_answer_tokens": max_answer_tokens}
-        _check_numbers(counts, paths, temperature, repetition_penalty)
+        _check_numbers(paths=paths, max_new_tokens=max_new_tokens, max_answer_tokens=max_answer_tokens)
+        _check_sampling(paths, temperature, repetition_penalty, check, answer)
         self._check_templates()
-        self.target, self.rationale = target, rationale
-        self.language = language
+        self.target, self.rationale, self.language = target, rationale, language
         words = language_of(language or "en")
         self.reasoning, self.trigger = reasoning, words.steps if trigger is None else trigger
-        self.kind, self.choices, self.check = answer, choices, check
-        self.decimal = words.decimal
-        if check != "no" and answer != "number":
-            raise TuningError(f"check={check!r} compares sums with an answer of kind {answer}: set answer='number'.")
+        self.kind, self.choices, self.check, self.decimal = answer, choices, check, words.decimal
         self.ask = ask or answer_trigger(answer, choices, language=words)
         self.paths, self.max_new_tokens, self.max_answer_tokens = paths, max_new_tokens, max_answer_tokens
         self.stop = stop if stop is not None else (self.separator if self.demonstrations else None)
@@ -273,10 +269,15 @@ def _noted(check: Checked) -> dict[str, Any]:
     return {"wrong": wrong, "unused": unused, "consistent": check.consistent}
 
 
-def _check_numbers(counts: Mapping[str, int], paths: int, temperature: float, repetition_penalty: float) -> None:
+def _check_numbers(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise TuningError(f"{name}={value} is out of range: take 1 or more.")
+
+
+def _check_sampling(paths: int, temperature: float, repetition_penalty: float, check: Check, answer: Kind) -> None:
+    if check != "no" and answer != "number":
+        raise TuningError(f"check={check!r} compares sums with an answer of kind {answer}: set answer='number'.")
     if paths > 1 and temperature <= 0:
         raise TuningError(f"paths={paths} of temperature=0 are all the same: take a temperature such as 0.7.")
     if repetition_penalty < 1:

@@ -143,7 +143,7 @@ def transforms_are_seen() -> None:
     assert seen == [False, True]
 
 
-@use("updates/low_rank.py", f"{PYTORCH}torch/nn/modules/conv.py", "_conv_forward")
+@use("updates/low_rank_layers.py", f"{PYTORCH}torch/nn/modules/conv.py", "_conv_forward")
 def a_layer_convolves_with_another_kernel() -> None:
     host, x = nn.Conv2d(2, 3, 3, stride=2, padding=1, padding_mode="reflect"), torch.randn(1, 2, 8, 8)
     torch.testing.assert_close(host._conv_forward(x, 2 * host.weight, host.bias * 2), 2 * host(x))

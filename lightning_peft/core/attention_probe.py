@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import placement, structure, text_structure
+from lightning_peft.core import anatomy, placement, structure, text_structure
 from lightning_peft.core.cache_argument import argument_of
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.longer_cache import with_longer_cache
@@ -44,7 +44,7 @@ class _Probe:
     """What has been seen so far, by module."""
 
     def __init__(self, backbone: nn.Module) -> None:
-        self.paths = {module: path for path, module in structure.without_grafts(backbone).items()}
+        self.paths = {module: path for path, module in anatomy.without_grafts(backbone).items()}
         self.encodes_and_decodes = structure.is_encoder_decoder(backbone)
         self.found: dict[nn.Module, Attention] = {}
 
@@ -93,7 +93,7 @@ def _run_parts(part: nn.Module, state: _Probe) -> None:
     for model in inner.values():
         _run_parts(model, state)
     if not inner:
-        for blocks in structure.blocks(part).values():
+        for blocks in anatomy.blocks(part).values():
             for _, block in blocks:
                 _ran(block, _block_inputs(block), state)
 

@@ -36,6 +36,10 @@ class Folding(Graft):
         """Return ``value``, of fp32 or more, with the effect in it; it may be written to."""
         raise NotImplementedError
 
+    def cannot_fold(self, host: nn.Module) -> str | None:
+        """Say why the parameters of this host cannot take in the effect; None: they can."""
+        return None
+
     def folded(self, host: nn.Module) -> list[str]:
         """Return the names of the parameters that take in the effect."""
         parameters = dict(host.named_parameters())
@@ -233,6 +237,8 @@ def foldable(module: nn.Module, dequantize: bool = False, owner: str | None = No
                 f"{type(place.graft).__name__} at {place.path or 'the root'} computes what no weight can, so it cannot "
                 "be merged: keep the delta beside the backbone."
             )
+        if isinstance(place.graft, Folding) and (why := place.graft.cannot_fold(place.host)) is not None:
+            raise TuningError(f"{place.path} {why}, so it cannot be merged: keep the delta beside the backbone.")
         if any(owners[id(p)] > 1 for p in place.host.parameters(recurse=False)):
             raise TuningError(
                 f"the weight of {place.path} is tied to that of another module, which would change with it: "

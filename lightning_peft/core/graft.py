@@ -267,7 +267,8 @@ def _surround(host: nn.Module) -> None:
     inner = vars(host).pop("forward", None)
     if isinstance(inner, partial) and inner.func is _forward:
         inner = inner.args[1]
-    if any(isinstance(child, Graft) and overrides(child, "around") for child in host.children()):
+    children = [child for child in host.children() if isinstance(child, Graft)]
+    if any(overrides(child, "around") for child in children) or (children and isinstance(host, nn.Sequential)):
         bare = inner or partial(type(host).forward, host)
         surrounded = partial(_forward, host, inner)
         # Callers read the names of the arguments; annotations may not pickle.
@@ -280,11 +281,21 @@ def _surround(host: nn.Module) -> None:
 
 def _forward(host: nn.Module, inner: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     """Run the forward pass of a host through its grafts, the latest outermost."""
-    run = inner or partial(type(host).forward, host)
+    run = inner or partial(_in_line if isinstance(host, nn.Sequential) else type(host).forward, host)
     for child in host.children():
         if isinstance(child, Graft) and overrides(child, "around") and not child.rests:
             run = partial(child, "around", run, host)
     return run(*args, **kwargs)
+
+
+def _in_line(host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a pipeline, whose children are its steps, without its grafts."""
+    if type(host).forward is not nn.Sequential.forward:
+        return type(host).forward(host, *args, **kwargs)
+    (x,) = (*args, *kwargs.values())
+    for step in host.children():
+        x = x if isinstance(step, Graft) else step(x)
+    return x
 
 
 def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 from torch import Tensor, nn
 
-from lightning_peft.core import arguments, compatibility, master_weights, placement, select, structure
+from lightning_peft.core import anatomy, arguments, compatibility, master_weights, placement, select, structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import Graft, Grafted, grafts, owned_by
 from lightning_peft.core.pattern import pattern
 from lightning_peft.core.private_torch import is_compiled
@@ -129,7 +130,7 @@ class TuningMethod:
             self._check_exclude(backbone)
             with owned_by(self.key, tuning.switch):
                 own = set(self.graft(backbone))
-                trained = self._kept({*own, *structure.head_names(backbone), *self._also(backbone)})
+                trained = self._kept({*own, *self._head(backbone), *self._also(backbone)})
                 placement.check_trainable(backbone, trained)
                 for place in grafts(backbone, owner=self.key):
                     if place.graft.weights:
@@ -205,6 +206,13 @@ class TuningMethod:
     def _tuned(self, model: nn.Module) -> nn.Module:
         """Return ``model`` if it is a tuned backbone itself, else the backbone in it."""
         return model if Tuning.of(model) is not None else select.backbone_of(model, self.backbone)
+
+    def _head(self, backbone: nn.Module) -> list[str]:
+        """Return the parameters of the head, but those of a layer that this method updates instead."""
+        places = [place for place in grafts(backbone, owner=self.key) if isinstance(place.graft, Folding)]
+        layers = {place.path for place in places}
+        layers |= {f"{p.path}.{weight}".lstrip(".").rpartition(".")[0] for p in places for weight in p.graft.weights}
+        return [name for name in anatomy.head_names(backbone) if name.rpartition(".")[0] not in layers]
 
     def _also(self, backbone: nn.Module) -> list[str]:
         if self.also_train is None:

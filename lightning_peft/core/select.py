@@ -6,25 +6,26 @@ No table lists architectures: a role (query, value ...) is one name pattern. Nam
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import anatomy, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import graft_prefixes
 from lightning_peft.core.pattern import pattern
 
 ROLES: dict[str, str] = {
-    "query": r"q|query|q_proj|q_lin|query_proj|to_q|wq|q_linear",
-    "key": r"k|key|k_proj|k_lin|key_proj|to_k|wk|k_linear",
-    "value": r"v|value|v_proj|v_lin|value_proj|to_v|wv|v_linear",
+    "query": r"q|query|q_proj|q_lin|query_proj|to_q|[wW]q|q_linear|linear_q|q_head|q_b_proj",
+    "key": r"k|key|k_proj|k_lin|key_proj|to_k|[wW]k|k_linear|linear_k|k_head|kv_b_proj|kv_proj",
+    "value": r"v|value|v_proj|v_lin|value_proj|to_v|[wW]v|v_linear|linear_v|v_head|kv_b_proj|kv_proj",
     "fused_qkv": r"c_attn|query_key_value|qkv|qkv_proj|Wqkv|W_pack|in_proj|qkv_lin",
-    "intermediate": r"intermediate\.dense|ffn\.lin1|lin1|fc1|c_fc|wi|wi_0|wi_1|up_proj|gate_proj|dense_h_to_4h|linear1",
+    "intermediate": r"intermediate\.dense|ffn\.lin1|lin1|fc1|c_fc|[wW]i|wi_0|wi_1|up_proj|gate_proj|dense_h_to_4h"
+    r"|linear1|linear_1|intermediate_dense|w1|w3",
     "attention_output": r"(?:cross)?attention\.output\.dense|(?:self_)?attention\.dense|self_attn\.dense|out_lin|o_proj"
-    r"|out_proj|o|(?:attn|attention|crossattention)\.c_proj|attn\.proj",
+    r"|out_proj|o|(?:attn|attention|crossattention)\.c_proj|attn\.(?:proj|Wo)|linear_out|post_proj",
     "ffn_output": r"(?<!attention\.)output\.dense|lin2|fc2|mlp\.c_proj|wo|down_proj|dense_4h_to_h|linear2|fc_out"
-    r"|ffn_output",
+    r"|ffn_output|mlp\.Wo|linear_2|output_dense|w2",
     "ffn_norm": r"(?<!attention\.)output\.LayerNorm|output_layer_norm|full_layer_layer_norm|layernorm_after|layer_norm2"
     r"|norm2|ln_2|post_attention_layernorm|final_layer_norm",
     "post_norm": r"(?<!attention\.)output\.LayerNorm|output_layer_norm|full_layer_layer_norm",
@@ -78,13 +79,14 @@ def hosts(
 
     The head and what methods have added are left out.
 
-    ``"all-linear"`` selects every linear layer inside the blocks: poolers and heads lie outside them. ``layers`` keeps
-    the blocks of these indices, negative ones counted from the end.
+    ``"all-linear"`` selects every linear layer inside the blocks: poolers and heads lie outside them. A pattern may
+    name the last layer of a plain module. ``layers`` keeps the blocks of these indices, negative ones counted from the
+    end.
 
     Raises:
         TuningError: a pattern selects nothing, or a layer index is out of range.
     """
-    head = set(structure.head_names(backbone))
+    head = set(closed_head(backbone, patterns))
     added = graft_prefixes(backbone)
     found = {
         name: module
@@ -94,10 +96,7 @@ def hosts(
         and not any(f"{name}.{p}" in head for p, _ in module.named_parameters(recurse=False))
     }
     if patterns == "all-linear":
-        lists = structure.block_lists(backbone)
-        chosen = {name for name, module in found.items() if block_index(lists, name) and _is_linear(module)}
-        if not chosen:
-            raise TuningError(f"'all-linear' finds no linear layer in a list of blocks of {type(backbone).__name__}.")
+        chosen = every_linear(backbone, [name for name, module in found.items() if _is_linear(module)])
     else:
         chosen = set()
         for each, names in match(found, patterns).items():
@@ -110,35 +109,66 @@ def hosts(
     return {name: module for name, module in found.items() if name in chosen}
 
 
+def closed_head(backbone: nn.Module, patterns: str | Sequence[str]) -> list[str]:
+    """Return the parameters of the head that these patterns do not reach: of a plain module, a pattern may name it."""
+    return anatomy.head_names(backbone) if patterns == "all-linear" else anatomy.said_head_names(backbone) or []
+
+
+def every_linear(backbone: nn.Module, linear: Sequence[str], convolutions: Sequence[str] = ()) -> set[str]:
+    """Return what ``"all-linear"`` selects of a backbone's linear layers and convolutions.
+
+    It is the linear layers inside the blocks; where they have none, their convolutions, which are linear too; where the
+    backbone has no blocks, those anywhere.
+
+    Raises:
+        TuningError: there are none.
+    """
+    lists = anatomy.block_lists(backbone)
+    for names in (linear, convolutions):
+        if inside := {name for name in names if anatomy.block_index(lists, name)}:
+            return inside
+    for names in (linear, convolutions):
+        if found := {name for name in names if name}:
+            return found
+    raise TuningError(
+        f"'all-linear' finds no linear layer in a list of blocks of {type(backbone).__name__}, nor elsewhere but in a "
+        "head: name target_modules."
+    )
+
+
 def by_role(backbone: nn.Module, roles: Iterable[str], kinds: tuple[type[nn.Module], ...]) -> str:
     """Return a regex for the projections of these roles inside the blocks, or for the fused one where they are one.
+
+    Each tower of a backbone that has several is looked at by itself, since one may fuse what another has apart.
 
     Raises:
         TuningError: the backbone has no projection of these roles under a known name.
     """
-    lists = structure.block_lists(backbone)
-    inside = [n for n, module in backbone.named_modules() if isinstance(module, kinds) and block_index(lists, n)]
-    for chosen in ([ROLES[role] for role in roles], [ROLES["fused_qkv"]]):
-        regex = rf"(?:.*\.)?(?:{'|'.join(chosen)})"
-        if any(re.fullmatch(regex, name) for name in inside):
-            return regex
-    raise TuningError(
-        f"{type(backbone).__name__} has no {' or '.join(roles)} projection under a known name: give target_modules, "
-        f"e.g. 'all-linear' or a list of suffixes."
-    )
+    lists: Mapping[str, nn.Module] = anatomy.block_lists(backbone) or {"": backbone}
+    inside: dict[str, list[str]] = {outer: [] for outer in lists}
+    for name, module in backbone.named_modules():
+        place = anatomy.block_index(lists, name)
+        if place and isinstance(module, kinds):
+            inside[place[0]].append(name)
+    ways = ("|".join(ROLES[role] for role in roles), ROLES["fused_qkv"])
+    chosen = {outer: way for outer, names in inside.items() if (way := _way(names, ways)) is not None}
+    if not chosen:
+        raise TuningError(
+            f"{type(backbone).__name__} has no {' or '.join(roles)} projection under a known name: give "
+            "target_modules, e.g. 'all-linear' or a list of suffixes."
+        )
+    if len(set(chosen.values())) == 1:
+        return rf"(?:.*\.)?(?:{next(iter(chosen.values()))})"
+    return "|".join(rf"{re.escape(outer)}\.(?:.*\.)?(?:{way})" for outer, way in chosen.items())
+
+
+def _way(names: Sequence[str], ways: Iterable[str]) -> str | None:
+    return next((way for way in ways if any(re.fullmatch(rf"(?:.*\.)?(?:{way})", name) for name in names)), None)
 
 
 def has_role(name: str, *roles: str) -> bool:
     """Tell whether the last parts of a module's name are those of one of the ``ROLES``."""
     return re.fullmatch(rf"(?:.*\.)?(?:{'|'.join(ROLES[role] for role in roles)})", name) is not None
-
-
-def block_index(lists: Iterable[str], name: str) -> tuple[str, int] | None:
-    """Return ``(list, index)`` of the block that ``name`` lies in, or None outside of the ``block_lists``."""
-    for outer in lists:
-        if name.startswith(f"{outer}."):
-            return outer, int(name[len(outer) + 1 :].split(".")[0])
-    return None
 
 
 def in_layers(backbone: nn.Module, names: Iterable[str], layers: Sequence[int]) -> set[str]:
@@ -147,7 +177,8 @@ def in_layers(backbone: nn.Module, names: Iterable[str], layers: Sequence[int]) 
     Raises:
         TuningError: an index is out of range, or none of the names is left.
     """
-    sizes = {outer: len(blocks) for outer, blocks in structure.block_lists(backbone).items()}
+    lists = anatomy.block_lists(backbone)
+    sizes = {outer: len(blocks) for outer, blocks in lists.items()}
     longest = max(sizes.values(), default=0)
     for layer in layers:
         if not -longest <= layer < longest:
@@ -156,7 +187,7 @@ def in_layers(backbone: nn.Module, names: Iterable[str], layers: Sequence[int]) 
             )
     kept = set()
     for name in names:
-        place = block_index(sizes, name)
+        place = anatomy.block_index(lists, name)
         if place and place[1] in {layer % sizes[place[0]] for layer in layers if layer < sizes[place[0]]}:
             kept.add(name)
     if not kept:

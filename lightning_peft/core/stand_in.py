@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.graft import Graft, attach, grafts
+from lightning_peft.core.reads import reads_below
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -88,7 +89,10 @@ def trained_parameter(host: nn.Module, name: str, owner: str) -> nn.Parameter:
 
 
 def readers(backbone: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
-    """Yield each module that reads parameters in its own forward pass: path, module, name below it -> parameter."""
+    """Yield each module that reads parameters in its own forward pass: path, module, name below it -> parameter.
+
+    Those that a module reads of a layer below it, without a call or besides one, are yielded with that module.
+    """
     inner: set[int] = set()
     for path, module in backbone.named_modules():
         if id(module) in inner:
@@ -97,6 +101,10 @@ def readers(backbone: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.
         if isinstance(module, nn.MultiheadAttention):  # it reads the weights of its projection without a call
             own |= {f"out_proj.{name}": p for name, p in module.out_proj.named_parameters()}
             inner.add(id(module.out_proj))
+        for layer in dict.fromkeys(read.layer for read in reads_below(module)):
+            if id(read_here := module.get_submodule(layer)) not in inner:
+                own |= {f"{layer}.{name}": p for name, p in read_here.named_parameters(recurse=False)}
+                inner.add(id(read_here))
         if own:
             yield path, module, own
 

@@ -1,7 +1,6 @@
-"""Reads what a backbone is: configuration, sizes, tables, blocks and head, each asked for here and nowhere else.
+"""Reads what a backbone says of itself: configuration, sizes, tables, base model, each asked for here and nowhere else.
 
-Nothing here changes a model, and no table lists architectures: what a model says of itself is read, and a block is an
-entry of an outermost list of equal modules. What a model does not have is None, or an empty mapping.
+Nothing here changes a model, and no table lists architectures. What a model does not have is None, or an empty mapping.
 """
 
 import inspect
@@ -9,6 +8,7 @@ import re
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_peft.core.errors import TuningError
@@ -99,6 +99,19 @@ def image_size(config: Any) -> tuple[int, int] | None:
     return None if size is None else tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
+def empty_input_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return one short text, image or sound of zeros for a transformers model, by the name of its main input."""
+    config, name = config_of(model), main_input_of(model) or ""
+    device = next(model.parameters()).device
+    if name == "input_ids":
+        return {name: torch.full((1, 16), 5, device=device)}
+    if name == "pixel_values":
+        height, width = image_size(config) or (224, 224)
+        return {name: torch.zeros(1, image_channels(config), height, width, device=device)}
+    shape = (1, setting(config, "max_length") or 0, setting(config, "num_mel_bins") or 0)
+    return {name: torch.zeros(shape if all(shape) and name == "input_values" else (1, 4000), device=device)}
+
+
 def image_channels(config: Any) -> int:
     """Return how many channels the images have that a model of this configuration takes; 3 if it does not say."""
     return setting(setting(config, "vision_config") or config, "num_channels") or 3
@@ -123,6 +136,12 @@ def base_model_of(backbone: nn.Module) -> nn.Module:
     return base if isinstance(base, nn.Module) else backbone
 
 
+def is_pretrained(model: nn.Module) -> bool:
+    """Tell whether a model is one of transformers."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
 def output_embeddings_of(backbone: nn.Module) -> nn.Module | None:
     """Return the layer by which a language model scores its words."""
     get = getattr(backbone, "get_output_embeddings", None)
@@ -133,10 +152,11 @@ def input_embeddings_of(backbone: nn.Module) -> nn.Module | None:
     """Return the layer by which a model embeds its main input."""
     get = getattr(backbone, "get_input_embeddings", None)
     try:
-        return get() if get is not None else None
+        layer = get() if get is not None else None
     except NotImplementedError:  # of several towers, that of the text has a table
         towers = pretrained_models(nn.ModuleList(backbone.children())).values()
         return next((e for tower in towers if isinstance(e := input_embeddings_of(tower), nn.Embedding)), None)
+    return layer if isinstance(layer, nn.Module) else None  # Perceiver's is a parameter
 
 
 def gives_feature_maps(model: nn.Module) -> bool:
@@ -153,6 +173,11 @@ def out_features_of(module: nn.Module) -> int | None:
 def bias_of(module: nn.Module) -> Any:
     """Return the bias of a layer."""
     return getattr(module, "bias", None)
+
+
+def experts_of(module: nn.Module) -> set[int]:
+    """Return how many experts a module may have by what it says: those of transformers have a ``num_experts``."""
+    return {value for name, value in vars(module).items() if "expert" in name and type(value) is int}
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -183,76 +208,21 @@ def pretrained_models(module: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def block_lists(backbone: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the outermost lists of equal modules by name: ``encoder.layer``, or T5's two lists ``*.block``."""
-    lists: dict[str, nn.ModuleList] = {}
-    added = graft_prefixes(backbone)
-    for name, module in backbone.named_modules():
-        if not isinstance(module, nn.ModuleList) or name.startswith((*(f"{outer}." for outer in lists), *added)):
-            continue
-        if len(module) > 0 and len({type(entry) for entry in module}) == 1:
-            lists[name] = module
-    return lists
-
-
-def blocks(backbone: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
-    """Return, for each of the ``block_lists``, its blocks in order, with their names; a stage counts as its blocks.
-
-    A stage (Swin, ResNet) is an entry with a list ``blocks`` or ``layers`` of equal modules of its own.
-    """
-    found: dict[str, list[tuple[str, nn.Module]]] = {}
-    for name, entries in block_lists(backbone).items():
-        found[name] = []
-        for i, entry in enumerate(entries):
-            children = dict(entry.named_children())
-            leaf = "blocks" if "blocks" in children else "layers"
-            inner = children.get(leaf)
-            if isinstance(inner, (nn.ModuleList, nn.Sequential)) and len({type(block) for block in inner}) == 1:
-                found[name] += [(f"{name}.{i}.{leaf}.{j}", block) for j, block in enumerate(inner)]
-            else:
-                found[name].append((f"{name}.{i}", entry))
-    return found
-
-
-def without_grafts(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Return all modules of a backbone by name, but for those that methods have added."""
-    added = graft_prefixes(backbone)
-    return {name: module for name, module in backbone.named_modules() if not f"{name}.".startswith(added)}
-
-
-def norm_names(backbone: nn.Module) -> list[str]:
-    """Return the parameter names of the norms that work on each token (LayerNorm, RMSNorm ...), the head's left out."""
-    head = set(head_names(backbone))
-    return [
-        full
-        for name, module in without_grafts(backbone).items()
-        if "Norm" in type(module).__name__ and "BatchNorm" not in type(module).__name__
-        for parameter, _ in module.named_parameters(recurse=False)
-        if (full := f"{name}.{parameter}") not in head
-    ]
-
-
-def bias_owners(backbone: nn.Module) -> dict[str, str]:
-    """Return the name of each module that has a bias, the head's left out, with the name of that bias."""
-    head = set(head_names(backbone))
-    return {
-        name: full
-        for name, module in without_grafts(backbone).items()
-        for last, _ in module.named_parameters(recurse=False)
-        if last in ("bias", "in_proj_bias") and (full := f"{name}.{last}".lstrip(".")) not in head
-    }
-
-
 def other_word_tables(backbone: nn.Module) -> dict[str, nn.Embedding]:
     """Return the further tables that give each word a row, such as those of single layers, by name."""
     tables = word_tables(backbone)
     words = int(next(iter(tables.values())).num_embeddings)  # type: ignore[arg-type]
+    added = graft_prefixes(backbone)
     named = {
         name: module
-        for name, module in without_grafts(backbone).items()
+        for name, module in backbone.named_modules()
         if isinstance(module, nn.Embedding) and name not in tables and module.num_embeddings > 0.9 * words
     }
-    return {name: module for name, module in named.items() if not re.search(r"position|wpe|token_type", name)}
+    return {
+        name: module
+        for name, module in named.items()
+        if not re.search(r"position|wpe|token_type", name) and not name.startswith(added)
+    }
 
 
 def word_tables(backbone: nn.Module) -> dict[str, nn.Module]:
@@ -271,18 +241,3 @@ def word_tables(backbone: nn.Module) -> dict[str, nn.Module]:
         for name, module in backbone.named_modules()
         if isinstance(module, nn.Embedding) and module.weight is table.weight
     }
-
-
-def head_names(backbone: nn.Module) -> list[str]:
-    """Return the parameter names of the task head: what lies outside the base model of a model without an LM head.
-
-    The head of a language model was pretrained with it, tied or not, so it is none: ``also_train`` can name it.
-    """
-    base: nn.Module | None = base_model_of(backbone)
-    if base is backbone and type(backbone).__name__.endswith("ForImageClassification"):
-        # CLIP's and SigLIP's classifiers name a base model that they do not have; what they have is its image side.
-        base = next(iter(pretrained_models(nn.ModuleList(backbone.children())).values()), None)
-    if base is None or base is backbone or output_embeddings_of(backbone) is not None:
-        return []
-    inside = {id(p) for p in base.parameters()}
-    return [name for name, p in backbone.named_parameters() if id(p) not in inside]

@@ -14,7 +14,7 @@ from lightning_peft.core.tuning import Tuning
 from lightning_peft.deltas.merging_rules import Rule, factors_of_rank, of_rank, side_by_side
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.updates.factors import Factors
-from lightning_peft.updates.low_rank import GRAFTS
+from lightning_peft.updates.low_rank_layers import GRAFTS
 from lightning_peft.updates.low_rank_weights import LowRankWeights
 from lightning_peft.updates.targets import Target, targets
 

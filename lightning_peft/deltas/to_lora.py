@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import anatomy, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import foldable, folded_values
 from lightning_peft.core.run import unwrapped
@@ -16,7 +16,7 @@ from lightning_peft.core.tuning import Tuning
 from lightning_peft.deltas.low_rank_sums import part_of
 from lightning_peft.deltas.merging_rules import factors_of_rank
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.updates.low_rank import GRAFTS
+from lightning_peft.updates.low_rank_layers import GRAFTS
 from lightning_peft.updates.targets import Target, all_targets
 
 
@@ -44,7 +44,7 @@ def to_lora(model: nn.Module, r: int, name: str | None = None) -> dict[str, floa
     if tuning is None or not at_work:
         raise TuningError(f"no delta is at work on this {type(backbone).__name__}: apply or activate one.")
     changed = _changed(backbone, tuning)
-    heads = {n: changed[n] for n in structure.head_names(backbone) if n in changed}
+    heads = {n: changed[n] for n in anatomy.head_names(backbone) if n in changed}
     changes = _changes(backbone, {n: pair for n, pair in changed.items() if n not in heads})
     for key in at_work:
         tuning.undo(backbone, key)

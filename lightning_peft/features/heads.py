@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import anatomy
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.placement import device_of
@@ -57,8 +57,8 @@ def head_linears(backbone: nn.Module) -> dict[str, nn.Linear]:
 
 def head_modules(backbone: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of the task head that have parameters of their own, by name, those of methods left out."""
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in structure.head_names(backbone))
-    modules = structure.without_grafts(backbone)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in anatomy.head_names(backbone))
+    modules = anatomy.without_grafts(backbone)
     return {name: modules[name] for name in owners if name in modules}
 
 

@@ -10,6 +10,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.cache_argument import cache_in
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
+from lightning_peft.core.reads import layers_called
 
 
 class BesideFrozen(Graft):
@@ -53,7 +54,32 @@ def base_of(backbone: nn.Module) -> nn.Module:
             f"{type(backbone).__name__} has no base model of its own that gives hidden states, beside which a side "
             "network could run: take another model, or LoRA."
         )
+    path = next((name for name, module in backbone.named_modules() if module is base), "")
+    called = layers_called(backbone)
+    if path and called and path not in called:  # OPT's language model calls the decoder in its base model
+        inner = [structure.part(backbone, name) for name in sorted(called) if name.startswith(f"{path}.")]
+        models = [module for module in inner if module is not None and structure.is_pretrained(module)]
+        return models[0] if len(models) == 1 else base
     return base
+
+
+def without_effect(network: nn.Module) -> list[str]:
+    """Return the parameters of a network that get no gradient from what it gives, by a pass of one empty input.
+
+    Such are the token of masked patches, or embeddings of entities. Where no input can be made there are none.
+    """
+    try:
+        inputs = structure.empty_input_of(network)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            out = network.eval()(**inputs)
+            tensors = [
+                t for name in ("last_hidden_state", "pooler_output") if (t := getattr(out, name, None)) is not None
+            ]
+            parameters = dict(network.named_parameters())
+            given = torch.autograd.grad(sum(t.sum() for t in tensors), list(parameters.values()), allow_unused=True)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError, KeyError):
+        return []
+    return [name for name, gradient in zip(parameters, given, strict=True) if gradient is None]
 
 
 def field_of(out: Any, name: str, host: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_peft
-from lightning_peft.core import select, structure
+from lightning_peft.core import anatomy, select, structure
 from lightning_peft.core.delta import collect
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.fingerprint import fingerprint, same_weights
@@ -180,16 +180,16 @@ def _last(name: str) -> str:
 
 def _heads(parts: Parts, names: Names, converter: Converter) -> dict[str, Any]:
     """Return the arguments that say which tensors of the base are trained besides."""
-    head = structure.head_names(names.model)
+    head = [name for name in anatomy.head_names(names.model) if name.rpartition(".")[0] not in parts.layers]
     arguments: dict[str, Any] = {}
     absent = [name for name in head if name not in parts.in_place]
+    parameters = {name for name, _ in names.model.named_parameters()}
     if absent:  # PEFT has left the head alone, or trained its bias alone
         roots = sorted({name.partition(".")[0] for name in head})
-        whole = len(absent) == len(head)
+        whole = {name for name in parameters if name.partition(".")[0] in roots} == set(absent)
         chosen = [rf"{re.escape(r)}(\..*)?" for r in roots] if whole else [re.escape(name) for name in absent]
         arguments["exclude"] = "|".join(chosen)
     also = [name for name in parts.in_place if name not in head]
-    parameters = {name for name, _ in names.model.named_parameters()}
     also = [n for n in also if n in parameters and not (n.endswith(".bias") and converter.trains_bias(parts, n))]
     if also:
         arguments["also_train"] = _regex(also, parameters)

@@ -26,7 +26,7 @@ from lightning_peft.core.graft import graft_prefixes
 PREFIX = "base_model.model."
 PROMPT_PREFIX = "base_model."
 BASE_LAYER = "base_layer"
-LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)
+LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """What PEFT's LoRA wraps; other modules' matrices it knows as ``target_parameters``."""
 
 

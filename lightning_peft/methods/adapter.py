@@ -24,13 +24,16 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from transformers.activations import ACT2FN
 
-from lightning_peft.core import select, structure
+from lightning_peft.core import anatomy, select, sublayers
 from lightning_peft.core.arguments import choice, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
+from lightning_peft.core.sublayers import width_of
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.bottleneck import AroundNorm, Bottleneck, Parallel, ParallelResidual, Serial
+
+_SUBLAYERS: tuple[sublayers.Kind, ...] = ("attention", "ffn")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -86,7 +89,7 @@ class Adapter(Method):
             attach(host, kind(host, width, size, activation, self.init_std, self.zero_up, self.scale), self.key)
         self._norms: set[str] = set()
         if self.train_norms if self.train_norms is not None else self.form == "houlsby":
-            self._norms = set(structure.norm_names(backbone))
+            self._norms = set(anatomy.norm_names(backbone))
         return self._norms
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
@@ -104,7 +107,7 @@ class Adapter(Method):
 
     def _indices(self, backbone: nn.Module) -> dict[str, int]:
         """Return the name of each block that gets an adapter with its index in its list."""
-        lists = structure.blocks(backbone)
+        lists = anatomy.blocks(backbone)
         if not lists:
             raise TuningError(f"{type(backbone).__name__} has no list of blocks, so there is no place for adapters.")
         longest = max(len(entries) for entries in lists.values())
@@ -145,12 +148,12 @@ class Adapter(Method):
         """Yield the name of each host with the host, the kind of its adapter and the width that it works on."""
         inside = {
             name: module
-            for name, module in structure.without_grafts(backbone).items()
+            for name, module in anatomy.without_grafts(backbone).items()
             if _block_of(indices, name) is not None
             and (self.cross_attention or not any(select.has_role(p, "cross_attention") for p in _parts(name)))
         }
         if self.target_modules is not None:
-            linears = {name: module for name, module in inside.items() if _width(module)}
+            linears = {name: module for name, module in inside.items() if width_of(module)}
             for pattern, names in select.match(linears, self.target_modules).items():
                 if not names:
                     raise TuningError(
@@ -158,23 +161,37 @@ class Adapter(Method):
                         f"{select.near(pattern, linears)}."
                     )
                 for name in names:
-                    yield name, (inside[name], Serial, _width(inside[name]))
+                    yield name, (inside[name], Serial, width_of(inside[name]))
             return
-        for sublayer in ("attention", "ffn") if self.form == "houlsby" else ("ffn",):
-            outputs = [name for name, m in inside.items() if select.has_role(name, f"{sublayer}_output") and _width(m)]
-            if not outputs:
-                raise TuningError(
-                    f"{type(backbone).__name__} has no output projection of its {sublayer} sublayers under a known "
-                    "name: use form='houlsby' with target_modules=."
-                )
-            if self.form == "parallel":
-                yield from (_beside(inside, name, backbone) for name in outputs)
-                continue
-            norms = [name for name in inside if select.has_role(name, "post_norm") and self.form == "pfeiffer"]
-            scales = [name for name in inside if select.has_role(name, f"{sublayer}_scale")]
-            kind = AroundNorm if norms else Serial
-            for name in norms or scales or outputs:
-                yield name, (inside[name], kind, _width(inside[name]))
+        seen: set[int] = set()  # a block may share a layer with others (Zamba)
+        for block in indices:
+            for name, module, kind, width in self._in_block(backbone, block, inside):
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    yield name, (module, kind, width)
+        if not seen:
+            raise TuningError(
+                f"{type(backbone).__name__} has no output projection of its sublayers under a known name, and no "
+                "sublayers of tokens in its blocks: use form='houlsby' with target_modules=."
+            )
+
+    def _in_block(
+        self, backbone: nn.Module, block: str, inside: dict[str, nn.Module]
+    ) -> Iterable[tuple[str, nn.Module, type[Bottleneck], int]]:
+        """Yield the hosts in one block, each with its name, the kind of its adapter and its width."""
+        here = [name for name in inside if name.startswith(f"{block}.")]
+        ends = {kind: sublayers.ends(backbone, block, kind, self.cross_attention) for kind in _SUBLAYERS}
+        if self.form == "parallel":
+            for place in ends["ffn"]:
+                name, (module, kind, width) = _beside(inside, place.name, backbone)
+                yield name, module, kind, width
+            return
+        for sublayer in _SUBLAYERS if self.form == "houlsby" else ("ffn" if ends["ffn"] else "attention",):
+            norms = [name for name in here if select.has_role(name, "post_norm") and self.form == "pfeiffer"]
+            scales = [name for name in here if select.has_role(name, f"{sublayer}_scale")]
+            chosen = [(name, inside[name], width) for name in norms or scales if (width := width_of(inside[name]))]
+            for name, module, width in chosen or ends[sublayer]:
+                yield name, module, AroundNorm if norms else Serial, width
 
 
 AdapterMixin = TunedBy[Adapter]
@@ -186,7 +203,7 @@ def _beside(
     """Return the host of the parallel adapter of the feed-forward sublayer whose output projection is ``name``."""
     parent = name.rpartition(".")[0]
     around = inside.get(parent)
-    width = _width(inside[name])
+    width = width_of(inside[name])
     if around is not None and any(
         child.startswith(f"{parent}.") and select.has_role(child, "intermediate") for child in inside
     ):
@@ -207,9 +224,3 @@ def _block_of(indices: dict[str, int], name: str) -> str | None:
 
 def _parts(name: str) -> list[str]:
     return name.split(".")
-
-
-def _width(module: nn.Module) -> int:
-    """Return the size of the last dimension of a module's output: of a projection, a norm or a scale; 0 if unknown."""
-    own = list(module.parameters(recurse=False))
-    return structure.out_features_of(module) or (own[0].shape[0] if own and own[0].ndim == 1 else 0)

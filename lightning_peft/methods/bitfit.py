@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.core import select, structure
+from lightning_peft.core import anatomy, select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
@@ -111,7 +111,7 @@ class BitFit(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Return the names of the biases to train; add those that are missing, and shifts of parts of fused ones."""
-        owners = structure.bias_owners(backbone)
+        owners = anatomy.bias_owners(backbone)
         bare = _without_bias(backbone, owners) if self.add_missing_bias else {}
         if not owners and not bare:
             raise TuningError(

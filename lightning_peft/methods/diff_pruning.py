@@ -26,7 +26,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_peft.core import select, structure
+from lightning_peft.core import anatomy, select
 from lightning_peft.core.arguments import bounded, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, grafts
@@ -78,7 +78,7 @@ class DiffPruning(Method):
         """Give each parameter of the backbone but those of the head a difference."""
         self._check()
         others = {id(p) for place_ in grafts(backbone) for p in place_.graft.parameters()} | {
-            id(backbone.get_parameter(name)) for name in structure.head_names(backbone)
+            id(backbone.get_parameter(name)) for name in anatomy.head_names(backbone)
         }
         every = backbone.named_parameters(remove_duplicate=False)
         kept = self._kept(name for name, p in every if id(p) not in others and p.is_floating_point())

@@ -5,7 +5,8 @@
 Source: Liu et al. 2022, arXiv 2205.05638, section 3.3. With a gated feed-forward network the authors' code (T-Few,
 ``configs/ia3.json``) scales the linear branch ``wi_1``; we scale the input of W₂, which is the product of the branches
 and so the same, and which networks without a gate have as well. Of a fused projection only the keys and values are
-scaled (HF PEFT scales the queries of GPT-2 too). Weight decay would pull l to 0, so it has none.
+scaled (HF PEFT scales the queries of GPT-2 too); where its name does not tell their order (BLOOM, GPT-NeoX) all of it
+is, as by HF PEFT: a scaled query is a scaled key. Weight decay would pull l to 0, so it has none.
 """
 
 import re
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.bases.merging import MergingMethod
-from lightning_peft.core import select, structure
+from lightning_peft.core import anatomy, select, structure, sublayers
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.reads import may_overwrite, passed_by
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates import in_place
+from lightning_peft.updates.read_layer import ReadLayer
 
 _LINEAR = (nn.Linear, Conv1D)
 _IN_ORDER = r"(?:.*\.)?(?:c_attn|qkv|Wqkv|qkv_proj|qkv_lin)"
@@ -121,7 +124,11 @@ class IA3(MergingMethod):
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach a vector to each chosen layer."""
         outputs, inputs = self._keys_and_values(backbone), self._feed_forward(backbone)
+        if self.target_modules is None and self.feedforward_modules is None:  # RWKV calls a feed-forward layer value
+            outputs = {name: host for name, host in outputs.items() if name not in inputs}
         if not outputs and not inputs:
+            if self.target_modules is None and self.exclude is None:
+                select.by_role(backbone, ["key", "value"], _LINEAR)  # says what is missing
             raise TuningError(
                 "IA3 is left nothing to scale: name target_modules or feedforward_modules, or exclude less."
             )
@@ -130,21 +137,37 @@ class IA3(MergingMethod):
                 f"{both[0]} is one of target_modules and of feedforward_modules: scale its output or its input."
             )
         keeps_output = not structure.computes_in_place(backbone)
+        read = passed_by(backbone)
         for name, host in outputs.items():
             first = _first_key(backbone, name, host) if self.target_modules is None else 0
-            attach(host, ScaledOutput(host, keeps_output, first), self.key)
-        for host in inputs.values():
-            attach(host, ScaledInput(host), self.key)
+            keeps = keeps_output and not may_overwrite(backbone, name)
+            self._attach(host, ScaledOutput(host, keeps, first), read.get(name))
+        for name, host in inputs.items():
+            self._attach(host, ScaledInput(host), read.get(name))
         return ()
+
+    def _attach(self, host: nn.Module, scale: Scaled, reader: tuple[nn.Module, str] | None) -> None:
+        """Attach a vector to a layer, or to the module that reads the layer's weight without a call."""
+        if reader is None:
+            attach(host, scale, self.key)
+        else:
+            module, layer = reader
+            attach(module, ReadLayer(module, layer, scale), f"{self.key}_{layer.replace('.', '_')}")
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
         """Ask for no weight decay of the vectors."""
-        return {"weight_decay": 0.0} if name.endswith(f"{self.key}.l") else {}
+        own = any(part == self.key or part.startswith(f"{self.key}_") for part in name.split("."))
+        return {"weight_decay": 0.0} if own and name.endswith(".l") else {}
 
     def _keys_and_values(self, backbone: nn.Module) -> dict[str, nn.Module]:
         if self.target_modules == []:
             return {}
-        patterns = self.target_modules or select.by_role(backbone, ["key", "value"], _LINEAR)
+        patterns = self.target_modules
+        if patterns is None:
+            try:
+                patterns = select.by_role(backbone, ["key", "value"], _LINEAR)
+            except TuningError:  # a network without attention
+                return {}
         return self.without_excluded(select.hosts(backbone, _LINEAR, patterns, self.layers))
 
     def _feed_forward(self, backbone: nn.Module) -> dict[str, nn.Module]:
@@ -152,14 +175,13 @@ class IA3(MergingMethod):
             return {}
         if self.feedforward_modules is not None:
             return self.without_excluded(select.hosts(backbone, _LINEAR, self.feedforward_modules, self.layers))
-        every = select.hosts(backbone, _LINEAR, "all-linear", self.layers)
-        found = {name: host for name, host in every.items() if select.has_role(name, "ffn_output")}
-        if not found:
-            raise TuningError(
-                f"{type(backbone).__name__} has no second layer of a feed-forward network under a known name: give "
-                "feedforward_modules, or [] for none."
-            )
-        return self.without_excluded(found)
+        blocks = [name for entries in anatomy.blocks(backbone).values() for name, _ in entries]
+        ends = [place.name for block in blocks for place in sublayers.ends(backbone, block, "ffn", read=True)]
+        try:
+            every = select.hosts(backbone, _LINEAR, "all-linear", self.layers)
+        except TuningError:  # none are linear
+            return {}
+        return self.without_excluded({name: every[name] for name in ends if name in every})
 
 
 IA3Mixin = TunedBy[IA3]
@@ -174,20 +196,11 @@ def _features(host: nn.Module) -> tuple[int, int]:
 
 
 def _first_key(backbone: nn.Module, name: str, host: nn.Module) -> int:
-    """Return where the keys begin in the output of a projection: 0, or after the queries of a fused one.
-
-    Raises:
-        TuningError: the projection mixes queries, keys and values head by head.
-    """
+    """Return where the keys begin in the output of a projection: after the queries of a fused one in order, else 0."""
     out, inside = _features(host)
     if not select.has_role(name, "fused_qkv"):
         return 0
     siblings = [child for child, _ in backbone.get_submodule(name.rpartition(".")[0]).named_children()]
     if any(re.fullmatch(_QUERIES_APART, child) for child in siblings):  # GPT-2's cross-attention
         return 0
-    if not re.fullmatch(_IN_ORDER, name) or not inside < out <= 3 * inside:
-        raise TuningError(
-            f"{name} mixes queries, keys and values in an order that its name does not tell, so IA3 cannot scale keys "
-            "and values alone: name other layers with target_modules."
-        )
-    return inside
+    return inside if re.fullmatch(_IN_ORDER, name) and inside < out <= 3 * inside else 0

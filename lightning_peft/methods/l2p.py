@@ -25,7 +25,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, structure
+from lightning_peft.core import anatomy, compatibility, structure
 from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
@@ -79,7 +79,7 @@ class L2P(Method):
             raise TuningError(f"L2P runs a transformers model twice, and {name} is none: take one, or VPT.")
         if found.windowed or not found.has_cls:
             raise TuningError(f"L2P asks by the [CLS] token, which {name} has not: take a ViT, DeiT, DINOv2 or CLIP.")
-        if structure.gives_feature_maps(found.module) or not structure.head_names(backbone):
+        if structure.gives_feature_maps(found.module) or not anatomy.head_names(backbone):
             raise TuningError(f"L2P gives a task head the mean of the prompts, and {name} has none: take a classifier.")
         start = 0 if self.layout == "prepend" else found.prefix
         position = _position_table(found.embeddings) if self.layout == "after_cls" else None

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, structure
+from lightning_peft.core import anatomy, compatibility, structure
 from lightning_peft.core.arguments import natural, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
@@ -76,7 +76,9 @@ class Ladder(BesideFrozen):
     ) -> None:
         super().__init__(host)
         self.rungs, self.temperature, self.causal = rungs, temperature, causal
+        self.mask_name = "decoder_attention_mask" if structure.is_encoder_decoder(host) else "attention_mask"
         self.seen: dict[int, Tensor] = {}
+        self.pools = False
         place: dict[str, Any] = {"device": device_of(host), "dtype": torch.float32}
         self.downs = nn.ModuleList(nn.Linear(width, narrow, bias=False, **place) for _ in range(len(rungs) + 1))
         self.blocks = nn.ModuleList(
@@ -107,24 +109,44 @@ class Ladder(BesideFrozen):
                 f"{len(self.rungs) + 1}): use SideTuning."
             )
         last = field_of(out, "last_hidden_state", host)
+        shape = (*last.shape[:2], self.downs[0].in_features)
+        if odd := [state for state in (*states.values(), last) if state.shape != shape]:
+            raise TuningError(
+                f"a block of {type(host).__name__} gives {list(odd[0].shape)}, the model {list(last.shape)}: a ladder "
+                "needs one shape, so use SideTuning."
+            )
         z = self.downs[0](states[-1].to(self.gates))
         mask, padding = self._masks(given, z)
         shares = (self.gates / self.temperature).sigmoid()
         for i, (rung, block) in enumerate(zip(self.rungs, self.blocks, strict=True)):
             mixed = shares[i] * self.downs[i + 1](states[rung].to(z)) + (1 - shares[i]) * z
             z = block(mixed, src_mask=mask, src_key_padding_mask=padding, is_causal=self.causal and padding is None)
-        changes: dict[str, Any] = {"last_hidden_state": last + self.up(self.norm(z)).to(last)}
+        changes: dict[str, Any] = {"last_hidden_state": last + self.up(self.norm(z)).to(last.dtype)}
         if isinstance(out, Mapping) and out.get("pooler_output") is not None:
-            pooler = structure.part(host, "pooler")
-            changes["pooler_output"] = None if pooler is None else pooler(changes["last_hidden_state"])
+            changes["pooler_output"] = self._pooled(host, last, out["pooler_output"], changes["last_hidden_state"])
         return with_fields(out, changes)
+
+    def _pooled(self, host: nn.Module, last: Tensor, before: Tensor, now: Tensor) -> Tensor:
+        """Return what the host's pooler gives of its hidden states now; once it is seen that it reads these alone."""
+        pooler = structure.part(host, "pooler")
+        if not self.pools:
+            with torch.no_grad():
+                given = None if pooler is None else pooler(last)
+            if given is None or given.shape != before.shape or not torch.allclose(given, before, atol=1e-3, rtol=1e-3):
+                raise TuningError(
+                    f"{type(host).__name__} pools its hidden states in a way of its own, which the ladder cannot do "
+                    "anew: use SideTuning."
+                )
+            self.pools = True
+        assert pooler is not None
+        return pooler(now)
 
     def _masks(self, given: dict[str, Any], z: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the tokens that a token must not see, [T, T], and those that are padding, [B, T]."""
         length = z.shape[1]
         mask = torch.ones(length, length, dtype=torch.bool, device=z.device).triu(1) if self.causal else None
-        attention = given.get("attention_mask")
-        if attention is None or attention.ndim != 2:
+        attention = given.get(self.mask_name)
+        if attention is None or attention.ndim != 2 or attention.shape[1] != length:  # that of samples of sound, say
             return mask, None
         return mask, attention == 0
 
@@ -155,23 +177,27 @@ class LadderSideTuning(Method):
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the ladder to the base model."""
         base = base_of(backbone)
-        config, lists = structure.config_of(base), structure.block_lists(base)
-        if len(lists) != 1 or not isinstance(structure.setting(config, "num_attention_heads"), int):
+        config, lists = structure.config_of(base), list(anatomy.blocks(base).values())
+        config = structure.setting(config, "text_config") or config
+        width, heads = structure.setting(config, "hidden_size"), structure.setting(config, "num_attention_heads") or 1
+        if not lists or not isinstance(width, int) or not isinstance(heads, int):
             raise TuningError(
-                f"{type(base).__name__} is no single stack of transformer blocks of one width, which a ladder needs: "
-                "use SideTuning."
+                f"{type(base).__name__} is no single stack of transformer blocks of one width, which a ladder "
+                "needs: use SideTuning."
             )
-        count = len(next(iter(lists.values())))
+        blocks = [
+            block for _, block in lists[-1]
+        ]  # of a model of several stacks that of the decoder, or of the text, which gives the output
+        count = len(blocks)
         if self.every > count:
             raise TuningError(f"every={self.every} is out of range: {type(base).__name__} has {count} blocks.")
         rungs = list(range(count - 1, -1, -self.every))[::-1]
-        width, heads = config.hidden_size, max(1, config.num_attention_heads // self.reduction)
+        heads = max(1, heads // self.reduction)
         narrow = max(1, width // self.reduction // heads) * heads
         text = isinstance(structure.input_embeddings_of(base), nn.Embedding)
         causal = text and not structure.is_encoder(backbone)
         ladder = Ladder(base, rungs, width, narrow, heads, 4 * narrow, self.dropout, self.temperature, causal)
         attach(base, ladder, self.key)
-        blocks = next(iter(lists.values()))
         for index in sorted({0, *rungs}):
             attach(blocks[index], Rung(ladder.seen, index), f"{self.key}_rung")
         return ()

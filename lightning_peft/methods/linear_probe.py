@@ -16,7 +16,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft.bases.caching import CachingMethod
-from lightning_peft.core import select, structure
+from lightning_peft.core import anatomy, select
 from lightning_peft.core.arguments import choice
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
@@ -45,8 +45,19 @@ class LinearProbe(CachingMethod):
     may_change: ClassVar[frozenset[str]] = CachingMethod.may_change | {"head_init"}
 
     def apply(self, model: nn.Module) -> None:
-        """Freeze the backbone and give the head its initial values."""
+        """Freeze the backbone and give the head its initial values.
+
+        Raises:
+            TuningError: neither the backbone nor ``model`` around it has anything to train.
+        """
         super().apply(model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            kind = type(select.backbone_of(model, self.backbone)).__name__
+            self.remove(model)
+            raise TuningError(
+                f"{kind} has no head to train: take a classifier, give the module with the head as backbone=, or name "
+                "what to train with also_train= (a regex)."
+            )
         if self.head_init != "model":
             heads.initialise(
                 heads.last_linear(select.backbone_of(model, self.backbone), "LinearProbe")[1], self.head_init
@@ -54,7 +65,7 @@ class LinearProbe(CachingMethod):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Add nothing, or a BatchNorm before the head, which every method trains."""
-        if structure.output_embeddings_of(backbone) is not None and self.also_train is None:
+        if anatomy.is_language_model(backbone) and self.also_train is None:
             raise TuningError(
                 f"{type(backbone).__name__} has no task head but that of a language model: take a classifier, or name "
                 "what to train with also_train= (a regex)."

@@ -20,10 +20,12 @@ factors A₀ and B₀ of the start are part of the delta, since no two machines 
 As a plain LoRA it has rank 2r: ``graft.factors()`` returns that pair, for whoever writes it to another format.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_peft.bases.merging import MergingMethod
@@ -31,10 +33,12 @@ from lightning_peft.core import select, structure
 from lightning_peft.core.arguments import natural, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, overrides
+from lightning_peft.core.reads import may_overwrite
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
-from lightning_peft.updates.low_rank import GRAFTS, shape_of
-from lightning_peft.updates.low_rank_init import Init
+from lightning_peft.updates.low_rank import shape_of
+from lightning_peft.updates.low_rank_init import OF_THE_WEIGHT, Init
+from lightning_peft.updates.low_rank_layers import CONVOLUTIONS, GRAFTS
 from lightning_peft.updates.low_rank_weights import LowRankWeights
 from lightning_peft.updates.targets import Target, targets
 
@@ -93,10 +97,13 @@ class LoRA(MergingMethod):
         chosen = self.without_excluded(targets(backbone, tuple(GRAFTS), self.target_modules, self.layers))
         if not chosen:
             raise TuningError(f"exclude={self.exclude!r} leaves nothing of the target modules: let it name fewer.")
+        if self.dropout:  # which is on the input of a call
+            chosen = {name: target.by_call() for name, target in chosen.items()}
         ranks = by_name(self.rank_pattern, chosen, self.r, "rank_pattern")
         alphas = by_name(self.alpha_pattern, chosen, self.alpha, "alpha_pattern")
         keeps_output = not structure.computes_in_place(backbone)
         read: dict[nn.Module, dict[str, dict[str, Any]]] = {}
+        ranks |= self._limited(chosen, ranks)
         for name, target in chosen.items():
             r, alpha = ranks[name], alphas[name]
             self._check_fit(name, target, r, alpha)
@@ -107,7 +114,8 @@ class LoRA(MergingMethod):
                 read.setdefault(target.host, {})[target.weight] = arguments
                 continue
             kind = next(graft for kind, graft in GRAFTS.items() if isinstance(target.host, kind))
-            how = (self.use_rslora, self.use_dora, self.init, self.svd_iterations, keeps_output)
+            keeps = keeps_output and not may_overwrite(backbone, name)
+            how = (self.use_rslora, self.use_dora, self.init, self.svd_iterations, keeps)
             attach(target.host, kind(target.host, r, alpha, self.dropout, *how), self.key)
         for host, updates in read.items():
             attach(host, LowRankWeights(host, updates), self.key)
@@ -119,22 +127,34 @@ class LoRA(MergingMethod):
         is_b = last == "B" and self.key in path
         return {"lr_ratio": self.lora_plus_ratio} if is_b and self.lora_plus_ratio is not None else {}
 
+    def _limited(self, chosen: dict[str, Target], ranks: dict[str, int]) -> dict[str, int]:
+        """Return the rank of each matrix that has fewer rows or columns than the rank that was asked for.
+
+        Where the matrix was not chosen by name it is the greatest that it can have, such as 1 for a gate of one row,
+        unless no matrix has as much; else it stays, as in HF PEFT, with a warning, since what is more is wasted.
+        """
+        wide = {name: most for name, target in chosen.items() if ranks[name] > (most := min(_shape(target)[1]))}
+        if self.target_modules is None or self.target_modules == "all-linear":
+            named = {n for names in select.match(chosen, list(self.rank_pattern)).values() for n in names}
+            return {name: most for name, most in wide.items() if name not in named and wide.keys() < chosen.keys()}
+        if wide and self.init not in OF_THE_WEIGHT:
+            name, most = next(iter(wide.items()))
+            rank_zero_warn(
+                f"r={ranks[name]} is more than the rank that {name} can have, which is {most} ({len(wide)} such "
+                "layers): give it its own by rank_pattern=."
+            )
+        return {}
+
     def _check_fit(self, name: str, target: Target, r: int, alpha: float) -> None:
         host = target.host
-        if target.weight is None:
-            shape = shape_of(host)
-            limits = shape[:2]
-        else:
-            shape = tuple(host.get_parameter(target.weight).shape)
-            limits = shape[-2:]
-        if not 1 <= r <= min(limits):
+        shape, limits = _shape(target)
+        automatic = self.target_modules in (None, "all-linear") and r == self.r
+        if r < 1 or (r > min(limits) and (automatic or self.init in OF_THE_WEIGHT)):
             raise TuningError(f"r={r} does not fit {name} of shape {list(shape)}: choose 1 to {min(limits)}.")
         if not alpha > 0:
             raise TuningError(f"alpha={alpha} at {name} would scale the update away: choose more than 0.")
-        if isinstance(host, nn.Conv2d) and host.groups != 1:
-            raise TuningError(
-                f"{name} is a convolution of {host.groups} groups, whose update is no low rank: leave it out."
-            )
+        if isinstance(host, CONVOLUTIONS) and host.groups > 1:
+            self._check_groups(name, host.groups, r)
         active = (g for g in host.children() if isinstance(g, Graft) and not g.rests)
         earlier = next((g for g in active if overrides(g, "after")), None)
         if self.use_dora and earlier is not None:
@@ -146,6 +166,18 @@ class LoRA(MergingMethod):
             raise TuningError(
                 f"{name} is read without a call, so dropout={self.dropout} has no input to drop: set dropout to 0 or "
                 "exclude it."
+            )
+
+    def _check_groups(self, name: str, groups: int, r: int) -> None:
+        if r % groups:
+            raise TuningError(
+                f"{name} is a convolution of {groups} groups, among which r={r} cannot be divided: take a multiple of "
+                f"{groups} for it by rank_pattern=, or leave it out."
+            )
+        if self.use_dora or self.init in OF_THE_WEIGHT:
+            raise TuningError(
+                f"{name} is a convolution of {groups} groups, whose update is no change of its weight: use_dora=True "
+                f"and init={self.init!r} need one, so leave it out."
             )
 
     def _biases(self, backbone: nn.Module, chosen: dict[str, Target]) -> list[str]:
@@ -164,6 +196,15 @@ class LoRA(MergingMethod):
 
 
 LoRAMixin = TunedBy[LoRA]
+
+
+def _shape(target: Target) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shape of a matrix or kernel, and the sizes that limit its rank."""
+    if target.weight is not None:
+        shape = tuple(target.host.get_parameter(target.weight).shape)
+        return shape, shape[-2:]
+    shape = shape_of(target.host)
+    return shape, (shape[0], math.prod(shape[1:]))
 
 
 def by_name(pattern: dict[str, Any], names: Iterable[str], default: Any, argument: str) -> dict[str, Any]:

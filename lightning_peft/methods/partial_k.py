@@ -8,6 +8,7 @@ below the first trained block by itself, so that the frozen part costs one forwa
 runs once for each row.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +16,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft.bases.caching import CachingMethod
-from lightning_peft.core import select, structure
+from lightning_peft.core import anatomy, select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.training.mixin import TunedBy
 
@@ -26,7 +27,8 @@ class PartialK(CachingMethod):
 
     Args:
         k: how many blocks; a half is the feed-forward sublayer of one block more: 0.5, 1.5 ...
-        blocks: name of the list of blocks, where there are several; None: the only one, or the decoder's.
+        blocks: name of the list of blocks, where there are several; None: the last, such as a decoder's, and in a model
+            of two towers (CLIP) the last of each.
         cache_features: run the frozen part once for each row and train on what it gave; for data without augmentation.
         cache_limit: most memory to take for that [GiB].
         backbone_mode: whether dropout of the frozen blocks is active in training.
@@ -41,47 +43,60 @@ class PartialK(CachingMethod):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Return the names of what is trained in the last k blocks and after them."""
-        path, entries = self._list(backbone)
-        whole, half = int(self.k), self.k % 1
-        if half not in (0, 0.5) or self.k < 0 or self.k > len(entries):
-            raise TuningError(
-                f"k={self.k} does not fit the {len(entries)} blocks of {type(backbone).__name__}: take 0 to "
-                f"{len(entries)}, in whole or half blocks."
-            )
-        first = len(entries) - whole - (1 if half else 0)
-        if first == len(entries):
-            if not structure.head_names(backbone) and self.also_train is None:
+        lists = self._lists(backbone)
+        for entries in lists.values():
+            if self.k % 1 not in (0, 0.5) or self.k < 0 or self.k > len(entries):
+                raise TuningError(
+                    f"k={self.k} does not fit the {len(entries)} blocks of {type(backbone).__name__}: take 0 to "
+                    f"{len(entries)}, in whole or half blocks."
+                )
+        head = set(anatomy.head_names(backbone))
+        if self.k == 0:
+            if not head and self.also_train is None:
                 raise TuningError(
                     f"k=0 trains the head alone, and {type(backbone).__name__} has none: take k=0.5 or more, or name "
                     "what to train with also_train= (a regex)."
                 )
             self.cache(backbone)
             return ()
-        names = [name for name, _ in backbone.named_parameters() if name.startswith(f"{path}.")]
-        head = set(structure.head_names(backbone))
-        after = [name for name in structure.norm_names(backbone) if self._follows(backbone, path, name)]
-        trained = [n for n in names if whole and _at_or_after(names, n, f"{entries[len(entries) - whole][0]}.")]
-        if half:
-            trained += self._half(backbone, entries[first][0])
-        self.cache(backbone, entries[first][0], [name for name, _ in entries[:first]])
-        return [name for name in (*trained, *after) if name not in head]
+        trained = [name for path, entries in lists.items() for name in self._last(backbone, path, entries)]
+        if len(lists) == 1:
+            entries = next(iter(lists.values()))
+            first = len(entries) - math.ceil(self.k)
+            self.cache(backbone, entries[first][0], [name for name, _ in entries[:first]])
+        elif self.cache_features:
+            raise TuningError(
+                f"cache_features=True keeps what one list of blocks is given, and {type(backbone).__name__} has "
+                f"{len(lists)} of them tuned: name one by blocks=, or set cache_features=False."
+            )
+        return [name for name in trained if name not in head]
 
-    def _list(self, backbone: nn.Module) -> tuple[str, list[tuple[str, nn.Module]]]:
-        lists = structure.blocks(backbone)
+    def _last(self, backbone: nn.Module, path: str, entries: list[tuple[str, nn.Module]]) -> list[str]:
+        """Return the names of the last k blocks of a list and of the norms after it."""
+        whole = int(self.k)
+        names = [name for name, _ in backbone.named_parameters() if name.startswith(f"{path}.")]
+        after = [name for name in anatomy.norm_names(backbone) if self._follows(backbone, path, name)]
+        trained = [n for n in names if whole and _at_or_after(names, n, f"{entries[len(entries) - whole][0]}.")]
+        if self.k % 1:
+            trained += self._half(backbone, entries[len(entries) - whole - 1][0])
+        return [*trained, *after]
+
+    def _lists(self, backbone: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
+        """Return the list of blocks that is tuned by its name: the last, or one in each tower of a model of two."""
+        lists = anatomy.blocks(backbone)
         if self.blocks is not None:
             if self.blocks not in lists:
                 raise TuningError(
                     f"blocks={self.blocks!r} is no list of blocks of {type(backbone).__name__}"
                     f"{select.near(self.blocks, lists)}."
                 )
-            return self.blocks, lists[self.blocks]
+            return {self.blocks: lists[self.blocks]}
         if not lists:
             raise TuningError(f"{type(backbone).__name__} has no list of blocks: use LinearProbe or another method.")
-        if len(lists) > 1 and not structure.is_encoder_decoder(backbone):
-            raise TuningError(
-                f"{type(backbone).__name__} has {len(lists)} lists of blocks ({', '.join(lists)}): name one by blocks="
-            )
-        return next(reversed(lists.items()))
+        towers = anatomy.towers(backbone)
+        with_norm = {name: entries for name, entries in lists.items() if _has_norm(entries)} or lists
+        last = {next((t for t in towers if name.startswith(f"{t}.")), ""): name for name in with_norm}  # the later one
+        return {name: lists[name] for name in last.values()}
 
     def _follows(self, backbone: nn.Module, path: str, norm: str) -> bool:
         """Tell whether a norm comes after the list of blocks, outside of it, in the same part of the model."""
@@ -107,6 +122,10 @@ class PartialK(CachingMethod):
                     f"{block} has no feed-forward sublayer under a known name, so it has no half: take a whole k."
                 )
         return names
+
+
+def _has_norm(entries: list[tuple[str, nn.Module]]) -> bool:
+    return any("Norm" in type(module).__name__ for _, entry in entries for module in entry.modules())
 
 
 PartialKMixin = TunedBy[PartialK]

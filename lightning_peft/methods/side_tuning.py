@@ -9,6 +9,7 @@ What is blended is what the head reads: the pooler's output where a model with a
 states; with ``first_token`` that of the first token alone, as in the side-tuning baseline of VPT.
 """
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Iterable
@@ -20,16 +21,18 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import cache_argument, compatibility, structure
+from lightning_peft.core import anatomy, cache_argument, compatibility, structure
 from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
-from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
+from lightning_peft.core.reads import field_read
+from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields, without_effect
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
 _INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner")
+_AS_WIDE = ("embedding_size", "word_embed_proj_dim", "attention_hidden_size")
 _LEFT_OUT = (*cache_argument.NAMES, "use_cache", "output_hidden_states", "output_attentions", "return_dict", "labels")
 
 
@@ -76,11 +79,20 @@ class Side(BesideFrozen):
         if not inputs:  # a network of the user's own, with names of its own
             inputs = {self.takes[0]: given[self.main]}
         floats = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-        out = self.network(**floats)
-        side = out if isinstance(out, Tensor) else field_of(out, name, self.network)
         if self.projection is None:
-            return side
-        return self.projection(side.movedim(1, -1)).movedim(-1, 1) if side.ndim == 4 else self.projection(side)
+            out = self.network(**floats)
+            return out if isinstance(out, Tensor) else field_of(out, name, self.network)
+        try:
+            side = field_of(self.network(**floats), name, self.network)
+            return self.projection(side.movedim(1, -1)).movedim(-1, 1) if side.ndim == 4 else self.projection(side)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise TuningError(
+                f"the narrow copy of {type(self.network).__name__} does not compute in the sizes it was given ({why}): "
+                "choose another reduction=, or give side= (a class path)."
+            ) from error
 
 
 @dataclass(eq=False, kw_only=True)
@@ -123,7 +135,13 @@ class SideTuning(Method):
             network, widths = narrow(base, self.reduction, self.side_layers, pooled=blend == "pooler_output")
             projection = nn.Linear(*widths, bias=False, device=device, dtype=torch.float32)
         network.to(device=device).requires_grad_(True)
-        attach(base, Side(base, network, projection, blend, self.alpha_init), self.key)
+        side = attach(base, Side(base, network, projection, blend, self.alpha_init), self.key)
+        path = next(name for name, module in backbone.named_modules() if module is side)
+        names = {f"{path}.network.{name}": name for name, _ in network.named_parameters()}
+        kept = {names[name] for name in self._kept(names)} - set(without_effect(network))
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in kept)
+        network.train(base.training)
         return ()
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
@@ -146,8 +164,10 @@ class SideTuning(Method):
     def _blend(self, backbone: nn.Module, base: nn.Module) -> str:
         if self.blend != "auto":
             return self.blend
-        pooled = bool(structure.head_names(backbone)) and structure.part(base, "pooler") is not None
-        return "pooler_output" if pooled else "last_hidden_state"
+        if not anatomy.head_names(backbone):
+            return "last_hidden_state"
+        pooled = structure.part(base, "pooler") is not None
+        return field_read(backbone) or ("pooler_output" if pooled else "last_hidden_state")
 
 
 class SideTuningMixin(TunedBy[SideTuning]):
@@ -185,7 +205,7 @@ def narrow(base: nn.Module, reduction: int, layers: int | None, pooled: bool) ->
             network = type(base)(config, **options)
         finally:
             torch.set_default_dtype(dtype)
-    except (TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError, AssertionError, KeyError) as error:
         why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise TuningError(
             f"no narrow copy of {type(base).__name__} can be built with reduction={reduction}, side_layers={layers} "
@@ -202,18 +222,29 @@ def _shrink(config: Any, reduction: int) -> tuple[int, int]:
         if structure.setting(config, "embedding_size"):
             config.embedding_size = max(1, config.embedding_size // reduction)
         return config.hidden_sizes[-1], full
-    full, heads = config.hidden_size, config.num_attention_heads
+    if structure.setting(config, "text_config"):  # a model of text and of images or sounds
+        width, full = _shrink(config.text_config, reduction)
+        for part in ("vision_config", "audio_config"):
+            if structure.setting(config, part):
+                _shrink(structure.setting(config, part), reduction)
+        for whole in (config, structure.setting(config, "vision_config")):
+            if structure.setting(whole, "projection_dim") == full:
+                whole.projection_dim = width
+        return width, full
+    full, heads = config.hidden_size, structure.setting(config, "num_attention_heads") or 1
     few = max(1, heads // reduction)
     width = max(1, full // reduction // few) * few
-    if structure.setting(config, "num_key_value_heads"):
-        config.num_key_value_heads = max(1, config.num_key_value_heads * few // heads)
-    if structure.setting(config, "head_dim"):
-        config.head_dim = width // few
+    sizes = {"num_key_value_heads": max(1, (structure.setting(config, "num_key_value_heads") or 1) * few // heads)}
+    sizes |= {"head_dim": width // few, "num_attention_heads": few, "hidden_size": width}
+    sizes |= {name: width for name in _AS_WIDE if structure.setting(config, name) == full}
     for name in _INNER:
         size = structure.setting(config, name)
         if isinstance(size, int):
             setattr(config, name, max(1, size // reduction))
-    config.hidden_size, config.num_attention_heads = width, few
+    for name, size in sizes.items():
+        if structure.setting(config, name) is not None:
+            with contextlib.suppress(AttributeError):  # Falcon computes the size of its heads
+                setattr(config, name, size)
     return width, full
 
 

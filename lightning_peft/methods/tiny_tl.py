@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, select, sharded, structure
+from lightning_peft.core import anatomy, compatibility, image_structure, select, sharded, structure, sublayers
 from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach
@@ -154,7 +154,7 @@ class TinyTL(Method):
             raise TuningError(
                 f"{type(backbone).__name__} takes no images, and TinyTL's residuals are convolutions: use Adapter."
             )
-        biases = list(structure.bias_owners(backbone).values())
+        biases = list(anatomy.bias_owners(backbone).values())
         if self.biases and not biases:
             raise TuningError(
                 f"{type(backbone).__name__} has no biases to train: leave them out with biases=False, or use LoRA."
@@ -210,9 +210,9 @@ class TinyTL(Method):
         return kept
 
     def _blocks(self, backbone: nn.Module) -> dict[str, nn.Module]:
-        modules = structure.without_grafts(backbone)
+        modules = anatomy.without_grafts(backbone)
         if self.target_modules is None:
-            chosen = [name for entries in structure.blocks(backbone).values() for name, _ in entries]
+            chosen = [name for entries in anatomy.blocks(backbone).values() for name, _ in entries]
         else:
             chosen = []
             for pattern, names in select.match(modules, self.target_modules).items():
@@ -232,7 +232,7 @@ class TinyTL(Method):
         """Return the shapes of each block's input and output, by a pass of one empty image."""
         parameter = next(p for p in backbone.parameters() if p.is_floating_point())
         config = structure.config_of(backbone)
-        height, width = self._image_size(config) or (224, 224)
+        height, width = self._image_size(backbone) or (224, 224)
         channels = structure.image_channels(config)
         image = torch.zeros(1, channels, height, width, dtype=parameter.dtype, device=parameter.device)
         modes = {module: module.training for module in backbone.modules()}
@@ -240,7 +240,7 @@ class TinyTL(Method):
         try:
             with torch.no_grad():
                 backbone.eval()(image)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError, KeyError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise TuningError(
                 f"{type(backbone).__name__} does not take an image of {channels} x {height} x {width} ({why}): TinyTL "
@@ -251,10 +251,11 @@ class TinyTL(Method):
                 module.training = mode
             for block in blocks.values():
                 detach(block, f"{self.key}_shapes")
-        shapes = {name: note.seen for name, note in noted.items() if note.seen and len(note.seen[0]) in (3, 4)}
+        shapes = {name: seen for name, note in noted.items() if (seen := note.seen) and _fits(blocks[name], *seen)}
         if unlike := [name for name in noted if name not in shapes]:
             raise TuningError(
-                f"{unlike[0]} is no block of images or tokens, or is not used: leave it out with exclude=."
+                f"{unlike[0]} is no block of images [B, C, H, W] or of as many tokens as it is given, or is not used: "
+                "leave it out with exclude=."
             )
         return shapes
 
@@ -262,17 +263,25 @@ class TinyTL(Method):
         """Return the rows and columns of the image among that many tokens."""
         side = math.isqrt(tokens)
         config = structure.config_of(backbone)
-        size, patch = self._image_size(config), structure.setting(config, "patch_size")
+        size, patch = self._image_size(backbone), structure.setting(config, "patch_size")
         if size is not None and size[0] == size[1] and isinstance(patch, int) and (size[0] // patch) ** 2 <= tokens:
             per_side = size[0] // patch
             side = per_side if tokens - per_side**2 < 2 * per_side + 1 else side
         return side, side
 
-    def _image_size(self, config: Any) -> tuple[int, int] | None:
-        return (self.image_size, self.image_size) if self.image_size else structure.image_size(config)
+    def _image_size(self, backbone: nn.Module) -> tuple[int, int] | None:
+        return (self.image_size, self.image_size) if self.image_size else image_structure.stated_image_size(backbone)
 
 
 TinyTLMixin = TunedBy[TinyTL]
+
+
+def _fits(block: nn.Module, into: torch.Size, out: torch.Size) -> bool:
+    """Tell whether a block has images with their channels first, or tokens of which it keeps the number."""
+    if len(into) != 4:
+        return len(into) == 3 and into[1] == out[1]
+    widths = {sublayers.width_of(child) for child in block.children() if isinstance(child, nn.LayerNorm)}
+    return into[1] in widths or into[3] not in widths
 
 
 def _norm_groups(channels: int) -> int:

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import attention, compatibility, select, structure
+from lightning_peft.core import anatomy, attention, compatibility, select, structure
 from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach, owned_by
@@ -162,7 +162,7 @@ class VPT(Method):
             raise TuningError(f"pool={self.pool!r} is for a transformers classifier: take pool='model'.")
         if self.pool == "cls" and not found.has_cls:
             raise TuningError(f"pool='cls', but {name} has no [CLS] token: take pool='mean' or 'model'.")
-        if self.pool != "model" and not structure.head_names(backbone):
+        if self.pool != "model" and not anatomy.head_names(backbone):
             raise TuningError(f"pool={self.pool!r} is for a task head, and {name} has none: take pool='model'.")
 
     def _drawn(self, bound: float, dim: int, host: nn.Module) -> nn.Parameter:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_peft.core import select, structure
+from lightning_peft.core import anatomy
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.tuning import Tuning, tunings
@@ -75,9 +75,9 @@ def bias_changes(module: nn.Module) -> list[BiasChange]:
     """
     found = []
     for _, backbone, tuning in tunings(module):
-        lists = structure.block_lists(backbone)
+        lists = anatomy.block_lists(backbone)
         for name, moved in _moved(backbone, tuning):
-            place = select.block_index(lists, name)
+            place = anatomy.block_index(lists, name)
             kind = name.removeprefix(f"{place[0]}.{place[1]}.") if place else name
             found.append(BiasChange(kind, place[1] if place else None, moved.float().abs().mean().item()))
     if not found:

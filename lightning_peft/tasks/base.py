@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from lightning_peft.core import structure, text_structure
+from lightning_peft.core import anatomy, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import load_model, load_tokenizer, model_without_weights, resolve
 from lightning_peft.data.protocols import Truncated
@@ -89,7 +89,7 @@ class Task(MethodMixin, L.LightningModule):
 
     def check_loaded(self, model: nn.Module, info: Mapping[str, Any]) -> None:
         """Warn of tensors outside of the head that the saved model has no weights for."""
-        missing = sorted(without_weights(info) - set(structure.head_names(model)))
+        missing = sorted(without_weights(info) - set(anatomy.head_names(model)))
         if missing:
             rank_zero_warn(
                 f"{self.model_name} has no weights for {len(missing)} tensors of {type(model).__name__} outside of its "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torchmetrics import MeanMetric
 
-from lightning_peft.core import structure
+from lightning_peft.core import anatomy
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.protocols import TaskSequence
 from lightning_peft.tasks.base import Split
@@ -67,7 +67,7 @@ class ContinualClassification(ImageClassification):
         if zero_head:
             parameters = dict(self.backbone.named_parameters())
             with torch.no_grad():
-                for name in structure.head_names(self.backbone):
+                for name in anatomy.head_names(self.backbone):
                     parameters[name].zero_()
 
     def setup(self, stage: str) -> None:

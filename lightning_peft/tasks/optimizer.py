@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import get_linear_schedule_with_warmup
 
-from lightning_peft.core import structure
+from lightning_peft.core import anatomy
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.run import canonical
 
@@ -18,7 +18,7 @@ Shapes: TypeAlias = dict[str, tuple[int, bool]]
 
 def shapes_of(module: nn.Module, backbone: nn.Module) -> Shapes:
     """Return the shapes of the parameters; the head is that of the backbone, and all that lies outside of it."""
-    heads = {f"backbone.{name}" for name in structure.head_names(backbone)}
+    heads = {f"backbone.{name}" for name in anatomy.head_names(backbone)}
     return {
         canonical(name): (parameter.ndim, name in heads or not name.startswith("backbone."))
         for name, parameter in module.named_parameters()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import image_structure, select, structure
+from lightning_peft.core import anatomy, image_structure, select
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.meta_run import ran
 
@@ -37,7 +37,7 @@ class PlainTower(NamedTuple):
 
 def plain_tower(backbone: nn.Module) -> PlainTower | None:
     """Return the vision transformer in a backbone, or None."""
-    modules = structure.without_grafts(backbone)
+    modules = anatomy.without_grafts(backbone)
     in_blocks = {module for blocks in _stacks(backbone) for block in blocks for module in block.modules()}
     for path, conv in modules.items():
         if not isinstance(conv, (nn.Conv2d, nn.Conv3d)) or conv in in_blocks or conv.kernel_size[0] < 2:
@@ -89,7 +89,7 @@ def _of(owner: nn.Module, conv: nn.Conv2d | nn.Conv3d) -> PlainTower | None:
 def _stacks(module: nn.Module) -> list[tuple[nn.Module, ...]]:
     """Return the outermost rows of equal modules that attend."""
     found: dict[str, tuple[nn.Module, ...]] = {}
-    for name, row in structure.without_grafts(module).items():
+    for name, row in anatomy.without_grafts(module).items():
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if isinstance(row, (nn.ModuleList, nn.Sequential)) and len(row) and not inside:
             blocks = tuple(row.children())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import select, structure
+from lightning_peft.core import anatomy, select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.placement import undispatched
 from lightning_peft.towers.plain_vision import plain_tower
@@ -123,9 +123,9 @@ def _patch_embedding(backbone: nn.Module) -> tuple[nn.Module, nn.Module, nn.Conv
     """Return the tower, its embeddings and the patch convolution."""
     models = dict(structure.pretrained_models(backbone))
     inside = {id(m) for outer in models.values() for m in outer.modules()}
-    lists = structure.block_lists(backbone)
+    lists = anatomy.block_lists(backbone)
     for name, conv in backbone.named_modules():
-        if not isinstance(conv, nn.Conv2d) or id(conv) not in inside or select.block_index(lists, name):
+        if not isinstance(conv, nn.Conv2d) or id(conv) not in inside or anatomy.block_index(lists, name):
             continue
         parts = name.split(".")
         for depth in range(len(parts) - 1, -1, -1):
@@ -142,10 +142,10 @@ def _is_model(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel)
 
 
-def _attending(module: nn.Module) -> list[nn.ModuleList]:
+def _attending(module: nn.Module) -> list[anatomy.BlockList]:
     """Return the lists of blocks that hold attentions."""
     query = re.compile(rf"(?:.*\.)?(?:{select.ROLES['query']}|{select.ROLES['fused_qkv']})")
-    lists = structure.block_lists(module).values()
+    lists = anatomy.block_lists(module).values()
     return [blocks for blocks in lists if any(query.fullmatch(name) for name, _ in blocks[0].named_modules())]
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import anatomy, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.towers.vision import Tower
@@ -162,7 +162,7 @@ class MergedPrompt(Graft):
 
 def _stages(tower: Tower) -> list[Any]:
     first = tower.blocks[0]
-    for stages in structure.block_lists(tower.module).values():
+    for stages in anatomy.block_lists(tower.module).values():
         inside = any(first is not stage and first in stage.modules() for stage in stages)
         if inside and all(structure.part(stage, "blocks") is not None for stage in stages):
             return list(stages)

@@ -17,7 +17,7 @@ import lightning as L
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, HalfPrecision, TransformerEnginePrecision
 from torch import nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import anatomy, structure
 from lightning_peft.core.delta import keep_fingerprints
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.master_weights import hold_fp32
@@ -64,7 +64,7 @@ def replace_layers(module: nn.Module, backbones: Iterable[nn.Module], plugin: An
     if isinstance(plugin, BitsandbytesPrecision):
         stay = {id(child) for child in module.modules() if isinstance(child, nn.Linear)}
         for backbone in backbones:
-            head = {name.rpartition(".")[0] for name in structure.head_names(backbone)}
+            head = {name.rpartition(".")[0] for name in anatomy.head_names(backbone)}
             output = structure.output_embeddings_of(backbone)
             inside = {id(child) for name, child in backbone.named_modules() if name not in head and child is not output}
             stay -= inside

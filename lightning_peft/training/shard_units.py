@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import anatomy
 
 
 def units(module: nn.Module) -> Iterator[nn.Module]:
@@ -15,7 +15,7 @@ def units(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if next(child.parameters(), None) is None:
             continue
-        for blocks in structure.block_lists(child).values():
+        for blocks in anatomy.block_lists(child).values():
             yield from blocks
         yield child
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lightning_peft.core import select, sharded, structure
+from lightning_peft.core import anatomy, select, sharded, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import resolve
 from lightning_peft.core.private_torch import replace_tensors
@@ -85,7 +85,7 @@ def _read(backbone: nn.Module, absent: set[str], path: str) -> None:
             "from: set config._name_or_path, or build it with from_pretrained."
         )
     files = files_of(name)
-    head = set(structure.head_names(backbone))
+    head = set(anatomy.head_names(backbone))
     state = backbone.state_dict()
     aliases: dict[int, list[str]] = {}
     for key, parameter in backbone.named_parameters(remove_duplicate=False):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from lightning_peft.core import structure
+from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.placement import device_of
 
@@ -61,10 +62,17 @@ class Bottleneck(Graft):
 
 
 class Serial(Bottleneck):
-    """Adds the update of the host's output to it."""
+    """Adds the update of the host's output, or of the first tensor of it, to that."""
 
-    def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return ``out + update(out)``."""
+        if isinstance(out, tuple):
+            return (self.after(out[0], host), *out[1:])
+        if out.shape[-1] != self.down.in_features:
+            raise TuningError(
+                f"{type(host).__name__} gives {list(out.shape)}, but its block is {self.down.in_features} wide, so no "
+                "adapter can follow it: name others with target_modules=, or exclude it."
+            )
         return self.added(out, out)
 
 
@@ -74,7 +82,13 @@ class AroundNorm(Bottleneck):
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Return the norm of its input and of the update of the normed input."""
         x = args[0] if args else kwargs["input"]
-        return forward(self.added(x, forward(x)))
+        normed = forward(x, *args[1:])
+        if not isinstance(normed, Tensor):
+            raise TuningError(
+                f"{type(host).__name__} gives a {type(normed).__name__} and no tensor, so that it cannot norm twice: "
+                "use form='houlsby'."
+            )
+        return forward(self.added(x, normed))
 
 
 class Parallel(Bottleneck):

@@ -18,8 +18,8 @@ class Factors(Movable):
     """The parameters of an update, in fp32: A [..., r, in], B [..., out, r] and, for DoRA, magnitudes m [..., out].
 
     Args:
-        weight: gives, when called, the weight [..., out, in] (a convolution: [out, in, kh, kw]).
-        shape: of that weight.
+        weight: gives, when called, the weight as a matrix [..., out, in].
+        shape: of that weight; of a convolution [out, in, *kernel].
         device: of the new parameters.
         r: rank of the update.
         scale: s.
@@ -31,6 +31,8 @@ class Factors(Movable):
     m: nn.Parameter | None
     A0: Tensor | None
     B0: Tensor | None
+    rank_axes: tuple[int, int] = (-2, -1)
+    """The dimension of A and that of B which is the rank."""
 
     def __init__(
         self,
@@ -54,8 +56,7 @@ class Factors(Movable):
         self.register_buffer("A0", None)
         self.register_buffer("B0", None)
         if init in OF_THE_WEIGHT:
-            matrix = weight() if len(shape) < 4 else weight().flatten(1)
-            a, b = factors_of(init, matrix, r, scale, iterations)  # type: ignore[arg-type]
+            a, b = factors_of(init, weight(), r, scale, iterations)  # type: ignore[arg-type]
             self.A0, self.B0 = a.reshape(shape_a).contiguous(), b.reshape(shape_b).contiguous()
             with torch.no_grad():
                 self.A.copy_(self.A0)
@@ -80,8 +81,8 @@ class Factors(Movable):
         """Return A and B of the whole update ``scale B A``: those of training, or of rank 2r where it has A₀ and B₀."""
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
-        rank_a, rank_b = (-2, -1) if self.A.dim() < 4 else (0, 1)
-        return torch.cat([self.A, self.A - self.A0], rank_a), torch.cat([self.B - self.B0, self.B0], rank_b)
+        along_a, along_b = self.rank_axes
+        return torch.cat([self.A, self.A - self.A0], along_a), torch.cat([self.B - self.B0, self.B0], along_b)
 
     def neutral_of(self, name: str, weight: Tensor) -> Tensor | None:
         """Return zeros for B and B₀, the norms of the rows of the weight for m, and None for A and A₀."""
@@ -96,12 +97,12 @@ class Factors(Movable):
         It is ``‖W‖² + 2 s (A Wᵀ ∘ Bᵀ) + s² (A Aᵀ Bᵀ ∘ Bᵀ)``, all products of which lead with the rank.
 
         Args:
-            weight: W, [out, in] or, of a convolution, [out, in, kh, kw].
+            weight: W, [out, in].
             keep: use the norms of W that were kept, or keep them; it is frozen.
         """
         with without_autocast(self.A):
             a, b = (factor.detach().flatten(1) for factor in self.factors())
-            weight = weight.detach().flatten(1)
+            weight = weight.detach()
             square, least = self.kept("norms", (weight,), lambda: _squares(weight)) if keep else _squares(weight)
             mixed = _product(a, weight)
             mixed = mixed.addmm_(torch.mm(a, a.t()), b.t(), beta=2 * self.scale, alpha=self.scale**2)
@@ -146,8 +147,8 @@ def row_ratio(m: Tensor, weight: Tensor) -> Tensor:
 
 
 def _norms(weight: Tensor) -> Tensor:
-    """Return the Euclidean norm of each row, in fp32, of a weight [..., out, in] or a kernel [out, in, kh, kw]."""
-    weight = weight.detach() if weight.dim() < 4 else weight.detach().flatten(1)
+    """Return the Euclidean norm of each row, in fp32, of a weight [..., out, in]."""
+    weight = weight.detach()
     return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.promote_types(weight.dtype, torch.float32)).float()
 
 

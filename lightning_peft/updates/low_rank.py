@@ -23,7 +23,7 @@ from lightning_peft.core.quantized import dense
 from lightning_peft.core.sharded import is_part, joined, summed, whole
 from lightning_peft.updates import in_place
 from lightning_peft.updates.factors import Factors, row_ratio
-from lightning_peft.updates.low_rank_init import OF_THE_WEIGHT, Init, zero_update
+from lightning_peft.updates.low_rank_init import OF_THE_WEIGHT, Init
 
 
 class LowRank(Factors, Folding):
@@ -158,83 +158,6 @@ class LowRank(Factors, Folding):
             matrix = self.matrix(value, host)
             matrix.mul_(row_ratio(self.m, matrix))
         return value
-
-
-class LowRankEmbedding(LowRank):
-    """Adds ``scale * B A[:, id]`` to the output of an embedding: A [r, num_embeddings], B [dim, r].
-
-    An embedding that scales its rows (``embed_scale`` of Gemma or BART in transformers) scales the update alike.
-    """
-
-    splits: Mapping[int, Mapping[str, int]] = {}
-
-    def reset_parameters(self, init: Init) -> None:
-        """Set A to zero and draw B from N(0, 1), whatever the init, as the authors' code and PEFT do."""
-        nn.init.zeros_(self.A)
-        nn.init.normal_(self.B)
-
-    def added(self, x: Tensor, host: nn.Module) -> Tensor:
-        """Return ``A[:, x]ᵀ Bᵀ``, [..., dim]."""
-        a, b = self.factors()
-        return F.linear(F.embedding(x, a.t()), b) * getattr(host, "embed_scale", 1)
-
-    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor) -> bool:
-        return False
-
-    def update(self) -> Tensor:
-        """Return ``scale * (B A)ᵀ`` in fp32, [num_embeddings, dim]."""
-        return super().update().t()
-
-
-class LowRankConv2d(LowRank):
-    """Adds ``scale * B * A * x`` (two convolutions): A [r, in, kh, kw], B [out, r, 1, 1]."""
-
-    splits: Mapping[int, Mapping[str, int]] = {}
-
-    def shapes(self, shape: tuple[int, ...], r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A [r, in, kh, kw] and B [out, r, 1, 1]."""
-        out_channels, in_channels, *kernel = shape
-        return (r, in_channels, *kernel), (out_channels, r, 1, 1)
-
-    def as_magnitude(self, norms: Tensor) -> Tensor:
-        """Return norms [out] as [1, out, 1, 1]."""
-        return self._along(norms)[None]
-
-    def reset_parameters(self, init: Init) -> None:
-        """Give A and B values whose product is zero."""
-        zero_update(init, self.A, self.B, self.A[0].numel())
-
-    def added(self, x: Tensor, host: nn.Module) -> Tensor:
-        """Return the convolution with A, at the host's stride, padding and dilation, and then with B."""
-        assert isinstance(host, nn.Conv2d)
-        a, b = self.factors()
-        # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/conv.py
-        return F.conv2d(host._conv_forward(x, a.to(x.dtype), None), b.to(x.dtype))
-
-    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor) -> bool:
-        return False
-
-    def _along(self, bias: Tensor) -> Tensor:
-        return bias.view(-1, 1, 1)
-
-    def update(self) -> Tensor:
-        """Return the kernel of the update in fp32, [out, in, kh, kw]."""
-        a, b = self.factors()
-        return torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a) * self.scale
-
-    def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
-        """Return the kernel with the update."""
-        value = value.add_(self.update())
-        return value if self.m is None else value.mul_(row_ratio(self.m.flatten(), value).view(-1, 1, 1, 1))
-
-
-GRAFTS: dict[type[nn.Module], type[LowRank]] = {
-    nn.Linear: LowRank,
-    Conv1D: LowRank,
-    nn.Embedding: LowRankEmbedding,
-    nn.Conv2d: LowRankConv2d,
-}
-"""The layers that are called, and the graft for their output."""
 
 
 def shape_of(host: nn.Module) -> tuple[int, ...]:

@@ -88,8 +88,9 @@ class SparseDifference(Folding):
         """Give a parameter w, zero, and open gates."""
         self._forget(name)
         new = {"dtype": torch.float32, "device": parameter.device}
-        self._put(name, "w", torch.zeros(parameter.shape, **new))  # type: ignore[call-overload]
-        self._put(name, "alpha", torch.full(parameter.shape, self.gates.alpha, **new))  # type: ignore[call-overload]
+        shape = parameter.shape or (1,)  # a strategy may not shard what has no dimension
+        self._put(name, "w", torch.zeros(shape, **new))  # type: ignore[call-overload]
+        self._put(name, "alpha", torch.full(shape, self.gates.alpha, **new))  # type: ignore[call-overload]
         if self.gates.structured:
             self._put(name, "group", torch.full((1,), self.gates.alpha, **new))  # type: ignore[call-overload]
 
@@ -117,6 +118,8 @@ class SparseDifference(Folding):
         dense, values = self.part(name, "w"), self.part(name, "values")
         if self.merged or (dense is None and values is None):
             return w
+        if w.dim() == 0:
+            return self.weight(w.reshape(1), name).reshape(())
         if values is not None:
             indices = self.part(name, "indices")
             if is_traced():
@@ -158,6 +161,8 @@ class SparseDifference(Folding):
         delta = self.delta(name)
         if delta is None:
             return value
+        if value.dim() == 0:
+            return self.fold(name, value.reshape(1), host).reshape(())
         indices = self.part(name, "indices")
         return value.add_(delta) if indices is None else scatter(value, delta, indices)
 

@@ -5,22 +5,36 @@ as the parameter: ``self_attn.in_proj_weight`` of ``nn.MultiheadAttention``, ``e
 output projection of ``nn.MultiheadAttention`` is a module by name, but is not called either.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.core import select, structure
+from lightning_peft.core import anatomy, select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import graft_prefixes
+from lightning_peft.core.quantized import has_quantized_weight
+from lightning_peft.core.reads import reads_below
+from lightning_peft.updates.low_rank_layers import CONVOLUTIONS
 
 
 class Target(NamedTuple):
-    """A matrix: ``weight`` is its name below ``host``, if that calls no layer for it; None: the host is the layer."""
+    """A matrix.
+
+    Attributes:
+        host: the layer, or the module that reads the matrix itself.
+        weight: the name of the matrix below the host, if that reads it; None: the host is the layer.
+        layer: the layer that the host calls as well, on another way through its forward pass.
+    """
 
     host: nn.Module
     weight: str | None = None
+    layer: nn.Module | None = None
+
+    def by_call(self) -> "Target":
+        """Return the target as what hangs on the call of the layer, if there is such a call."""
+        return self if self.layer is None else Target(self.layer)
 
 
 def targets(
@@ -44,14 +58,11 @@ def targets(
     Raises:
         TuningError: a pattern selects nothing, or a layer index is out of range.
     """
-    found, owners = all_targets(backbone, kinds)
+    found, owners = all_targets(backbone, kinds, patterns or "all-linear")
     if patterns is None:
-        patterns = _query_and_value(backbone, found)
+        patterns = _query_and_value(backbone, found, kinds)
     if patterns == "all-linear":
-        lists = structure.block_lists(backbone)
-        chosen = {n for n, target in found.items() if select.block_index(lists, n) and _is_linear(target)}
-        if not chosen:
-            raise TuningError(f"'all-linear' finds no linear layer in a list of blocks of {type(backbone).__name__}.")
+        chosen = _every_linear(backbone, found)
     else:
         chosen = set()
         for pattern, names in select.match([*found, *owners], patterns).items():
@@ -66,10 +77,10 @@ def targets(
 
 
 def all_targets(
-    backbone: nn.Module, kinds: tuple[type[nn.Module], ...]
+    backbone: nn.Module, kinds: tuple[type[nn.Module], ...], patterns: str | Sequence[str] = "all-linear"
 ) -> tuple[dict[str, Target], dict[str, list[str]]]:
     """Return all targets, and which of them each module that reads matrices itself has."""
-    head = set(structure.head_names(backbone))
+    head = set(select.closed_head(backbone, patterns))
     added = graft_prefixes(backbone)
     found: dict[str, Target] = {}
     owners: dict[str, list[str]] = {}
@@ -80,41 +91,67 @@ def all_targets(
         if any(f"{prefix}{name}" in head for name, _ in module.named_parameters(recurse=False)):
             continue
         if isinstance(module, kinds):
-            found[path] = Target(module)
+            found[path] = Target(module, "weight" if _gives_no_product(module) else None)
         else:
-            for name in _read(module):
+            for name, layer in _read(module).items():
                 own = f"{prefix}{name.removesuffix('.weight')}" if "." in name else f"{prefix}{name}"
-                found[own] = Target(module, name)
+                found[own] = Target(module, name, layer)
                 owners.setdefault(path, []).append(own)
     return found, owners
 
 
-def _read(module: nn.Module) -> Iterable[str]:
-    """Return the names of the matrices that a module reads without calling a layer."""
+def _read(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the names of the matrices that a module reads without calling a layer, or besides a call of this layer."""
     if isinstance(module, nn.MultiheadAttention):
-        return [*(n for n, p in module.named_parameters(recurse=False) if p.dim() == 2), "out_proj.weight"]
+        own = [name for name, p in module.named_parameters(recurse=False) if p.dim() == 2]
+        return dict.fromkeys([*own, "out_proj.weight"])
     if any(kind.__module__.startswith("torch.nn.modules.") for kind in type(module).__mro__ if kind is not nn.Module):
-        return []  # a layer of torch: its matrices are no plain product, or (LSTM) are read from elsewhere
-    return [
+        return {}  # a layer of torch: its matrices are no plain product, or (LSTM) are read from elsewhere
+    found: dict[str, nn.Module | None] = dict.fromkeys(
         name
         for name, p in module.named_parameters(recurse=False)
-        if p.dim() in (2, 3) and min(p.shape[-2:]) > 1 and not name.endswith("bias")  # one for each expert
-    ]
+        if not name.endswith("bias") and min(p.shape[-2:], default=0) > 1
+        if p.dim() == 2 or (p.dim() == 3 and len(p) in structure.experts_of(module))  # one for each expert
+    )
+    for read in reads_below(module):
+        layer = module.get_submodule(read.layer)
+        # Of a layer that is called a slice is read for other ends, such as exactness over several devices.
+        if isinstance(layer, nn.Linear) and read.parameter == "weight" and (read.whole or not read.called):
+            found[f"{read.layer}.weight"] = layer if read.called else None
+    return found
+
+
+def _gives_no_product(layer: nn.Module) -> bool:
+    """Tell whether a linear layer of a class of its own may give something else than ``W x``, as some routers do."""
+    own = isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
+    return own and not has_quantized_weight(layer)
 
 
 def _is_linear(target: Target) -> bool:
-    if target.weight is None:
-        return isinstance(target.host, (nn.Linear, Conv1D))
+    if isinstance(target.host, (nn.Linear, Conv1D)) or (target.weight or "").endswith(".weight"):
+        return True
+    if target.weight is None:  # an embedding, a convolution
+        return False
     return isinstance(target.host, nn.MultiheadAttention) or target.host.get_parameter(target.weight).dim() == 3
 
 
-def _query_and_value(backbone: nn.Module, found: dict[str, Target]) -> str | list[str]:
+def _every_linear(backbone: nn.Module, found: dict[str, Target]) -> set[str]:
+    convolutions = [
+        n for n, target in found.items() if isinstance(target.host, CONVOLUTIONS) and target.host.groups == 1
+    ]
+    return select.every_linear(backbone, [n for n, target in found.items() if _is_linear(target)], convolutions)
+
+
+def _query_and_value(
+    backbone: nn.Module, found: dict[str, Target], kinds: tuple[type[nn.Module], ...]
+) -> str | list[str]:
+    lists = anatomy.block_lists(backbone)
+    packed = ("in_proj_weight", "q_proj_weight", "v_proj_weight")
+    fused = [n for n in found if n.rpartition(".")[2] in packed and anatomy.block_index(lists, n)]
     try:
-        return select.by_role(backbone, ["query", "value"], (nn.Linear, Conv1D))
-    except TuningError:
-        lists = structure.block_lists(backbone)
-        packed = ("in_proj_weight", "q_proj_weight", "v_proj_weight")
-        fused = [n for n in found if n.rpartition(".")[2] in packed and select.block_index(lists, n)]
-        if not fused:
-            raise
-        return fused
+        return select.by_role(backbone, ["query", "value"], tuple(kind for kind in kinds if kind is not nn.Embedding))
+    except TuningError as unknown:
+        try:
+            return fused or sorted(_every_linear(backbone, found))
+        except TuningError:
+            raise unknown from None

@@ -6,7 +6,7 @@ import transformers as hf
 from torch import nn
 
 from lightning_peft import TuningError
-from lightning_peft.core import select, structure
+from lightning_peft.core import anatomy, select
 from tests.models import KINDS, meta, tiny
 
 LINEAR = (nn.Linear, hf.pytorch_utils.Conv1D)
@@ -79,9 +79,9 @@ def test_two_pretrained_models_must_be_told_apart() -> None:
 
 def test_the_block_of_a_name() -> None:
     lists = ["encoder.block", "decoder.block"]
-    assert select.block_index(lists, "decoder.block.11.layer.0.q") == ("decoder.block", 11)
-    assert select.block_index(lists, "decoder.blocks.11") is None
-    assert select.block_index(lists, "head") is None
+    assert anatomy.block_index(lists, "decoder.block.11.layer.0.q") == ("decoder.block", 11)
+    assert anatomy.block_index(lists, "decoder.blocks.11") is None
+    assert anatomy.block_index(lists, "head") is None
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_query_is_found_by_its_role(kind: str, queries: str, per_block: floa
     model = tiny(kind)
     found = select.hosts(model, LINEAR, select.by_role(model, ["query"], LINEAR))
     assert all(name.endswith(f".{queries}") for name in found)
-    blocks = sum(len(blocks) for blocks in structure.block_lists(model).values())
+    blocks = sum(len(blocks) for blocks in anatomy.block_lists(model).values())
     assert len(found) == per_block * blocks
 
 
@@ -166,8 +166,8 @@ def test_layers_of_an_encoder_decoder_count_in_both() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_linear_is_every_linear_layer_of_the_blocks(kind: str) -> None:
     model = tiny(kind)
-    lists = structure.block_lists(model)
-    expected = {n for n, m in model.named_modules() if isinstance(m, LINEAR) and select.block_index(lists, n)}
+    lists = anatomy.block_lists(model)
+    expected = {n for n, m in model.named_modules() if isinstance(m, LINEAR) and anatomy.block_index(lists, n)}
     assert set(select.hosts(model, (*LINEAR, nn.Embedding), "all-linear")) == expected
     assert expected
 

@@ -5,7 +5,7 @@ import transformers as hf
 from torch import nn
 
 from lightning_peft import LadderSideTuning, TuningError
-from lightning_peft.core import structure, text_structure
+from lightning_peft.core import anatomy, structure, text_structure
 from tests.models import HIDDEN, KINDS, POSITIONS, TEXT, meta, tiny
 
 
@@ -28,7 +28,7 @@ def test_models_inside_of_a_model_do_not_count(kind: str) -> None:
     ],
 )
 def test_blocks_are_the_outermost_lists(kind: str, lists: dict[str, int]) -> None:
-    assert {name: len(blocks) for name, blocks in structure.block_lists(tiny(kind)).items()} == lists
+    assert {name: len(blocks) for name, blocks in anatomy.block_lists(tiny(kind)).items()} == lists
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_plain_module_is_no_encoder() -> None:
     ],
 )
 def test_the_head_is_what_lies_outside_of_the_base_model(kind: str, head: list[str]) -> None:
-    assert structure.head_names(tiny(kind)) == head
+    assert anatomy.head_names(tiny(kind)) == head
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ def test_the_head_is_what_lies_outside_of_the_base_model(kind: str, head: list[s
     ],
 )
 def test_heads_of_other_tasks(auto: object, config: hf.PreTrainedConfig, head: list[str]) -> None:
-    assert structure.head_names(meta(config, auto)) == head
+    assert anatomy.head_names(meta(config, auto)) == head
 
 
 def test_a_plain_module_has_no_head() -> None:
-    assert structure.head_names(nn.Sequential(nn.Linear(2, 2))) == []
+    assert anatomy.head_names(nn.Sequential(nn.Linear(2, 2))) == []
 
 
 @pytest.mark.parametrize(
@@ -139,18 +139,18 @@ def test_a_plain_module_has_no_head() -> None:
 )
 def test_blocks_are_counted_across_stages(kind: str, expected: dict[str, list[str]]) -> None:
     model = tiny(kind)
-    found = structure.blocks(model)
+    found = anatomy.blocks(model)
     assert {outer: [name for name, _ in entries] for outer, entries in found.items()} == expected
     assert all(model.get_submodule(name) is block for entries in found.values() for name, block in entries)
 
 
 def test_norms_and_biases_leave_out_the_head_and_grafts() -> None:
     model = tiny("bert")
-    assert len(structure.norm_names(model)) == 10
-    owners = structure.bias_owners(model)
+    assert len(anatomy.norm_names(model)) == 10
+    owners = anatomy.bias_owners(model)
     LadderSideTuning().apply(model)
-    assert len(structure.norm_names(model)) == 10
-    assert structure.bias_owners(model) == owners
+    assert len(anatomy.norm_names(model)) == 10
+    assert anatomy.bias_owners(model) == owners
     assert "classifier" not in owners
 
 

@@ -291,7 +291,7 @@ def test_it_is_trained_in_half_precision_with_weights_of_its_own() -> None:
         ("bert", Adapter(leave_out=[0, 1]), "leaves no block"),
         ("bert", Adapter(target_modules=["querry"]), "'querry' matches no linear layer .*query"),
         ("bert", Adapter(form="pfeiffer", target_modules=["query"]), "leave one of them"),
-        ("resnet", Adapter(), "no output projection of its attention sublayers"),
+        ("resnet", Adapter(), "no output projection of its sublayers under a known name, and no sublayers of tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused(kind: str, method: Adapter, message: str) -> None:

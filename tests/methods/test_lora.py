@@ -1,8 +1,10 @@
 """LoRA: `h = W x + (alpha / r) B A x`, its counts, its patterns, and merging."""
 
+import copy
 import math
 import time
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -321,7 +323,7 @@ def test_targets(arguments: dict, paths: list[str]) -> None:
         ({"r": 0}, r"r=0 does not fit .*\[32, 32\]: choose 1 to 32"),
         ({"r": -1}, r"r=-1 does not fit"),
         ({"r": 33}, r"r=33 does not fit"),
-        ({"rank_pattern": {"query": 40}}, r"r=40 does not fit .*query"),
+        ({"rank_pattern": {"query": 40}, "init": "olora"}, r"r=40 does not fit .*query"),
         ({"rank_pattern": {"key": 1}}, "rank_pattern has 'key', which matches no targeted module"),
         ({"alpha_pattern": {"quer": 1.0}}, r"alpha_pattern has 'quer'.*self\.query"),
         ({"layers": [2]}, "layers has 2, but .* has blocks 0 to 1"),
@@ -358,7 +360,7 @@ def test_a_grouped_convolution_is_refused() -> None:
 
 def test_a_model_of_unknown_names_is_refused() -> None:
     with pytest.raises(TuningError, match="no query or value projection under a known name: give target_modules"):
-        LoRA().apply(nn.Sequential(nn.Linear(3, 3)))
+        LoRA().apply(nn.LSTM(3, 3))
 
 
 def test_a_compiled_model_is_refused() -> None:
@@ -471,3 +473,59 @@ def test_the_grafts_of_a_model_of_7_billion_parameters_take_less_than_a_second()
     LoRA(r=8, target_modules="all-linear", use_dora=True).apply(model)
     assert time.process_time() - start < 1
     assert len(list(grafts(model))) == 7 * 32
+
+
+CONVOLUTIONS = pytest.mark.parametrize(
+    ("host", "shape"),
+    [
+        (nn.Conv1d(6, 8, 3, padding=1), (2, 6, 9)),
+        (nn.Conv3d(6, 8, (1, 3, 3), stride=(1, 2, 2)), (2, 6, 3, 7, 7)),
+        (nn.Conv2d(6, 8, 3, groups=2, padding=1, padding_mode="reflect"), (2, 6, 7, 7)),
+        (nn.Conv1d(6, 8, 4, groups=2, padding="same", padding_mode="circular", dilation=2), (2, 6, 9)),
+        (nn.Conv2d(8, 8, 3, groups=8), (2, 8, 7, 7)),
+    ],
+    ids=["1d", "3d", "grouped", "grouped_same", "depthwise"],
+)
+
+
+@CONVOLUTIONS
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd:UserWarning")
+def test_convolutions_of_any_dimension_and_groups_are_updated_as_by_peft(host: nn.Module, shape: tuple) -> None:
+    torch.manual_seed(0)
+    r, x = 8, torch.randn(shape)
+    root = nn.ModuleDict({"host": copy.deepcopy(host)})
+    theirs = peft.get_peft_model(
+        nn.ModuleDict({"host": copy.deepcopy(host)}), peft.LoraConfig(r=r, lora_alpha=16, target_modules=["host"])
+    )
+    LoRA(r=r, target_modules=["host"]).apply(root)
+    graft, layer = root["host"].lora, theirs.base_model.model["host"]
+    shake(root, 1.0)
+    with torch.no_grad():
+        for ours, name in ((graft.A, "lora_A"), (graft.B, "lora_B")):
+            assert ours.shape == getattr(layer, name)["default"].weight.shape
+            getattr(layer, name)["default"].weight.copy_(ours)
+        kernel = layer.lora_A["default"]
+        kernel.dilation, kernel.padding_mode = host.dilation, host.padding_mode  # which PEFT leaves out
+        kernel._reversed_padding_repeated_twice = host._reversed_padding_repeated_twice
+        assert_near({"": layer(x)}, {"": root["host"](x)}, 1e-5)
+        if host.groups == 1:
+            merged = root["host"](x)
+            assert_near({"": merged}, {"": merge(root)["host"](x)}, 1e-5)
+        else:
+            with pytest.raises(TuningError, match="groups, and the update is none of so many"):
+                merge(root)
+
+
+def test_a_rank_above_the_greatest_warns_where_it_was_asked_for() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up = nn.Linear(8, 1), nn.Linear(8, 8)
+
+    model = nn.ModuleList([Block(), Block()])
+    LoRA(r=4, target_modules="all-linear").apply(model)
+    assert {tuple(p.shape) for n, p in model.named_parameters() if "gate.lora" in n} == {(1, 8), (1, 1)}
+    with pytest.warns(UserWarning, match=r"r=4 is more than the rank that 0\.gate can have, which is 1 \(2 such"):
+        LoRA(r=4, target_modules=["gate"]).apply(named := nn.ModuleList([Block(), Block()]))
+    assert named[0].gate.lora.A.shape == (4, 8)
+    LoRA(r=4, target_modules=["gate"], rank_pattern={"gate": 1}).apply(nn.ModuleList([Block(), Block()]))

@@ -101,7 +101,7 @@ def test_experts_are_found_by_themselves(build) -> None:
 
 
 def test_matrices_of_other_layers_of_torch_are_not_taken() -> None:
-    model = nn.Sequential(nn.LSTM(4, 4), nn.Conv1d(4, 4, 3), nn.Bilinear(4, 4, 4))
+    model = nn.Sequential(nn.LSTM(4, 4), nn.ConvTranspose1d(4, 4, 3), nn.Bilinear(4, 4, 4))
     for name in ("0.weight_ih_l0", "1.weight", "2.weight", "0", "1", "2"):
         with pytest.raises(TuningError, match="matches no"):
             LoRA(r=2, target_modules=[name]).apply(model)

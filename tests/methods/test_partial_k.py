@@ -114,10 +114,16 @@ def test_batch_norms_of_trained_blocks_learn_and_those_of_frozen_ones_do_not(tmp
             assert torch.equal(after[name], before[name]) is (name not in statistics)
 
 
-def test_two_towers_need_a_name() -> None:
+def test_two_towers_are_tuned_both_or_the_one_that_is_named() -> None:
     model = tiny("clip")
-    with pytest.raises(TuningError, match=r"2 lists of blocks .*vision_model.* by blocks="):
-        PartialK().apply(model)
+    method = PartialK()
+    method.apply(model)
+    blocks = {name.split(".layers.")[0] for name in collect(model) if ".layers.1." in name}
+    assert blocks == {"towers.text_model.encoder", "towers.vision_model.encoder"}
+    assert not any(".layers.0." in name for name in collect(model))
+    method.remove(model)
+    with pytest.raises(TuningError, match=r"has 2 of them tuned: name one by blocks="):
+        PartialK(cache_features=True).apply(model)
     PartialK(blocks="towers.vision_model.encoder.layers").apply(model)
     names = {name.split(".encoder.layers.1")[0] for name in collect(model)}
     assert names == {"towers.vision_model", *(f"towers.vision_model.post_layernorm.{p}" for p in ("weight", "bias"))}

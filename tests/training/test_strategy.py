@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import save
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from lightning_peft import BitFit, FullyShard, LoRA, PromptTuning, TuningError, collect, load_delta
-from lightning_peft.core import select, sharded, structure
+from lightning_peft.core import anatomy, select, sharded
 from lightning_peft.core.delta import metadata
 from lightning_peft.core.delta_file import read_checkpoint, read_delta
 from lightning_peft.core.graft import grafts
@@ -319,7 +319,7 @@ def test_after_a_run_the_delta_is_saved_still(tmp_path: Path, kind: type[Tuned])
 def test_options_that_save_memory_change_nothing(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
     ran: list[int] = []
     module = Tuned(kind, optimizer="SGD")
-    (blocks,) = structure.block_lists(module.model).values()
+    (blocks,) = anatomy.block_lists(module.model).values()
     inner = next(child for child in blocks[0].modules() if isinstance(child, nn.Linear))
     inner.register_forward_hook(lambda *_: ran.append(torch.is_grad_enabled()))
     one = fitted(Tuned(kind, optimizer="SGD"), LoRA(r=2), tmp_path, kind, gradient_clip_val=0.01)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.core import structure
+from lightning_peft.core import anatomy
 from lightning_peft.core.errors import TuningError
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, graft_tensors, places
 from lightning_peft.interop.names import Names, compact
@@ -64,7 +64,7 @@ class IA3Converter(Converter):
         if not parts.layers:
             raise TuningError(f"{parts.source} has no tensor of IA3: take another copy of the adapter.")
         self._check_complete(parts, names)
-        head = set(structure.head_names(names.model))
+        head = set(anatomy.said_head_names(names.model) or [])
         linear = [n for n, m in names.modules.items() if isinstance(m, _KINDS) and f"{n}.weight" not in head]
         return {"target_modules": compact(outputs, linear), "feedforward_modules": compact(inputs, linear)}
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.core import structure
+from lightning_peft.core import anatomy
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Grafted
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, refuse
@@ -71,7 +71,8 @@ class LoRAConverter(Converter):
         for update in updates:
             exported.layers.setdefault(update.key, {}).update(_tensors(update))
             exported.delta |= {f"{update.start}{name}" for name in update.factors.state_dict()}
-            ours, rank = update.factors.A.shape[_rank_axis(update.factors)], _rank(update.factors)
+            axis = update.factors.rank_axes[0]
+            ours, rank = update.factors.A.shape[axis], update.factors.factors()[0].shape[axis]
             ranks[update.target] = rank  # twice ours where the factors of the start are taken off again
             alphas[update.target] = given[update.target] * (
                 math.sqrt(rank / ours) if method.use_rslora else rank / ours
@@ -110,7 +111,7 @@ class LoRAConverter(Converter):
             )
         found = found_in(parts, names)
         check_layers(parts, names, found)
-        head = set(structure.head_names(names.model))
+        head = set(anatomy.said_head_names(names.model) or [])  # a pattern may name the last layer of a plain module
         in_head = [target for target in found if f"{target}.weight" in head]
         if in_head:
             raise TuningError(
@@ -145,7 +146,7 @@ class LoRAConverter(Converter):
             for update in _updates(place):
                 for name, tensor in update.factors.named_parameters():
                     theirs = parts.layers[update.key][_PARTS[isinstance(update.host, nn.Embedding)][name]]
-                    filled[f"{update.start}{name}"] = _unstacked(theirs, tensor, name)
+                    filled[f"{update.start}{name}"] = _unstacked(theirs, tensor, name) if update.weight else theirs
         return filled
 
 
@@ -163,8 +164,14 @@ def _updates(place: Grafted[Any]) -> list[Update]:
         assert isinstance(graft, LowRank)
         return [Update(place.path, place.path, delta_name(place, ""), graft, place.host)]
     names = [name for name, _ in place.host.named_parameters() if name in graft.weights]
-    keys = wrapped_keys(place.path, place.host, names)
+    layers = [] if isinstance(place.host, nn.MultiheadAttention) else [n for n in names if _is_of_a_layer(place, n)]
+    names = [name for name in names if name not in layers]
+    keys = wrapped_keys(place.path, place.host, names) if names else {}
+    called = [(f"{place.path}.{name}".removesuffix(".weight").lstrip("."), name) for name in layers]
     return [
+        Update(path, path, delta_name(place, f"{graft.part_name(name)}."), graft.part(name), place.host)
+        for path, name in called
+    ] + [
         Update(
             keys[name],
             f"{place.path}.{name}".lstrip("."),
@@ -177,10 +184,15 @@ def _updates(place: Grafted[Any]) -> list[Update]:
     ]
 
 
+def _is_of_a_layer(place: Grafted[Any], name: str) -> bool:
+    """Tell whether a matrix that the host reads is the weight of a linear layer, whose call PEFT changes."""
+    return isinstance(place.host.get_submodule(name.rpartition(".")[0]), nn.Linear)
+
+
 def _tensors(update: Update) -> dict[str, Tensor]:
     """Return the tensors of an update by PEFT's parts, in PEFT's shapes."""
     a, b = (factor.detach() for factor in update.factors.factors())
-    if a.ndim == 3:  # one for each expert: PEFT has them side by side
+    if a.ndim == 3 and update.weight is not None:  # one for each expert: PEFT has them side by side
         a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
     names = _PARTS[isinstance(update.host, nn.Embedding)]
     tensors = {names["A"]: a, names["B"]: b}
@@ -199,11 +211,3 @@ def _unstacked(theirs: Tensor, ours: Tensor, name: str) -> Tensor:
         return theirs.reshape(ours.shape)
     experts, out, r = ours.shape
     return theirs.reshape(out, r, experts).permute(2, 0, 1)
-
-
-def _rank_axis(factors: Factors) -> int:
-    return -2 if factors.A.ndim < 4 else 0
-
-
-def _rank(factors: Factors) -> int:
-    return factors.factors()[0].shape[_rank_axis(factors)]

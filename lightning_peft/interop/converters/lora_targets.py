@@ -11,6 +11,7 @@ from lightning_peft.interop.converters.base import Parts
 from lightning_peft.interop.names import BASE_LAYER, LAYERS, Names
 from lightning_peft.interop.patterns import is_target, selects
 from lightning_peft.updates.low_rank import shape_of
+from lightning_peft.updates.low_rank_layers import CONVOLUTIONS
 
 
 def found_in(parts: Parts, names: Names) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -92,25 +93,28 @@ def check_parts(parts: Parts, key: str, shapes: Mapping[str, tuple[int, ...]], r
 
 
 def _shape(host: nn.Module) -> tuple[int, ...]:
-    """Return the shape of a layer's weight, with a mark before that of an embedding."""
-    return (0, *shape_of(host)) if isinstance(host, nn.Embedding) else shape_of(host)
+    """Return the shape of a layer's weight, with a mark before that of an embedding or a convolution."""
+    if isinstance(host, nn.Embedding):
+        return (0, *shape_of(host))
+    return (-host.groups, *shape_of(host)) if isinstance(host, CONVOLUTIONS) else shape_of(host)
 
 
 def file_shapes(shape: tuple[int, ...], r: int, dora: bool) -> dict[str, tuple[int, ...]]:
     """Return the part -> the shape that PEFT gives it, for a matrix or kernel of ``shape``."""
     magnitude: tuple[int, ...]
-    if len(shape) == 3 and shape[0] == 0:
+    if shape[0] == 0:
         _, out, inside = shape
         shapes: dict[str, tuple[int, ...]] = {"lora_embedding_A": (r, inside), "lora_embedding_B": (out, r)}
         magnitude = (out,)
+    elif shape[0] < 0:
+        groups, out, per_group, *kernel = shape
+        ones = [1] * len(kernel)
+        shapes = {"lora_A.weight": (r, -groups * per_group, *kernel), "lora_B.weight": (out, r // -groups, *ones)}
+        magnitude = (1, out, *ones)
     elif len(shape) == 3:
         experts, out, inside = shape
         shapes = {"lora_A.weight": (r * experts, inside), "lora_B.weight": (out, r * experts)}
         magnitude = ()
-    elif len(shape) == 4:
-        out, per_group, *kernel = shape
-        shapes = {"lora_A.weight": (r, per_group, *kernel), "lora_B.weight": (out, r, 1, 1)}
-        magnitude = (1, out, 1, 1)
     else:
         out, inside = shape
         shapes = {"lora_A.weight": (r, inside), "lora_B.weight": (out, r)}

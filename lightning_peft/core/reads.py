@@ -89,11 +89,19 @@ def field_read(module: nn.Module) -> str | None:
 
 
 def may_overwrite(root: nn.Module, layer: str) -> bool:
-    """Tell whether the module that holds a layer computes in place, so that it may write into what the layer gives.
+    """Tell whether a module around a layer computes in place, so that it may write into what the layer gives.
 
-    DeBERTa and Longformer divide their queries so. Of modules such as ``nn.ReLU(inplace=True)`` another layer tells.
+    DeBERTa and Longformer divide their queries so, Llama 4 adds its experts. Modules with a list of others, such as the
+    model itself, are left out; of modules such as ``nn.ReLU(inplace=True)`` another function tells.
     """
-    return _of_class(type(root.get_submodule(layer.rpartition(".")[0]))).writes
+    parts = layer.split(".")[:-1]
+    around = [root.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+    lists = (nn.ModuleList, nn.Sequential)
+    return any(
+        _of_class(type(module)).writes
+        for module in around
+        if module is around[-1] or not any(isinstance(child, lists) for child in module.children())
+    )
 
 
 class _Source(NamedTuple):

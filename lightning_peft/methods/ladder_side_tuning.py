@@ -78,7 +78,7 @@ class Ladder(BesideFrozen):
         self.rungs, self.temperature, self.causal = rungs, temperature, causal
         self.mask_name = "decoder_attention_mask" if structure.is_encoder_decoder(host) else "attention_mask"
         self.seen: dict[int, Tensor] = {}
-        self.pools = False
+        self.first: bool | None = None  # whether the host pools by its first token; None: not known
         place: dict[str, Any] = {"device": device_of(host), "dtype": torch.float32}
         self.downs = nn.ModuleList(nn.Linear(width, narrow, bias=False, **place) for _ in range(len(rungs) + 1))
         self.blocks = nn.ModuleList(
@@ -129,17 +129,17 @@ class Ladder(BesideFrozen):
     def _pooled(self, host: nn.Module, last: Tensor, before: Tensor, now: Tensor) -> Tensor:
         """Return what the host's pooler gives of its hidden states now; once it is seen that it reads these alone."""
         pooler = structure.part(host, "pooler")
-        if not self.pools:
+        if self.first is None:
             with torch.no_grad():
-                given = None if pooler is None else pooler(last)
-            if given is None or given.shape != before.shape or not torch.allclose(given, before, atol=1e-3, rtol=1e-3):
+                ways = [last[:, 0]] if pooler is None else [pooler(last), last[:, 0]]
+            like = [torch.allclose(way, before, atol=1e-3, rtol=1e-3) for way in ways if way.shape == before.shape]
+            if True not in like:
                 raise TuningError(
                     f"{type(host).__name__} pools its hidden states in a way of its own, which the ladder cannot do "
                     "anew: use SideTuning."
                 )
-            self.pools = True
-        assert pooler is not None
-        return pooler(now)
+            self.first = pooler is None or not like[0]
+        return now[:, 0] if self.first or pooler is None else pooler(now)
 
     def _masks(self, given: dict[str, Any], z: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the tokens that a token must not see, [T, T], and those that are padding, [B, T]."""

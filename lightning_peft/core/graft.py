@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.core import generating, placement
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.pipeline import forward_of
 from lightning_peft.core.private_torch import Movable, is_compiled, output_hooks
 from lightning_peft.core.switch import Switch
 
@@ -281,21 +282,11 @@ def _surround(host: nn.Module) -> None:
 
 def _forward(host: nn.Module, inner: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     """Run the forward pass of a host through its grafts, the latest outermost."""
-    run = inner or partial(_in_line if isinstance(host, nn.Sequential) else type(host).forward, host)
+    run = inner or forward_of(host, Graft)
     for child in host.children():
         if isinstance(child, Graft) and overrides(child, "around") and not child.rests:
             run = partial(child, "around", run, host)
     return run(*args, **kwargs)
-
-
-def _in_line(host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a pipeline, whose children are its steps, without its grafts."""
-    if type(host).forward is not nn.Sequential.forward:
-        return type(host).forward(host, *args, **kwargs)
-    (x,) = (*args, *kwargs.values())
-    for step in host.children():
-        x = x if isinstance(step, Graft) else step(x)
-    return x
 
 
 def _owner(host: nn.Module, name: str) -> tuple[nn.Module, str]:

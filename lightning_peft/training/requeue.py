@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.training import patches, signals, slurm
+from lightning_peft.training.vote import Vote
 
 EXIT = 75
 """The exit code of a run that stopped to be continued (EX_TEMPFAIL)."""
@@ -47,6 +48,7 @@ class SafeRequeue(L.Callback):
         self._path = Path()
         self._decision = ""
         self._saved = time.monotonic()
+        self._vote = Vote()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Handle the signals in place of Lightning, and resume from this job's own file if it was requeued."""
@@ -72,6 +74,14 @@ class SafeRequeue(L.Callback):
                 f"{found} is there although this job has not been restarted, so it belongs to an earlier cluster's job "
                 "of this number: remove it, or give another --trainer.default_root_dir."
             )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let the ranks speak to each other."""
+        self._vote.begin()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Read what is on its way between the ranks."""
+        self._vote.end()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -123,10 +133,9 @@ class SafeRequeue(L.Callback):
         """Decide together: one rank that got a signal is enough, and the clock is that of rank 0."""
         late = self.every_minutes is not None and time.monotonic() - self._saved > 60 * self.every_minutes
         due = save and late and trainer.is_global_zero
-        together = trainer.strategy.reduce_boolean_decision
-        if not together(bool(signals.received()) or due, all=False):
-            return
-        self._decision = "stop" if together(bool(signals.received()), all=False) else "save" if save else ""
+        wanted, stop = self._vote.ask(bool(signals.received()) or due, bool(signals.received()))
+        if wanted:
+            self._decision = "stop" if stop else "save" if save else ""
 
     def _act(self, trainer: L.Trainer) -> None:
         decision, self._decision = self._decision, ""

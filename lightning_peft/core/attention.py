@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core import structure
+from lightning_peft.core.added_scores import AddedScores
 from lightning_peft.core.attention_probe import Attention, probe, seen, watched
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, grafts, overrides
@@ -53,16 +54,18 @@ def join(backbone: nn.Module, name: str = "joint") -> list[Attention]:
             f"load it with one of {', '.join(_BASES)}."
         )
     found = _probed(backbone)
-    if any(not one.by_cache for one in found):
+    if any(one.route == "interface" for one in found):
         _set(backbone, _GRAFTED + base)
     if not found:
         raise TuningError(
-            f"{type(backbone).__name__} computes its attention outside of transformers' attention interface and gives "
-            "it no cache, so its keys and values cannot be reached: tune it by PromptTuning or LoRA."
+            f"{type(backbone).__name__} computes its attention in a way of its own, outside of transformers' "
+            "attention interface, so its keys and values cannot be reached: tune it by PromptTuning or LoRA."
         )
     for one in found:
-        if one.by_cache:
+        if one.route == "cache":
             attach(one.module, LongerCache(), f"{name}_cache")
+        elif one.route == "scores":
+            attach(one.module, AddedScores(one.heads, one.key_dim, one.value_dim), f"{name}_scores")
     return found
 
 
@@ -74,7 +77,7 @@ def spare_mask(backbone: nn.Module) -> None:
     implementation = structure.attention_implementation(backbone)
     if implementation == "sdpa":
         found, layers = _probed(backbone), structure.setting(structure.config_of(backbone), "num_hidden_layers")
-        if len(found) == layers and not any(one.by_cache for one in found):
+        if len(found) == layers and not any(one.route != "interface" for one in found):
             _set(backbone, _GRAFTED + implementation)
 
 

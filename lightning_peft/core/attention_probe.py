@@ -6,6 +6,7 @@ encoder of a speech model, is run by itself, or block by block. What a model kee
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import anatomy, placement, structure, text_structure
+from lightning_peft.core.added_scores import Watching
 from lightning_peft.core.cache_argument import argument_of
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.longer_cache import with_longer_cache
 from lightning_peft.core.meta_run import ran
+from lightning_peft.core.select import ROLES
 
 Kind = Literal["self", "encoder", "decoder", "cross"]
+Route = Literal["interface", "cache", "scores"]
 _SOURCE, _TARGET = 3, 5  # lengths of the probe's inputs, which tell self- from cross-attention
 _watchers: list[Callable[[nn.Module, Tensor, Tensor], Any]] = []
 
@@ -28,7 +32,8 @@ _watchers: list[Callable[[nn.Module, Tensor, Tensor], Any]] = []
 class Attention(NamedTuple):
     """One attention of a model: where it is, what it attends to, and the shapes of its keys and values.
 
-    ``by_cache`` tells that its keys and values are reached through the argument for its cache.
+    ``route`` is how they are reached: by transformers' attention interface, by its argument for a cache, or among the
+    operations that it computes.
     """
 
     path: str
@@ -37,7 +42,7 @@ class Attention(NamedTuple):
     heads: int
     key_dim: int
     value_dim: int
-    by_cache: bool = False
+    route: Route = "interface"
 
 
 class _Probe:
@@ -48,16 +53,16 @@ class _Probe:
         self.encodes_and_decodes = structure.is_encoder_decoder(backbone)
         self.found: dict[nn.Module, Attention] = {}
 
-    def see(self, module: nn.Module, key: Tensor, value: Tensor, by_cache: bool = False) -> None:
-        """Note an attention; one that is reached through the interface is not noted by its cache."""
-        if module not in self.paths or (by_cache and module in self.found):
+    def see(self, module: nn.Module, key: Tensor, value: Tensor, route: Route = "interface") -> None:
+        """Note an attention; one that is reached through the interface is not noted otherwise."""
+        if module not in self.paths or (route != "interface" and module in self.found):
             return
         kind: Kind = "self"
         if self.encodes_and_decodes:
             in_decoder = "decoder" in self.paths[module].split(".")
             kind = "encoder" if not in_decoder else "cross" if key.shape[2] == _SOURCE else "decoder"
         shape = (key.shape[1], key.shape[3], value.shape[3])
-        self.found[module] = Attention(self.paths[module], module, kind, *shape, by_cache)
+        self.found[module] = Attention(self.paths[module], module, kind, *shape, route)
 
 
 @contextmanager
@@ -154,13 +159,39 @@ def _lenient(
             raise
         if fills_cache and (shape := text_structure.cached_shape_of(module)) is not None and given.ndim == 3:
             keys = given.new_empty(given.shape[0], shape[0], given.shape[1], shape[1])
-            state.see(module, keys, keys, by_cache=True)
+            state.see(module, keys, keys, "cache")
         width = structure.out_features_of(module)
         return given if width is None else given.new_empty(*given.shape[:-1], width)
     if fills_cache and module not in state.found:
         with suppress(Exception):  # what it keeps may be no keys and values: the state of a scan
             _through_cache(module, forward, state, args, kwargs)
+    if _projects(module) and state.found.keys().isdisjoint(module.modules()):
+        with suppress(Exception):
+            _among_operations(module, forward, state, args, kwargs)
     return out
+
+
+def _projects(module: nn.Module) -> bool:
+    """Tell whether queries, keys and values are projected by direct children of a module."""
+    names = [name for name, _ in module.named_children()]
+    apart = [[name for name in names if re.fullmatch(ROLES[role], name)] for role in ("query", "key", "value")]
+    return all(apart) or any(re.fullmatch(ROLES["fused_qkv"], name) for name in names)
+
+
+def _among_operations(
+    module: nn.Module, forward: Callable[..., Any], state: _Probe, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Run an attention with one column more among what it computes, and note it if that has found its place."""
+
+    def rows(like: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        one = like.new_empty(batch, like.shape[:-2].numel() // batch, 1, like.shape[-1])
+        return one, one
+
+    with Watching(rows) as watching:
+        forward(*args, **kwargs)
+    if watching.heads and watching.key_dim and watching.value_dim == watching.key_dim:
+        key = torch.empty(1, watching.heads, _SOURCE, watching.key_dim, device="meta")
+        state.see(module, key, key, "scores")
 
 
 def _through_cache(
@@ -178,7 +209,7 @@ def _through_cache(
     inputs[str(argument_of(forward))] = None  # that of the model holds these keys and values already
     with_longer_cache(module, forward, lengthen, 1, (), inputs)
     if shapes:
-        state.see(module, *shapes[0], by_cache=True)
+        state.see(module, *shapes[0], "cache")
 
 
 def inputs_on_meta(

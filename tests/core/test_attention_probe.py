@@ -1,5 +1,6 @@
 """The attentions of models of many shapes are found without a number, and a prefix in them is what a cache would be."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -198,3 +199,70 @@ def test_the_probe_leaves_nothing_behind() -> None:
     after = {name: dict(vars(module)) for name, module in model.named_modules()}
     assert {name: list(found) for name, found in after.items()} == {name: list(kept) for name, kept in before.items()}
     assert all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+
+
+APART = {"max_position_embeddings": 32, "type_vocab_size": 1}
+OF_DEBERTA = SIZED | APART | {"relative_attention": True, "max_relative_positions": 8}
+OPERATIONS: dict[str, Callable[[], nn.Module]] = {
+    "MPNet": lambda: hf.MPNetModel(hf.MPNetConfig(**SIZED, max_position_embeddings=32)),
+    "DeBERTa": lambda: hf.DebertaModel(hf.DebertaConfig(**SIZED | APART)),
+    "DeBERTa v2": lambda: hf.DebertaV2Model(hf.DebertaV2Config(**SIZED | APART)),
+    "LUKE": lambda: hf.LukeModel(hf.LukeConfig(**SIZED | APART, entity_vocab_size=9, entity_emb_size=8)),
+    "DeBERTa, relative": lambda: hf.DebertaModel(hf.DebertaConfig(**OF_DEBERTA, pos_att_type=["c2p", "p2c"])),
+    "DeBERTa v2, relative": lambda: hf.DebertaV2Model(
+        hf.DebertaV2Config(**OF_DEBERTA, pos_att_type=["c2p", "p2c"], position_buckets=4, share_att_key=True)
+    ),
+    "GPT": lambda: hf.OpenAIGPTModel(hf.OpenAIGPTConfig(**OF_GPT)),
+}
+
+
+@pytest.mark.parametrize("name", ["MPNet", "DeBERTa", "DeBERTa v2", "LUKE"])
+def test_a_prefix_that_repeats_the_keys_and_values_of_a_text_changes_nothing(name: str) -> None:
+    """In a softmax over each of them twice, each has half its share: so their scores are scaled alike."""
+    model, ids, seen = built(OPERATIONS[name]), words(1, 4), {}
+    for kind, parameter in model.named_parameters():
+        if "relative_attention_bias" in kind:
+            parameter.data.zero_()
+    expected = model(input_ids=ids).last_hidden_state
+    PrefixTuning(num_virtual_tokens=4, mid_dim=None, layers=[0], positions="unshifted").apply(model)
+    (place,) = (place for place in grafts(model) if isinstance(place.graft, Prefix))
+    children = {role: child for role, child in place.host.named_children() if isinstance(child, nn.Linear)}
+    for role, child in children.items():
+        child.register_forward_hook(lambda _, __, out, role=role: seen.update({role: out.detach()}))
+    model(input_ids=ids)
+    if "in_proj" in seen:  # whose bias of the values is a parameter of its own
+        keys, values = seen["in_proj"].view(4, 4, -1).transpose(0, 1).chunk(3, -1)[1:]
+        values = values + place.host.v_bias.view(4, 1, -1)
+    else:
+        one, other = (next(out for role, out in seen.items() if role.startswith(letter)) for letter in ("k", "v"))
+        keys, values = (out.view(4, 4, -1).transpose(0, 1) for out in (one, other))
+    place.graft.keys.data.copy_(keys)
+    place.graft.values.data.copy_(values)
+    torch.testing.assert_close(model(input_ids=ids).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    place.graft.values.data.add_(0.1)
+    assert not torch.allclose(model(input_ids=ids).last_hidden_state, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_prefix_among_the_operations_trains_and_goes_again(name: str) -> None:
+    model, ids = built(OPERATIONS[name]), words()
+    before = model(input_ids=ids).last_hidden_state
+    method = PrefixTuning(num_virtual_tokens=P, mid_dim=None)
+    method.apply(model)
+    twin = copy.deepcopy(model)
+    model(input_ids=ids).last_hidden_state.square().sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 4
+    assert all(bool(parameter.grad.abs().sum()) for parameter in trained)
+    assert torch.equal(twin(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)
+    method.remove(model)
+    assert torch.equal(model(input_ids=ids).last_hidden_state, before)
+
+
+def test_a_text_that_is_attended_to_otherwise_is_refused() -> None:
+    """LUKE has other queries for words and for entities."""
+    model = built(OPERATIONS["LUKE"])
+    PrefixTuning(num_virtual_tokens=P, mid_dim=None).apply(model)
+    entities = {"entity_ids": torch.ones(2, 1, dtype=torch.long), "entity_position_ids": torch.zeros(2, 1, 2).long()}
+    with pytest.raises(TuningError, match="attends in another way than when the prefix was attached"):
+        model(input_ids=words(), **entities, entity_attention_mask=torch.ones(2, 1, dtype=torch.long))

@@ -42,6 +42,14 @@ def is_eager(parameter: Tensor) -> bool:
     return not is_traced() and type(parameter.data) is Tensor and not torch._C._are_functorch_transforms_active()
 
 
+def as_plain_tensors() -> AbstractContextManager[Any]:
+    """Return a context in which subclasses of tensors are plain ones, as ``Tensor.__torch_function__`` itself has it.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_tensor.py
+    """
+    return torch._C.DisableTorchFunctionSubclass()
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which operations on tensors like this one keep their dtypes."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core import structure
 from lightning_peft.core.folding import Folding
-from lightning_peft.updates import in_place
+from lightning_peft.updates import in_place, stacked
 from lightning_peft.updates.factors import Factors, row_ratio
 
 
@@ -16,8 +16,9 @@ class LowRankWeights(Folding):
     """Changes weights that their host reads without calling a layer, to ``W + s B A``, rescaled with DoRA.
 
     For ``nn.MultiheadAttention`` (the packed in-projection and the output projection) and for experts stacked in one
-    tensor, each of which gets matrices of its own. The gradient goes through the whole weight, so a step costs as many
-    FLOPs as if that weight were trained; dropout on the input has no place here.
+    tensor, each of which gets matrices of its own, and whose tokens are multiplied by these (`stacked`). Elsewhere the
+    gradient goes through the whole weight, so a step costs as many FLOPs as if that weight were trained. Dropout on the
+    input has no place here.
 
     Args:
         host: the module.
@@ -57,8 +58,13 @@ class LowRankWeights(Folding):
         return part
 
     def weight(self, w: Tensor, name: str) -> Tensor:
-        """Return the changed weight, computed in fp32, in the dtype of ``w``."""
-        return w if self.merged else self._changed(w, name).to(w.dtype)
+        """Return the changed weight, computed in fp32, in the dtype of ``w``, or what poses as it for experts."""
+        if self.merged:
+            return w
+        part = self.part(name)
+        if part.m is None and stacked.changes(w):
+            return stacked.ChangedExperts.of(w, part.factors(), part.scale, self.transposed)
+        return self._changed(w, name).to(w.dtype)
 
     def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
         """Return the changed weight."""

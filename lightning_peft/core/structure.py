@@ -155,7 +155,10 @@ def input_embeddings_of(backbone: nn.Module) -> nn.Module | None:
         layer = get() if get is not None else None
     except NotImplementedError:  # of several towers, that of the text has a table
         towers = pretrained_models(nn.ModuleList(backbone.children())).values()
-        return next((e for tower in towers if isinstance(e := input_embeddings_of(tower), nn.Embedding)), None)
+        tables = [table for tower in towers if isinstance(table := input_embeddings_of(tower), nn.Embedding)]
+        words = setting(setting(config_of(backbone), "text_config"), "vocab_size")
+        tables += [m for m in backbone.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == words]
+        return next(iter(tables), None)
     return layer if isinstance(layer, nn.Module) else None  # Perceiver's is a parameter
 
 

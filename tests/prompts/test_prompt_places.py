@@ -200,7 +200,18 @@ def align() -> nn.Module:
     return hf.AlignModel(hf.AlignConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16))
 
 
-@pytest.mark.parametrize("build", [lambda: tiny("clip").base_model, align])
+def owl() -> nn.Module:
+    """One whose text tower is no model of its own."""
+    text = hf.OwlViTTextConfig(**SIZED, max_position_embeddings=32)
+    vision = hf.OwlViTVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    return hf.OwlViTModel(
+        hf.OwlViTConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    )
+
+
+@pytest.mark.parametrize("build", [lambda: tiny("clip").base_model, align, owl])
 def test_in_two_towers_a_prompt_is_what_words_after_the_first_token_are(build: Callable[[], nn.Module]) -> None:
     model, method = tuned(build)
     ids = torch.cat((words(2, 4) % 40 + 5, torch.tensor([[2], [2]])), 1)

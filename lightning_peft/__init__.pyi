@@ -91,6 +91,7 @@ from lightning_peft.tasks.domain_adaptation import DomainAdaptation as DomainAda
 from lightning_peft.tasks.image_classification import ImageClassification as ImageClassification
 from lightning_peft.tasks.multi_task import MultiTask as MultiTask
 from lightning_peft.tasks.nearest_demonstrations import NearestDemonstrations as NearestDemonstrations
+from lightning_peft.tasks.prompt_search import search_prompts as search_prompts
 from lightning_peft.tasks.prompted_classification import PromptedClassification as PromptedClassification
 from lightning_peft.tasks.prompted_generation import PromptedGeneration as PromptedGeneration
 from lightning_peft.tasks.multiple_choice import MultipleChoice as MultipleChoice

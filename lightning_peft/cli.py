@@ -19,6 +19,8 @@ train and use:
   predict     write what a tuned model says of new rows
   check       look before GPU hours: a few steps, a table of what passes and what does not: check --config CONFIG,
               or without weights and data, for a model that does not fit here: check --config CONFIG --meta true
+  search      find a template for a prompted task: search --config prompted_classification --model.model MODEL
+              --how edits --budget 40 --out prompt.yaml
   submit      write a SLURM script for a fit and submit it: submit --config CONFIG --nodes 2 --gpus 8 [--dry-run]
 
 look and convert:
@@ -40,7 +42,7 @@ any command:
 Files of arguments add up, later ones win: --config quickstart --config bitfit
 Methods and their arguments work from the shell too: --method LoRA --method.r 4
 """
-_TRAINER = ("fit", "validate", "test", "predict", "check")
+_TRAINER = ("fit", "validate", "test", "predict", "check", "search")
 _SUBMIT = "submit"
 _TOOLS = ("methods", "info", "combine", "merge", "plot", "export", "import", "templates", "configs")
 _DEBUG = "LIGHTNING_PEFT_DEBUG"

@@ -9,11 +9,14 @@ shares.
 from functools import cache
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
 from examples.compare_text import PROBLEMS, run
 from examples.pretrain_tiny import train
+from lightning_peft.data import Seq2SeqData
+from lightning_peft.tasks import PromptedGeneration
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +69,9 @@ def ends(name: str, models: Path) -> tuple[float, float]:
         ("opinions", "PTuningV2(8)", 0.9),
         ("facts", "PromptTuning(6)", 0.6),
         ("facts", "PTuning(6)", 0.55),
+        ("zh_opinions", "PromptTuning(8)", 0.5),
+        ("zh_facts", "PTuning(6)", 0.4),
+        ("zh_facts", "PromptTuning(6)", 0.4),
         ("descriptions", "PrefixTuning(8)", 0.15),
         ("descriptions", "PromptTuning(8)", 0.1),
         ("descriptions", "LoRA(r=4)", 0.55),
@@ -82,3 +88,22 @@ def test_closes_the_gap(name: str, method: str, least: float, models: Path) -> N
     share = (found - low) / (high - low)
     print(f"{name} {method}: {low:.3f}, {found:.3f}, {high:.3f}: {share:.2f} of the gap")
     assert share >= least
+
+
+def test_chains_of_thought_in_chinese(models: Path) -> None:
+    """The model works a sum out step by step, its answers are found, and the vote of five chains is no worse."""
+    read("gpt2_zh", models)
+    model, found = str(models / "gpt2_zh"), {}
+    for name, options in (("chain", {}), ("vote", {"paths": 5, "temperature": 0.7})):
+        task = PromptedGeneration(
+            model, "问：{question}\n答：{answer}", language="zh", answer="number", rationale="rationale",
+            max_new_tokens=30, check="note", **options,
+        )  # fmt: skip
+        data = Seq2SeqData(
+            tokenizer=model, dataset="made://zh_sums", source="question", target="answer", max_length=128
+        )
+        run = L.Trainer(accelerator="cpu", limit_test_batches=4, logger=False, enable_progress_bar=False)
+        found[name] = run.test(task, data, verbose=False)[0]
+    assert found["chain"]["test_exact_match"] >= 0.9
+    assert found["vote"]["test_exact_match"] >= 0.95
+    assert found["chain"]["test_wrong_steps"] <= 0.1

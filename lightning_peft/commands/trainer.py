@@ -20,6 +20,7 @@ import lightning_peft
 from lightning_peft.commands import agreement, fail, refusal, sentence
 from lightning_peft.commands.config_files import ConfigFile
 from lightning_peft.commands.known_names import known_names, missing, names_at_hand
+from lightning_peft.commands.searching import Searcher
 from lightning_peft.commands.values import check_seed, check_values
 from lightning_peft.commands.wording import one_sentence, unknown_word
 from lightning_peft.commands.yaml_check import check_words, is_file
@@ -193,16 +194,29 @@ class CheckingCLI(TuningCLI):
             return Preflight.of(**config | {"callbacks": [*own, *callbacks]})
 
 
+class SearchingCLI(TuningCLI):
+    """`TuningCLI` for a Trainer that searches for prompts."""
+
+    tells = False
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the one command, a method of `Searcher`, with the arguments that are given apart."""
+        return {"search": {"model", "datamodule"}}
+
+
 def run() -> None:
     """Run the command of ``sys.argv``."""
     # lightning 2.6 with torch 2.13: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     check_words(sys.argv[2:])
     sys.argv[1:] = _torch_first(sys.argv[1:])
-    checks = "check" in sys.argv[1:2]
-    cli = CheckingCLI if checks else TuningCLI
+    own: dict[str, tuple[type[TuningCLI], type[L.Trainer]]] = {
+        "check": (CheckingCLI, Preflight), "search": (SearchingCLI, Searcher)
+    }  # fmt: skip
+    cli, trainer_class = own.get(sys.argv[1], (TuningCLI, L.Trainer))
     cli(
-        trainer_class=Preflight if checks else L.Trainer,
+        trainer_class=trainer_class,
         model_class=L.LightningModule,
         datamodule_class=L.LightningDataModule,
         subclass_mode_model=True,

@@ -1,6 +1,7 @@
 """The base class of tasks that ask a frozen language model: the model, templates, demonstrations, scores."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from lightning_peft.data.padding import Padder
 from lightning_peft.prompting.demonstrations import Order, Select
 from lightning_peft.prompting.encoding import Style
 from lightning_peft.prompting.instruction_files import instructions_of
+from lightning_peft.prompting.instructions import Instructions
 from lightning_peft.prompting.template import Template
 from lightning_peft.tasks.base import Dtype, Split, without_weights
 from lightning_peft.tasks.embedding import Embedder
@@ -88,10 +90,31 @@ class PromptedTask(FrozenTask):
         self._in_context: InContext | None = None
         self._is_told = False
         self.shown = MeanMetric()
-        if self.lm == "masked":
-            for template in self.templates:
+        self._check(self.instructions)
+
+    def use_templates(self, templates: str | list[str]) -> None:
+        """Ask by these templates from now on; all else stays as it is.
+
+        Args:
+            templates: a template, a list of them, or the path of a YAML file with several.
+
+        Raises:
+            TuningError: one does not fit the model.
+        """
+        found = instructions_of(templates)
+        self._check(found)
+        self.instructions = replace(found, words=self.instructions.words)
+        self._in_context = None
+        self.take_templates()
+
+    def take_templates(self) -> None:
+        """Make what depends on the templates."""
+        raise NotImplementedError
+
+    def _check(self, instructions: Instructions) -> None:
+        for template in instructions.scored:
+            if self.lm == "masked":
                 template.cloze()
-        for template in self.templates:
             if template.num_virtual_tokens:
                 raise TuningError(
                     f"{template} has virtual tokens, which nothing trains here: take ClozeClassification."

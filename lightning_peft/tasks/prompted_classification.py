@@ -83,18 +83,20 @@ class PromptedClassification(PromptedTask, ClassScores):
             raise TuningError("there are no labels: give words= or labels=.")
         self.verbalizer = Verbalizer(own, combine).ordered(labels or list(own))
         self.best_on_validation = best_on_validation
-        self.prompts = ClassPrompts(
-            self.tokenizer, self.lm, self.templates, self.verbalizer, multi_token or self.lm != "masked",
-            tuple(content_free) if calibrate else (), normalise == "pmi",
-        )  # fmt: skip
-        self.label_scores = LabelScores(
-            self.prompts, normalise, decoding, share_prefix, prompts_at_once, content_free_mean
-        )
+        several = multi_token or self.lm != "masked"
+        self._prompting = (several, tuple(content_free) if calibrate else (), normalise == "pmi")
+        self._scoring = (normalise, decoding, share_prefix, prompts_at_once, content_free_mean)
         self.score_classes(self.verbalizer.labels)
-        names = [template.name for template in self.templates]
-        self.by_template = TemplateScores(names, class_metrics(len(self.labels)), "accuracy")
+        self.take_templates()
         self.best_template: str | None = None
         self._answers: dict[Any, str] = {}
+
+    def take_templates(self) -> None:
+        """Make what writes prompts of the templates, scores labels in them, and keeps the scores of each."""
+        self.prompts = ClassPrompts(self.tokenizer, self.lm, self.templates, self.verbalizer, *self._prompting)
+        self.label_scores = LabelScores(self.prompts, *self._scoring)
+        names = [template.name for template in self.templates]
+        self.by_template = TemplateScores(names, class_metrics(len(self.labels)), "accuracy")
 
     def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the data have the classes of the verbalizer, and the columns of the templates."""

@@ -99,7 +99,7 @@ class PromptedGeneration(PromptedTask):
         super().__init__(model, templates, **kwargs)
         _check_numbers(paths=paths, max_new_tokens=max_new_tokens, max_answer_tokens=max_answer_tokens)
         _check_sampling(paths, temperature, repetition_penalty, check, answer)
-        self._check_templates()
+        self._refuse_masked()
         self.target, self.rationale, self.language = target, rationale, language
         words = language_of(language or "en")
         self.reasoning, self.trigger = reasoning, words.steps if trigger is None else trigger
@@ -111,9 +111,18 @@ class PromptedGeneration(PromptedTask):
         limits = (max_new_tokens, max_answer_tokens)
         self.prompts = GenerationPrompts(self.tokenizer, self.lm, first, self.ask, *limits, words.blank)
         self.sampler = Sampler(self.tokenizer, self.lm, temperature, top_k, top_p, repetition_penalty, self.stop)
+        self.take_templates()
+        self.answered, self.wrong_steps = MeanMetric(), MeanMetric()
+
+    def take_templates(self) -> None:
+        """Make what keeps the scores of each template.
+
+        Raises:
+            TuningError: one has words behind the answer.
+        """
+        self._check_templates()
         names = [template.name for template in self.templates]
         self.by_template = TemplateScores(names, {"exact_match": ExactMatch()}, "exact_match")
-        self.answered, self.wrong_steps = MeanMetric(), MeanMetric()
 
     def answer_of(self, row: Mapping[str, Any]) -> str:
         """Return the answer of a demonstration, with its rationale if there is one.
@@ -253,9 +262,11 @@ class PromptedGeneration(PromptedTask):
         paths = self.sampler.write(self.backbone, *asked, self.max_answer_tokens, 0)
         return [self.found_in(self.sampler.text(path), "first") for path in paths]
 
-    def _check_templates(self) -> None:
+    def _refuse_masked(self) -> None:
         if self.lm == "masked":
             raise TuningError(f"{self.model_name} is a masked language model, which writes no texts: take another.")
+
+    def _check_templates(self) -> None:
         for template in self.templates:
             if template.after:
                 raise TuningError(

@@ -51,8 +51,9 @@ def test_words_of_two_characters_fill_two_masks(valley: Valley) -> None:
     (text, *_) = data.tokenizer.batch_decode(batch["input_ids"])
     assert text.replace(" ", "").endswith("总的来说让人[MASK][MASK]。[SEP]")
     task = ClozeClassification(model, data.verbalizer, data.label_names, lead=data.lead)
-    PromptTuning(num_virtual_tokens=3, seed=0).apply(task.backbone)
-    assert task.eval()(batch).shape == (4, 2)
+    method = PromptTuning(num_virtual_tokens=3, seed=0)
+    method.apply(task.backbone)
+    assert task.eval()(method.prepare(batch)).shape == (4, 2)
     alone = ClozeClassificationData(
         tokenizer=model, dataset="made://zh_opinions", template="{text}{mask}。", verbalizer=words
     )

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 PACKS = ("towers/contexts.py", "towers/text_towers.py")
 """Texts of classes, of which there are few, are packed on the CPU in each step: two questions for each tower."""
@@ -19,43 +20,50 @@ ASKING = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "cp
 
 
 class Syncs(L.Callback):
-    """Watches the training steps after the first, from this callback to its `end`, which comes last in the list."""
+    """Watches the training steps after the first, from this callback to its `end`, which comes last in the list.
+
+    A mode of torch sees the calls; methods of its own on `Tensor`, set and deleted, would leave that a sequence.
+    """
 
     def __init__(self) -> None:
         self.found: Counter[str] = Counter()
-        self.end = _End()
+        self.end = _End(self)
+        self.watch: _Watch | None = None
 
     def on_train_batch_start(self, *args: Any) -> None:
         if args[3] > 0:
-            for name in ASKING:
-                setattr(Tensor, name, self.spy(name))
-            Tensor.__getitem__ = self.spy("__getitem__")  # type: ignore[method-assign]
+            self.watch = _Watch(self.found)
+            self.watch.__enter__()
 
-    def spy(self, name: str) -> Any:
-        asked = getattr(Tensor, name)
+    def stop(self) -> None:
+        if self.watch is not None:
+            self.watch.__exit__(None, None, None)
+            self.watch = None
 
-        def see(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if name != "__getitem__" or _is_mask(args[0]):
-                place = _asker(sys._getframe(1))
-                if place is not None and not tensor.is_meta:
-                    self.found[f"{name} at {place}"] += 1
-            return asked(tensor, *args, **kwargs)
 
-        return see
+class _Watch(TorchFunctionMode):
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, asked: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(asked, "__name__", "")
+        if name in ASKING or (name == "__getitem__" and _is_mask(args[1])):
+            place = _asker(sys._getframe(1))
+            if place is not None and not args[0].is_meta:
+                self.found[f"{name} at {place}"] += 1
+        return asked(*args, **(kwargs or {}))
 
 
 class _End(L.Callback):
+    def __init__(self, begun: Syncs) -> None:
+        self.begun = begun
+
     def on_train_batch_end(self, *args: Any) -> None:
-        stop()
+        self.begun.stop()
 
     def on_exception(self, *args: Any) -> None:
-        stop()
-
-
-def stop() -> None:
-    for name in (*ASKING, "__getitem__"):
-        if name in vars(Tensor):
-            delattr(Tensor, name)
+        self.begun.stop()
 
 
 def _is_mask(index: Any) -> bool:

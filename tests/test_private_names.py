@@ -1,6 +1,7 @@
 """Private names of torch, Lightning and transformers: what uses each, where it is from, and that it is what it was."""
 
 import inspect
+import pickletools
 import re
 import warnings
 from collections.abc import Callable
@@ -18,8 +19,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import launchers
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp._common_utils import FSDP_WRAPPED_MODULE
+from torch.nn.utils import prune
 from torch.optim import SGD, lr_scheduler
 from torch.utils import _python_dispatch
 from torch.utils.data import DataLoader
@@ -42,14 +45,14 @@ class Use(NamedTuple):
 
     file: str
     source: str
-    test: Callable[[], None]
+    test: Callable[..., None]
 
 
 USES: dict[str, Use] = {}
 
 
-def use(file: str, source: str, *names: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    def note(test: Callable[[], None]) -> Callable[[], None]:
+def use(file: str, source: str, *names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def note(test: Callable[..., None]) -> Callable[..., None]:
         USES.update(dict.fromkeys(names, Use(file, source, test)))
         return test
 
@@ -400,9 +403,39 @@ def a_buffer_that_is_in_no_file_is_computed() -> None:
     assert torch.equal(rotary.inv_freq, before)
 
 
+def named_in_metadata(folder: Path) -> set[str]:
+    """Return what the pickled metadata of a folder name, after their module."""
+    checkpoint.save({"weight": torch.zeros(2)}, checkpoint_id=folder, no_dist=True)
+    operations = list(pickletools.genops((folder / ".metadata").read_bytes()))
+    return {part for _, value, _ in operations if isinstance(value, str) for part in value.split()}
+
+
+@use("core/folder_seal.py", f"{PYTORCH}torch/distributed/checkpoint/filesystem.py", "_StorageInfo")
+def where_a_tensor_lies_in_a_folder(tmp_path: Path) -> None:
+    assert "_StorageInfo" in named_in_metadata(tmp_path)
+
+
+@use("core/folder_seal.py", f"{PYTORCH}torch/serialization.py", "_get_layout")
+def the_layout_of_a_tensor_is_looked_up(tmp_path: Path) -> None:
+    assert "_get_layout" in named_in_metadata(tmp_path)
+
+
+@use("core/folder_seal.py", f"{PYTORCH}torch/distributed/checkpoint/metadata.py", "_MEM_FORMAT_ENCODING")
+def the_memory_format_of_a_tensor_is_kept(tmp_path: Path) -> None:
+    assert "_MEM_FORMAT_ENCODING" in named_in_metadata(tmp_path)
+
+
+@use("core/pruned.py", f"{PYTORCH}torch/nn/utils/prune.py", "_orig")
+def a_pruned_weight_is_kept_under_another_name() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    prune.identity(layer, "weight")
+    assert set(layer.state_dict()) == {"weight_orig", "weight_mask"}
+
+
 @pytest.mark.parametrize("name", USES)
-def test_a_name_is_what_it_was(name: str) -> None:
-    USES[name].test()
+def test_a_name_is_what_it_was(name: str, tmp_path: Path) -> None:
+    takes = inspect.signature(USES[name].test).parameters
+    USES[name].test(*[tmp_path] * len(takes))
 
 
 @pytest.mark.parametrize("name", USES)

@@ -24,7 +24,11 @@ _CLASSES = {
     *("torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout", "torch.Size"),
     *("pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "collections.OrderedDict"),
 }
-"""What the metadata of a folder are made of."""
+"""What the metadata of a folder are made of:
+https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/checkpoint/metadata.py,
+https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/checkpoint/filesystem.py,
+https://github.com/pytorch/pytorch/blob/v2.13.0/torch/serialization.py
+"""
 
 
 def digests(folder: Path, share: int = 0, of: int = 1) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Parameters that ``torch.nn.utils.prune`` has taken apart: ``weight`` is ``weight_orig`` times ``weight_mask`` then.
 
-https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.prune.BasePruningMethod.html
+https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/utils/prune.py
 """
 
 from collections.abc import Container

@@ -90,18 +90,18 @@ class PromptEnsemble(Method):
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a training batch with each row asked by each prompt; others as they are, the model repeats them."""
-        return self.asked_by_all(batch) if vars(self).get("_in_step") else batch
+        return self.asked_by_all(batch) if vars(self).get("in_step") else batch
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Replace the batch by one that has each row with each prompt."""
         applied = self.applied(pl_module)
-        vars(applied)["_in_step"] = True
+        vars(applied)["in_step"] = True
         try:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         finally:
-            del vars(applied)["_in_step"]
+            del vars(applied)["in_step"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse to train prompts of files.

@@ -14,7 +14,9 @@ from torchmetrics import MetricCollection
 from lightning_peft.core import anatomy, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import load_model, load_tokenizer, model_without_weights, resolve
+from lightning_peft.core.switching import prepare
 from lightning_peft.data.protocols import Truncated
+from lightning_peft.prompts.virtual_tokens import is_widened
 from lightning_peft.tasks.optimizer import Shapes, adamw, parameter_groups, shapes_of
 from lightning_peft.training.mixin import MethodMixin
 
@@ -112,6 +114,10 @@ class Task(MethodMixin, L.LightningModule):
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return what of a batch the model is fed."""
         return {n: v for n, v in batch.items() if isinstance(v, Tensor) and n not in self.not_inputs}
+
+    def prepared(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a batch with the prompts in it, which a Trainer has put there, and another caller has not."""
+        return batch if is_widened(batch) else prepare(self.backbone, batch)
 
     def text_columns(self, values: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Return ``values`` [B, P + N, ...] at the N columns of the text; those of virtual tokens are left out.

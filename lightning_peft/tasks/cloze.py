@@ -124,7 +124,7 @@ class ClozeClassification(GapTask, ClassScores):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the scores of the labels in fp32, [B, labels]."""
-        return combined(self.word_scores(batch), self.verbalizer.owners, self.verbalizer.combine)
+        return combined(self.word_scores(self.prepared(batch)), self.verbalizer.owners, self.verbalizer.combine)
 
     def word_scores(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the log-likelihood of each word in the gap, [B, words]."""

@@ -64,7 +64,7 @@ class KnowledgeProbing(GapTask):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the logits of all words in the gap in fp32, [B, V]."""
-        return self.gap_logits(batch, 1)[:, 0]
+        return self.gap_logits(self.prepared(batch), 1)[:, 0]
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the cross-entropy over the vocabulary."""

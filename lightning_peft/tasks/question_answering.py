@@ -46,6 +46,7 @@ class QuestionAnswering(Task):
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the logits of the first and of the last token of the answer, in fp32, [B, N] each."""
+        batch = self.prepared(batch)
         out = self.backbone(**self.inputs(batch))
         first, last = (self.text_columns(logits, batch).float() for logits in (out.start_logits, out.end_logits))
         mask = batch.get("attention_mask")

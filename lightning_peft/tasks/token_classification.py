@@ -46,6 +46,7 @@ class TokenClassification(Task):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return logits in fp32, [B, N, tags]."""
+        batch = self.prepared(batch)
         logits = self.backbone(**self.inputs(batch)).logits
         return self.text_columns(logits, batch).float()
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest.mock import Mock
 
 import lightning as L
 import pytest
@@ -175,17 +174,20 @@ def test_a_tokenizer_without_padding(tmp_path: Path) -> None:
 
 
 def test_each_process_has_its_rows(model: str, tmp_path: Path) -> None:
-    class Trainer:
-        overfit_batches, fit_loop = 0, Mock()
+    class Trainer(L.Trainer):
+        rank = 0
 
-        def __init__(self, rank: int) -> None:
-            self.distributed_sampler_kwargs = {"num_replicas": 2, "rank": rank}
+        @property
+        def distributed_sampler_kwargs(self) -> dict[str, int]:
+            return {"num_replicas": 2, "rank": self.rank}
 
     rows: list[tuple[str, str]] = []
     for rank in range(2):
         data = text.data(model, tmp_path, train=45)
         data.setup("fit")
-        data.trainer = Trainer(rank)  # type: ignore[assignment]
+        data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        data.trainer.strategy.connect(L.LightningModule())
+        data.trainer.rank = rank
         loader = data.train_dataloader()
         assert isinstance(loader.sampler, Batches)
         rows += decoded(data, loader)

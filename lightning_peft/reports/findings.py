@@ -30,6 +30,17 @@ def fits(rank: Memory, ranks: int) -> list[Finding]:
     return [Finding(what, rank.total <= there, f"{seen}, of {size(there)}", remedy)]
 
 
+def resumes(gpu: bool, deterministic: bool, ranks: int) -> Finding:
+    """Return whether a run that is resumed ends bit for bit as an uninterrupted one, which fails nothing."""
+    if not gpu:
+        seen = "bit for bit, with as many threads"
+    elif deterministic:
+        seen = "bit for bit as far as torch knows of its kernels, on the same card"
+    else:
+        seen = "up to rounding: GPU kernels add in any order, unless --trainer.deterministic true"
+    return Finding("resuming", True, f"{seen}, with {ranks} ranks" if ranks > 1 else seen)
+
+
 def table(findings: list[Finding]) -> Table:
     """Return the findings as a table, with a remedy where one fails."""
     shown = Table("", "check", Column("seen", overflow="fold"), title="Before training", title_justify="left")

@@ -20,7 +20,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.run import canonical
 from lightning_peft.core.tuning import tunings
 from lightning_peft.reports import meta_check
-from lightning_peft.reports.findings import Finding, fits, table, writable
+from lightning_peft.reports.findings import Finding, fits, resumes, table, writable
 from lightning_peft.reports.memory import file_bytes, of_rank
 from lightning_peft.reports.parameters import count, dtypes, size
 from lightning_peft.reports.probe import STEPS, TOLERANCE, Probe
@@ -126,6 +126,7 @@ class Preflight(L.Trainer):
             *self._trained_on_meta(model, dry),
             *self._half_precision(model),
             *self._units(model),
+            self._resumes(),
             *self._tied(model),
             *self._positions(model, max_length),
             one,
@@ -165,6 +166,7 @@ class Preflight(L.Trainer):
             *self.probe.findings(model),
             *self._half_precision(model),
             *self._units(model),
+            self._resumes(),
             *self._tied(model),
             *self._positions(model),
             *self._memory(model),
@@ -186,6 +188,10 @@ class Preflight(L.Trainer):
             return [Finding("devices", accelerator in ("cpu", "auto"), f"{devices} asked for, on {place}", remedy)]
         wanted = int(devices) if str(devices).isdigit() else there
         return [Finding("devices", wanted <= there, f"{wanted} of {there} GPUs", f"give --trainer.devices {there}")]
+
+    def _resumes(self) -> Finding:
+        gpu = torch.cuda.is_available() and self.asked.get("accelerator") != "cpu"
+        return resumes(gpu, bool(self.asked.get("deterministic")), self._world())
 
     def _half_precision(self, model: L.LightningModule) -> list[Finding]:
         trained = [p for p in model.parameters() if p.requires_grad]

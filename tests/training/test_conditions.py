@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_peft import LoRA
 from lightning_peft.core.delta_file import META
 from lightning_peft.core.storage import read_torch
+from lightning_peft.reports.findings import resumes
 from lightning_peft.training import conditions, random_states
 from tests.modules import Tuned, loader, trainer
 
@@ -60,3 +61,13 @@ def test_every_condition_is_compared() -> None:
         warnings.simplefilter("error")
         conditions.warn_of_changes(now, now)
         conditions.warn_of_changes(None, now)  # of a file that says nothing
+
+
+def test_a_check_says_how_exactly_a_run_resumes() -> None:
+    said = [resumes(gpu, sure, ranks) for gpu, sure, ranks in ((False, False, 1), (True, True, 2), (True, False, 1))]
+    assert all(finding.passes for finding in said)
+    assert [finding.seen.split(":")[0] for finding in said] == [
+        "bit for bit, with as many threads",
+        "bit for bit as far as torch knows of its kernels, on the same card, with 2 ranks",
+        "up to rounding",
+    ]

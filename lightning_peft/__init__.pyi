@@ -75,6 +75,10 @@ from lightning_peft.methods.prompt_ensemble import (
 from lightning_peft.methods.prompt_tuning import PromptTuning as PromptTuning, PromptTuningMixin as PromptTuningMixin
 from lightning_peft.methods.side_tuning import SideTuning as SideTuning, SideTuningMixin as SideTuningMixin
 from lightning_peft.methods.tiny_tl import TinyTL as TinyTL, TinyTLMixin as TinyTLMixin
+from lightning_peft.methods.trainable_tokens import (
+    TrainableTokens as TrainableTokens,
+    TrainableTokensMixin as TrainableTokensMixin,
+)
 from lightning_peft.methods.vpt import VPT as VPT, VPTMixin as VPTMixin
 from lightning_peft.methods.warp import WARP as WARP, WARPMixin as WARPMixin
 from lightning_peft.reports.bias_report import BiasReport as BiasReport

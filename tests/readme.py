@@ -14,6 +14,7 @@ WHEN = {
     "modules": "several tasks in one model; costs time at inference",
     "prefix": "tasks of writing, and prompts for deep models; needs higher learning rates and more steps",
     "mask": "a decoder that reads a source before it writes; beside any other method",
+    "words": "new words, such as the marks of a chat template; beside any other method",
     "prompt": "very large models, images and CLIP; one frozen model answers rows of many tasks in one batch",
     "head": "the baseline of every frozen model, and the fastest, with `cache_features`",
     "blocks": "between the head alone and the whole model",

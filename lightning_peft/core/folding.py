@@ -239,7 +239,8 @@ def foldable(module: nn.Module, dequantize: bool = False, owner: str | None = No
             )
         if isinstance(place.graft, Folding) and (why := place.graft.cannot_fold(place.host)) is not None:
             raise TuningError(f"{place.path} {why}, so it cannot be merged: keep the delta beside the backbone.")
-        if any(owners[id(p)] > 1 for p in place.host.parameters(recurse=False)):
+        tied = any(owners[id(p)] > 1 for p in place.host.parameters(recurse=False))
+        if tied and not place.graft.folds_ties:
             raise TuningError(
                 f"the weight of {place.path} is tied to that of another module, which would change with it: "
                 "keep the delta beside the backbone."

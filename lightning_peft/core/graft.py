@@ -71,6 +71,8 @@ class Graft(Movable):
     """Whether its effect is in the parameters of the host, so that its joints return what they get."""
     comes_first: bool = False
     """Whether what its joint `after` gets must be what the host alone has computed."""
+    folds_ties: bool = False
+    """Whether each module that shares a tied parameter has such a graft, so that all may be folded into it."""
     listens_only: bool = False
     """Whether it changes nothing of what its host computes."""
 
@@ -94,10 +96,7 @@ class Graft(Movable):
         raise NotImplementedError
 
     def key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values [B, H, S, d] of an attention with P more columns on their left, seen by all queries.
-
-        The host is an attention that `attention.join` has found.
-        """
+        """Return keys and values [B, H, S, d], of an attention of `join`, with P more columns on their left."""
         raise NotImplementedError
 
     def merge(self, host: nn.Module) -> float | None:
@@ -109,10 +108,7 @@ class Graft(Movable):
         return None
 
     def refer(self, **modules: nn.Module | None) -> None:
-        """Keep modules of elsewhere in the backbone as attributes, and not as children of this graft.
-
-        So each has one place and its tensors one name; a copy of the backbone refers to the copies.
-        """
+        """Keep modules of elsewhere in the backbone as attributes: no children, so that each tensor has one name."""
         vars(self).update(modules)
 
     def forward(self, joint: str, *args: Any, **kwargs: Any) -> Any:

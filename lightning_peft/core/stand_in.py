@@ -22,6 +22,8 @@ class StandIn(Graft):
         of: name of a parameter below the host -> the first of its names in the backbone.
     """
 
+    folds_ties = True
+
     def __init__(self, values: Mapping[str, nn.Parameter], of: Mapping[str, str]) -> None:
         super().__init__()
         self.weights, self.of = tuple(values), dict(of)

@@ -118,17 +118,7 @@ def search_prompts(
     if budget < 2 or width < 1:
         raise TuningError(f"budget={budget} and width={width} leave nothing to compare: take 2 and 1 or more.")
     search = _Search(task, data, budget, width, seed, trainer or _quiet_trainer())
-    begin = task.templates[0].text
-    search.ask([begin], "given", None)
-    if how == "edits":
-        search.edit(Editor(seed, synonyms_of(file) if file else {}))
-    elif how == "gradient":
-        search.replace_words()
-    else:
-        texts = _candidates(task, data, how, file, begin, budget - 1, seed)
-        if not texts:
-            raise TuningError(f"how={how!r} gives no candidates: give a file with more, or take how='edits'.")
-        search.ask(texts[: budget - 1], how, begin if how == "paraphrase" else None)
+    search.run(how, file)
     task.use_templates(search.found.best.template)
     return search.found
 
@@ -147,6 +137,24 @@ class _Search:
     def left(self) -> int:
         """How many candidates may still be asked."""
         return self.budget - len(self.found.tried)
+
+    def run(self, how: How, file: str | None) -> None:
+        """Ask the task's own template, then what the search makes of it.
+
+        Raises:
+            TuningError: there are no candidates.
+        """
+        begin = self.task.templates[0].text
+        self.ask([begin], "given", None)
+        if how == "edits":
+            self.edit(Editor(self.seed, synonyms_of(file) if file else {}))
+        elif how == "gradient":
+            self.replace_words()
+        else:
+            texts = _candidates(self.task, self.data, how, file, begin, self.left, self.seed)
+            if not texts:
+                raise TuningError(f"how={how!r} gives no candidates: give a file with more, or take how='edits'.")
+            self.ask(texts[: self.left], how, begin if how == "paraphrase" else None)
 
     def ask(self, texts: Sequence[str], how: str, parent: str | None) -> float:
         """Score templates together, note them, and return the best score of them."""

@@ -7,7 +7,7 @@ Source: Shin et al. 2020 (2010.15980), section 2.2; Wallace et al. 2019 (1908.07
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -56,18 +56,7 @@ def better_words(
     chosen = draw.sample(rows, min(ROWS, len(rows)))
     marked = Template("".join([*pieces[:at], "{v:1}", *pieces[at + 1 :]]))
     lead = " " if at and pieces[at - 1].isspace() else ""
-    table = next(iter(structure.word_tables(task.backbone).values()))
-    weight: Tensor = table.weight  # type: ignore[assignment]
-    own = task.tokenizer(lead + pieces[at], add_special_tokens=False)["input_ids"]
-    row = nn.Parameter(weight.detach()[own[:1]].float().clone())
-    attach(table, VirtualTokens(row), _NAME)
-    try:
-        with torch.enable_grad():
-            torch.stack([_loss(task, marked, fields, answer) for fields, answer in chosen]).mean().backward()
-    finally:
-        detach(table, _NAME)
-    assert row.grad is not None
-    scores = -(weight.detach().float() @ row.grad[0])
+    scores = _promise(task, marked, lead + pieces[at], chosen)
     found: list[str] = []
     for number in scores.argsort(descending=True).tolist():
         word = task.tokenizer.decode([number]).strip()
@@ -76,6 +65,24 @@ def better_words(
             if len(found) == most:
                 break
     return found
+
+
+def _promise(
+    task: PromptedClassification, template: Template, word: str, rows: Sequence[tuple[Mapping[str, Any], str]]
+) -> Tensor:
+    """Return ``-∇ · e_w`` of every word of the model in the place of the template's virtual token, [V]."""
+    table = next(iter(structure.word_tables(task.backbone).values()))
+    weight: Tensor = table.weight  # type: ignore[assignment]
+    own = task.tokenizer(word, add_special_tokens=False)["input_ids"]
+    row = nn.Parameter(weight.detach()[own[:1]].float().clone())
+    attach(table, VirtualTokens(row), _NAME)
+    try:
+        with torch.enable_grad():
+            torch.stack([_loss(task, template, fields, answer) for fields, answer in rows]).mean().backward()
+    finally:
+        detach(table, _NAME)
+    assert row.grad is not None
+    return -(weight.detach().float() @ row.grad[0])
 
 
 def _loss(task: PromptedClassification, template: Template, fields: Mapping[str, Any], answer: str) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,6 +115,10 @@ class PrefixMethod(Method):
                 "positions='unshifted'."
             )
         return batch
+
+    def _assert_applied(self, module: L.LightningModule) -> None:
+        super()._assert_applied(module)
+        attention.check_joined(self._tuned(module))
 
     def drop_network(self, model: nn.Module) -> None:
         """Keep the prefix that the network gives and drop the network; what follows is a method with mid_dim=None.

@@ -81,6 +81,23 @@ def spare_mask(backbone: nn.Module) -> None:
             _set(backbone, _GRAFTED + implementation)
 
 
+def check_joined(backbone: nn.Module) -> None:
+    """Check that the model still computes its attention so that grafts can lengthen it.
+
+    Raises:
+        TuningError: another implementation was set since.
+    """
+    implementation = structure.attention_implementation(backbone) or ""
+    lengthens = [place for place in grafts(backbone) if overrides(place.graft, "key_value")]
+    by_cache = {place.host for place in grafts(backbone) if isinstance(place.graft, LongerCache)}
+    if not implementation.startswith(_GRAFTED) and any(place.host not in by_cache for place in lengthens):
+        raise TuningError(
+            f"attn_implementation={implementation!r} was set on {type(backbone).__name__} after {lengthens[0].name!r} "
+            "was applied, and sees nothing of it: set it first, to one of "
+            f"{', '.join(_BASES)}, and apply the method then."
+        )
+
+
 def leave(backbone: nn.Module) -> None:
     """Give the model its own attention back when no graft needs it otherwise any more."""
     implementation = structure.attention_implementation(backbone) or ""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -10,12 +11,13 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_peft import PrefixTuning, PromptTuning
+from lightning_peft import PrefixTuning, PromptTuning, TuningError
 from lightning_peft.core import structure
 from lightning_peft.core.cache_argument import name_in
 from lightning_peft.features.activation_memory import Kept
 from tests.contract import shake
 from tests.models import batch, tiny
+from tests.modules import Tuned, loader, trainer
 
 METHODS: dict[str, Callable[[], Any]] = {
     "prefix": lambda: PrefixTuning(num_virtual_tokens=4, mid_dim=None),
@@ -117,3 +119,14 @@ def test_a_long_text_keeps_no_more_for_the_backward_pass_than_peft() -> None:
         model = copy.deepcopy(base)
         make().apply(model)
         assert kept(model) <= limit
+
+
+def test_an_implementation_that_is_set_later_is_refused(tmp_path: Path) -> None:
+    module, method = Tuned("llama"), METHODS["prefix"]()
+    method.apply(module)
+    module.model.set_attn_implementation("eager")
+    with pytest.raises(TuningError, match="'eager' was set on LlamaForCausalLM after 'prefixtuning' was applied"):
+        trainer(tmp_path, method, max_steps=1).fit(module, loader("llama"), loader("llama"))
+    method.remove(module)
+    method.apply(module)
+    trainer(tmp_path, method, max_steps=1).fit(module, loader("llama"), loader("llama"))

@@ -1,5 +1,6 @@
 """The table before training: what is tuned, how much of it, and what stays frozen."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -7,7 +8,9 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from lightning_peft.core import anatomy
 from lightning_peft.core.delta import collect
+from lightning_peft.core.graft import grafts
 from lightning_peft.core.tuning import tunings
 
 
@@ -26,6 +29,10 @@ def parameter_table(module: nn.Module) -> Table:
         modes = sorted({method.backbone_mode for method in tuning.methods.values()})
         table.add_row("backbone", f"{type(backbone).__name__}{where}")
         table.add_row("method", methods)
+        if chosen := places(backbone):
+            table.add_row("at", chosen)
+        if head := anatomy.head_names(backbone):
+            table.add_row("head", ", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in head)))
         table.add_row("frozen", f"{count(frozen):,} parameters, {stored(frozen)}, in {' and '.join(modes)} mode")
     parameters = list(module.parameters())
     trained = [p for p in parameters if p.requires_grad]
@@ -33,6 +40,25 @@ def parameter_table(module: nn.Module) -> Table:
     table.add_row("trained", f"{count(trained):,} of {count(parameters):,} parameters ({share:.3%}), {stored(trained)}")
     table.add_row("delta", size(sum(tensor.nbytes for tensor in collect(module).values())))
     return table
+
+
+def places(backbone: nn.Module, most: int = 12) -> str:
+    """Return where methods have attached something: names with ``N`` for numbers, and how many there are of each.
+
+    >>> from lightning_peft import LoRA
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> LoRA(r=1, target_modules=["0", "1"]).apply(net)
+    >>> places(net)
+    'N (2)'
+    """
+    names: Counter[str] = Counter()
+    for place in grafts(backbone):
+        weights = place.graft.weights or ("",)
+        names.update(
+            re.sub(r"(^|\.)\d+(?=\.|$)", r"\1N", f"{place.path}.{w}".strip(".")) or "the whole" for w in weights
+        )
+    rows = [f"{name} ({times})" for name, times in names.items()]
+    return ", ".join([*rows[:most], *([f"and {len(rows) - most} more"] if len(rows) > most else [])])
 
 
 def repr_short(method: object) -> str:

@@ -138,7 +138,9 @@ def _look_at(kind: type[nn.Module]) -> _Source:
                 waiting.append(path[0])
             if path and _is_call_of(node, parent):
                 called.add(".".join(path))
-            elif len(path) > 1 and _uses(node, parent):
+            elif path and isinstance(parent, ast.Call) and node in parent.args:  # LayoutLMv3 hands a layer on
+                read |= {(".".join(path), leaf): True for leaf in ("weight", "bias")}
+            if len(path) > 1 and not _is_call_of(node, parent) and _uses(node, parent):
                 key = (".".join(path[:-1]), path[-1])
                 read[key] = read.get(key, False) or not isinstance(parent, ast.Subscript)
     return _Source(frozenset(called), read, writes)

@@ -175,6 +175,17 @@ def test_reads_are_found_in_the_source() -> None:
     assert "self_attn.out_proj" in passed_by(nn.TransformerEncoderLayer(8, 2))
 
 
+def test_a_layer_that_is_handed_on_counts_as_read() -> None:
+    class Handing(Reader):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.through(self.proj, x)
+
+        def through(self, layer: nn.Linear, x: Tensor) -> Tensor:
+            return x @ layer.weight.T
+
+    assert {(read.layer, read.called) for read in reads_below(Handing())} == {("proj", False)}
+
+
 @pytest.mark.parametrize(
     "method",
     [

@@ -246,4 +246,10 @@ def _set(backbone: nn.Module, name: str) -> None:
     from lightning_peft.core.hub import quiet_loading
 
     with quiet_loading():  # it warns of parts that do not use the interface, which the probe finds anyway
-        backbone.set_attn_implementation(name)  # type: ignore[operator]
+        try:
+            backbone.set_attn_implementation(name)  # type: ignore[operator]
+        except ValueError:  # a part, such as a convolutional backbone, has no attention to set
+            raise TuningError(
+                f"{type(backbone).__name__} has a part whose attention cannot be set, so its keys and values cannot be "
+                "reached: tune it by LoRA."
+            ) from None

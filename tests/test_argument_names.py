@@ -39,6 +39,7 @@ TAKEN = {
     "use_cache": (*CAUSAL, "t5"),
     "logits_to_keep": CAUSAL,
     "decoder_input_ids": ("t5",),
+    "decoder_attention_mask": ("t5",),
     "encoder_outputs": ("t5",),
     "pixel_values": (*PIXELS, *models.TWO_TOWERS),
     "labels": (*ENCODERS, *CAUSAL, "t5", *PIXELS),

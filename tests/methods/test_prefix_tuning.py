@@ -542,8 +542,8 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
 
 
 def test_models_without_the_interface_are_named_with_another_way() -> None:
-    model = hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**_SMALL))
-    with pytest.raises(TuningError, match=r"DebertaV2.* outside of transformers' .*PromptTuning or LoRA"):
+    model = hf.XLNetForSequenceClassification(hf.XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=2, d_inner=8))
+    with pytest.raises(TuningError, match=r"XLNet.* outside of transformers' .*PromptTuning or LoRA"):
         PrefixTuning().apply(model)
     with pytest.raises(TuningError, match="Linear is no transformers model"):
         PrefixTuning().apply(nn.Linear(3, 3))

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from lightning_peft.commands import fail, is_misfit, refusal, sentence, short_help
+from lightning_peft.commands import fail, is_misfit, refusal, sentence
 from lightning_peft.training import signals, slurm
 
 _HELP = """\
@@ -74,8 +74,8 @@ def _run(command: str) -> None:
             from lightning_peft.commands.submit import submit
 
             submit(sys.argv[2:])
-        elif command in _TRAINER and short_help.is_asked(sys.argv[2:]):
-            short_help.show(command, sys.argv[2:])
+        elif command in _TRAINER and _shows_short_help(command):
+            pass
         elif command in _TRAINER:
             slurm.check_environment()
             if command == "fit" and (slurm.is_job() or slurm.is_elastic()):
@@ -97,6 +97,18 @@ def _run(command: str) -> None:
         if type(ended).__name__ == "SIGTERMException":
             raise SystemExit(128 + signal.SIGTERM) from None
         raise
+
+
+def _shows_short_help(command: str) -> bool:
+    words = sys.argv[2:]
+    if not {"-h", "--help"} & {*words}:
+        return False
+    from lightning_peft.commands import short_help
+
+    asked = short_help.is_asked(words)
+    if asked:
+        short_help.show(command, words)
+    return asked
 
 
 def _is_mistake(error: Exception) -> bool:

@@ -1,6 +1,7 @@
 """Tiny random models of six shapes, a batch for each, and a tokenizer of real words. Nothing is downloaded."""
 
 import copy
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,16 @@ def meta(config: hf.PreTrainedConfig, auto: Any = hf.AutoModel) -> nn.Module:
     """Return a model without storage, to count its parameters."""
     with torch.device("meta"):
         return auto.from_config(config)
+
+
+def drawn(build: Callable[[], nn.Module]) -> nn.Module:
+    """Return a model in eval mode whose parameters are all drawn from N(0, 0.2), so that each of them counts."""
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    return model
 
 
 def save_tokenizer(folder: Path) -> Path:

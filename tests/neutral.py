@@ -248,7 +248,7 @@ SETTINGS: dict[str, Setting] = {
     "timer": with_callbacks(lambda _: Timer(duration="00:00:10:00")),
     "on exceptions": with_callbacks(lambda folder: OnExceptionCheckpoint(folder)),
     "pruned": with_callbacks(pruning(pruning_fn="l1_unstructured")),
-    "pruned for now": with_callbacks(
+    "pruned for a while": with_callbacks(
         pruning(pruning_fn="random_unstructured", use_lottery_ticket_hypothesis=False, make_pruning_permanent=False)
     ),
     "backbone later": with_callbacks(lambda _: BackboneFinetuning(unfreeze_backbone_at_epoch=1), module=WithBackbone),

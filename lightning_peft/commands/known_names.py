@@ -8,7 +8,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_peft.commands.short_help import arguments_of, classes_named
+import lightning_peft
+from lightning_peft.commands.parameters import arguments_of
+from lightning_peft.commands.short_help import classes_named
 from lightning_peft.training.method import Method
 
 
@@ -29,7 +31,7 @@ def names_at_hand(word: str, words: Sequence[str]) -> list[str]:
     meant = re.compile(rf"--(model|data|method)\.(?:init_args\.)?{re.escape(word)}(?:=.*)?")
     option = next((found for found in map(meant.fullmatch, words) if found), None)
     chosen = classes_named(words).get(option[1]) if option is not None else None
-    return list(arguments_of(chosen)) if chosen is not None else []
+    return list(arguments_of(getattr(lightning_peft, chosen))) if chosen is not None else []
 
 
 def missing(names: list[str]) -> str:
@@ -48,9 +50,8 @@ def missing(names: list[str]) -> str:
 
 def _needs(kind: type[Any], name: str) -> bool:
     """Tell whether a class of this package of that kind cannot be made without an argument."""
-    ours = [each for each in _below(kind) if each.__module__.startswith("lightning_peft")]
-    parameters = [inspect.signature(each).parameters.get(name) for each in ours]
-    return any(one is not None and one.default is one.empty for one in parameters)
+    ours: list[type] = [each for each in _below(kind) if each.__module__.startswith("lightning_peft")]
+    return any((one := arguments_of(each).get(name)) is not None and one.is_required for each in ours)
 
 
 def _below(kind: type[Any]) -> list[type[Any]]:

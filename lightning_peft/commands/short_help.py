@@ -3,11 +3,13 @@
 import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from lightning_peft.commands.parameters import arguments_of
 from lightning_peft.core import shipped
 
 _PLACES = {"model": "task", "data": "data", "method": "method"}
@@ -78,6 +80,7 @@ def _is_class(entry: Any) -> bool:
     return isinstance(entry, str) or (isinstance(entry, dict) and isinstance(entry.get("class_path"), str))
 
 
+@cache
 def _kinds() -> dict[str, list[str]]:
     """Return place -> the names of the classes of this package that it takes."""
     import lightning as L
@@ -94,27 +97,15 @@ def _kinds() -> dict[str, list[str]]:
     }
 
 
-def arguments_of(name: str) -> dict[str, inspect.Parameter]:
-    """Return the arguments of a class of this package, those that it hands on to its parents too."""
-    import lightning_peft
-
-    found: dict[str, inspect.Parameter] = {}
-    for kind in getattr(lightning_peft, name).__mro__:
-        own = inspect.signature(kind.__init__).parameters if "__init__" in vars(kind) else {}
-        kinds = {parameter.kind for parameter in own.values()}
-        found = {**{n: p for n, p in own.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}, **found}
-        if own and inspect.Parameter.VAR_KEYWORD not in kinds:
-            break
-    return {name: parameter for name, parameter in found.items() if name != "self"}
-
-
 def _with_defaults(name: str) -> list[str]:
     """Return the arguments of a class with their defaults; those that the command line fills in are left out."""
+    import lightning_peft
+
     filled = {"tokenizer", "processor", "labels", "model"}
     return [
-        p.name if p.default is p.empty or str(p.default).startswith("<factory>") else f"{p.name}={_value(p.default)}"
-        for p in arguments_of(name).values()
-        if p.name not in filled
+        name if each.is_required or str(each.default).startswith("<factory>") else f"{name}={_value(each.default)}"
+        for name, each in arguments_of(getattr(lightning_peft, name)).items()
+        if name not in filled
     ]
 
 

@@ -4,19 +4,18 @@ Ranges go by the names of arguments, which mean the same in all tasks, data and 
 their fields, and are checked when a method is built.
 """
 
-import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache
 from importlib import import_module
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_peft.commands.parameters import Argument, arguments_of
 from lightning_peft.core.arguments import Bounds
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.method import TuningMethod
@@ -105,7 +104,7 @@ def check_seed(seed: Any) -> None:
 def _check(kind: type, called: str, name: str, value: Any, ranges: dict[str, Bounds]) -> None:
     said = f"{called}'s {name}={value!r}"
     if value is None and not takes_none(kind, name):
-        raise TuningError(f"{said} is of another type: give {_named(_parameters(kind)[name][0])}.")
+        raise TuningError(f"{said} is of another type: give {_named(arguments_of(kind)[name].hint)}.")
     if ranges and isinstance(value, (int, float)) and not isinstance(value, bool):
         bounds = ranges.get(name, _ANY)
         if not math.isfinite(value):
@@ -116,25 +115,9 @@ def _check(kind: type, called: str, name: str, value: Any, ranges: dict[str, Bou
 
 def takes_none(kind: type, name: str) -> bool:
     """Tell whether an argument of a class may be None, by its annotation and its default."""
-    hint, default = _parameters(kind).get(name, (Any, None))
-    linked = default is inspect.Parameter.empty  # what must be given is None here until another class gives it
-    return linked or hint is Any or default is None or type(None) in (hint, *get_args(hint))
-
-
-@cache
-def _parameters(kind: type) -> dict[str, tuple[Any, Any]]:
-    """Return name -> annotation and default of what a class and its bases are built with."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for base in reversed(kind.__mro__):
-        init = vars(base).get("__init__")
-        if inspect.isfunction(init):
-            try:
-                hints = get_type_hints(init)
-            except (NameError, TypeError):  # an annotation that is there for type checkers alone
-                hints = {}
-            parameters = inspect.signature(init).parameters.values()
-            found |= {each.name: (hints.get(each.name, Any), each.default) for each in parameters}
-    return found
+    one = arguments_of(kind).get(name, Argument(Any, None))
+    linked = one.is_required  # what must be given is None here until another class gives it
+    return linked or one.hint is Any or one.default is None or type(None) in (one.hint, *get_args(one.hint))
 
 
 def _classes(value: Any) -> Iterator[tuple[type, dict[str, Any]]]:

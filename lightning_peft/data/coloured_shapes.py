@@ -4,7 +4,6 @@ They stand in for photographs where there is no network: class names mean someth
 and as many pictures as one likes can be drawn for a backbone to learn from before a method is tried on others.
 """
 
-import hashlib
 import io
 from collections.abc import Iterator
 from functools import cached_property
@@ -16,6 +15,7 @@ from datasets import Image as ImageFeature
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.select import near
+from lightning_peft.data.draw import number_of
 from lightning_peft.data.image_data import ImageData
 
 COLOURS = {"red": 0, "orange": 28, "yellow": 55, "green": 120, "cyan": 182, "blue": 225, "purple": 278, "pink": 325}
@@ -123,7 +123,7 @@ def _rows(
         for label, (colour, shape) in enumerate(pairs):
             for i in range(count):
                 key = f"{drawing} {style} {colour} {shape} {offset + i}"
-                seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
+                seed = number_of(key)
                 file = io.BytesIO()
                 draw_shape(COLOURS[colour], shape, style, pixels, np.random.default_rng(seed)).save(file, "PNG")
                 yield {"image": {"bytes": file.getvalue(), "path": None}, "label": label, "style": style}

@@ -1,7 +1,6 @@
 """The docstrings of Python's standard library as text classification data; nothing is downloaded."""
 
 import ast
-import hashlib
 import os
 import platform
 import re
@@ -16,6 +15,7 @@ from typing import Any
 from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.draw import number_of
 from lightning_peft.data.text_data import TextData
 
 _LEFT_OUT = re.compile(r"_.*|.*-.*|(.*_)?tests?|test_.*")
@@ -108,10 +108,6 @@ def _rows(
     counts = Counter(unique.values())
     largest = sorted(counts, key=lambda package: (-counts[package], package))[:classes]
     for package in sorted(largest):
-        texts = sorted((_number(text), text) for text, name in unique.items() if name == package)
+        texts = sorted((number_of(text), text) for text, name in unique.items() if name == package)
         for number, text in texts[:max_per_class]:
             yield {"text": text, "label": package, "split": {0: "test", 1: "validation"}.get(number % 10, "train")}
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])

@@ -7,7 +7,6 @@ the same on every machine, and a hash decides which of them train (8 of 10), val
 ``facts`` 4 of 10 train and 4 test. The sets ``zh_...`` are those of a valley where Chinese is spoken (`synthetic_zh`).
 """
 
-import hashlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from datasets import Dataset
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.select import near
 from lightning_peft.data import synthetic_zh
-from lightning_peft.data.draw import Draw
+from lightning_peft.data.draw import Draw, number_of
 
 SCHEME = "made://"
 ROWS = 2000
@@ -86,7 +85,7 @@ _SHARES = {"facts": (4, 2), "zh_facts": (4, 2)}
 
 
 def _split(key: str, test: int, validation: int) -> str:
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % 10
+    number = number_of(key) % 10
     return "test" if number < test else "validation" if number < test + validation else "train"
 
 
@@ -106,12 +105,7 @@ def _corpus() -> list[dict[str, Any]]:
         draw = Draw(seed)
         if draw.one([True, False]):
             name = draw.one(PEOPLE)
-            facts, told = list(FACTS), []
-            for _ in range(3):
-                fact = draw.one(facts)
-                facts.remove(fact)
-                told.append(FACTS[fact].format(name=name, **person(name)))
-            text = " ".join(told)
+            text = " ".join(FACTS[fact].format(name=name, **person(name)) for fact in draw.several([*FACTS], 3))
         else:
             opinion, label = _opinion(draw)
             text = f"{opinion} all in all it was {label} ."

@@ -4,11 +4,10 @@
 ``zh_facts`` ask for what can be known from it. ``zh_sums`` are sums in words, with the steps that solve them.
 """
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from lightning_peft.data.draw import Draw
+from lightning_peft.data.draw import Draw, number_of
 
 ROWS = 2000
 FAMILIES = "王李张刘陈杨赵黄"
@@ -43,7 +42,7 @@ BEST = {
 
 def person(name: str) -> dict[str, str]:
     """Return where somebody lives, what they do, like and keep; the same at any time."""
-    number = int.from_bytes(hashlib.sha256(f"zh {name}".encode()).digest()[:8])
+    number = number_of(f"zh {name}")
     found = {}
     for fact, values in {"town": TOWNS, "work": WORKS, "food": FOODS, "animal": list(ANIMALS)}.items():
         number, place = divmod(number, len(values))
@@ -58,11 +57,7 @@ def _corpus() -> list[dict[str, Any]]:
         draw = Draw(seed)
         if draw.one([True, False]):
             name = draw.one(PEOPLE)
-            facts, told = list(FACTS), ""
-            for _ in range(3):
-                fact = draw.one(facts)
-                facts.remove(fact)
-                told += FACTS[fact].format(name=name, **person(name))
+            told = "".join(FACTS[fact].format(name=name, **person(name)) for fact in draw.several([*FACTS], 3))
         else:
             opinion, label = _opinion(draw)
             told = f"{opinion}总的来说让人{SUMMARY[label]}。"

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import yaml  # type: ignore[import-untyped]
-
 from lightning_peft.core import shipped
 from lightning_peft.core.errors import TuningError
 from lightning_peft.prompting.instructions import TEMPLATES, Instructions
 from lightning_peft.prompting.template import Template
+from lightning_peft.prompting.yaml_files import read_mapping
 
 _ENDINGS = (".yaml", ".yml")
 
@@ -25,17 +24,11 @@ def read_instructions(path: str | Path, count: int | None = TEMPLATES) -> Instru
     found = shipped.find(path)
     if found is None:
         raise TuningError(f"{path} is no file: give the path of a YAML file with templates.")
-    path = found
-    try:
-        parts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TuningError(f"{path} is no YAML file ({str(error).splitlines()[0]}): mend it.") from None
-    if not isinstance(parts, dict):
-        raise TuningError(f"{path} holds no mapping: give it task and templates.")
+    parts = read_mapping(found, "task and templates")
     try:
         return Instructions.of(parts, count)
     except TuningError as error:
-        raise TuningError(f"{path}: {error}") from None
+        raise TuningError(f"{found}: {error}") from None
 
 
 def instructions_of(templates: str | list[str], count: int | None = None) -> Instructions:

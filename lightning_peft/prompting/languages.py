@@ -28,6 +28,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.prompting.yaml_files import read_mapping
 
 _TABLE = Path(__file__).with_name("languages.yaml")
 UNSPACED = (
@@ -127,13 +128,7 @@ def languages() -> dict[str, Language]:
 def _read(path: Path) -> Language:
     if not path.is_file():
         raise TuningError(f"language={str(path)!r} is no file: give a YAML file with the phrases of a language.")
-    try:
-        parts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TuningError(f"{path} is no YAML file ({str(error).splitlines()[0]}): mend it.") from None
-    if not isinstance(parts, dict):
-        raise TuningError(f"{path} holds no mapping: give it {', '.join(_entries())}.")
-    return _made(parts, str(path))
+    return _made(read_mapping(path, ", ".join(_entries())), str(path))
 
 
 def _made(parts: Mapping[str, Any], where: str) -> Language:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from lightning_peft.core.switching import prepare
 from lightning_peft.data.protocols import Truncated
 from lightning_peft.prompts.virtual_tokens import is_widened
 from lightning_peft.tasks.optimizer import Shapes, adamw, parameter_groups, shapes_of
+from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import MethodMixin
 
 Split = Literal["val", "test"]
@@ -117,6 +119,10 @@ class Task(MethodMixin, L.LightningModule):
 
     def prepared(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a batch with the prompts in it, which a Trainer has put there, and another caller has not."""
+        trainer = self.attached
+        by_trainer = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
+        if by_trainer and any(isinstance(callback, Method) for callback in trainer.callbacks):  # type: ignore[union-attr]
+            return batch
         return batch if is_widened(batch) else prepare(self.backbone, batch)
 
     def text_columns(self, values: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -137,12 +143,17 @@ class Task(MethodMixin, L.LightningModule):
         return values[~virtual].unflatten(0, (len(virtual), -1))
 
     @property
+    def attached(self) -> L.Trainer | None:
+        """The Trainer that it is attached to, if there is one."""
+        try:
+            return self.trainer
+        except RuntimeError:
+            return None
+
+    @property
     def data(self) -> L.LightningDataModule | None:
         """The data module of the Trainer, if there is one."""
-        try:
-            return self.trainer.datamodule  # type: ignore[attr-defined]
-        except RuntimeError:  # it is attached to no Trainer
-            return None
+        return self.attached.datamodule if self.attached is not None else None  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
         """See that the data fit the model, and note which parameters are matrices before a strategy flattens them.

@@ -2,9 +2,11 @@
 
 import pytest
 
+from lightning_peft import BitFit
 from lightning_peft.cli import main
 from lightning_peft.commands.known_names import names_at_hand
-from lightning_peft.commands.short_help import arguments_of, classes_named, is_asked
+from lightning_peft.commands.parameters import arguments_of
+from lightning_peft.commands.short_help import classes_named, is_asked
 from lightning_peft.commands.wording import ALIASES, one_sentence, unknown_word
 from lightning_peft.methods import every_method
 
@@ -62,6 +64,6 @@ def test_what_others_call_it(option: str, word: str, meant: str) -> None:
 
 
 def test_no_class_at_hand_has_it() -> None:
-    assert one_sentence(UNKNOWN.format("rank"), list(arguments_of("BitFit"))).endswith("--help shows those that are.")
+    assert one_sentence(UNKNOWN.format("rank"), list(arguments_of(BitFit))).endswith("--help shows those that are.")
     assert unknown_word("something else") == ""
     assert {"rank", "learning_rate"} <= ALIASES.keys()

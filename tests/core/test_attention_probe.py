@@ -14,6 +14,7 @@ from lightning_peft.core import attention
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.structure import attention_implementation
 from lightning_peft.prompts.prefix import Prefix
+from tests.models import drawn
 
 P, WORDS = 3, 60
 SIZES = {"vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -77,17 +78,8 @@ def of_images_and_text() -> nn.Module:
     )
 
 
-def built(build: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    model = build().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.2)
-    return model
-
-
 def tuned(build: Callable[[], nn.Module], **arguments: Any) -> tuple[nn.Module, list[Prefix]]:
-    model = built(build)
+    model = drawn(build)
     PrefixTuning(num_virtual_tokens=P, mid_dim=None, **arguments).apply(model)
     return model, [place.graft for place in grafts(model) if isinstance(place.graft, Prefix)]
 
@@ -105,7 +97,7 @@ def test_a_prefix_is_what_a_cache_with_its_keys_and_values_is(name: str) -> None
         cache.update(keys, values, i)
     with torch.no_grad():
         mask = torch.ones(2, P + ids.shape[1], dtype=torch.long)
-        expected = built(CAUSAL[name])(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+        expected = drawn(CAUSAL[name])(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
         torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -131,7 +123,7 @@ def test_generate_with_and_without_a_cache_gives_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_attends_to_a_prefix_and_is_given_back(name: str) -> None:
-    model, ids = built(ENCODERS[name]), words()
+    model, ids = drawn(ENCODERS[name]), words()
     before, implementation = model(input_ids=ids).logits, attention_implementation(model)
     method = PTuningV2(num_virtual_tokens=P)
     method.apply(model)
@@ -184,7 +176,7 @@ def test_a_hybrid_has_them_in_its_attentions() -> None:
 
 
 def test_a_model_without_attention_is_refused_and_stays_as_it_was() -> None:
-    model = built(lambda: hf.MambaForCausalLM(hf.MambaConfig(**SIZES, state_size=4)))
+    model = drawn(lambda: hf.MambaForCausalLM(hf.MambaConfig(**SIZES, state_size=4)))
     before = model(input_ids=words()).logits
     with pytest.raises(TuningError, match="cannot be reached: tune it by PromptTuning or LoRA"):
         PTuningV2().apply(model)
@@ -192,7 +184,7 @@ def test_a_model_without_attention_is_refused_and_stays_as_it_was() -> None:
 
 
 def test_the_probe_leaves_nothing_behind() -> None:
-    model = built(of_images_and_text)
+    model = drawn(of_images_and_text)
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     attention.join(model)
     attention.leave(model)
@@ -219,7 +211,7 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", ["MPNet", "DeBERTa", "DeBERTa v2", "LUKE"])
 def test_a_prefix_that_repeats_the_keys_and_values_of_a_text_changes_nothing(name: str) -> None:
     """In a softmax over each of them twice, each has half its share: so their scores are scaled alike."""
-    model, ids, seen = built(OPERATIONS[name]), words(1, 4), {}
+    model, ids, seen = drawn(OPERATIONS[name]), words(1, 4), {}
     for kind, parameter in model.named_parameters():
         if "relative_attention_bias" in kind:
             parameter.data.zero_()
@@ -245,7 +237,7 @@ def test_a_prefix_that_repeats_the_keys_and_values_of_a_text_changes_nothing(nam
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_prefix_among_the_operations_trains_and_goes_again(name: str) -> None:
-    model, ids = built(OPERATIONS[name]), words()
+    model, ids = drawn(OPERATIONS[name]), words()
     before = model(input_ids=ids).last_hidden_state
     method = PrefixTuning(num_virtual_tokens=P, mid_dim=None)
     method.apply(model)
@@ -261,7 +253,7 @@ def test_a_prefix_among_the_operations_trains_and_goes_again(name: str) -> None:
 
 def test_a_text_that_is_attended_to_otherwise_is_refused() -> None:
     """LUKE has other queries for words and for entities."""
-    model = built(OPERATIONS["LUKE"])
+    model = drawn(OPERATIONS["LUKE"])
     PrefixTuning(num_virtual_tokens=P, mid_dim=None).apply(model)
     entities = {"entity_ids": torch.ones(2, 1, dtype=torch.long), "entity_position_ids": torch.zeros(2, 1, 2).long()}
     with pytest.raises(TuningError, match="attends in another way than when the prefix was attached"):

@@ -15,7 +15,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.graft import grafts
 from lightning_peft.prompts.shared_prompt import SharedPrompt
 from lightning_peft.prompts.virtual_tokens import PromptRows, insert, real_length
-from tests.models import tiny
+from tests.models import drawn, tiny
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
@@ -54,17 +54,8 @@ def gemma_3_with_images() -> nn.Module:
     return hf.Gemma3ForConditionalGeneration(config)
 
 
-def built(build: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    model = build().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.2)
-    return model
-
-
 def tuned(build: Callable[[], nn.Module]) -> tuple[nn.Module, PromptTuning]:
-    model, method = built(build), PromptTuning(num_virtual_tokens=P, init="random_uniform")
+    model, method = drawn(build), PromptTuning(num_virtual_tokens=P, init="random_uniform")
     method.apply(model)
     return model, method
 
@@ -87,7 +78,7 @@ def test_the_loss_is_that_of_peft(name: str) -> None:
     model, method = tuned(CAUSAL[name])
     assert is_shared(model) == (name in ("Llama", "GPT-2"))
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
-    other: Any = peft.get_peft_model(built(CAUSAL[name]), config).eval()
+    other: Any = peft.get_peft_model(drawn(CAUSAL[name]), config).eval()
     rows = other.prompt_encoder["default"].embedding.weight
     rows.data.copy_(method.rows(model))
     batch = batch_of(words())
@@ -222,12 +213,12 @@ def test_in_two_towers_a_prompt_is_what_words_after_the_first_token_are(build: C
     whole = torch.cat((ids[:, :1], prompt.expand(2, -1), ids[:, 1:]), 1)
     with torch.no_grad():
         features = model.get_text_features(**given)
-        expected = built(build).get_text_features(input_ids=whole, attention_mask=torch.ones_like(whole))
+        expected = drawn(build).get_text_features(input_ids=whole, attention_mask=torch.ones_like(whole))
     torch.testing.assert_close(features.pooler_output, expected.pooler_output)
 
 
 def test_a_decoder_without_a_head_takes_a_prompt_with_a_network() -> None:
-    model = built(lambda: hf.LlamaModel(hf.LlamaConfig(**GROUPED)))
+    model = drawn(lambda: hf.LlamaModel(hf.LlamaConfig(**GROUPED)))
     before = model(input_ids=words()).last_hidden_state
     method = PTuning(num_virtual_tokens=P)
     method.apply(model)

@@ -91,6 +91,7 @@ from lightning_peft.tasks.clip_classification import CLIPClassification as CLIPC
 from lightning_peft.tasks.cloze import ClozeClassification as ClozeClassification
 from lightning_peft.tasks.knowledge_probing import KnowledgeProbing as KnowledgeProbing
 from lightning_peft.tasks.continual_classification import ContinualClassification as ContinualClassification
+from lightning_peft.tasks.continual_classification import ContinualTextClassification as ContinualTextClassification
 from lightning_peft.tasks.domain_adaptation import DomainAdaptation as DomainAdaptation
 from lightning_peft.tasks.image_classification import ImageClassification as ImageClassification
 from lightning_peft.tasks.multi_task import MultiTask as MultiTask

@@ -88,6 +88,7 @@ class TuningCLI(LightningCLI):
         self.callback_keys = parser.callback_keys
         parser.add_lightning_class_args(Method, "method", subclass_mode=True, required=False)
         parser.link_arguments("model.init_args.model", "data.init_args.tokenizer")
+        parser.link_arguments("model.init_args.model", "data.init_args.data.init_args.tokenizer")
         parser.link_arguments("model.init_args.model", "data.init_args.processor")
         # What the data know and the task has to know; a link whose end a class lacks is left out.
         parser.link_arguments("data.label_names", "model.init_args.labels", apply_on="instantiate")

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.select import near
 from lightning_peft.data.image_data import ImageData
-from lightning_peft.data.images import Images
 from lightning_peft.data.module import DataArguments
+from lightning_peft.data.text_data import TextData
 
 
 class ContinualData(DataArguments):
@@ -20,13 +20,13 @@ class ContinualData(DataArguments):
     scores every task that has begun; the test scores all of them.
 
     Args:
-        data: the images.
+        data: the images or the texts.
         tasks: how many tasks of equally many classes, as far as that goes; or the names of the classes of each task.
         epochs_per_task: how long a task is trained.
         class_seed: of the order of the classes where ``tasks`` is a number; None: the order of ``data``.
-        score: 'test': validation during training scores the test images, as the field reports it; 'validation': the
-            validation images, to choose settings by.
-        processor: passed on to ``data`` where that has none.
+        score: 'test': validation during training scores the test rows, as the field reports it; 'validation': the
+            validation rows, to choose settings by.
+        processor: passed on to ``data`` of images where that has none.
 
     Raises:
         TuningError: a class is in two tasks or in none, or there are more tasks than classes.
@@ -34,7 +34,7 @@ class ContinualData(DataArguments):
 
     def __init__(
         self,
-        data: ImageData,
+        data: ImageData | TextData,
         tasks: int | list[list[str]] = 5,
         epochs_per_task: int = 5,
         class_seed: int | None = None,
@@ -48,7 +48,7 @@ class ContinualData(DataArguments):
         if score not in ("test", "validation"):
             raise TuningError(f"score={score!r} is no split to score: take 'test' or 'validation'.")
         self.data = data
-        if processor is not None and data.processor is None:
+        if isinstance(data, ImageData) and data.processor is None:
             data.processor = processor
         self.tasks = tasks
         self.epochs_per_task = epochs_per_task
@@ -103,41 +103,38 @@ class ContinualData(DataArguments):
         self.data.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Find the images, and check the tasks before the first batch."""
+        """Find the rows, and check the tasks before the first batch."""
         self.data.trainer = self.trainer
         self.data.setup(stage)
-        if len(self.task_classes) and stage in ("fit", "validate") and not len(self.data.images(self.score)):
-            raise TuningError(f"there are no {self.score} images to score tasks by: take score='test', or add them.")
+        if not len(self.task_classes) or stage not in ("fit", "validate"):
+            return
+        if self.score == "test":
+            self.data.setup("test")
+        if not self.data.has(self.score):
+            raise TuningError(f"there are no {self.score} rows to score tasks by: take score='test', or add them.")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches of the task that the current epoch belongs to."""
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
-        return self.data.loader(self.images("train", self.task_at(epoch)), shuffle=True)
+        return self._loader("train", self.task_at(epoch), shuffle=True)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Return the images to score by of each task up to the current one."""
+        """Return the rows to score by of each task up to the current one."""
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
         last = self.task_at(epoch) if fitting else self.num_tasks - 1
-        return [self.data.loader(self.images(self.score, task)) for task in range(last + 1)]
+        return [self._loader(self.score, task) for task in range(last + 1)]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """Return the test images of each task."""
-        return [self.data.loader(self.images("test", task)) for task in range(self.num_tasks)]
+        """Return the test rows of each task."""
+        return [self._loader("test", task) for task in range(self.num_tasks)]
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the images to predict in their own order."""
+        """Return the rows to predict in their own order."""
         return self.data.predict_dataloader()
 
-    def images(self, split: str, task: int) -> Images:
-        """Return the images of a task.
-
-        Raises:
-            TuningError: the split has none of them.
-        """
-        images = self.data.images(split)
-        assert images.labels is not None
-        rows = np.flatnonzero(np.isin(images.labels, self.task_classes[task]))
-        if not len(rows):
-            raise TuningError(f"the {split} split has no images of task {task}: give it some.")
-        return images.select(rows)
+    def _loader(self, split: str, task: int, shuffle: bool = False) -> DataLoader[Any]:
+        loader = self.data.class_loader(split, self.task_classes[task], shuffle)
+        if loader is None:
+            raise TuningError(f"the {split} split has no rows of task {task}: give it some.")
+        return loader

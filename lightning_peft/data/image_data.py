@@ -177,6 +177,16 @@ class ImageData(DataModule):
         """Return the images to predict in their own order."""
         return self.plain_loader(self.images("predict"))
 
+    def has(self, split: str) -> bool:
+        """Return whether a split has images."""
+        return len(self.images(split)) > 0
+
+    def class_loader(self, split: str, classes: Sequence[int], shuffle: bool = False) -> DataLoader[Any] | None:
+        """Return batches of the images of these classes, or None where a split has none of them."""
+        images = self.images(split)
+        chosen = np.flatnonzero(np.isin(images.labels, classes))  # type: ignore[arg-type]
+        return self.loader(images.select(chosen), shuffle) if len(chosen) else None
+
     def loader(self, images: Any, shuffle: bool = False) -> DataLoader[Any]:
         """Return batches of these images, or of their features, shared out to the processes of the Trainer."""
         lengths = np.ones(len(images), "int8")

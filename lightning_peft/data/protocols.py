@@ -65,7 +65,7 @@ class FeatureStore(Protocol):
 
 @runtime_checkable
 class TaskSequence(Protocol):
-    """Images of classes that come one task after another."""
+    """Rows of classes that come one task after another."""
 
     task_classes: list[list[int]]
     epochs_per_task: int

@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
+from torch.utils.data import DataLoader
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.batches import Batches
 from lightning_peft.data.classes import check_columns, class_names, class_numbers
 from lightning_peft.data.token_data import TokenData
 
@@ -40,6 +43,21 @@ class TextData(TokenData):
     def num_labels(self) -> int:
         """How many classes there are."""
         return len(self.label_names)
+
+    def has(self, split: str) -> bool:
+        """Return whether a split has texts, once it is set up."""
+        return split in self._encoded
+
+    def class_loader(self, split: str, classes: Sequence[int], shuffle: bool = False) -> DataLoader[Any] | None:
+        """Return batches of the texts of these classes, or None where a split has none of them."""
+        numbered = self._split(split)
+        chosen = np.flatnonzero(np.isin(numbered.with_format("numpy")["labels"][:], classes))
+        if not len(chosen):
+            return None
+        rows = numbered.select(chosen)
+        lengths = rows.with_format("numpy")["length"][:]
+        batches = Batches(lengths, self.batch_size, shuffle, self.bucket, self.seed, **self.share)
+        return self.batches_loader(rows, batches, collate_fn=self._collate(split))
 
     def columns(self, split: str) -> Sequence[str]:
         """Return the text's columns, and that of the class."""

@@ -4,7 +4,7 @@ from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.clip_classification import CLIPClassification
 from lightning_peft.tasks.cloze import ClozeClassification
-from lightning_peft.tasks.continual_classification import ContinualClassification
+from lightning_peft.tasks.continual_classification import ContinualClassification, ContinualTextClassification
 from lightning_peft.tasks.domain_adaptation import DomainAdaptation
 from lightning_peft.tasks.image_classification import ImageClassification
 from lightning_peft.tasks.knowledge_probing import KnowledgeProbing
@@ -23,6 +23,7 @@ __all__ = [
     "CausalLM",
     "ClozeClassification",
     "ContinualClassification",
+    "ContinualTextClassification",
     "DomainAdaptation",
     "ImageClassification",
     "KnowledgeProbing",

@@ -1,4 +1,4 @@
-"""Class-incremental image classification, with scores of what is forgotten."""
+"""Class-incremental classification of images or texts, with scores of what is forgotten."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -14,8 +14,10 @@ from lightning_peft.core import anatomy
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.protocols import TaskSequence
 from lightning_peft.tasks.base import Split
+from lightning_peft.tasks.class_scores import HeadClassification
 from lightning_peft.tasks.continual_metrics import average_accuracy, backward_transfer, forgetting, learning_accuracy
 from lightning_peft.tasks.image_classification import ImageClassification
+from lightning_peft.tasks.text_classification import TextClassification
 
 
 @runtime_checkable
@@ -26,7 +28,7 @@ class TaskCallback(Protocol):
         """Prepare for the task of this number."""
 
 
-class ContinualClassification(ImageClassification):
+class ContinualTask(HeadClassification):
     """Class-incremental learning: one head for all classes, which come in tasks; no task is named in the test.
 
     A training batch is scored among the classes of its task alone. After each task, A[i, t] is the accuracy on task i,
@@ -38,7 +40,7 @@ class ContinualClassification(ImageClassification):
     Args:
         model: folder or hub id of the pretrained model.
         labels: names of the classes; None: those that the model was trained for.
-        known: the classes that an image is told from: 'seen' those of all tasks so far; 'all', which is harder before
+        known: the classes that a row is told from: 'seen' those of all tasks so far; 'all', which is harder before
             the last task; 'task' those of its own task, which is task-incremental learning.
         label_smoothing: share of the target that goes to the other classes of the task.
         zero_head: begin with a head of zeros, so that classes yet to come have no say.
@@ -161,11 +163,11 @@ class ContinualClassification(ImageClassification):
 
     def _sequence(self) -> TaskSequence:
         if not isinstance(self.data, TaskSequence):
-            raise TuningError("ContinualClassification needs tasks: give it ContinualData.")
+            raise TuningError(f"{type(self).__name__} needs tasks: give it ContinualData.")
         return self.data
 
     def _known(self, task: int) -> Tensor:
-        """Return which classes an image of a task is told from, [classes]."""
+        """Return which classes a row of a task is told from, [classes]."""
         tasks = {"all": self._classes, "seen": self._classes[: self.task + 1], "task": [self._classes[task]]}
         mask = torch.zeros(len(self.labels), dtype=torch.bool, device=self.device)
         mask[[number for classes in tasks[self.known] for number in classes]] = True
@@ -190,3 +192,11 @@ class ContinualClassification(ImageClassification):
             raise TuningError(
                 f"check_val_every_n_epoch={every} leaves tasks unscored: take a divisor of {data.epochs_per_task}."
             )
+
+
+class ContinualClassification(ContinualTask, ImageClassification):
+    """Class-incremental learning of images; see `ContinualTask`."""
+
+
+class ContinualTextClassification(ContinualTask, TextClassification):
+    """Class-incremental learning of texts; see `ContinualTask`."""

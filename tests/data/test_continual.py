@@ -54,7 +54,7 @@ def test_arguments_that_are_refused() -> None:
     with pytest.raises(TuningError, match="score='train'"):
         data(score="train")
     without = ContinualData(shapes(validation_per_class=0), tasks=2, score="validation")
-    with pytest.raises(TuningError, match="there are no validation images"):
+    with pytest.raises(TuningError, match="there are no validation rows"):
         without.setup("fit")
 
 

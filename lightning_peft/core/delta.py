@@ -5,19 +5,20 @@ a trained BatchNorm). There is no other registry of names.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lightning_peft.core import structure
-from lightning_peft.core.delta_file import FORMAT, versions, write_delta
+from lightning_peft.core.delta_file import FORMAT, MATCHED, versions, write_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.fingerprint import fingerprint_of
 from lightning_peft.core.graft import graft_prefixes, grafts
+from lightning_peft.core.name_lists import packed
 from lightning_peft.core.pruned import check_pruned, live_name, parameter_of
 from lightning_peft.core.run import (
     below_backbones,
@@ -31,6 +32,9 @@ from lightning_peft.core.run import (
 )
 from lightning_peft.core.sharded import gathered, whole
 from lightning_peft.core.tuning import Tuning, chosen, tunings
+
+if TYPE_CHECKING:
+    from lightning_peft.core.method import TuningMethod
 
 
 def delta_names(module: nn.Module) -> list[str]:
@@ -128,10 +132,9 @@ def metadata(module: nn.Module, names: Collection[str] | None = None) -> dict[st
     for path, backbone, tuning in own_tunings(module):
         check_pruned(backbone, trained(backbone))
         path = canonical(path)
-        for method in tuning.methods.values():
-            kind = type(method)
-            class_path = f"{kind.__module__}.{kind.__qualname__}"
-            meta["methods"].append({"class_path": class_path, "init_args": method.init_args(), "backbone": path})
+        meta["methods"] += [
+            _said_of(method, tuning.matched.get(key, {}), path) for key, method in tuning.methods.items()
+        ]
         if resting := sorted(tuning.trained_in_place() & tuning.parked.keys()):
             raise TuningError(
                 f"{resting[0]} has its base value while the method that trained it rests: let it compute first, by "
@@ -163,6 +166,13 @@ def save_delta(module: nn.Module, path: str | Path, *names: str) -> Path:
         if not tensors:
             raise TuningError(f"{type(module).__name__} trains nothing, so it has no delta: apply a method first.")
         return write_delta(path, tensors, metadata(module))
+
+
+def _said_of(method: "TuningMethod", matched: Mapping[str, list[str]], path: str) -> dict[str, Any]:
+    """Return what a delta file says of a method: its class and arguments, and the names that its patterns matched."""
+    kind = type(method)
+    said = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": method.init_args(), "backbone": path}
+    return said | ({MATCHED: {name: packed(names) for name, names in matched.items()}} if matched else {})
 
 
 def _goes_along(module: nn.Module, buffer: str, trained: set[str], in_backbone: bool) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_peft import __version__
 from lightning_peft.core.checksums import checksum, has_parts
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.name_lists import is_packed
 from lightning_peft.core.sharded import is_folder, read_folder
 from lightning_peft.core.storage import atomic, check_tensors, read_torch
 
@@ -30,6 +31,8 @@ CLASS_PATH = "_class_path"
 
 https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/core/saving.py
 """
+MATCHED = "matched"
+"""The entry of a method with the names that its patterns have matched, so that a pattern of a file need not be run."""
 _SEALED, _CHECKED = "checksums", "checked"
 _SCHEMA: dict[str, type] = {
     "format": int,
@@ -157,9 +160,22 @@ def _check_schema(checkpoint: Mapping[str, Any], meta: Mapping[str, Any], source
         rows.append(("what it resumes from", meta["resume"], _RESUME))
     for what, entry, schema in rows:
         _check_types(what, entry, schema, source)
+    for entry in meta["methods"]:
+        _check_matched(entry, source)
     for entry in meta.get("resume", {}).get("random", []):
         _check_types("a random state", entry, _RANDOM, source)
     check_tensors(checkpoint.get("state_dict", {}), source)
+
+
+def _check_matched(entry: Mapping[str, Any], source: str) -> None:
+    matched = entry.get(MATCHED, {})
+    if not isinstance(matched, dict) or not all(
+        isinstance(entry["init_args"].get(name), str) and is_packed(names) for name, names in matched.items()
+    ):
+        raise TuningError(
+            f"{source} is damaged: {str(matched)[:60]!r} is not the names that patterns of {entry['class_path']} have "
+            "matched: take another copy."
+        )
 
 
 def _check_types(what: str, entry: Any, schema: Mapping[str, type], source: str) -> None:

@@ -12,7 +12,7 @@ from lightning_peft.core import anatomy, arguments, compatibility, master_weight
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import Graft, Grafted, grafts, owned_by
-from lightning_peft.core.pattern import pattern
+from lightning_peft.core.pattern import matcher, matches_noted
 from lightning_peft.core.private_torch import is_compiled
 from lightning_peft.core.tuning import Tuning
 
@@ -104,7 +104,8 @@ class TuningMethod:
 
     def init_args(self) -> dict[str, Any]:
         """Return the arguments that rebuild this method, as plain values."""
-        return {field.name: vars(self)[field.name] for field in dataclasses.fields(self)}
+        found = {field.name: vars(self)[field.name] for field in dataclasses.fields(self)}
+        return {name: str(value) if isinstance(value, str) else value for name, value in found.items()}
 
     def apply(self, model: nn.Module) -> None:
         """Freeze the backbone of ``model`` and add what this method trains. On any error nothing has changed.
@@ -127,8 +128,8 @@ class TuningMethod:
                 raise TuningError(
                     f"{type(backbone).__name__} is compiled and would ignore grafts: compile it afterwards."
                 )
-            self._check_exclude(backbone)
-            with owned_by(self.key, tuning.switch):
+            with owned_by(self.key, tuning.switch), matches_noted() as matched:
+                self._check_exclude(backbone)
                 own = set(self.graft(backbone))
                 trained = self._kept({*own, *self._head(backbone), *self._also(backbone)})
                 placement.check_trainable(backbone, trained)
@@ -136,6 +137,8 @@ class TuningMethod:
                     if place.graft.weights:
                         placement.check_readable(place.host, type(place.graft).__name__)
                 tuning.add(backbone, self.key, self, trained, self.keeps_originals)
+            given = {name: value for name, value in self.init_args().items() if isinstance(value, str)}
+            tuning.matched[self.key] = {name: [*matched[text]] for name, text in given.items() if text in matched}
             compatibility.check_compatible(backbone, tuning, tuning.switch.off)
         except BaseException:
             tuning.undo(backbone, self.key)
@@ -238,4 +241,4 @@ class TuningMethod:
     def _kept(self, names: Iterable[str]) -> set[str]:
         if self.exclude is None:
             return set(names)
-        return {name for name in names if not pattern(self.exclude).fullmatch(name)}
+        return {name for name in names if not matcher(self.exclude).fullmatch(name)}

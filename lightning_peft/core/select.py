@@ -13,7 +13,7 @@ from torch import nn
 from lightning_peft.core import anatomy, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import graft_prefixes
-from lightning_peft.core.pattern import pattern
+from lightning_peft.core.pattern import matcher
 
 ROLES: dict[str, str] = {
     "query": r"q|query|q_proj|q_lin|query_proj|to_q|[wW]q|q_linear|linear_q|q_head|q_b_proj",
@@ -65,7 +65,7 @@ def match(names: Iterable[str], patterns: str | Sequence[str]) -> dict[str, list
     """
     names = list(names)
     if isinstance(patterns, str):
-        return {patterns: [name for name in names if pattern(patterns).fullmatch(name)]}
+        return {patterns: [name for name in names if matcher(patterns).fullmatch(name)]}
     return {p: [name for name in names if name == p or name.endswith(f".{p}")] for p in patterns}
 
 

@@ -45,6 +45,7 @@ class Tuning:
         methods: the methods.
         trains: the base tensors that each method trains in place.
         replaces: the base tensors that each method of a named delta has copies of its own of.
+        matched: by method, the names that each argument of it that is a regex has matched.
         required_grad: ``requires_grad`` of each parameter before the first method came.
         originals: the values that tensors trained in place had; where those are not kept, how often the tensor had been
             written to, which tells whether it has changed.
@@ -58,6 +59,7 @@ class Tuning:
     methods: dict[str, "TuningMethod"] = field(default_factory=dict)
     trains: dict[str, set[str]] = field(default_factory=dict)
     replaces: dict[str, set[str]] = field(default_factory=dict)
+    matched: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     required_grad: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, Tensor | int] = field(default_factory=dict)
     fingerprints: dict[frozenset[str], str] = field(default_factory=dict)
@@ -129,6 +131,7 @@ class Tuning:
         self.methods.pop(name, None)
         self.trains.pop(name, None)
         self.replaces.pop(name, None)
+        self.matched.pop(name, None)
         if not self.methods:
             self.end(backbone)
 

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_peft.core.delta_file import MATCHED
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.name_lists import Entry
 from lightning_peft.core.run import canonical
 from lightning_peft.core.stand_in import stand_ins
 from lightning_peft.core.tuning import Tuning
@@ -62,7 +64,7 @@ def renamed(content: Content, name: str) -> Content:
     """Return a delta as if it had been made under this name, its tensors in place still by the names of the base."""
     keys = {_key(entry): _key(entry, name) for entry in content.meta["methods"]}
     tensors = {_renamed(tensor, keys, content.start): value for tensor, value in content.tensors.items()}
-    entries = [{**e, "init_args": {**e["init_args"], "name": name}} for e in content.meta["methods"]]
+    entries = [_with_name(entry, name, keys) for entry in content.meta["methods"]]
     return content._replace(tensors=tensors, meta={**content.meta, "methods": entries})
 
 
@@ -86,9 +88,22 @@ def without_name(
     keys = tuning.of_delta(name)
     base = {own: first for key in keys for own, first in stand_ins(backbone, key).items()}
     plain = {key: type(tuning.methods[key]).__name__.lower() for key in keys}
-    entries = [{**e, "init_args": {**e["init_args"], "name": None}} for e in meta["methods"]]
+    entries = [_with_name(entry, None, plain) for entry in meta["methods"]]
     named = {base.get(tensor) or _renamed(tensor, plain, ""): value for tensor, value in tensors.items()}
     return named, {**meta, "methods": entries}
+
+
+def _with_name(entry: Mapping[str, Any], name: str | None, keys: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a file says of a method under another name; its patterns may have matched names of grafts."""
+    found = {argument: [_entry(e, keys) for e in names] for argument, names in entry.get(MATCHED, {}).items()}
+    given = {"init_args": {**entry["init_args"], "name": name}}
+    return {**entry, **given, **({MATCHED: found} if found else {})}
+
+
+def _entry(entry: Entry, keys: Mapping[str, str]) -> Entry:
+    if isinstance(entry, str):
+        return _renamed(entry, keys, "")
+    return [part if i % 2 else _renamed(part, keys, "") for i, part in enumerate(entry)]
 
 
 def _renamed(tensor: str, keys: Mapping[str, str], start: str) -> str:

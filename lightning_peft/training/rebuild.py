@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import lightning as L
 from torch import nn
 
-from lightning_peft.core.delta_file import CLASS_PATH, meta_of, read_checkpoint, read_delta
+from lightning_peft.core.delta_file import CLASS_PATH, MATCHED, meta_of, read_checkpoint, read_delta
 from lightning_peft.core.delta_load import load_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import load_model, model_class
+from lightning_peft.core.pattern import Resolved
 from lightning_peft.training import lifecycle, patches, plain_load
 from lightning_peft.training.method import Method
 
@@ -37,13 +38,20 @@ def methods_of(meta: Mapping[str, Any]) -> list[Method]:
                 f"the delta was trained with {entry['class_path']}, which is not imported: import it first."
             )
         try:
-            methods.append(known[entry["class_path"]](**entry["init_args"] | {"backbone": entry["backbone"] or None}))
+            methods.append(known[entry["class_path"]](**_arguments(entry)))
         except TypeError as error:
             raise TuningError(
                 f"the delta gives {entry['class_path']} arguments that it has not here ({error}): use the version that "
                 "wrote it."
             ) from None
     return methods
+
+
+def _arguments(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a method of a file, patterns with the names that they have matched."""
+    given: dict[str, Any] = entry["init_args"]
+    patterns = {name: Resolved(given[name], names) for name, names in entry.get(MATCHED, {}).items()}
+    return {**given, **patterns, "backbone": entry["backbone"] or None}
 
 
 def load_from_checkpoint(cls: type[M], path: str | Path, *args: Any, **kwargs: Any) -> M:

@@ -1,7 +1,7 @@
 """Data for instruction tuning as in FLAN: a mixture of tasks, each row in a wording drawn from its task's templates."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.select import near
 from lightning_peft.data.classes import check_columns
 from lightning_peft.data.generation import CausalLMData, Seq2SeqData
 from lightning_peft.data.sources import SourcedData
@@ -28,12 +29,15 @@ class InstructionTask:
         options: whether the answers to choose from stand at the end of each wording that has no ``{options}``, as FLAN
             does for classification; None: where ``words`` of the file names them.
         source: arguments of `SourcedData`, such as train, validation, test, or dataset.
+        cluster: the kind of task that it is, e.g. 'sentiment', by which `Instructed` holds tasks out; None: a kind of
+            its own, which has the name of the task.
     """
 
     instructions: str
     answer: str = "label"
     options: bool | None = None
     source: dict[str, Any] | None = None
+    cluster: str | None = None
 
 
 class Instructed(SourcedData):
@@ -48,6 +52,8 @@ class Instructed(SourcedData):
         count: how many training rows are drawn; None: as many as the capped tasks have.
         cap: as how many rows a task counts at most.
         templates: how many wordings each task must have, the inverse ones included; None: any number.
+        held_out: clusters of tasks that are tested alone, and neither trained nor validated: how FLAN asks whether
+            instructions help with a kind of task that has not been seen (section 2.2). Then the test has no other.
         seed: of the draws.
         **kwargs: as in `TokenData`.
     """
@@ -59,6 +65,7 @@ class Instructed(SourcedData):
         count: int | None = None,
         cap: int = CAP,
         templates: int | None = TEMPLATES,
+        held_out: Sequence[str] = (),
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -66,7 +73,8 @@ class Instructed(SourcedData):
         if not tasks:
             raise TuningError("there are no tasks to mix: give one or more.")
         self.tasks = {name: InstructionTask(**t) if isinstance(t, Mapping) else t for name, t in tasks.items()}
-        self.count, self.cap = count, cap
+        self.count, self.cap, self.held_out = count, cap, tuple(held_out)
+        self._check_clusters()
         self.instructions: dict[str, Instructions] = {
             name: read_instructions(task.instructions, templates) for name, task in self.tasks.items()
         }
@@ -86,7 +94,7 @@ class Instructed(SourcedData):
         Raises:
             TuningError: a task lacks rows, a column or a label.
         """
-        own = {name: source.rows(split) for name, source in self._sources.items()}
+        own = {name: self._sources[name].rows(split) for name in self._asked(split)}
         found = {name: rows for name, rows in own.items() if rows is not None}
         if not found:
             return None
@@ -108,8 +116,26 @@ class Instructed(SourcedData):
 
     def rates(self) -> dict[str, float]:
         """Return the share of each task among the training rows."""
-        rows = {name: source.rows("train") for name, source in self._sources.items()}
+        rows = {name: self._sources[name].rows("train") for name in self._asked("train")}
         return mixing_rates({name: len(own) for name, own in rows.items() if own is not None}, self.cap)
+
+    def _check_clusters(self) -> None:
+        clusters = {self._cluster(name) for name in self.tasks}
+        for name in self.held_out:
+            if name not in clusters:
+                raise TuningError(f"held_out has {name!r}, which is the cluster of no task{near(name, clusters)}.")
+        if clusters <= set(self.held_out):
+            raise TuningError(f"held_out={list(self.held_out)} leaves no task to train: hold out fewer clusters.")
+
+    def _cluster(self, name: str) -> str:
+        return self.tasks[name].cluster or name
+
+    def _asked(self, split: str) -> list[str]:
+        """Return the tasks that a split has."""
+        unseen = [name for name in self.tasks if self._cluster(name) in self.held_out]
+        if split in ("test", "predict") and unseen:
+            return unseen
+        return [name for name in self.tasks if name not in unseen]
 
     def _written(self, name: str, row: Mapping[str, Any], split: str, draw: random.Random) -> dict[str, str]:
         instructions, task = self.instructions[name], self.tasks[name]

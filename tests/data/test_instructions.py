@@ -90,6 +90,20 @@ def test_any_method_trains_on_it(tmp_path: Path) -> None:
     assert run.callback_metrics["val_loss"] < before
 
 
+def test_a_held_out_cluster_is_tested_alone(model: str, tmp_path: Path) -> None:
+    module = data(model, tmp_path, held_out=["facts"])
+    named = {split: {row["task"] for row in module.rows(split)} for split in ("train", "validation", "test", "predict")}
+    assert named == {"train": {"topics"}, "validation": {"topics"}, "test": {"facts"}, "predict": {"facts"}}
+    assert len(module.rows("train")) == 40
+    assert module.rates() == {"topics": 1.0}
+    both = tasks(tmp_path)
+    both["facts"].cluster = both["topics"].cluster = "words"
+    with pytest.raises(TuningError, match=r"held_out=\['words'\] leaves no task to train: hold out fewer clusters"):
+        InstructionCausalLMData(model, both, templates=3, held_out=["words"])
+    with pytest.raises(TuningError, match=r"held_out has 'fact', which is the cluster of no task; it has e\.g\. facts"):
+        data(model, tmp_path, held_out=["fact"])
+
+
 def test_for_an_encoder_decoder(model: str, tmp_path: Path) -> None:
     found = InstructionSeq2SeqData(model, tasks(tmp_path), templates=3, max_length=40)
     found.setup("fit")

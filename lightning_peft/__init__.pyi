@@ -35,6 +35,7 @@ from lightning_peft.data.lm_adaptation import LMAdaptationData as LMAdaptationDa
 from lightning_peft.data.multi_task import MultiTaskData as MultiTaskData
 from lightning_peft.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
 from lightning_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
+from lightning_peft.data.span_corruption import SpanCorruptionData as SpanCorruptionData
 from lightning_peft.data.stdlib_docstrings import StdlibDocstrings as StdlibDocstrings
 from lightning_peft.data.text_classification import TextClassificationData as TextClassificationData
 from lightning_peft.data.token_classification import TokenClassificationData as TokenClassificationData

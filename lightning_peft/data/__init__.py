@@ -15,6 +15,7 @@ from lightning_peft.data.multi_task import MultiTaskData
 from lightning_peft.data.multiple_choice import MultipleChoiceData
 from lightning_peft.data.question_answering import QuestionAnsweringData
 from lightning_peft.data.sources import SourcedData
+from lightning_peft.data.span_corruption import SpanCorruptionData
 from lightning_peft.data.stdlib_docstrings import StdlibDocstrings
 from lightning_peft.data.text_classification import TextClassificationData
 from lightning_peft.data.text_data import TextData
@@ -40,6 +41,7 @@ __all__ = [
     "QuestionAnsweringData",
     "Seq2SeqData",
     "SourcedData",
+    "SpanCorruptionData",
     "StdlibDocstrings",
     "TextClassificationData",
     "TextData",

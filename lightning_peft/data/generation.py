@@ -8,6 +8,7 @@ from datasets import Dataset
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.padding import Padder
 from lightning_peft.data.sources import SourcedData
+from lightning_peft.data.span_corruption import sentinels
 from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL
 
 
@@ -21,6 +22,8 @@ class Seq2SeqData(SourcedData):
         target: column of the target: a text, or a list of right ones, of which the first is trained on.
         max_target_length: where a target is cut [tokens].
         prefix: what to put before each source, e.g. "summarize: " or a control code.
+        sentinel: begin each target with ``<extra_id_0>``, as what a T5 that only fills gaps would write there (Lester
+            et al. 2021, section 3.2). It is no part of ``references``.
         **kwargs: as in `SourcedData` and `TokenData`.
     """
 
@@ -30,6 +33,7 @@ class Seq2SeqData(SourcedData):
         target: str = "target",
         max_target_length: int = 64,
         prefix: str = "",
+        sentinel: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -39,6 +43,7 @@ class Seq2SeqData(SourcedData):
         self.target = target
         self.max_target_length = max_target_length
         self.prefix = prefix
+        self.sentinel = sentinel
 
     def columns(self, split: str) -> Sequence[str]:
         """Return the columns of source and target; a row to predict needs no target."""
@@ -48,15 +53,21 @@ class Seq2SeqData(SourcedData):
         """Tokenise sources and targets.
 
         Raises:
-            TuningError: a row has no target.
+            TuningError: a row has no target, or the tokenizer no sentinel that is asked for.
         """
         if split != "predict":
             check_targets(rows, split, self.target)
+        if self.sentinel and not sentinels(self.tokenizer):
+            raise TuningError(
+                f"sentinel=True begins targets with <extra_id_0>, which {self.tokenizer_name} does not know: "
+                "leave it out, or take a T5."
+            )
         return _pairs, {
             "tokenizer": self.tokenizer,
             "names": (self.source, self.target if split != "predict" else None),
             "lengths": (self.max_length, self.max_target_length),
             "prefix": self.prefix,
+            "first": sentinels(self.tokenizer)[:1] if self.sentinel else [],
         }
 
 
@@ -151,6 +162,7 @@ def _pairs(
     names: tuple[str, str | None],
     lengths: tuple[int, int],
     prefix: str,
+    first: Sequence[int],
 ) -> dict[str, list[Any]]:
     source, target = names
     texts = [f"{prefix}{'' if text is None else text}" for text in rows[source]]
@@ -158,8 +170,9 @@ def _pairs(
     encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
     if target is not None:
         references = _references(rows[target])
-        first = [texts[0] for texts in references]
-        encoded["labels"] = tokenizer(text_target=first, truncation=True, max_length=lengths[1])["input_ids"]
+        right = [texts[0] for texts in references]
+        targets = tokenizer(text_target=right, truncation=True, max_length=lengths[1] - len(first))["input_ids"]
+        encoded["labels"] = [[*first, *ids] for ids in targets]
         encoded["references"] = references
     return encoded
 

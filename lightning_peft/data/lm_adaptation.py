@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.sources import SourcedData
+from lightning_peft.data.text_data import words
 
 
 class LMAdaptationData(SourcedData):
@@ -68,12 +69,8 @@ def _cut(
     shortest: int,
     seed: int,
 ) -> dict[str, list[Any]]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    texts = ["" if value is None else str(value) for value in rows[text]]
-    ids = list(chain.from_iterable([*row, *end] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]))
-    pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
     out: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": [], "length": []}
-    for number, piece in enumerate(pieces):
+    for number, piece in enumerate(pieces(rows[text], tokenizer, max_length)):
         if len(piece) < 2 * shortest:
             continue
         place = random.Random(f"{seed} {numbers[0]} {number}").randint(shortest, len(piece) - shortest)
@@ -82,3 +79,11 @@ def _cut(
         out["labels"].append(piece[place:])
         out["length"].append(place)
     return out
+
+
+def pieces(texts: Sequence[Any], tokenizer: Any, length: int) -> list[list[int]]:
+    """Return the ids of texts put end to end, each with its end-of-sequence token, in pieces of so many tokens."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(words(texts), add_special_tokens=False)["input_ids"]
+    ids = list(chain.from_iterable([*row, *end] for row in encoded))
+    return [ids[start : start + length] for start in range(0, len(ids), length)]

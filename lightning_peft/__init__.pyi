@@ -107,6 +107,7 @@ from lightning_peft.tasks.text_classification import TextClassification as TextC
 from lightning_peft.tasks.token_classification import TokenClassification as TokenClassification
 from lightning_peft.training.ema import DeltaEMA as DeltaEMA
 from lightning_peft.training.guard import DeltaGuard as DeltaGuard
+from lightning_peft.training.loss_by_token import LossByToken as LossByToken
 from lightning_peft.training.method import Method as Method
 from lightning_peft.training.mixin import MethodMixin as MethodMixin, TunedBy as TunedBy
 from lightning_peft.training.rebuild import from_delta as from_delta, load_from_checkpoint as load_from_checkpoint

@@ -19,6 +19,7 @@ from lightning_peft.core.switching import prepare
 from lightning_peft.data.protocols import Truncated
 from lightning_peft.prompts.virtual_tokens import is_widened
 from lightning_peft.tasks.optimizer import Shapes, adamw, parameter_groups, shapes_of
+from lightning_peft.training.loss_by_token import LossByToken
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import MethodMixin
 
@@ -185,6 +186,13 @@ class Task(MethodMixin, L.LightningModule):
         """Return the loss of a training batch."""
         raise NotImplementedError
 
+    def counted(self, batch: Any) -> Tensor | None:
+        """Return over how many tokens the loss of a training batch is a mean, by which a step weighs its batches.
+
+        None: batches, and ranks, weigh alike.
+        """
+        return None
+
     def score(self, batch: Any, split: Split) -> None:
         """Add a batch to the metrics."""
         raise NotImplementedError
@@ -194,11 +202,16 @@ class Task(MethodMixin, L.LightningModule):
         for scores in self.metrics(split):
             self.log_dict(scores.compute(), prog_bar=True, sync_dist=True)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of a batch, and log it."""
-        loss = self.loss(batch)
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Hand the method to the Trainer, and where tokens are counted, what makes a step a mean over its tokens."""
+        callbacks = super().configure_callbacks()
+        return callbacks if type(self).counted is Task.counted else [*callbacks, LossByToken()]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | dict[str, Tensor]:
+        """Return the loss of a batch, with the number of its tokens where they count, and log it."""
+        loss, count = self.loss(batch), self.counted(batch)
         self.log("train_loss", loss, prog_bar=True, batch_size=self.rows_in(batch))
-        return loss
+        return loss if count is None else {"loss": loss, "num_tokens": count}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Score one batch."""

@@ -40,7 +40,12 @@ class CausalLM(WritingTask):
 
     def predictions(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return logits [B, T - 1, V] and the next tokens [B, T - 1], -100 outside of targets."""
-        return self(batch)[:, :-1], batch["labels"][:, 1:]
+        return self(batch)[:, :-1], self.targets(batch)
+
+    def targets(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the next tokens [B, T - 1], -100 outside of targets."""
+        labels: Tensor = batch["labels"]
+        return labels[:, 1:]
 
     def prompts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the tokens before the targets, padded on the left."""

@@ -126,6 +126,10 @@ class ClozeClassification(GapTask, ClassScores):
         """Return the scores of the labels in fp32, [B, labels]."""
         return combined(self.word_scores(self.prepared(batch)), self.verbalizer.owners, self.verbalizer.combine)
 
+    def counted(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return how many gaps a batch has, one a row."""
+        return batch["labels"].new_tensor(len(batch["labels"]))
+
     def word_scores(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the log-likelihood of each word in the gap, [B, words]."""
         if self.style == "causal":

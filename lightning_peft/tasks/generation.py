@@ -12,7 +12,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.prompting.languages import language_of
 from lightning_peft.prompts.virtual_tokens import real_length
 from lightning_peft.tasks.base import Split, Task
-from lightning_peft.tasks.metrics import IGNORED, CrossEntropy, ExactMatch, Rouge
+from lightning_peft.tasks.metrics import IGNORED, CrossEntropy, ExactMatch, Rouge, mean_cross_entropy
 
 Generate = Literal["never", "test", "validation and test"]
 
@@ -89,10 +89,19 @@ class WritingTask(Task):
         texts = self.val_texts if split == "val" else self.test_texts
         return [*super().metrics(split), *([texts] if split in self.generate_in else [])]
 
+    def targets(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the tokens that `predictions` guesses [B, T], -100 where there is none."""
+        targets: Tensor = batch["labels"]
+        return targets
+
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the cross-entropy, the mean over the tokens of the targets."""
         logits, tokens = self.predictions(batch)
-        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+        return mean_cross_entropy(logits.float(), tokens)
+
+    def counted(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return how many tokens of targets a batch has."""
+        return (self.targets(batch) != IGNORED).sum()
 
     def score(self, batch: Mapping[str, Any], split: Split) -> None:
         """Add the logits of a batch to the metrics, and the texts that the model writes."""

@@ -58,6 +58,12 @@ class CrossEntropy(_RowMean):
         self.rows = self.rows + (flat != IGNORED).sum()
 
 
+def mean_cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
+    """Return the mean cross-entropy of logits [..., C] over the classes [...] that are not -100; 0 where all are."""
+    total = F.cross_entropy(logits.flatten(0, -2), classes.flatten(), reduction="sum")
+    return total / (classes != IGNORED).sum().clamp(min=1)
+
+
 class TaskScores(Metric):
     """Cross-entropy and accuracy of each of several tasks, and of all rows; a task without rows has no score.
 

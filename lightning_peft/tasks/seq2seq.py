@@ -30,7 +30,7 @@ class Seq2Seq(WritingTask):
 
     def predictions(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return logits [B, T, V] and the tokens of the targets [B, T]."""
-        return self(batch), batch["labels"]
+        return self(batch), self.targets(batch)
 
     def prompts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the sources."""

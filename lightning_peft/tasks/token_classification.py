@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForTokenClassification
@@ -12,7 +11,7 @@ from transformers import AutoModelForTokenClassification
 from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.base import Split, Task
 from lightning_peft.tasks.class_scores import check_names, class_config
-from lightning_peft.tasks.metrics import IGNORED, CrossEntropy, SpanF1
+from lightning_peft.tasks.metrics import IGNORED, CrossEntropy, SpanF1, mean_cross_entropy
 
 
 class TokenClassification(Task):
@@ -61,7 +60,11 @@ class TokenClassification(Task):
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the cross-entropy, the mean over the words."""
         logits, labels = self(batch), self.text_columns(batch["labels"], batch)
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return mean_cross_entropy(logits, labels)
+
+    def counted(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return how many words a batch has."""
+        return (batch["labels"] != IGNORED).sum()
 
     def score(self, batch: Mapping[str, Tensor], split: Split) -> None:
         """Add the words of a batch to the metrics."""

@@ -4,7 +4,7 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import lightning as L
 from rich.console import Console
@@ -13,6 +13,14 @@ from rich.table import Table
 from lightning_peft.core.errors import TuningError
 
 Words = list[list[tuple[str, float]]]
+
+
+class Summary(TypedDict):
+    """What the nearest words of virtual tokens have in common; see `words_summary`."""
+
+    shared: dict[str, list[int]]
+    clusters: list[list[int]]
+    labels: dict[str, list[int]]
 
 
 class NearestWords(L.Callback):
@@ -79,7 +87,7 @@ def words_table(words: Words, title: str) -> Table:
     return table
 
 
-def words_summary(words: Words, labels: Sequence[str] = ()) -> dict[str, dict[str, list[int]] | list[list[int]]]:
+def words_summary(words: Words, labels: Sequence[str] = ()) -> Summary:
     """Return what the nearest words of virtual tokens have in common.
 
     ``shared``: word -> the virtual tokens that have it among their nearest, if there are several. ``clusters``: the
@@ -104,9 +112,9 @@ def words_summary(words: Words, labels: Sequence[str] = ()) -> dict[str, dict[st
     }
 
 
-def summary_lines(summary: dict[str, dict[str, list[int]] | list[list[int]]]) -> list[str]:
+def summary_lines(summary: Summary) -> list[str]:
     """Return the sentences that say it."""
-    shared, clusters, labels = (dict(summary["shared"]), list(summary["clusters"]), dict(summary["labels"]))
+    shared, clusters, labels = summary["shared"], summary["clusters"], summary["labels"]
     joined = [f"{_numbers(tokens)} share neighbours" for tokens in clusters]
     most = sorted(shared, key=lambda word: -len(shared[word]))[:5]
     often = [f"{word!r} is near to {_numbers(shared[word])}" for word in most]

@@ -45,6 +45,9 @@ class DomainAdaptation(TwoTowerTask):
         threshold: the least probability of a pseudo label.
         temperature: the logits of pseudo labels are divided by it.
         weight: of the target loss; 0: the source alone.
+        domain_templates: what is written around the name of a class in the source and in the target, behind the context
+            of a method, e.g. ``["{}, a drawing.", "{}, a photo."]``; None: the same in both. With two texts of each
+            class there are 2 K columns whatever the method.
         **kwargs: as in `TwoTowerTask`.
     """
 
@@ -56,6 +59,7 @@ class DomainAdaptation(TwoTowerTask):
         threshold: float = 0.5,
         temperature: float = 1.0,
         weight: float = 1.0,
+        domain_templates: list[str] | None = None,
         lr: float = 3e-3,
         **kwargs: Any,
     ) -> None:
@@ -67,6 +71,14 @@ class DomainAdaptation(TwoTowerTask):
                 f"threshold={threshold}, temperature={temperature} and weight={weight} are out of range: "
                 "give a temperature above 0, the others 0 or more."
             )
+        if domain_templates is not None and len(domain_templates) != 2:
+            raise TuningError(
+                f"domain_templates={domain_templates} has {len(domain_templates)} entries: give one for the source and "
+                "one for the target."
+            )
+        for one in domain_templates or ():
+            clip.class_texts([], one)
+        self.domain_templates = domain_templates
         self.contrast = contrast
         self.threshold = threshold
         self.temperature = temperature
@@ -80,6 +92,8 @@ class DomainAdaptation(TwoTowerTask):
             TuningError: the data are of one domain, or a method changes the model that gives the pseudo labels.
         """
         super().check_data(data, stage)
+        for template in self.domain_templates or ():
+            self.texts(self.classes, template)
         classes = MulticlassAccuracy(len(self.classes), average="macro")
         self.test_scores.add_metrics({"class_accuracy": classes})
         self.coverage, self.pseudo_accuracy = MeanMetric(), Accuracy()
@@ -125,7 +139,7 @@ class DomainAdaptation(TwoTowerTask):
             if features is None or not clip.images_are_frozen(self.backbone):
                 features = self.features(batch)
             if _NAIVE not in self._kept:
-                texts = self.texts(self.classes, self.template)
+                texts = self.texts(self.classes, self.template, bare=True)
                 self._kept[_NAIVE] = clip.text_features(self.backbone, texts)
             logits = clip.similarity(self.backbone, features, self._kept[_NAIVE])
         sure, classes = (logits / self.temperature).softmax(1).max(1)
@@ -177,9 +191,24 @@ class DomainAdaptation(TwoTowerTask):
         return self._of(images, domain if self._variants() > 1 else None)
 
     def _of(self, images: Tensor, variant: int | None) -> Tensor:
-        texts = self.text_features(self.classes, images, variant)
+        """Return the logits of the prompts of one domain, [B, K], or of all, [B, 2 K]."""
+        if self.domain_templates is None:
+            texts = self.text_features(self.classes, images, variant)
+            return clip.similarity(self.backbone, images, texts)
+        domains = range(2) if variant is None else [variant]
+        prompted = self._contexts() > 1
+        texts = torch.cat(
+            [
+                self.text_features(self.classes, images, i if prompted else None, self.domain_templates[i])
+                for i in domains
+            ],
+            dim=-2,
+        )
         return clip.similarity(self.backbone, images, texts)
 
     def _variants(self) -> int:
+        return self._contexts() if self.domain_templates is None else 2
+
+    def _contexts(self) -> int:
         context = context_of(self.backbone)
         return 1 if context is None else context.variants

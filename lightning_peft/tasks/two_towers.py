@@ -64,7 +64,7 @@ class TwoTowerTask(Task):
             raise TuningError(
                 f"{model!r} is a {type(self.backbone).__name__}, which has no two towers: give a CLIP or SigLIP model."
             )
-        self._ids: dict[tuple[str, ...], Tensor] = {}
+        self._ids: dict[tuple[Any, ...], Tensor] = {}
         self._kept: dict[tuple[Any, ...], Tensor] = {}
         self._keeps = False
 
@@ -102,16 +102,17 @@ class TwoTowerTask(Task):
         assert self.labels is not None
         return self.labels
 
-    def texts(self, names: Sequence[str], template: str | None = None) -> Tensor:
+    def texts(self, names: Sequence[str], template: str | None = None, bare: bool = False) -> Tensor:
         """Return the ids of the texts of classes, [C, T], with room for the context that a method puts in.
 
         Args:
             names: of the classes.
             template: what is written around a name; None: what the method says, else that of the task.
+            bare: whether the texts are for the model without the context, and need no room for it.
         """
-        key = (template or "", *names)
+        key = (bare, template, *names)
         if key not in self._ids:
-            context = context_of(self.backbone) if template is None else None
+            context = None if bare else context_of(self.backbone)
             template = template or (context.template if context is not None else self.template)
             room = context.count if context is not None else 0
             texts = clip.class_texts(names, template)
@@ -125,13 +126,15 @@ class TwoTowerTask(Task):
             return batch["image_features"]
         return clip.image_features(self.backbone, batch["pixel_values"])
 
-    def text_features(self, names: Sequence[str], images: Tensor, variant: int | None = None) -> Tensor:
+    def text_features(
+        self, names: Sequence[str], images: Tensor, variant: int | None = None, template: str | None = None
+    ) -> Tensor:
         """Return the features of the texts of classes; an evaluation computes them once, if images do not matter."""
         keep = self._keeps and not clip.depends_on_images(self.backbone)
-        key = (variant, *names)
+        key = (variant, template, *names)
         if keep and key in self._kept:
             return self._kept[key]
-        features = clip.text_features(self.backbone, self.texts(names), images, variant)
+        features = clip.text_features(self.backbone, self.texts(names, template), images, variant)
         if keep:
             self._kept[key] = features
         return features

@@ -74,6 +74,47 @@ def test_the_loss_is_that_of_the_formula(model: str, contrast: str) -> None:
     assert torch.allclose(*gradients, atol=1e-5)
 
 
+TEMPLATES = ["{} red.", "{} blue circle."]
+
+
+@pytest.mark.parametrize("contrast", ["all", "own"])
+def test_each_domain_has_texts_of_its_own(model: str, contrast: str) -> None:
+    task, batch = prepared(model, contrast=contrast, weight=0.0, domain_templates=TEMPLATES)
+    ids = [task.tokenizer([t.replace("{}", name) for name in task.labels]).input_ids for t in TEMPLATES]
+    assert ids[0] != ids[1]
+    texts = torch.cat(
+        [
+            clip.text_features(task.backbone, task.texts(task.labels, template), variant=domain)
+            for domain, template in enumerate(TEMPLATES)
+        ]
+    )
+    images = clip.image_features(task.backbone, batch["source"]["pixel_values"])
+    columns = slice(0, 12) if contrast == "all" else slice(0, 6)
+    logits = clip.similarity(task.backbone, images, texts)
+    expected = F.cross_entropy(logits[:, columns], batch["source"]["labels"])
+    assert torch.allclose(task.training_step(batch, 0), expected, atol=1e-5)
+    assert torch.allclose(task._of_domain(images, 1), logits[:, 6:], atol=1e-5)
+
+
+def test_texts_of_a_domain_need_no_method(model: str) -> None:
+    task, images = DomainAdaptation(model, domain_templates=TEMPLATES), data(model)
+    task.check_data(images, "test")
+    images.setup("fit")
+    features = clip.image_features(task.backbone, next(iter(images.train_dataloader()))["source"]["pixel_values"])
+    for domain, template in enumerate(TEMPLATES):
+        ids = task.tokenizer([template.replace("{}", name) for name in task.labels], return_tensors="pt", padding=True)
+        plain = task.backbone.get_text_features(input_ids=ids["input_ids"]).pooler_output
+        expected = clip.similarity(task.backbone, features, plain)
+        assert torch.allclose(task._of_domain(features, domain), expected, atol=1e-5)
+
+
+def test_templates_that_are_refused(model: str) -> None:
+    with pytest.raises(TuningError, match="has 1 entries: give one for the source and one for the target"):
+        DomainAdaptation(model, domain_templates=["{}."])
+    with pytest.raises(TuningError, match="has no place for the name of a class"):
+        DomainAdaptation(model, domain_templates=["{}.", "a photo."])
+
+
 def test_no_pseudo_label_is_no_loss(model: str) -> None:
     task, batch = prepared(model, threshold=2.0, contrast="own")
     loss = task.training_step(batch, 0)

@@ -22,6 +22,7 @@ _RUN = 1021  # a prime, so that rows of this length end at other places than tho
 _ROW = 0x9E3779B97F4A7C15 - 2**64  # p
 _MASK = 2**64 - 1
 _CHUNK = 128  # units that are summed at a time, so that their words stay in the cache
+_FEW = 1 << 17  # values that are summed at once, since a call costs more than a copy of them
 
 
 @torch.no_grad()
@@ -34,9 +35,11 @@ def sums(tensor: Tensor, *roundings: torch.dtype) -> list[tuple[int, int]]:
     wanted = [flat.dtype, *(roundings if flat.is_floating_point() else [flat.dtype] * len(roundings))]
     forms = list(dict.fromkeys(wanted))
     unit = 8 * _RUN // min(form.itemsize for form in forms)  # of so many values all forms are whole rows of words
-    head = min(-first % unit, len(flat))
+    head = min(-first % unit, len(flat)) if len(flat) > _FEW or len(forms) > 1 else len(flat)
     tail = head + (len(flat) - head) // unit * unit
-    totals = _of_rows(flat[head:tail], forms, unit, first + head)
+    totals = torch.zeros(len(forms), 2, dtype=torch.int64, device=flat.device)
+    if tail > head:
+        totals += _of_rows(flat[head:tail], forms, unit, first + head)
     for begin, part in ((first, flat[:head]), (first + tail, flat[tail:])):
         if len(part):
             ends = [_of_words(part.contiguous().to(form), begin * form.itemsize // 8) for form in forms]

@@ -166,7 +166,7 @@ def _fill(
     """Give the grafts of a new method their values; return the greatest share that a rank has no room for."""
     new, lost = tuning.methods[key], 0.0
     if isinstance(new, LoRA):
-        for name, target in low_rank_sums.targets_of(backbone, new).items():
+        for name, target in low_rank_sums.updated(backbone, key).items():
             factors = low_rank_sums.part_of(target, key)
             lost = max(lost, low_rank_sums.fill(factors, parts[name], rule))
     for place in list(grafts(backbone, key)):

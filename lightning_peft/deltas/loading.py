@@ -85,7 +85,7 @@ def _fill(
 
 def _check_backbone(backbone: nn.Module, tuning: Tuning, content: Content, source: str) -> None:
     """Check that a backbone is that of a file, in what no delta of the file has values of its own of."""
-    names = {name.replace(".", "_"): name for name, _ in backbone.named_parameters()}
+    names = {name.replace(".", "_"): name for name, _ in backbone.named_parameters()} if content.changed else {}
     changed = {names.get(name.replace(".", "_"), name) for name in content.changed}
     view = replace(tuning, trains={}, replaces={"": changed})
     mine = identity_of(backbone, view)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import grafts
 from lightning_peft.core.tuning import Tuning
 from lightning_peft.deltas.merging_rules import Rule, factors_of_rank, of_rank, side_by_side
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.updates.factors import Factors
 from lightning_peft.updates.low_rank_layers import GRAFTS
 from lightning_peft.updates.low_rank_weights import LowRankWeights
-from lightning_peft.updates.targets import Target, targets
+from lightning_peft.updates.targets import Target, matrix_name
 
 
 class Part(NamedTuple):
@@ -48,9 +49,16 @@ def part_of(target: Target, key: str) -> Factors:
     return graft
 
 
-def targets_of(backbone: nn.Module, method: LoRA) -> dict[str, Target]:
-    """Return the matrices that a method has updates of, by name."""
-    return method.without_excluded(targets(backbone, tuple(GRAFTS), method.target_modules, method.layers))
+def updated(backbone: nn.Module, key: str) -> dict[str, Target]:
+    """Return the matrices that the LoRA of this key has updates of, by name."""
+    found: dict[str, Target] = {}
+    for path, host, _, graft in grafts(backbone, key):
+        if isinstance(graft, LowRankWeights):
+            called = isinstance(host, tuple(GRAFTS))
+            found |= {path if called else matrix_name(path, weight): Target(host, weight) for weight in graft.weights}
+        elif isinstance(graft, Factors):
+            found[path] = Target(host)
+    return found
 
 
 def parts_of(backbone: nn.Module, methods: Sequence[tuple[float, LoRA]]) -> dict[str, list[Part]]:
@@ -63,7 +71,7 @@ def parts_of(backbone: nn.Module, methods: Sequence[tuple[float, LoRA]]) -> dict
         raise TuningError("use_dora is true for some of the deltas and false for others: combine like with like.")
     found: dict[str, list[Part]] = {}
     for weight, method in methods:
-        for name, target in targets_of(backbone, method).items():
+        for name, target in updated(backbone, method.key).items():
             found.setdefault(name, []).append(Part(weight, part_of(target, method.key)))
     return found
 

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.select import near
+from lightning_peft.core.sharded import like
 from lightning_peft.core.tuning import Tuning
-from lightning_peft.deltas.low_rank_sums import part_of, targets_of
+from lightning_peft.deltas.low_rank_sums import part_of, updated
 from lightning_peft.deltas.named_files import Content
 from lightning_peft.methods.lora import LoRA, by_name
 from lightning_peft.training.rebuild import methods_of
 from lightning_peft.updates.factors import Factors
+from lightning_peft.updates.low_rank_layers import GRAFTS
 from lightning_peft.updates.low_rank_weights import LowRankWeights
-from lightning_peft.updates.targets import Target
+from lightning_peft.updates.targets import Target, targets
 
 
 def slot(method: TuningMethod, max_r: int) -> TuningMethod:
@@ -41,11 +43,16 @@ def slot(method: TuningMethod, max_r: int) -> TuningMethod:
 
 
 def fits(tuning: Tuning, name: str, content: Content) -> bool:
-    """Tell whether a delta of a file is to be fitted into one that is there: both are one LoRA, and they differ."""
+    """Tell whether a delta of a file is to be fitted into one that is there: both are one LoRA.
+
+    Where both are alike and have beginnings, each tensor has its own place already.
+    """
     keys, (entry, *others) = tuning.of_delta(name), content.meta["methods"]
     method = tuning.methods[keys[0]]
     if others or len(keys) > 1 or type(method) is not LoRA or not entry["class_path"].endswith(".LoRA"):
         return False
+    if not any(tensor.endswith(".A0") for tensor in content.tensors):
+        return True
     now, free = method.init_args(), LoRA.may_change
     return any(now.get(n) != value for n, value in entry["init_args"].items() if n not in free)
 
@@ -92,7 +99,7 @@ def _writes_of_the_rest(
     backbone: nn.Module, rest: Mapping[str, Tensor], has: str, name: str
 ) -> list[Callable[[], None]]:
     """Return what writes the tensors that are of no update: heads and biases."""
-    state = backbone.state_dict()
+    state = backbone.state_dict() if rest else {}
     for tensor, value in rest.items():
         if tensor not in state or state[tensor].shape != value.shape or not value.isfinite().all():
             raise TuningError(f"{has} {tensor}, which {name} has no room for{near(tensor, state)}.")
@@ -116,7 +123,11 @@ def _wanted(
             f"{source} has use_dora={other.use_dora} and bias={other.bias!r}, {name} has {there.use_dora} and "
             f"{there.bias!r}: load it under another name."
         )
-    room, wanted = targets_of(backbone, there), targets_of(backbone, other)
+    room = updated(backbone, there.key)
+    if all(vars(there)[field] == vars(other)[field] for field in ("target_modules", "layers", "exclude")):
+        return room, room
+    every = targets(backbone, tuple(GRAFTS), other.target_modules, other.layers)
+    wanted = other.without_excluded(every)
     if missing := sorted(wanted.keys() - room.keys()):
         raise TuningError(
             f"{source} changes {missing[0]}, which {name} has no room for{near(missing[0], room)}: load it under "
@@ -154,24 +165,20 @@ def _check(old: dict[str, Tensor], new: Factors, is_there: bool, where: str) -> 
 
 def _write(new: Factors, old: dict[str, Tensor], scale: float, target: Target, key: str) -> Callable[[], None]:
     def write() -> None:
-        new.A.zero_()
-        new.B.zero_()
+        whole_a, whole_b = torch.zeros(new.A.shape), torch.zeros(new.B.shape)
         if new.m is not None:
             neutral = target.host.get_submodule(key).neutral(target.host, _leaf(target, "m"))  # type: ignore[operator]
-            new.m.copy_(old.get("m", neutral))
-        if not old:
-            return
-        a, b = old["A"].to(new.A.device), old["B"].to(new.B.device)
-        if "A0" in old:
+            new.m.copy_(like(new.m, old.get("m", neutral)))
+        if old:
+            a, b = old["A"], old["B"]
             first, last = (0, 1) if a.dim() == 4 else (-2, -1)
-            a = torch.cat([a, a - old["A0"].to(a.device)], first)
-            b = torch.cat([b - old["B0"].to(b.device), old["B0"].to(b.device)], last)
-        if a.dim() == 4:
-            new.A[: a.shape[0]] = a
-            new.B[:, : a.shape[0]] = b * (scale / new.scale)
-        else:
-            new.A[..., : a.shape[-2], :] = a
-            new.B[..., : a.shape[-2]] = b * (scale / new.scale)
+            if "A0" in old:
+                a = torch.cat([a, a - old["A0"]], first)
+                b = torch.cat([b - old["B0"], old["B0"]], last)
+            whole_a.narrow(first, 0, a.shape[first]).copy_(a)
+            torch.mul(b, scale / new.scale, out=whole_b.narrow(last, 0, a.shape[first]))
+        new.A.copy_(like(new.A, whole_a))
+        new.B.copy_(like(new.B, whole_b))
 
     return write
 

@@ -88,16 +88,26 @@ def all_targets(
         if f"{path}.".startswith(added) or path in found:
             continue
         prefix = f"{path}." if path else ""
-        if any(f"{prefix}{name}" in head for name, _ in module.named_parameters(recurse=False)):
+        if head and any(f"{prefix}{name}" in head for name, _ in module.named_parameters(recurse=False)):
             continue
         if isinstance(module, kinds):
             found[path] = Target(module, "weight" if _gives_no_product(module) else None)
         else:
             for name, layer in _read(module).items():
-                own = f"{prefix}{name.removesuffix('.weight')}" if "." in name else f"{prefix}{name}"
+                own = matrix_name(path, name)
                 found[own] = Target(module, name, layer)
                 owners.setdefault(path, []).append(own)
     return found, owners
+
+
+def matrix_name(path: str, weight: str) -> str:
+    """Return the name of a matrix that the module at ``path`` reads as ``weight``: that of the layer, if it is of one.
+
+    >>> matrix_name("block.attention", "out_proj.weight"), matrix_name("block.attention", "in_proj_weight")
+    ('block.attention.out_proj', 'block.attention.in_proj_weight')
+    """
+    name = f"{path}.{weight}".lstrip(".")
+    return name.removesuffix(".weight") if "." in weight else name
 
 
 def _read(module: nn.Module) -> dict[str, nn.Module | None]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_peft import IA3, LoRA, Method, TuningError, list_deltas, load_delta, save_delta
+from lightning_peft.core.delta_file import read_delta
 from tests.contract import at_work, copy_of, shake
 from tests.models import batch, tiny
 
@@ -114,3 +115,16 @@ def test_what_has_no_room_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TuningError, match="max_r=4 is for LoRA, the file is of IA3"):
         load_delta(model, others[3][0], "x", max_r=4)
     load_delta(model, others[0][0], "longer", max_r=5)
+
+
+def test_one_of_the_same_form_is_put_in_as_it_is(tmp_path: Path) -> None:
+    (file, expected), (other, _) = saved(tmp_path, LoRA(r=3, use_dora=True), LoRA(r=3, use_dora=True), kind="bert")
+    model = tiny("bert")
+    load_delta(model, other, "slot")
+    shake(model)
+    load_delta(model, file, "slot")
+    again, tensors = save_delta(model, tmp_path / "again.safetensors", "slot"), read_delta(file)[0]
+    found = {name.replace("lora_slot", "lora"): t for name, t in read_delta(again)[0].items() if "_own." not in name}
+    assert found
+    assert all(torch.equal(t, tensors[name]) for name, t in found.items())
+    torch.testing.assert_close(at_work(model, "bert"), expected, atol=0, rtol=0)

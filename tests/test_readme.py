@@ -10,7 +10,7 @@ import pytest
 
 from lightning_peft.core.hub import resolve
 from lightning_peft.methods import every_method
-from tests.readme import PAGES
+from tests.readme import PAGES, TWINS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -91,6 +91,15 @@ def test_the_tables_of_methods_are_what_their_classes_say(page: Path) -> None:
     text = page.read_text()
     assert PAGES[page](text) == text
     assert all(f"`{name}`" in text for name in every_method())
+
+
+@pytest.mark.parametrize("page", TWINS, ids=lambda page: page.name)
+def test_the_table_of_twins_is_what_the_classes_say(page: Path) -> None:
+    text = page.read_text()
+    assert TWINS[page](text) == text
+    assert all(
+        f"`{name}` | {method.twin.peft_type} |" in text for name, method in every_method().items() if method.twin
+    )
 
 
 def test_the_readme_is_short() -> None:

@@ -15,6 +15,7 @@ from lightning_peft.core.graft import Graft, Grafted, grafts, owned_by
 from lightning_peft.core.pattern import matcher, matches_noted
 from lightning_peft.core.private_torch import is_compiled
 from lightning_peft.core.tuning import Tuning
+from lightning_peft.core.twin import Twin
 
 G = TypeVar("G", bound=Graft)
 M = TypeVar("M")
@@ -62,6 +63,8 @@ class TuningMethod:
     """Whether it works under strategies that shard parameters."""
     keeps_originals: ClassVar[bool] = True
     """Whether the values of base tensors trained in place are kept, so that `remove` can give them back."""
+    twin: ClassVar[Twin | None] = None
+    """What adapters of PEFT call it, where they hold the same tensors."""
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach grafts to the frozen backbone; return the names of its own parameters that are to be trained."""

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.storage import first_line
 from lightning_peft.interop.schema import check_kinds, short
+from lightning_peft.interop.twins import TWINS, kinds_of
 
 FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
@@ -94,6 +95,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "encoder_reparameterization_type": "MLP",
     },
     "PREFIX_TUNING": _PROMPT | {"encoder_hidden_size": None, "init_weights": None, "prefix_projection": False},
+    **{name: _COMMON | dict(twin.defaults) for name, (_, twin) in TWINS.items()},
 }
 """Type of an adapter -> every key that PEFT 0.21 writes for it, with its default."""
 
@@ -176,5 +178,5 @@ def checked(given: Any, source: str) -> dict[str, Any]:
             f"{source} has {', '.join(f'{k}={short(v)}' for k, v in odd.items())}, which {kind} of PEFT {PEFT_VERSION} "
             "does not know: save the adapter with that version."
         )
-    check_kinds(config, source)
+    check_kinds(config, source, kinds_of(kind))
     return config

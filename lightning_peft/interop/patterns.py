@@ -52,7 +52,7 @@ def is_target(config: Mapping[str, Any], name: str) -> bool:
     """Tell whether PEFT would wrap the module of this name (``check_target_module_exists`` there)."""
     saved = config["modules_to_save"] or []
     if any(pattern(rf"(^|.*\.){module}($|\..*)").match(name) for module in saved) or selects(
-        config["exclude_modules"] or [], name
+        config.get("exclude_modules") or [], name
     ):
         return False
     if not selects(config["target_modules"] or [], name):

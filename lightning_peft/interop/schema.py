@@ -81,14 +81,18 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
 """Key -> the kinds of value that it may have; keys that are not here have any."""
 
 
-def check_kinds(config: Mapping[str, Any], source: str) -> None:
-    """Check the values of a configuration that has all its keys.
+BY_TYPE = {bool: _BOOL, int: _COUNT, float: Kind("a number", _is_number), str: _TEXT}
+"""Type of a default -> the kind of value."""
+
+
+def check_kinds(config: Mapping[str, Any], source: str, own: Mapping[str, tuple[Kind, ...]]) -> None:
+    """Check the values of a configuration that has all its keys; ``own``: the kinds of keys that its type has its own.
 
     Raises:
         TuningError: one is of a kind that PEFT never writes.
     """
     for key, value in config.items():
-        kinds = _KINDS.get(key, ())
+        kinds = own[key] if key in own else _KINDS.get(key, ())
         if kinds and not any(kind.holds(value) for kind in kinds):
             raise TuningError(
                 f"{source} has {key}={short(value)}, and PEFT writes {' or '.join(kind.name for kind in kinds)}: take "

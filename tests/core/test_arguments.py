@@ -17,11 +17,11 @@ EXPORTED = [getattr(lightning_peft, name) for name in lightning_peft.__all__]
 METHODS = sorted((m for m in EXPORTED if isinstance(m, type) and issubclass(m, Method)), key=lambda m: m.__name__)
 FIELDS = [(method, field.name) for method in METHODS for field in dataclasses.fields(method)]
 OF_THE_MODEL = {
-    "Adapter.leave_out", "CoCoOp.reduction", "IA3.layers", "IVLP.depth", "IVLP.image_depth", "LoRA.alpha",
-    "LoRA.alpha_pattern", "LoRA.layers", "LoRA.r", "LoRA.rank_pattern", "MaPLe.depth", "PTuningV2.layers",
-    "PartialK.k", "PrefixTuning.layers", "VPT.num_deep_layers",
+    "Adapter.leave_out", "CoCoOp.reduction", "IVLP.depth", "IVLP.image_depth", "LoRA.alpha", "LoRA.alpha_pattern",
+    "LoRA.r", "LoRA.rank_pattern", "MaPLe.depth", "PartialK.k", "VPT.num_deep_layers",
+    *(f"{method.__name__}.layers" for method, name in FIELDS if name == "layers"),
 }  # fmt: skip
-"""Numbers whose bounds are the model's, or are told with the place in it."""
+"""Numbers whose bounds are the model's, or are told with the place in it; indices of blocks always are."""
 ANY = {"DiffPruning.alpha", "DiffPruning.high", "DiffPruning.low", "PromptTuning.seed", "SideTuning.alpha_init"}
 """Numbers that may be any, or are bound by each other."""
 

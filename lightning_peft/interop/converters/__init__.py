@@ -5,6 +5,7 @@ from lightning_peft.interop.converters.ia3 import IA3Converter
 from lightning_peft.interop.converters.lora import LoRAConverter
 from lightning_peft.interop.converters.prefix import PrefixConverter
 from lightning_peft.interop.converters.prompt import PromptConverter, PTuningConverter
+from lightning_peft.interop.converters.twin import twin_converters
 
 CONVERTERS: tuple[Converter, ...] = (
     LoRAConverter(),
@@ -12,7 +13,8 @@ CONVERTERS: tuple[Converter, ...] = (
     PromptConverter(),
     PTuningConverter(),
     PrefixConverter(),
+    *twin_converters(),
 )
-"""A new type is a file with its converter, and a place in this tuple."""
+"""A type whose tensors are those of a method is declared by the method; any other is a file, and a place here."""
 
 __all__ = ["CONVERTERS", "Converter"]

@@ -11,6 +11,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Grafted, grafts
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.interop.names import Names
+from lightning_peft.interop.patterns import is_target
 
 
 @dataclass
@@ -117,4 +118,22 @@ def refuse(config: Mapping[str, Any], keys: Iterable[str], source: str) -> None:
         raise TuningError(
             f"{source} uses {', '.join(f'{key}={config[key]!r}' for key in used)}, which has no twin here: "
             "train it without, or merge it with PEFT."
+        )
+
+
+def check_complete(parts: Parts, names: Names, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Check that each layer of these kinds that the configuration names has tensors.
+
+    Raises:
+        TuningError: one has none.
+    """
+    targets = [
+        name
+        for name, module in names.modules.items()
+        if isinstance(module, kinds) and is_target(parts.config, parts.called.get(name, name))
+    ]
+    if missing := sorted(set(targets) - parts.layers.keys()):
+        raise TuningError(
+            f"{parts.source} targets {missing[0]} of this model but has no tensor for it: it is not whole, or was "
+            "made for another base."
         )

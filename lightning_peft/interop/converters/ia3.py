@@ -8,9 +8,16 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.core import anatomy
 from lightning_peft.core.errors import TuningError
-from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, graft_tensors, places
+from lightning_peft.interop.converters.base import (
+    Converter,
+    Exported,
+    Parts,
+    check_complete,
+    delta_name,
+    graft_tensors,
+    places,
+)
 from lightning_peft.interop.names import Names, compact
-from lightning_peft.interop.patterns import is_target
 from lightning_peft.methods.ia3 import ScaledOutput
 from lightning_peft.updates.low_rank import shape_of
 
@@ -63,7 +70,7 @@ class IA3Converter(Converter):
             (outputs if shape == [out, 1] else inputs).append(name)
         if not parts.layers:
             raise TuningError(f"{parts.source} has no tensor of IA3: take another copy of the adapter.")
-        self._check_complete(parts, names)
+        check_complete(parts, names, _KINDS)
         head = set(anatomy.said_head_names(names.model) or [])
         linear = [n for n, m in names.modules.items() if isinstance(m, _KINDS) and f"{n}.weight" not in head]
         return {"target_modules": compact(outputs, linear), "feedforward_modules": compact(inputs, linear)}
@@ -71,15 +78,3 @@ class IA3Converter(Converter):
     def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
         """Return the vectors by the names of the grafts."""
         return {delta_name(place, "l"): parts.layers[place.path][PART].flatten() for place in places(model, method)}
-
-    def _check_complete(self, parts: Parts, names: Names) -> None:
-        expected = [
-            name
-            for name, module in names.modules.items()
-            if isinstance(module, _KINDS) and is_target(parts.config, parts.called.get(name, name))
-        ]
-        if missing := sorted(set(expected) - parts.layers.keys()):
-            raise TuningError(
-                f"{parts.source} targets {missing[0]} of this model but has no tensor for it: it is not whole, or was "
-                "made for another base."
-            )

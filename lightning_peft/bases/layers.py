@@ -1,0 +1,76 @@
+"""Methods that change chosen linear layers, each by a graft of its own: such a method is a graft and its arguments."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from lightning_peft.bases.merging import MergingMethod
+from lightning_peft.core import select
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import attach
+from lightning_peft.core.reads import passed_by
+from lightning_peft.updates.layer_update import LINEAR, LayerUpdate
+from lightning_peft.updates.read_layer import ReadLayer
+
+
+@dataclass(eq=False, kw_only=True)
+class LayerMethod(MergingMethod):
+    """A method of linear layers; `update` makes the graft of one.
+
+    Args:
+        target_modules: suffixes of module names, one regex for the whole name, or 'all-linear' for every linear layer
+            inside the blocks; None: the query and value projections (or the fused one).
+        layers: indices of the blocks to tune, negative ones from the end; None: all.
+        backbone_mode: whether dropout of the frozen backbone is active in training.
+    """
+
+    backbone_mode: Literal["train", "eval"] = "train"
+    target_modules: list[str] | str | None = None
+    layers: list[int] | None = None
+
+    kind: ClassVar[str] = "weights"
+
+    def update(self, name: str, host: nn.Module) -> LayerUpdate:
+        """Return the graft for a layer of this name.
+
+        Raises:
+            TuningError: it does not fit the layer.
+        """
+        raise NotImplementedError
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach an update to each chosen layer, or to the module that reads its weight without a call."""
+        patterns = self.target_modules
+        if patterns is None:
+            patterns = select.by_role(backbone, ["query", "value"], LINEAR)
+        chosen = self.without_excluded(select.hosts(backbone, LINEAR, patterns, self.layers))
+        if not chosen:
+            raise TuningError(
+                f"{type(self).__name__} is left no layer by target_modules={self.target_modules!r} and "
+                f"exclude={self.exclude!r}: let target_modules name some, or exclude fewer."
+            )
+        read = passed_by(backbone)
+        for name, host in chosen.items():
+            update = self.update(name, host)
+            if name in read:
+                module, layer = read[name]
+                attach(module, ReadLayer(module, layer, update), f"{self.key}_{layer.replace('.', '_')}")
+            else:
+                attach(host, update, self.key)
+        return ()
+
+
+def check_divides(argument: str, value: int, size: int, whose: str) -> None:
+    """Check that a size can be cut into parts of ``value``.
+
+    Raises:
+        TuningError: it cannot; the nearest value that can is named.
+    """
+    if size % value:
+        divisors = [d for d in range(1, size + 1) if size % d == 0]
+        best = min(divisors, key=lambda d: (abs(d - value), -d))
+        raise TuningError(
+            f"{argument}={value} does not divide {size}, which {whose}: take {best}, or give the layers apart."
+        )

@@ -53,6 +53,7 @@ from lightning_peft.methods.full_fine_tuning import (
     FullFineTuning as FullFineTuning,
     FullFineTuningMixin as FullFineTuningMixin,
 )
+from lightning_peft.methods.hira import HiRA as HiRA, HiRAMixin as HiRAMixin
 from lightning_peft.methods.ia3 import IA3 as IA3, IA3Mixin as IA3Mixin
 from lightning_peft.methods.ivlp import IVLP as IVLP, IVLPMixin as IVLPMixin
 from lightning_peft.methods.l2p import L2P as L2P, L2PMixin as L2PMixin
@@ -63,7 +64,9 @@ from lightning_peft.methods.ladder_side_tuning import (
 from lightning_peft.methods.linear_probe import LinearProbe as LinearProbe, LinearProbeMixin as LinearProbeMixin
 from lightning_peft.methods.lora import LoRA as LoRA, LoRAMixin as LoRAMixin
 from lightning_peft.methods.maple import MaPLe as MaPLe, MaPLeMixin as MaPLeMixin
+from lightning_peft.methods.miss import MiSS as MiSS, MiSSMixin as MiSSMixin
 from lightning_peft.methods.mlp_head import MLPHead as MLPHead, MLPHeadMixin as MLPHeadMixin
+from lightning_peft.methods.oft import OFT as OFT, OFTMixin as OFTMixin
 from lightning_peft.methods.p_tuning import PTuning as PTuning, PTuningMixin as PTuningMixin
 from lightning_peft.methods.p_tuning_v2 import PTuningV2 as PTuningV2, PTuningV2Mixin as PTuningV2Mixin
 from lightning_peft.methods.partial_k import PartialK as PartialK, PartialKMixin as PartialKMixin
@@ -74,6 +77,7 @@ from lightning_peft.methods.prompt_ensemble import (
     PromptEnsembleMixin as PromptEnsembleMixin,
 )
 from lightning_peft.methods.prompt_tuning import PromptTuning as PromptTuning, PromptTuningMixin as PromptTuningMixin
+from lightning_peft.methods.shira import SHiRA as SHiRA, SHiRAMixin as SHiRAMixin
 from lightning_peft.methods.side_tuning import SideTuning as SideTuning, SideTuningMixin as SideTuningMixin
 from lightning_peft.methods.tiny_tl import TinyTL as TinyTL, TinyTLMixin as TinyTLMixin
 from lightning_peft.methods.trainable_tokens import (

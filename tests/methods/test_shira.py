@@ -1,0 +1,77 @@
+"""SHiRA: ``W' = W + S``: its places and values, its counts, sparse switching, and PEFT's."""
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from lightning_peft import SHiRA, TuningError, collect, load_delta, merge, save_delta
+from lightning_peft.core.graft import grafts
+from tests.contract import MethodContract, assert_near, output
+from tests.interop.twins import check_twin, shaken
+from tests.models import tiny
+
+R = 2
+
+
+class TestSHiRA(MethodContract):
+    method = SHiRA(r=R)
+    backbones = ("bert", "gpt2")
+
+    def count(self, kind: str) -> int:
+        """L r (in + out) for each target."""
+        return 2 * R * {"bert": 2 * (32 + 32), "gpt2": 32 + 96}[kind]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("mask", ["random", "magnitude"])
+def test_it_is_the_sum_and_the_merged_weight(kind: str, mask: str) -> None:
+    model = shaken(kind, SHiRA(r=R, mask=mask, target_modules="all-linear"))
+    for place in grafts(model):
+        weight = tiny(kind).get_submodule(place.path).weight.detach().clone()
+        matrix = weight.t() if kind == "gpt2" else weight
+        rows, columns = place.graft.indices.tolist()
+        assert len({*zip(rows, columns, strict=True)}) == R * sum(matrix.shape) == len(rows)
+        if mask == "magnitude":
+            least = matrix.abs()[rows, columns].min()
+            assert (matrix.abs() >= least).sum() == len(rows)
+        for i, j, value in zip(rows, columns, place.graft.values.tolist(), strict=True):
+            matrix[i, j] += value
+        x = torch.randn(3, 5, matrix.shape[1])
+        bias = place.host.bias
+        expected = x @ matrix.t() + (0 if bias is None else bias)
+        assert_near({"": expected}, {"": place.host(x)}, 1e-5)
+        update = matrix - (place.host.weight.t() if kind == "gpt2" else place.host.weight)
+        assert torch.linalg.matrix_rank(update) > 2 * R
+    live = output(model, kind)
+    assert_near({"": live}, {"": output(merge(copy.deepcopy(model)), kind)}, 1e-5)
+
+
+def test_peft_has_the_same(tmp_path: Path) -> None:
+    config = peft.ShiraConfig(r=R, random_seed=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    check_twin("llama", config, tmp_path)
+
+
+def test_a_delta_is_indices_and_values_and_entries_of_another_layer_are_refused(tmp_path: Path) -> None:
+    model = shaken("llama", SHiRA(r=R))
+    assert {name.rpartition(".")[2] for name in collect(model)} == {"indices", "values"}
+    next(iter(grafts(model))).graft.indices[0, 5] = 32
+    file = save_delta(model, tmp_path / "delta.safetensors")
+    with pytest.raises(TuningError, match=r"q_proj of shape \[32, 32\] has not all entries of the file"):
+        load_delta(tiny("llama"), file, "films")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"r": 17}, r"r=17 makes 1088 entries of .*query, which has 1024: take 16 or less"),
+        ({"mask": "struct"}, "mask='struct' chooses no entries: take one of random, magnitude"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
+    model = tiny("bert")
+    with pytest.raises(TuningError, match=message):
+        SHiRA(**arguments).apply(model)
+    SHiRA(r=16).apply(model)

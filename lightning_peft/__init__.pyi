@@ -70,6 +70,7 @@ from lightning_peft.methods.oft import OFT as OFT, OFTMixin as OFTMixin
 from lightning_peft.methods.p_tuning import PTuning as PTuning, PTuningMixin as PTuningMixin
 from lightning_peft.methods.p_tuning_v2 import PTuningV2 as PTuningV2, PTuningV2Mixin as PTuningV2Mixin
 from lightning_peft.methods.partial_k import PartialK as PartialK, PartialKMixin as PartialKMixin
+from lightning_peft.methods.pixel_prompt import PixelPrompt as PixelPrompt, PixelPromptMixin as PixelPromptMixin
 from lightning_peft.methods.prefix_lm import PrefixLM as PrefixLM, PrefixLMMixin as PrefixLMMixin
 from lightning_peft.methods.prefix_tuning import PrefixTuning as PrefixTuning, PrefixTuningMixin as PrefixTuningMixin
 from lightning_peft.methods.prompt_ensemble import (

@@ -107,6 +107,8 @@ def bounds_of(kind: type, name: str) -> Bounds:
 def _problem(value: Any, hint: Any, bounds: Bounds, whole: Any) -> str | None:
     """Return what is wrong with a value, or one in it, where ``whole`` is declared; None: nothing."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
     option = next((option for option in options if _is_of(value, option)), None)
     kind, inner = get_origin(option) or option, get_args(option)
     if option is None:

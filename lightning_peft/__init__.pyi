@@ -16,6 +16,7 @@ from lightning_peft.core.switching import (
     prepare as prepare,
     remove_delta as remove_delta,
 )
+from lightning_peft.data.chat import ChatData as ChatData
 from lightning_peft.data.clip_data import CLIPData as CLIPData
 from lightning_peft.data.cloze import (
     ClozeClassificationData as ClozeClassificationData,

@@ -11,6 +11,7 @@ from examples.pretrain_tiny import build, save_tokenizer
 
 TASKS = {
     "causal_lm": "gpt2",
+    "chat": "gpt2",
     "cloze_classification": "bert",
     "knowledge_probing": "bert",
     "lm_adaptation": "t5",

@@ -1,5 +1,6 @@
 """LightningDataModules for text and images."""
 
+from lightning_peft.data.chat import ChatData
 from lightning_peft.data.clip_data import CLIPData
 from lightning_peft.data.cloze import ClozeClassificationData, KnowledgeProbingData
 from lightning_peft.data.coloured_shapes import ColouredShapes
@@ -25,6 +26,7 @@ from lightning_peft.data.token_data import TokenData
 __all__ = [
     "CLIPData",
     "CausalLMData",
+    "ChatData",
     "ClozeClassificationData",
     "ColouredShapes",
     "ContinualData",

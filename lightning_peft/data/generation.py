@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.packed_rows import pack
 from lightning_peft.data.padding import Padder
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.data.span_corruption import sentinels
@@ -238,18 +239,4 @@ def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
 def _packed(rows: Mapping[str, list[Any]], max_length: int, **arguments: Any) -> dict[str, list[Any]]:
     """Return rows of ``max_length`` tokens, each of whole texts as they come; the rest of a row is padding."""
     single = _continued(rows, max_length=max_length, **arguments)
-    pad = arguments["tokenizer"].pad_token_id
-    packed: list[dict[str, list[int]]] = []
-    for ids, labels in zip(single["input_ids"], single["labels"], strict=True):
-        if not packed or len(packed[-1]["input_ids"]) + len(ids) > max_length:
-            packed.append({"input_ids": [], "labels": [], "position_ids": []})
-        packed[-1]["input_ids"] += ids
-        # Nothing of a text is guessed from the one before it.
-        packed[-1]["labels"] += [IGNORED_LABEL, *labels[1:]]
-        packed[-1]["position_ids"] += range(len(ids))
-    for row in packed:
-        rest = max_length - len(row["input_ids"])
-        row["input_ids"] += [pad] * rest
-        row["labels"] += [IGNORED_LABEL] * rest
-        row["position_ids"] += range(rest)
-    return {name: [row[name] for row in packed] for name in packed[0]} | {"length": [max_length] * len(packed)}
+    return pack(single["input_ids"], single["labels"], max_length, arguments["tokenizer"].pad_token_id)

@@ -37,6 +37,7 @@ FAMILIES = ["berg", "dale", "ford", "hill", "holt", "wells", "stone", "wood"]
 """Family names; the first six are towns as well, so that only the words around them tell which is meant."""
 
 BEST = {
+    "chats": {"bleu": 1.0, "chrf": 1.0, "rougeL": 1.0, "exact_match": 1.0, "perplexity": 1.0},
     "choices": {"accuracy": 1.0},
     "corpus": {"perplexity": "exp of the sum of the column nats over the number of tokens"},
     "descriptions": {"bleu": 1.0, "chrf": 1.0, "rougeL": 1.0, "exact_match": 1.0, "perplexity": 1.0},
@@ -172,10 +173,31 @@ def _placed(draw: Draw) -> list[str]:
 _SPANS: dict[str, Callable[[Draw], list[str]]] = {"PER": _named, "LOC": _placed, "FOOD": lambda d: [d.one(FOODS)]}
 
 
+ASKED: dict[str, str] = {
+    "town": "where does {name} live ?",
+    "work": "what does {name} work as ?",
+    "food": "what does {name} like ?",
+    "animal": "what does {name} keep ?",
+}
+"""How somebody's fact is asked for."""
+
+
+def _chats() -> list[dict[str, Any]]:
+    """What is told of two people, a question about the one, its answer, and the same about the other."""
+    rows = []
+    for seed in range(ROWS):
+        draw = Draw(seed)
+        pairs = list(zip(draw.random.sample(PEOPLE, 2), draw.several([*FACTS], 2), strict=True))
+        told = [FACTS[fact].format(name=name, **person(name)) for name, fact in pairs]
+        asked = [ASKED[fact].format(name=name) for name, fact in pairs]
+        said = [("user", f"{' '.join(told)} {asked[0]}"), ("assistant", told[0])]
+        said += [("user", asked[1]), ("assistant", told[1])]
+        rows.append({"messages": [{"role": role, "content": content} for role, content in said]})
+    return rows
+
+
 def _questions() -> list[dict[str, Any]]:
     """What is told of four people in random order, and a question about one of them."""
-    asked = {"town": "where does {name} live ?", "food": "what does {name} like ?"}
-    asked |= {"work": "what does {name} work as ?", "animal": "what does {name} keep ?"}
     rows = []
     for seed in range(ROWS):
         draw = Draw(seed)
@@ -190,7 +212,7 @@ def _questions() -> list[dict[str, Any]]:
             context += f"{told} "
         name = draw.one(people)
         fact, value, start = answers[name]
-        question = asked[fact].format(name=name)
+        question = ASKED[fact].format(name=name)
         answer = {"text": [value], "answer_start": [start]}
         rows.append({"context": context.strip(), "question": question, "answers": answer})
     return rows
@@ -228,6 +250,7 @@ def _facts() -> list[dict[str, Any]]:
 
 
 _SETS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "chats": _chats,
     "choices": _choices,
     "corpus": _corpus,
     "descriptions": _descriptions,

@@ -1,0 +1,27 @@
+"""Puts texts end to end in rows of one length, so that nothing is padding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL
+
+
+def pack(ids: Sequence[list[int]], labels: Sequence[list[int]], max_length: int, pad: int) -> dict[str, list[Any]]:
+    """Return rows of ``max_length`` tokens, each of whole texts as they come; the rest of a row is padding.
+
+    ``position_ids`` begin anew with each text, by which transformers keeps the texts of a row from seeing each other.
+    """
+    packed: list[dict[str, list[int]]] = []
+    for own, targets in zip(ids, labels, strict=True):
+        if not packed or len(packed[-1]["input_ids"]) + len(own) > max_length:
+            packed.append({"input_ids": [], "labels": [], "position_ids": []})
+        packed[-1]["input_ids"] += own
+        # Nothing of a text is guessed from the one before it.
+        packed[-1]["labels"] += [IGNORED_LABEL, *targets[1:]]
+        packed[-1]["position_ids"] += range(len(own))
+    for row in packed:
+        rest = max_length - len(row["input_ids"])
+        row["input_ids"] += [pad] * rest
+        row["labels"] += [IGNORED_LABEL] * rest
+        row["position_ids"] += range(rest)
+    return {name: [row[name] for row in packed] for name in packed[0]} | {"length": [max_length] * len(packed)}

@@ -33,6 +33,8 @@ class PrefixMethod(Method):
     Args:
         num_virtual_tokens: length P of the prefix [tokens].
         mid_dim: width of the network that the prefix is computed by in training; None trains the prefix itself.
+        embedding_dim: width of the network's table; None: that of the model, as in the authors' code, where the paper
+            (section 4.3) says that the table is smaller.
         sets: of an encoder-decoder, which attentions get a prefix: 'encoder', 'decoder', 'cross'; None: all.
         layers: blocks that get a prefix, negative ones counted from the end; None: all.
         positions: 'shifted' lets the text's positions start at P, as if the prefix stood before it; 'unshifted' at 0.
@@ -45,6 +47,7 @@ class PrefixMethod(Method):
 
     num_virtual_tokens: int = natural(20, "is no prefix")
     mid_dim: int | None = natural(None, "is no width of a network")
+    embedding_dim: int | None = natural(None, "is no width of a table")
     sets: list[Literal["encoder", "decoder", "cross"]] | None = choice(None, "names no attentions")
     layers: list[int] | None = None
     positions: Literal["shifted", "unshifted"] = "shifted"
@@ -132,7 +135,7 @@ class PrefixMethod(Method):
                 place.graft.drop_network()
         for network in self.own_grafts(model, PrefixNetwork):
             detach(network.host, network.name)
-        self.mid_dim = applied.mid_dim = None
+        self.mid_dim = applied.mid_dim = self.embedding_dim = applied.embedding_dim = None
 
     def _dropout(self, backbone: nn.Module) -> float:
         return self.dropout or 0.0
@@ -150,9 +153,15 @@ class PrefixMethod(Method):
 
     def _network(self, backbone: nn.Module, chosen: Sequence[Attention]) -> PrefixNetwork | None:
         if self.mid_dim is None:
+            if self.embedding_dim is not None:
+                raise TuningError(
+                    f"embedding_dim={self.embedding_dim} is the width of a table that a network reads, and mid_dim=None "
+                    "has no network: give mid_dim, or leave embedding_dim out."
+                )
             return None
         kinds = dict.fromkeys(place.kind for place in chosen)
-        network = PrefixNetwork(kinds, self.num_virtual_tokens, _width(backbone), self.mid_dim)
+        width = self.embedding_dim or _width(backbone)
+        network = PrefixNetwork(kinds, self.num_virtual_tokens, width, self.mid_dim)
         return attach(backbone, network.to(device_of(backbone)), self.key)
 
     def _prefix(self, backbone: nn.Module, place: Attention, network: PrefixNetwork | None) -> Prefix:

@@ -90,10 +90,11 @@ class PrefixTuning(PrefixMethod):
         return batch
 
     def _check_infix(self, backbone: nn.Module) -> None:
-        if self.mid_dim is not None or self.init != "random" or self.init_from or self.sets or self.layers is not None:
+        network = (self.mid_dim, self.embedding_dim) != (None, None)
+        if network or self.init != "random" or self.init_from or self.sets or self.layers is not None:
             raise TuningError(
                 "form='infix' trains numbers of its own in every layer: give mid_dim=None, and none of sets, layers, "
-                "init and init_from."
+                "embedding_dim, init and init_from."
             )
         other = structure.is_encoder(backbone) or structure.is_encoder_decoder(backbone)
         if other or structure.config_of(backbone) is None:

@@ -612,3 +612,24 @@ def test_where_peft_reaches_the_decoder_alone() -> None:
     ours = tiny("t5")
     PrefixTuning(num_virtual_tokens=P, mid_dim=None, sets=["decoder"]).apply(ours)
     assert grads.numel() == sum(p.numel() for p in ours.parameters() if p.requires_grad)
+
+
+def test_a_table_narrower_than_the_model() -> None:
+    torch.manual_seed(0)
+    model = tiny("gpt2")
+    method = PrefixTuning(num_virtual_tokens=P, mid_dim=5, embedding_dim=7)
+    method.apply(model)
+    sizes = sorted(tuple(value.shape) for name, value in collect(model).items() if ".trunks." in name)
+    assert sizes == sorted([(P, 7), (5, 7), (5,)])
+    with torch.no_grad():
+        trained = model(batch("gpt2")["input_ids"]).logits
+        method.drop_network(model)
+        assert torch.allclose(model(batch("gpt2")["input_ids"]).logits, trained, atol=1e-6)
+    assert (method.mid_dim, method.embedding_dim) == (None, None)
+
+
+def test_a_table_without_a_network_is_refused() -> None:
+    with pytest.raises(
+        TuningError, match="embedding_dim=7 is the width of a table that a network reads, and mid_dim=None"
+    ):
+        PrefixTuning(mid_dim=None, embedding_dim=7).apply(tiny("gpt2"))

@@ -155,8 +155,8 @@ class PrefixMethod(Method):
         if self.mid_dim is None:
             if self.embedding_dim is not None:
                 raise TuningError(
-                    f"embedding_dim={self.embedding_dim} is the width of a table that a network reads, and mid_dim=None "
-                    "has no network: give mid_dim, or leave embedding_dim out."
+                    f"embedding_dim={self.embedding_dim} is the width of a table that a network reads, and "
+                    "mid_dim=None has no network: give mid_dim, or leave embedding_dim out."
                 )
             return None
         kinds = dict.fromkeys(place.kind for place in chosen)

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from lightning_peft.commands import fail, is_misfit, refusal, sentence
+from lightning_peft.commands import fail, is_misfit, lightning_words, refusal, sentence
 from lightning_peft.training import signals, slurm
 
 _HELP = """\
@@ -116,6 +116,7 @@ def _is_mistake(error: Exception) -> bool:
     return (
         refusal(error) is not None
         or is_misfit(error)
+        or lightning_words.said(error) is not None
         or isinstance(
             error,
             (ValueError, OSError) if lightning is None else (ValueError, OSError, lightning.MisconfigurationException),

@@ -5,6 +5,8 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from lightning_peft.commands import lightning_words
+
 
 def fail(sentence: str, code: int = 2) -> NoReturn:
     """Print one red sentence to stderr and end."""
@@ -37,6 +39,8 @@ def sentence(error: Exception) -> str:
     """Return the message of an error for a user, in one sentence."""
     if (cause := refusal(error)) is not None:
         return str(cause)
+    if (known := lightning_words.said(error) or lightning_words.objection(error)) is not None:
+        return known
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{str(error.filename)[:100]!r} cannot be used ({error.strerror}): give another path."
     first = (str(error).strip().splitlines() or [""])[0]

@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lightning_peft
-from lightning_peft.commands import agreement, fail, refusal, sentence
+from lightning_peft.commands import agreement, fail, lightning_words, refusal, sentence
 from lightning_peft.commands.config_files import ConfigFile
 from lightning_peft.commands.known_names import known_names, missing, names_at_hand
 from lightning_peft.commands.searching import Searcher
@@ -114,10 +114,8 @@ class TuningCLI(LightningCLI):
             if self.tells:
                 agreement.tell(self.trainer_class, self._places(), sentence(error))
             if "Does not validate" in str(error) and refusal(error) is None:
-                raise TuningError(
-                    f"a class that is asked for cannot be built ({_reason(error)}): change its arguments, or install "
-                    "what it needs."
-                ) from error
+                said = f"a class that is asked for cannot be built ({_reason(error)}): change its arguments, or install"
+                raise TuningError(lightning_words.said(error) or f"{said} what it needs.") from error
             raise
 
     def argument(self, config: Namespace, name: str, default: Any = None) -> Any:
@@ -256,7 +254,10 @@ def _building() -> Iterator[None]:
     except TuningError:
         raise
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
-        raise TuningError(f"the Trainer cannot be built ({first_line(error)}): change what it was given.") from error
+        said = lightning_words.said(error)
+        raise TuningError(
+            said or f"the Trainer cannot be built ({first_line(error)}): change what it was given."
+        ) from error
 
 
 def _reason(error: BaseException) -> str:

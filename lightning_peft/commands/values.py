@@ -8,11 +8,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from string import Formatter
 from typing import Any, get_args
 
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_peft.commands.parameters import Argument, arguments_of
@@ -44,6 +46,7 @@ _TRAINER = {
     "num_nodes": Bounds(at_least=1, below=1e5),
     "devices": Bounds(at_least=-1, below=1e4),
 }
+_CALLBACKS = {("EarlyStopping", "patience"): Bounds(at_least=0), ("LearningRateFinder", "num_training_steps"): _COUNT}
 _ANY = Bounds(below=1e12)
 
 
@@ -61,6 +64,7 @@ def check_values(config: Namespace, trainer: type) -> None:
     check_registered(given)
     for name, value in given.items():
         _check(trainer, "Trainer", name, value, _TRAINER)
+    _check_epochs(given)
     devices = given.get("devices", "auto")
     if not devices or (isinstance(devices, str) and not re.fullmatch(r"auto|-?\d+(\s*,\s*\d+)*", devices)):
         raise TuningError(f"Trainer's devices={devices!r} names none: give how many, their numbers, or auto.")
@@ -71,7 +75,35 @@ def check_values(config: Namespace, trainer: type) -> None:
             raise TuningError("trainer's callbacks have one without a class: give its class_path.")
         own = kind.__module__.startswith(("lightning_peft.", "torch.optim."))
         for name, value in given.items():
-            _check(kind, kind.__name__, name, value, _OURS if own else {})
+            bounds = _CALLBACKS.get((kind.__name__, name))
+            _check(kind, kind.__name__, name, value, _OURS if own else {name: bounds} if bounds else {})
+        if issubclass(kind, ModelCheckpoint):
+            _check_filename(given.get("filename"))
+
+
+def _check_epochs(given: Mapping[str, Any]) -> None:
+    """Check the arguments of a Trainer that say how long it trains, and how often it validates."""
+    for unit in ("epochs", "steps"):
+        least, most = given.get(f"min_{unit}"), given.get(f"max_{unit}")
+        if least is not None and most is not None and 0 <= most < least:
+            raise TuningError(
+                f"Trainer's min_{unit}={least} is more than max_{unit}={most}: give a smaller or a larger one."
+            )
+    for name in ("val_check_interval", "max_time"):
+        value = given.get(name)
+        parts = value.split(":") if isinstance(value, str) else [*value.values()] if isinstance(value, dict) else []
+        if parts and not any(str(part).strip("0") for part in parts):
+            raise TuningError(f"Trainer's {name}={value!r} is no time: take more than 0.")
+
+
+def _check_filename(name: Any) -> None:
+    try:
+        list(Formatter().parse(name if isinstance(name, str) else ""))
+    except ValueError as error:
+        raise TuningError(
+            f"ModelCheckpoint's filename={name!r} is no pattern of a name ({error}): write a metric as "
+            "{val_loss:.2f}, with both braces."
+        ) from None
 
 
 def check_registered(given: Mapping[str, Any]) -> None:

@@ -45,7 +45,7 @@ def convert(module: nn.Module, full: str | Path, delta: str | Path) -> Path:
     Raises:
         TuningError: the file lacks a tensor of the delta, or its frozen tensors are not those of ``module``.
     """
-    checkpoint = read_torch(full)
+    checkpoint = read_torch(full, of_others=True)
     tensors = checkpoint.get("state_dict", checkpoint)
     check_tensors(tensors, full)
     state, names = module.state_dict(), set(delta_names(module))

@@ -7,6 +7,8 @@ import pickle
 import re
 import shutil
 import socket
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -95,15 +97,27 @@ def _sentence(error: Exception, path: Path) -> str:
     )
 
 
-def read_torch(path: str | Path, weights_only: bool = True, map_location: Any = "cpu") -> dict[str, Any]:
+def read_torch(
+    path: str | Path, weights_only: bool = True, map_location: Any = "cpu", of_others: bool = False
+) -> dict[str, Any]:
     """Return what ``torch.save`` wrote.
 
+    Args:
+        path: the file.
+        weights_only: refuse what holds more than tensors and plain values.
+        map_location: as of ``torch.load``.
+        of_others: it was not written by this package, so that no other checksums than those of zip are in it.
+
     Raises:
-        TuningError: there is no such file, it is truncated or damaged, or it holds objects that loading would execute.
+        TuningError: there is no such file, it is none of torch's, it is truncated or damaged, or it holds objects that
+            loading would execute.
     """
     path = Path(path)
     if not path.is_file():
         raise TuningError(f"{path} is no file: give the path of a checkpoint or a delta.")
+    _check_kind(path)
+    if of_others:
+        _check_zip(path)
     try:
         loaded = torch.load(path, map_location=map_location, weights_only=weights_only)
     except pickle.UnpicklingError as error:
@@ -116,6 +130,47 @@ def read_torch(path: str | Path, weights_only: bool = True, map_location: Any = 
     if not isinstance(loaded, dict):
         raise TuningError(f"{path} holds a {type(loaded).__name__}, not a checkpoint: give the path of a checkpoint.")
     return loaded
+
+
+def _check_kind(path: Path) -> None:
+    """Check that a file begins as those of ``torch.save`` do, as a zip file or, in old ones, as a pickle.
+
+    Raises:
+        TuningError: it begins otherwise.
+    """
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start.startswith((b"PK", b"\x80")):
+        return
+    if start[8:9] == b"{":
+        raise TuningError(
+            f"{path} begins as a safetensors file, which holds weights alone: give a Trainer the .ckpt file, and "
+            "load_delta one whose name ends in .safetensors."
+        )
+    if not start:
+        raise TuningError(f"{path} is truncated or damaged (it is empty): take another copy.")
+    raise TuningError(
+        f"{path} is no checkpoint, or is damaged: it begins with {start!r} and not as what torch.save writes: give the "
+        "path of a checkpoint."
+    )
+
+
+def _check_zip(path: Path) -> None:
+    """Check the checksums of a zip file, which torch does not look at.
+
+    Raises:
+        TuningError: one is wrong.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            wrong = file.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, zlib.error):
+        return  # it is a pickle, or torch says what it is
+    if wrong is not None:
+        raise TuningError(
+            f"{path} is damaged: {wrong} in it does not fit its checksum: take another copy, or save it anew if it was "
+            "written without checksums (torch.serialization.set_crc32_options(False))."
+        )
 
 
 def check_tensors(tensors: Any, source: str | Path) -> None:
@@ -153,4 +208,4 @@ def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metada
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, to be put into a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:120]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:240]

@@ -160,7 +160,7 @@ class BatchesLoader(Resumable, DataLoader[Any]):  # type: ignore[misc]  # its __
         batches = self.sampler
         batches.start = 0
         if state is not None and state["epoch"] == batches.epoch:
-            if state["of"] != len(batches):
+            if state["batches"] and state["of"] != len(batches):
                 raise TuningError(
                     f"the checkpoint was written after batch {state['batches']} of {state['of']}, now an epoch has "
                     f"{len(batches)}: resume with the same data, batch size and number of processes."

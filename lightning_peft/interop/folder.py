@@ -96,7 +96,7 @@ def read_adapter(folder: Path) -> PeftAdapter:
         adapter = PeftAdapter(config, tensors, header, str(folder))
         _check_header(adapter)
     elif (folder / PICKLED).is_file():
-        adapter = PeftAdapter(config, read_torch(folder / PICKLED), {}, str(folder))
+        adapter = PeftAdapter(config, read_torch(folder / PICKLED, of_others=True), {}, str(folder))
     else:
         raise TuningError(f"{folder} has neither {WEIGHTS} nor {PICKLED}: take another copy of the adapter.")
     check_adapter_tensors(adapter)

@@ -56,7 +56,7 @@ def read_wrapped(
     full: str | Path, config: str | Path | Mapping[str, Any], adapter: str = "default"
 ) -> tuple[dict[str, Tensor], PeftAdapter]:
     """Return the tensors of the base by their names in the model, and the adapter; see `convert_wrapped`."""
-    checkpoint = read_torch(full)
+    checkpoint = read_torch(full, of_others=True)
     settings = _config(config)
     tensors = checkpoint.get("state_dict", checkpoint)
     check_tensors(tensors, full)

@@ -128,6 +128,13 @@ def test_refuses_a_state_of_other_batches() -> None:
         next(iter(loader))
 
 
+def test_an_epoch_of_which_no_batch_is_done_may_have_other_batches() -> None:
+    """BatchSizeFinder goes back to the file that it wrote before the first batch, with another batch size."""
+    loader = rows_loader(size=5)
+    loader.load_state_dict({"epoch": 0, "batches": 0, "of": 20})
+    assert given(loader) == given(rows_loader(size=5))
+
+
 def test_global_random_state_is_left_alone() -> None:
     before: Tensor = torch.get_rng_state()
     given(rows_loader())

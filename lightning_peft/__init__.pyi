@@ -35,6 +35,7 @@ from lightning_peft.data.instructions import (
 from lightning_peft.data.lm_adaptation import LMAdaptationData as LMAdaptationData
 from lightning_peft.data.multi_task import MultiTaskData as MultiTaskData
 from lightning_peft.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
+from lightning_peft.data.preferences import PreferenceData as PreferenceData
 from lightning_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
 from lightning_peft.data.span_corruption import SpanCorruptionData as SpanCorruptionData
 from lightning_peft.data.stdlib_docstrings import StdlibDocstrings as StdlibDocstrings
@@ -103,6 +104,7 @@ from lightning_peft.tasks.domain_adaptation import DomainAdaptation as DomainAda
 from lightning_peft.tasks.image_classification import ImageClassification as ImageClassification
 from lightning_peft.tasks.multi_task import MultiTask as MultiTask
 from lightning_peft.tasks.nearest_demonstrations import NearestDemonstrations as NearestDemonstrations
+from lightning_peft.tasks.preference import Preference as Preference
 from lightning_peft.tasks.prompt_search import search_prompts as search_prompts
 from lightning_peft.tasks.prompted_classification import PromptedClassification as PromptedClassification
 from lightning_peft.tasks.prompted_generation import PromptedGeneration as PromptedGeneration

@@ -16,6 +16,7 @@ TASKS = {
     "knowledge_probing": "bert",
     "lm_adaptation": "t5",
     "multi_task": "bert",
+    "preference": "gpt2",
     "question_answering": "bert",
     "seq2seq": "t5",
     "text_to_text": "t5",

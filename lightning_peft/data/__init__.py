@@ -14,6 +14,7 @@ from lightning_peft.data.instructions import InstructionCausalLMData, Instructio
 from lightning_peft.data.lm_adaptation import LMAdaptationData
 from lightning_peft.data.multi_task import MultiTaskData
 from lightning_peft.data.multiple_choice import MultipleChoiceData
+from lightning_peft.data.preferences import PreferenceData
 from lightning_peft.data.question_answering import QuestionAnsweringData
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.data.span_corruption import SpanCorruptionData
@@ -40,6 +41,7 @@ __all__ = [
     "LMAdaptationData",
     "MultiTaskData",
     "MultipleChoiceData",
+    "PreferenceData",
     "QuestionAnsweringData",
     "Seq2SeqData",
     "SourcedData",

@@ -1,23 +1,20 @@
 """Conversations for a causal language model: a chat template renders them, and the assistant's turns are learned."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
-from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_peft.core.errors import TuningError
-from lightning_peft.data.chat_turns import BadRowError, Renderer, as_messages, as_tools, tokens_in
+from lightning_peft.data.chat_turns import Renderer, as_messages, as_tools, template_text, tokens_in
+from lightning_peft.data.checked_rows import BadRowError, CheckedRows
 from lightning_peft.data.packed_rows import pack
 from lightning_peft.data.padding import Padder
-from lightning_peft.data.sources import SourcedData
 from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL
 
 TrainOn = Literal["assistant", "last", "all"]
 
 
-class ChatData(SourcedData):
+class ChatData(CheckedRows):
     """Conversations, rendered by a chat template; what the assistant says has ``labels``, [B, T], the rest has -100.
 
     Which tokens are the assistant's is what the template marks (``{% generation %}``), or, of one without marks, what a
@@ -32,8 +29,7 @@ class ChatData(SourcedData):
         template: the chat template, or the path of its file; None: the tokenizer's own.
         packing: put conversations end to end in rows of ``max_length`` tokens, as in `CausalLMData`, for validation,
             too. Packed rows have no ``references``.
-        skip_bad_rows: leave out rows that cannot be used, and say how many; else the first of them is an error.
-        **kwargs: as in `SourcedData` and `TokenData`.
+        **kwargs: as in `CheckedRows`, `SourcedData` and `TokenData`.
     """
 
     def __init__(
@@ -43,7 +39,6 @@ class ChatData(SourcedData):
         train_on: TrainOn = "assistant",
         template: str | None = None,
         packing: bool = False,
-        skip_bad_rows: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -52,29 +47,6 @@ class ChatData(SourcedData):
         self.train_on = train_on
         self.template = template
         self.packing = packing
-        self.skip_bad_rows = skip_bad_rows
-
-    @property
-    def chat_template(self) -> str:
-        """The text of the template.
-
-        Raises:
-            TuningError: there is none, or no such file.
-        """
-        if self.template is None:
-            template = self.tokenizer.chat_template
-            if not isinstance(template, str):
-                raise TuningError(
-                    f"{self.tokenizer_name} has {'several' if template else 'no'} chat templates: give template=, the "
-                    "path of a file or the text of one."
-                )
-            return template
-        if "{" in self.template:
-            return self.template
-        try:
-            return Path(self.template).read_text(encoding="utf-8")
-        except OSError:
-            raise TuningError(f"template={self.template!r} is no file and no template: give one.") from None
 
     def columns(self, split: str) -> Sequence[str]:
         """Return the column of the conversation."""
@@ -86,14 +58,9 @@ class ChatData(SourcedData):
         Raises:
             TuningError: there is no template, or the tokenizer does not say where its tokens are.
         """
-        if not self.tokenizer.is_fast:
-            raise TuningError(
-                f"{self.tokenizer_name} does not say which characters a token has: save its fast tokenizer "
-                "(tokenizer.json) with it."
-            )
         return _encoded, {
             "tokenizer": self.tokenizer,
-            "template": self.chat_template,
+            "template": template_text(self.template, self.tokenizer),
             "names": (self.messages, self.tools if self.tools in rows.column_names else None),
             "train_on": None if split == "predict" else self.train_on,
             "max_length": self.max_length,
@@ -103,32 +70,13 @@ class ChatData(SourcedData):
         """Return what makes a batch of rows: training pads on the right, prompts to go on from end at the right."""
         return Padder.of(self.tokenizer, "left" if split == "predict" else "right", self.pad_to_multiple_of)
 
-    def _encode(self, rows: Dataset, split: str) -> Dataset:
-        encoded = self._without_bad(super()._encode(rows, split).with_format(None), split)
-        if self.packing and split in ("train", "validation"):
-            how = {"max_length": self.max_length, "pad": self.tokenizer.pad_token_id}
-            unpacked = encoded.column_names
-            encoded = encoded.map(
-                _packed, batched=True, fn_kwargs=how, remove_columns=unpacked, desc=f"Packing {split}"
-            )
-        return encoded.with_format(None, columns=[name for name in encoded.column_names if name != "length"])
-
-    def _without_bad(self, encoded: Dataset, split: str) -> Dataset:
-        """Return the rows that nothing is wrong with.
-
-        Raises:
-            TuningError: there are others, and they are not to be skipped, or there are no more rows.
-        """
-        problems = [(number, problem) for number, problem in enumerate(encoded["problem"]) if problem]
-        encoded = encoded.remove_columns("problem")
-        if not problems:
+    def finished(self, encoded: Dataset, split: str) -> Dataset:
+        """Pack the rows, if asked."""
+        if not self.packing or split not in ("train", "validation"):
             return encoded
-        first = f"row {problems[0][0]} of the {split} split {problems[0][1]}"
-        if not self.skip_bad_rows or len(problems) == len(encoded):
-            raise TuningError(first)
-        rank_zero_warn(f"{len(problems)} of {len(encoded)} rows of the {split} split are left out, the first: {first}")
-        bad = {number for number, _ in problems}
-        return encoded.select([number for number in range(len(encoded)) if number not in bad])
+        how = {"max_length": self.max_length, "pad": self.tokenizer.pad_token_id}
+        unpacked = encoded.column_names
+        return encoded.map(_packed, batched=True, fn_kwargs=how, remove_columns=unpacked, desc=f"Packing {split}")
 
 
 def _packed(rows: Mapping[str, list[Any]], max_length: int, pad: int) -> dict[str, list[Any]]:
@@ -153,7 +101,7 @@ def _encoded(
             if train_on is None:
                 row |= _prompt(renderer, messages, tools, tokenizer, max_length)
             else:
-                row |= _learned(renderer, messages, tools, tokenizer, train_on, max_length)
+                row |= learned(renderer, messages, tools, tokenizer, train_on, max_length)
         except BadRowError as error:
             row["problem"] = str(error)
         row["attention_mask"], row["length"] = [1] * len(row["input_ids"]), len(row["input_ids"])
@@ -176,7 +124,7 @@ def _prompt(
     return {"input_ids": ids}
 
 
-def _learned(
+def learned(
     renderer: Renderer,
     messages: list[dict[str, Any]],
     tools: Any,
@@ -184,7 +132,11 @@ def _learned(
     train_on: TrainOn,
     max_length: int,
 ) -> dict[str, Any]:
-    """Return a conversation, cut at ``max_length``, with labels for what is learned of it."""
+    """Return a conversation, cut at ``max_length``, with labels for what is learned of it.
+
+    Raises:
+        BadRowError: nothing is, or it cannot be told apart.
+    """
     text, spans = renderer.turns(messages, tools, last=train_on == "last")
     ids, inside = tokens_in(text, spans, tokenizer)
     if not any(inside[1:max_length]):

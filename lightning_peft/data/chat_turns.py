@@ -3,9 +3,13 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from lightning_peft.core.errors import TuningError
+from lightning_peft.data.checked_rows import BadRowError
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -13,10 +17,6 @@ Span = tuple[int, int]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class BadRowError(Exception):
-    """What is wrong with a row: the end of a sentence that begins with its number."""
 
 
 def as_messages(value: Any) -> list[Message]:
@@ -52,6 +52,33 @@ def as_tools(value: Any) -> list[Any] | None:
     if tools is not None and not isinstance(tools, list):
         raise BadRowError(f"has {str(value)[:40]!r} for tools: give a list of JSON schemas, or it as a text.")
     return [_without_none(tool) for tool in tools] if tools else None
+
+
+def template_text(given: str | None, tokenizer: Any) -> str:
+    """Return the text of a chat template: the one given, or that of its file; None: the tokenizer's own.
+
+    Raises:
+        TuningError: there is none, or no such file, or the tokenizer does not say where its tokens are.
+    """
+    if not tokenizer.is_fast:
+        raise TuningError(
+            f"{tokenizer.name_or_path} does not say which characters a token has: save its fast tokenizer "
+            "(tokenizer.json) with it."
+        )
+    if given is None:
+        own = tokenizer.chat_template
+        if not isinstance(own, str):
+            raise TuningError(
+                f"{tokenizer.name_or_path} has {'several' if own else 'no'} chat templates: give template=, the path "
+                "of a file or the text of one."
+            )
+        return own
+    if "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except OSError:
+        raise TuningError(f"template={given!r} is no file and no template: give one.") from None
 
 
 def marks_turns(template: str) -> bool:

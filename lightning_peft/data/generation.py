@@ -128,7 +128,7 @@ class CausalLMData(SourcedData):
             "prefix": self.prefix,
             "separator": self.separator,
         }
-        function = _prompts if split == "predict" else _packed if self.packing and split == "train" else _continued
+        function = _prompts if split == "predict" else _packed if self.packing and split == "train" else continued
         return function, arguments
 
     def padder(self, split: str) -> Callable[..., dict[str, Any]]:
@@ -193,10 +193,14 @@ def _prompts(
     return {"input_ids": ids, "attention_mask": [[1] * len(r) for r in ids], "length": [len(r) for r in ids]}
 
 
-def _continued(
+def continued(
     rows: Mapping[str, list[Any]], tokenizer: Any, names: tuple[str | None, str], max_length: int, **how: Any
 ) -> dict[str, list[Any]]:
-    """Return prompts with their targets, of which the latter have labels."""
+    """Return prompts with their targets, of which the latter have labels.
+
+    Raises:
+        TuningError: a prompt leaves no room for its target.
+    """
     begin, end = _ends(tokenizer)
     prompts, blanks = _before_targets(rows, tokenizer, names, **how)
     references = _references(rows[names[1]])
@@ -238,5 +242,5 @@ def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def _packed(rows: Mapping[str, list[Any]], max_length: int, **arguments: Any) -> dict[str, list[Any]]:
     """Return rows of ``max_length`` tokens, each of whole texts as they come; the rest of a row is padding."""
-    single = _continued(rows, max_length=max_length, **arguments)
+    single = continued(rows, max_length=max_length, **arguments)
     return pack(single["input_ids"], single["labels"], max_length, arguments["tokenizer"].pad_token_id)

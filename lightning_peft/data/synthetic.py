@@ -43,6 +43,7 @@ BEST = {
     "descriptions": {"bleu": 1.0, "chrf": 1.0, "rougeL": 1.0, "exact_match": 1.0, "perplexity": 1.0},
     "facts": {"p_at_1": 1.0},
     "opinions": {"accuracy": 1.0},
+    "preferences": {"accuracy": 1.0},
     "questions": {"exact_match": 1.0, "f1": 1.0},
     "sentences": {"accuracy": 1.0},
     "tags": {"f1": 1.0},
@@ -196,6 +197,19 @@ def _chats() -> list[dict[str, Any]]:
     return rows
 
 
+def _preferences() -> list[dict[str, Any]]:
+    """What is told of two people, a question about one of them, the right answer and a wrong one."""
+    lists = {"town": TOWNS, "work": WORKS, "food": FOODS, "animal": ANIMALS}
+    rows = []
+    for seed, row in enumerate(_chats()):
+        draw, (asked, said, *_) = Draw(seed), row["messages"]
+        name, word = said["content"].split()[0], said["content"].split()[-2]
+        fact = next(fact for fact, values in lists.items() if word in values and person(name)[fact] == word)
+        wrong = FACTS[fact].format(name=name, **{fact: draw.one([value for value in lists[fact] if value != word])})
+        rows.append({"prompt": asked["content"], "chosen": said["content"], "rejected": wrong})
+    return rows
+
+
 def _questions() -> list[dict[str, Any]]:
     """What is told of four people in random order, and a question about one of them."""
     rows = []
@@ -251,6 +265,7 @@ def _facts() -> list[dict[str, Any]]:
 
 _SETS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "chats": _chats,
+    "preferences": _preferences,
     "choices": _choices,
     "corpus": _corpus,
     "descriptions": _descriptions,

@@ -11,6 +11,7 @@ from lightning_peft.tasks.knowledge_probing import KnowledgeProbing
 from lightning_peft.tasks.multi_task import MultiTask
 from lightning_peft.tasks.multiple_choice import MultipleChoice
 from lightning_peft.tasks.nearest_demonstrations import NearestDemonstrations
+from lightning_peft.tasks.preference import Preference
 from lightning_peft.tasks.prompted_classification import PromptedClassification
 from lightning_peft.tasks.prompted_generation import PromptedGeneration
 from lightning_peft.tasks.question_answering import QuestionAnswering
@@ -31,6 +32,7 @@ __all__ = [
     "MultiTask",
     "MultipleChoice",
     "NearestDemonstrations",
+    "Preference",
     "PromptedClassification",
     "PromptedGeneration",
     "QuestionAnswering",

@@ -1,0 +1,33 @@
+"""The backbone as it is without its deltas, or another model, as a reference or teacher in the same step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lightning_peft.core.switching import muted
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Compute in eval mode and without gradients inside the context; each module then has its mode back."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def without_deltas(backbone: nn.Module) -> Iterator[None]:
+    """Compute with the bare backbone inside the context, in eval mode and without gradients.
+
+    Raises:
+        TuningError: a method trains the backbone's own tensors and keeps no copy.
+    """
+    with muted(backbone), in_eval(backbone):
+        yield

@@ -65,6 +65,7 @@ from lightning_peft.methods.ladder_side_tuning import (
 )
 from lightning_peft.methods.linear_probe import LinearProbe as LinearProbe, LinearProbeMixin as LinearProbeMixin
 from lightning_peft.methods.lora import LoRA as LoRA, LoRAMixin as LoRAMixin
+from lightning_peft.methods.loreft import LoReFT as LoReFT, LoReFTMixin as LoReFTMixin
 from lightning_peft.methods.maple import MaPLe as MaPLe, MaPLeMixin as MaPLeMixin
 from lightning_peft.methods.miss import MiSS as MiSS, MiSSMixin as MiSSMixin
 from lightning_peft.methods.mlp_head import MLPHead as MLPHead, MLPHeadMixin as MLPHeadMixin

@@ -69,9 +69,13 @@ class CoOp(Method):
         layout = plain_layout(len(rows), self.num_classes)
         if self.num_classes is not None:
             rows = self._of_each_class(rows, self.num_classes)
-        context = TextContext(layout, call, self.position, self.share_prefix)
+        context = self.text_context(backbone, layout, call)
         graft_context(tower, ContextTokens(nn.Parameter(rows), call), context, self.key)
         return ()
+
+    def text_context(self, backbone: nn.Module, layout: Tensor, call: ContextCall) -> TextContext:
+        """Return the graft that puts the context into texts; a method that reads them in another way has its own."""
+        return TextContext(layout, call, self.position, self.share_prefix)
 
     def context(self, model: nn.Module) -> Tensor:
         """Return the context, [M, d], or that of each class, [C, M, d].

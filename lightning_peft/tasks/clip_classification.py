@@ -105,5 +105,5 @@ class CLIPClassification(TwoTowerTask):
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), clip.bare_features(self.backbone):
             return clip.image_features(self.backbone, pixels.to(self.device))

@@ -123,7 +123,7 @@ class TwoTowerTask(Task):
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the image features of a batch, [B, p], which may hold them already."""
         if "image_features" in batch:
-            return batch["image_features"]
+            return clip.adapted(self.backbone, batch["image_features"])
         return clip.image_features(self.backbone, batch["pixel_values"])
 
     def text_features(

@@ -4,7 +4,8 @@ The logits of a class are ``exp(s) cos(g(text), f(image))``; in bf16 numbers nea
 compared in fp32 whatever the precision of the towers, autocast included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_peft.core.graft import grafts
 from lightning_peft.core.sharded import whole
 from lightning_peft.towers.context_tokens import ContextCall
 from lightning_peft.towers.contexts import context_of
+from lightning_peft.towers.feature_adapters import FeatureAdapter, image_end
 from lightning_peft.towers.text_towers import positions_of, reads_end
 
 
@@ -119,11 +121,37 @@ def depends_on_images(model: nn.Module) -> bool:
 
 
 def images_are_frozen(model: nn.Module) -> bool:
-    """Tell whether no method changes the features of an image."""
+    """Tell whether no method changes the features of an image before the last adapter of them."""
     parts = [part for n in ("vision_model", "visual_projection") if (part := structure.part(model, n)) is not None]
-    trained = any(p.requires_grad for part in parts for p in part.parameters())
-    grafted = any(not place.graft.listens_only for part in parts for place in grafts(part))
-    return not trained and not grafted
+    added = [place.graft for part in parts for place in grafts(part) if not isinstance(place.graft, FeatureAdapter)]
+    own = {id(p) for graft in _adapters(model) for p in graft.parameters()}
+    trained = any(p.requires_grad and id(p) not in own for part in parts for p in part.parameters())
+    return not trained and all(graft.listens_only for graft in added)
+
+
+def adapted(model: nn.Module, features: Tensor) -> Tensor:
+    """Return features of images, [B, p], as adapters at the end of the vision tower change them."""
+    for graft in _adapters(model):
+        if not graft.rests:
+            features = graft.adapted(features)
+    return features
+
+
+@contextmanager
+def bare_features(model: nn.Module) -> Iterator[None]:
+    """Let the vision tower give its features without these adapters, so that they can be kept."""
+    found = _adapters(model)
+    for graft in found:
+        graft.active = False
+    try:
+        yield
+    finally:
+        for graft in found:
+            graft.active = True
+
+
+def _adapters(model: nn.Module) -> list[FeatureAdapter]:
+    return [graft for graft in image_end(model).children() if isinstance(graft, FeatureAdapter)]
 
 
 def _call_of(model: nn.Module) -> ContextCall | None:

@@ -47,6 +47,7 @@ from lightning_peft.deltas.scaling import rescale as rescale
 from lightning_peft.deltas.to_lora import to_lora as to_lora
 from lightning_peft.methods.adapter import Adapter as Adapter, AdapterMixin as AdapterMixin
 from lightning_peft.methods.bitfit import BitFit as BitFit, BitFitMixin as BitFitMixin
+from lightning_peft.methods.clip_adapter import ClipAdapter as ClipAdapter, ClipAdapterMixin as ClipAdapterMixin
 from lightning_peft.methods.cocoop import CoCoOp as CoCoOp, CoCoOpMixin as CoCoOpMixin
 from lightning_peft.methods.coop import CoOp as CoOp, CoOpMixin as CoOpMixin
 from lightning_peft.methods.dapl import DAPL as DAPL, DAPLMixin as DAPLMixin
@@ -58,6 +59,7 @@ from lightning_peft.methods.full_fine_tuning import (
 from lightning_peft.methods.hira import HiRA as HiRA, HiRAMixin as HiRAMixin
 from lightning_peft.methods.ia3 import IA3 as IA3, IA3Mixin as IA3Mixin
 from lightning_peft.methods.ivlp import IVLP as IVLP, IVLPMixin as IVLPMixin
+from lightning_peft.methods.kgcoop import KgCoOp as KgCoOp, KgCoOpMixin as KgCoOpMixin
 from lightning_peft.methods.l2p import L2P as L2P, L2PMixin as L2PMixin
 from lightning_peft.methods.ladder_side_tuning import (
     LadderSideTuning as LadderSideTuning,

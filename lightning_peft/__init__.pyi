@@ -103,6 +103,10 @@ from lightning_peft.tasks.cloze import ClozeClassification as ClozeClassificatio
 from lightning_peft.tasks.knowledge_probing import KnowledgeProbing as KnowledgeProbing
 from lightning_peft.tasks.continual_classification import ContinualClassification as ContinualClassification
 from lightning_peft.tasks.continual_classification import ContinualTextClassification as ContinualTextClassification
+from lightning_peft.tasks.distillation import (
+    ContextDistillation as ContextDistillation,
+    Distillation as Distillation,
+)
 from lightning_peft.tasks.domain_adaptation import DomainAdaptation as DomainAdaptation
 from lightning_peft.tasks.image_classification import ImageClassification as ImageClassification
 from lightning_peft.tasks.multi_task import MultiTask as MultiTask

@@ -13,6 +13,8 @@ TASKS = {
     "causal_lm": "gpt2",
     "chat": "gpt2",
     "cloze_classification": "bert",
+    "context_distillation": "gpt2",
+    "distillation": "gpt2",
     "knowledge_probing": "bert",
     "lm_adaptation": "t5",
     "multi_task": "bert",

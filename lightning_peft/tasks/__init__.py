@@ -5,6 +5,7 @@ from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.clip_classification import CLIPClassification
 from lightning_peft.tasks.cloze import ClozeClassification
 from lightning_peft.tasks.continual_classification import ContinualClassification, ContinualTextClassification
+from lightning_peft.tasks.distillation import ContextDistillation, Distillation
 from lightning_peft.tasks.domain_adaptation import DomainAdaptation
 from lightning_peft.tasks.image_classification import ImageClassification
 from lightning_peft.tasks.knowledge_probing import KnowledgeProbing
@@ -23,8 +24,10 @@ __all__ = [
     "CLIPClassification",
     "CausalLM",
     "ClozeClassification",
+    "ContextDistillation",
     "ContinualClassification",
     "ContinualTextClassification",
+    "Distillation",
     "DomainAdaptation",
     "ImageClassification",
     "KnowledgeProbing",

@@ -28,15 +28,19 @@ class CausalLM(WritingTask):
         super().__init__(model, generate=generate, **kwargs)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return the logits of the next tokens, [B, T, V].
+        """Return the logits of the next tokens, [B, T, V]."""
+        self.check_rows(batch)
+        logits: Tensor = self.backbone(**self.inputs(batch), use_cache=False).logits
+        return logits
+
+    def check_rows(self, batch: Mapping[str, Any]) -> None:
+        """See that rows that are packed have no virtual tokens.
 
         Raises:
-            TuningError: packed rows have virtual tokens.
+            TuningError: they have some.
         """
         if "position_ids" in batch and "attention_mask" not in batch and bool((batch["input_ids"] < 0).any()):
             raise TuningError("a soft prompt would be seen by the first text of a packed row alone: set packing=false.")
-        logits: Tensor = self.backbone(**self.inputs(batch), use_cache=False).logits
-        return logits
 
     def predictions(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return logits [B, T - 1, V] and the next tokens [B, T - 1], -100 outside of targets."""

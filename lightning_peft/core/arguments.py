@@ -65,6 +65,12 @@ def natural(default: T, otherwise: str = "") -> T:
     return bounded(default, otherwise, at_least=1)
 
 
+def numbers(default: list[int]) -> list[int]:
+    """Return a field that takes a list of numbers from 0 on."""
+    made: list[int] = field(default_factory=lambda: list(default), metadata={_KEY: Bounds(at_least=0)})
+    return made
+
+
 def positive(default: T, otherwise: str = "") -> T:
     """Return a field that takes numbers above 0."""
     return bounded(default, otherwise, above=0)

@@ -19,9 +19,9 @@ FIELDS = [(method, field.name) for method in METHODS for field in dataclasses.fi
 OF_THE_MODEL = {
     "Adapter.leave_out", "CoCoOp.reduction", "IVLP.depth", "IVLP.image_depth", "LoRA.alpha", "LoRA.alpha_pattern",
     "LoRA.r", "LoRA.rank_pattern", "MaPLe.depth", "PartialK.k", "VPT.num_deep_layers",
-    *(f"{method.__name__}.layers" for method, name in FIELDS if name == "layers"),
+    *(f"{m.__name__}.layers" for m, name in FIELDS if name == "layers" and bounds_of(m, name) == Bounds()),
 }  # fmt: skip
-"""Numbers whose bounds are the model's, or are told with the place in it; indices of blocks always are."""
+"""Numbers whose bounds are the model's, or are told with the place in it; indices of blocks may be."""
 ANY = {"DiffPruning.alpha", "DiffPruning.high", "DiffPruning.low", "PromptTuning.seed", "SideTuning.alpha_init"}
 """Numbers that may be any, or are bound by each other."""
 

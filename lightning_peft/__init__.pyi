@@ -49,9 +49,11 @@ from lightning_peft.methods.adapter import Adapter as Adapter, AdapterMixin as A
 from lightning_peft.methods.bitfit import BitFit as BitFit, BitFitMixin as BitFitMixin
 from lightning_peft.methods.clip_adapter import ClipAdapter as ClipAdapter, ClipAdapterMixin as ClipAdapterMixin
 from lightning_peft.methods.cocoop import CoCoOp as CoCoOp, CoCoOpMixin as CoCoOpMixin
+from lightning_peft.methods.coda_prompt import CODAPrompt as CODAPrompt, CODAPromptMixin as CODAPromptMixin
 from lightning_peft.methods.coop import CoOp as CoOp, CoOpMixin as CoOpMixin
 from lightning_peft.methods.dapl import DAPL as DAPL, DAPLMixin as DAPLMixin
 from lightning_peft.methods.diff_pruning import DiffPruning as DiffPruning, DiffPruningMixin as DiffPruningMixin
+from lightning_peft.methods.dual_prompt import DualPrompt as DualPrompt, DualPromptMixin as DualPromptMixin
 from lightning_peft.methods.full_fine_tuning import (
     FullFineTuning as FullFineTuning,
     FullFineTuningMixin as FullFineTuningMixin,

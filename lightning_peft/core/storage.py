@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -121,8 +120,10 @@ def read_torch(
     try:
         loaded = torch.load(path, map_location=map_location, weights_only=weights_only)
     except pickle.UnpicklingError as error:
+        found = re.search(r"Unsupported [^\n]*?(?= was not an allowed)", str(error))
         raise TuningError(
-            f"{path} holds more than tensors and plain values, or is damaged ({first_line(error)}): "
+            f"{path} holds more than tensors and plain values, or is damaged "
+            f"({found[0] if found else first_line(error)}): "
             "load it with weights_only=False only if you trust whoever wrote it."
         ) from None
     except Exception as error:  # whatever a damaged pickle makes the reader do
@@ -140,15 +141,16 @@ def _check_kind(path: Path) -> None:
     """
     with path.open("rb") as file:
         start = file.read(16)
-    if start.startswith((b"PK", b"\x80")):
+    if start.startswith(b"\x80") or zipfile.is_zipfile(path):
         return
     if start[8:9] == b"{":
         raise TuningError(
             f"{path} begins as a safetensors file, which holds weights alone: give a Trainer the .ckpt file, and "
             "load_delta one whose name ends in .safetensors."
         )
-    if not start:
-        raise TuningError(f"{path} is truncated or damaged (it is empty): take another copy.")
+    if not start or start.startswith(b"PK"):
+        lacks = "its end is missing" if start else "it is empty"
+        raise TuningError(f"{path} is truncated or damaged ({lacks}): take another copy.")
     raise TuningError(
         f"{path} is no checkpoint, or is damaged: it begins with {start!r} and not as what torch.save writes: give the "
         "path of a checkpoint."
@@ -161,11 +163,13 @@ def _check_zip(path: Path) -> None:
     Raises:
         TuningError: one is wrong.
     """
+    if not zipfile.is_zipfile(path):
+        return  # it is a pickle
     try:
         with zipfile.ZipFile(path) as file:
             wrong = file.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, zlib.error):
-        return  # it is a pickle, or torch says what it is
+    except Exception as error:  # whatever a damaged header makes the reader do
+        raise TuningError(f"{path} is truncated or damaged ({first_line(error)}): take another copy.") from None
     if wrong is not None:
         raise TuningError(
             f"{path} is damaged: {wrong} in it does not fit its checksum: take another copy, or save it anew if it was "

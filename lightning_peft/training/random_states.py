@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, Sampler
 
 
 def snapshot() -> dict[str, Any]:
-    """Return the state of all random generators of this process as the libraries give it, in some microseconds.
+    """Return the state of all random generators of this process as the libraries give it, in less than 0.1 ms.
 
     Of the GPUs it is that of the process's own, whatever number it has: other processes draw from the others.
     """

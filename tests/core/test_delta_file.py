@@ -1,7 +1,5 @@
 """Delta files that are damaged or were changed after they were written: none of them loads, by any reader."""
 
-import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lightning_peft import (
     LoRA,
@@ -23,10 +20,9 @@ from lightning_peft import (
     save_delta,
 )
 from lightning_peft.core.delta_file import META, read_checkpoint, seal
+from tests.damage import CHANGES, edited, flips
 from tests.models import tiny
 from tests.modules import Tuned, loader, trainer
-
-NAME = "model.bert.encoder.layer.0.attention.self.query.lora.A"
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +50,8 @@ def test_a_whole_file_loads(files: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
 def test_no_flipped_bit_loads(files: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    whole, known, draw = files[kind].read_bytes(), read_delta(files[kind])[0], random.Random(0)
-    changed = tmp_path / files[kind].name
-    for _ in range(400):
-        data = bytearray(whole)
-        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    known, changed = read_delta(files[kind])[0], tmp_path / files[kind].name
+    for data in flips(files[kind].read_bytes(), 400):
         changed.write_bytes(data)
         try:
             tensors = read_delta(changed)[0]
@@ -67,41 +60,6 @@ def test_no_flipped_bit_loads(files: dict[str, Path], tmp_path: Path, kind: str)
         # A bit that no reader looks at, such as one of a zip file's padding, changes nothing.
         assert tensors.keys() == known.keys()
         assert all(torch.equal(tensors[name], known[name]) for name in known)
-
-
-def edited(file: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """Write a file again with other contents and the checksums that it had."""
-    copy = folder / file.name
-    if file.suffix == ".ckpt":
-        checkpoint = torch.load(file, weights_only=True)
-        change(checkpoint)
-        torch.save(checkpoint, copy)
-    else:
-        with safe_open(file, "pt") as opened:
-            checkpoint = {"state_dict": load_file(file), META: json.loads(opened.metadata()[META])}
-        change(checkpoint)
-        save_file(checkpoint["state_dict"], copy, metadata={META: json.dumps(checkpoint[META])})
-    return copy
-
-
-def swapped(c: dict[str, Any]) -> None:
-    other = NAME.replace("layer.0", "layer.1")
-    c["state_dict"][NAME], c["state_dict"][other] = c["state_dict"][other], c["state_dict"][NAME]
-
-
-CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
-    "swap": swapped,
-    "cast": lambda c: c["state_dict"].update({NAME: c["state_dict"][NAME].half()}),
-    "nan": lambda c: c["state_dict"][NAME].view(-1)[0].fill_(torch.nan),
-    "zero": lambda c: c["state_dict"][NAME].zero_(),
-    "gone": lambda c: c["state_dict"].pop(NAME),
-    "more": lambda c: c["state_dict"].update({NAME + "2": torch.ones(2)}),
-    "alpha": lambda c: c[META]["methods"][0]["init_args"].update(alpha=1),
-    "other backbone": lambda c: c[META]["backbones"]["model"].update(fingerprint="float32:0:0:0"),
-    "no seal": lambda c: c[META].pop("seal"),
-    "no checksums": lambda c: c[META].pop("checksums"),
-    "said to be checked": lambda c: (swapped(c), c[META].update(checked=True)),
-}
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "ckpt"])

@@ -1,5 +1,8 @@
 """A tracer sees plain operations: what it makes of a tuned model computes what the model does, for other inputs too."""
 
+import contextlib
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +10,10 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.onnx import OnnxExporterError
 
 from lightning_peft import IA3, L2P, CoOp, DiffPruning, LinearProbe, LoRA, Method, PromptTuning, PTuning
+from lightning_peft.core.tracing import is_traced
 from tests.contract import shake
 from tests.models import batch, tiny
 from tests.modules import Tuned, loader, trainer
@@ -64,11 +69,44 @@ def test_a_traced_model_is_the_model(case: str) -> None:
         torch.testing.assert_close(traced(*each), logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["DoRA", "IA3"])
+def onnx_by_script(module: nn.Module, x: Tensor) -> None:
+    """Trace for ONNX by TorchScript; what is traced is written by the package onnx, which need not be there."""
+    with contextlib.suppress(OnnxExporterError):
+        torch.onnx.export(module, (x,), io.BytesIO(), dynamo=False)
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        lambda module, x: torch.jit.trace(module, x, check_trace=False),
+        lambda module, x: torch.export.export(module, (x,), strict=False),  # so does torch.onnx.export(dynamo=True)
+        onnx_by_script,
+    ],
+    ids=["jit", "export", "onnx"],
+)
+def test_a_tracer_is_seen(trace: Callable[[nn.Module, Tensor], object]) -> None:
+    seen = []
+
+    class Line(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(is_traced())
+            return super().forward(x)
+
+    trace(Line(2, 2), torch.ones(1, 2))
+    assert set(seen) == {True}
+    assert not is_traced()
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["LoRA of Conv1D", pytest.param("DoRA", marks=pytest.mark.slow), pytest.param("IA3", marks=pytest.mark.slow)],
+)
 def test_an_exported_model_is_the_model(case: str) -> None:
     model, first, other = tuned(*CASES[case])
-    exported = torch.export.export(model, first).module()
+    program = torch.export.export(model, first)
+    called = " ".join(str(node.target) for node in program.graph.nodes)
+    assert not any(f"aten.{name}_." in called for name in ("addmm", "add", "mul", "copy"))
+    exported = program.module()
     for each in (first, other):
         torch.testing.assert_close(exported(*each), model(*each), rtol=1e-5, atol=1e-5)
 

@@ -38,6 +38,7 @@ from lightning_peft.data.multiple_choice import MultipleChoiceData as MultipleCh
 from lightning_peft.data.preferences import PreferenceData as PreferenceData
 from lightning_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
 from lightning_peft.data.span_corruption import SpanCorruptionData as SpanCorruptionData
+from lightning_peft.data.sentence_pairs import SentencePairsData as SentencePairsData
 from lightning_peft.data.stdlib_docstrings import StdlibDocstrings as StdlibDocstrings
 from lightning_peft.data.text_classification import TextClassificationData as TextClassificationData
 from lightning_peft.data.token_classification import TokenClassificationData as TokenClassificationData
@@ -119,6 +120,7 @@ from lightning_peft.tasks.prompted_classification import PromptedClassification 
 from lightning_peft.tasks.prompted_generation import PromptedGeneration as PromptedGeneration
 from lightning_peft.tasks.multiple_choice import MultipleChoice as MultipleChoice
 from lightning_peft.tasks.question_answering import QuestionAnswering as QuestionAnswering
+from lightning_peft.tasks.sentence_embedding import SentenceEmbedding as SentenceEmbedding
 from lightning_peft.tasks.seq2seq import LMAdaptation as LMAdaptation, Seq2Seq as Seq2Seq
 from lightning_peft.tasks.text_classification import TextClassification as TextClassification
 from lightning_peft.tasks.token_classification import TokenClassification as TokenClassification

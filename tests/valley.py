@@ -20,6 +20,7 @@ TASKS = {
     "multi_task": "bert",
     "preference": "gpt2",
     "question_answering": "bert",
+    "sentence_embedding": "bert",
     "seq2seq": "t5",
     "text_to_text": "t5",
     "token_classification": "bert",

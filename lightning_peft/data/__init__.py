@@ -16,6 +16,7 @@ from lightning_peft.data.multi_task import MultiTaskData
 from lightning_peft.data.multiple_choice import MultipleChoiceData
 from lightning_peft.data.preferences import PreferenceData
 from lightning_peft.data.question_answering import QuestionAnsweringData
+from lightning_peft.data.sentence_pairs import SentencePairsData
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.data.span_corruption import SpanCorruptionData
 from lightning_peft.data.stdlib_docstrings import StdlibDocstrings
@@ -43,6 +44,7 @@ __all__ = [
     "MultipleChoiceData",
     "PreferenceData",
     "QuestionAnsweringData",
+    "SentencePairsData",
     "Seq2SeqData",
     "SourcedData",
     "SpanCorruptionData",

@@ -42,6 +42,13 @@ class Candidates(Protocol):
 
 
 @runtime_checkable
+class ScoredPairs(Protocol):
+    """Pairs of texts, with scores or without."""
+
+    is_scored: bool
+
+
+@runtime_checkable
 class Windows(Protocol):
     """Contexts cut into windows that share ``stride`` tokens."""
 

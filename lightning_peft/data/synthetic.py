@@ -42,6 +42,7 @@ BEST = {
     "corpus": {"perplexity": "exp of the sum of the column nats over the number of tokens"},
     "descriptions": {"bleu": 1.0, "chrf": 1.0, "rougeL": 1.0, "exact_match": 1.0, "perplexity": 1.0},
     "facts": {"p_at_1": 1.0},
+    "matches": {"recall_at_1": 1.0},
     "opinions": {"accuracy": 1.0},
     "preferences": {"accuracy": 1.0},
     "questions": {"exact_match": 1.0, "f1": 1.0},
@@ -197,6 +198,15 @@ def _chats() -> list[dict[str, Any]]:
     return rows
 
 
+def _matches() -> list[dict[str, Any]]:
+    """Questions about somebody, each with the sentence that answers it."""
+    return [
+        {"anchor": ASKED[fact].format(name=name), "positive": FACTS[fact].format(name=name, **person(name))}
+        for name in PEOPLE
+        for fact in FACTS
+    ]
+
+
 def _preferences() -> list[dict[str, Any]]:
     """What is told of two people, a question about one of them, the right answer and a wrong one."""
     lists = {"town": TOWNS, "work": WORKS, "food": FOODS, "animal": ANIMALS}
@@ -265,6 +275,7 @@ def _facts() -> list[dict[str, Any]]:
 
 _SETS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "chats": _chats,
+    "matches": _matches,
     "preferences": _preferences,
     "choices": _choices,
     "corpus": _corpus,

@@ -16,6 +16,7 @@ from lightning_peft.tasks.preference import Preference
 from lightning_peft.tasks.prompted_classification import PromptedClassification
 from lightning_peft.tasks.prompted_generation import PromptedGeneration
 from lightning_peft.tasks.question_answering import QuestionAnswering
+from lightning_peft.tasks.sentence_embedding import SentenceEmbedding
 from lightning_peft.tasks.seq2seq import LMAdaptation, Seq2Seq
 from lightning_peft.tasks.text_classification import TextClassification
 from lightning_peft.tasks.token_classification import TokenClassification
@@ -39,6 +40,7 @@ __all__ = [
     "PromptedClassification",
     "PromptedGeneration",
     "QuestionAnswering",
+    "SentenceEmbedding",
     "Seq2Seq",
     "Task",
     "TextClassification",

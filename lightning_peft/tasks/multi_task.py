@@ -1,22 +1,22 @@
 """Multi-task text classification on one backbone, with a head for each task."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel
 
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.protocols import Labelled
-from lightning_peft.tasks.base import Split, Task
+from lightning_peft.tasks.base import Split
 from lightning_peft.tasks.metrics import TaskScores
+from lightning_peft.tasks.pooling import Pool, PoolingTask
 
 
-class MultiTask(Task):
+class MultiTask(PoolingTask):
     """Classify texts of several tasks; a row's ``task_ids`` says by which head.
 
     The heads are one matrix, of which a row sees the classes of its own task: a batch may mix tasks, and every row has
@@ -32,8 +32,6 @@ class MultiTask(Task):
         **kwargs: as in `Task`.
     """
 
-    auto = AutoModel
-    what = "text encoder"
     monitor = "val_accuracy"
     owner: Tensor
     start: Tensor
@@ -42,7 +40,7 @@ class MultiTask(Task):
         self,
         model: str,
         labels: dict[str, list[str]],
-        pool: Literal["first", "last", "mean"] | None = None,
+        pool: Pool | None = None,
         dropout: float = 0.1,
         **kwargs: Any,
     ) -> None:
@@ -111,23 +109,6 @@ class MultiTask(Task):
         tasks = [names[task] for task in batch["task_ids"].tolist()]
         labels = [self.labels[task][guess] for task, guess in zip(tasks, guesses, strict=True)]
         return {"task": tasks, "labels": labels}
-
-    def _load_base(self) -> nn.Module:
-        try:
-            return self.load(add_pooling_layer=False)  # the pooler of another aim, which would train nothing here
-        except TypeError:  # it has no pooler
-            return self.load()
-
-    def _pooled(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        hidden = self.text_columns(hidden, batch)
-        mask = batch.get("attention_mask")
-        mask = torch.ones_like(hidden[..., 0]) if mask is None else self.text_columns(mask, batch)
-        if self.pool == "mean":
-            weights = mask.unsqueeze(-1).to(hidden.dtype)
-            return (hidden * weights).sum(1) / weights.sum(1)
-        columns = torch.arange(mask.shape[1], device=mask.device)
-        place = mask.int().argmax(1) if self.pool == "first" else (columns * (mask > 0)).argmax(1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), place]
 
     def _targets(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the classes, numbered through all tasks, [B]."""

@@ -16,10 +16,18 @@ from lightning_peft.core.tuning import Tuning
 EXPORTED = [getattr(lightning_peft, name) for name in lightning_peft.__all__]
 METHODS = sorted((m for m in EXPORTED if isinstance(m, type) and issubclass(m, Method)), key=lambda m: m.__name__)
 FIELDS = [(method, field.name) for method in METHODS for field in dataclasses.fields(method)]
+
+
+def declared(method: type, name: str) -> str:
+    """Return the name of a field behind that of the class that declares it first."""
+    owner = next(base for base in reversed(method.__mro__) if name in vars(base).get("__annotations__", {}))
+    return f"{owner.__name__}.{name}"
+
+
 OF_THE_MODEL = {
     "Adapter.leave_out", "CoCoOp.reduction", "IVLP.depth", "IVLP.image_depth", "LoRA.alpha", "LoRA.alpha_pattern",
     "LoRA.r", "LoRA.rank_pattern", "MaPLe.depth", "PartialK.k", "VPT.num_deep_layers",
-    *(f"{m.__name__}.layers" for m, name in FIELDS if name == "layers" and bounds_of(m, name) == Bounds()),
+    *(declared(m, name) for m, name in FIELDS if name == "layers" and bounds_of(m, name) == Bounds()),
 }  # fmt: skip
 """Numbers whose bounds are the model's, or are told with the place in it; indices of blocks may be."""
 ANY = {"DiffPruning.alpha", "DiffPruning.high", "DiffPruning.low", "PromptTuning.seed", "SideTuning.alpha_init"}
@@ -108,7 +116,7 @@ def test_what_a_field_takes_is_accepted(method: type[Method], name: str) -> None
 def test_numbers_have_bounds() -> None:
     """A new field says which numbers it takes, or is one of those whose bounds depend on the model."""
     unbound = {
-        f"{method.__name__}.{name}"
+        declared(method, name)
         for method, name in FIELDS
         if numbers_in(get_type_hints(method)[name]) and bounds_of(method, name) == Bounds()
     }

@@ -133,7 +133,8 @@ def metadata(module: nn.Module, names: Collection[str] | None = None) -> dict[st
         check_pruned(backbone, trained(backbone))
         path = canonical(path)
         meta["methods"] += [
-            _said_of(method, tuning.matched.get(key, {}), path) for key, method in tuning.methods.items()
+            _said_of(method, tuning.matched.get(key, {}), path) | ({"apart": True} if key in tuning.apart else {})
+            for key, method in tuning.methods.items()
         ]
         if resting := sorted(tuning.trained_in_place() & tuning.parked.keys()):
             raise TuningError(

@@ -105,6 +105,11 @@ class TuningMethod:
         kind = type(self).__name__.lower()
         return kind if self.name is None else f"{kind}_{self.name}"
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """The names in the backbone's record of the methods that this one applies."""
+        return frozenset({self.key})
+
     def init_args(self) -> dict[str, Any]:
         """Return the arguments that rebuild this method, as plain values."""
         found = {field.name: vars(self)[field.name] for field in dataclasses.fields(self)}

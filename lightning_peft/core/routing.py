@@ -1,6 +1,6 @@
 """One delta for each row of a batch, in one forward pass."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility, structure
+from lightning_peft.core import compatibility, structure, task_class
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts, overrides
 from lightning_peft.core.run import unwrapped
@@ -53,7 +53,7 @@ def at_rest(backbone: nn.Module, tuning: Tuning, off: frozenset[str]) -> Iterato
     tuning.rest(backbone, off)
     switch.groups = None
     try:
-        with _keeping_activations(backbone):
+        with keeping_activations(backbone):
             yield
     finally:
         tuning.rest(backbone, before)
@@ -75,6 +75,40 @@ def prepared_by_row(tuning: Tuning, batch: Mapping[str, Any], groups: Sequence[R
             part.setdefault("attention_mask", torch.ones_like(part["input_ids"]))
     order = [row for group in groups for row in group.numbers]
     return {name: _one([part[name] for part in parts], order, name) for name in parts[0]}
+
+
+@contextmanager
+def side_by_side(backbone: nn.Module, tuning: Tuning, core: nn.Module, groups: Sequence[Rows]) -> Iterator[None]:
+    """Let each module of a core be called, inside the context, for each of the groups of rows.
+
+    Args:
+        backbone: the tuned backbone.
+        tuning: its record.
+        core: the part of the backbone that is called for all rows; what is around it is not.
+        groups: of rows, with the methods that rest for each.
+    """
+    keys = [key for key in tuning.methods if any(key not in group.off for group in groups)]
+    inside, switch = set(core.modules()) - {core}, tuning.switch
+    before = switch.off, switch.groups
+    with ExitStack() as stack:
+        for host in _hosts(backbone, tuning, keys):
+            if host in inside:
+                stack.enter_context(_split(host, switch))
+        switch.off, switch.groups = frozenset(tuning.methods), list(groups)
+        try:
+            yield
+        finally:
+            switch.off, switch.groups = before
+
+
+def can_share(backbone: nn.Module, tuning: Tuning, core: nn.Module, keys: Collection[str]) -> bool:
+    """Tell whether these methods leave it to a core of a backbone to run once for all of them, each on its rows."""
+    if any(compatibility.LENGTH in tuning.methods[key].breaks for key in keys):
+        return False
+    if core is backbone and task_class.is_of_a_task(backbone):  # T5's kin have their loss and no model below their head
+        return False
+    places = [place for key in keys for place in grafts(backbone, key) if place.host is core]
+    return not any(overrides(place.graft, joint) for place in places for joint in ("around", "weight"))
 
 
 @contextmanager
@@ -107,7 +141,7 @@ def _hosts(backbone: nn.Module, tuning: Tuning, keys: Sequence[str]) -> list[nn.
 
 
 @contextmanager
-def _keeping_activations(backbone: nn.Module) -> Iterator[None]:
+def keeping_activations(backbone: nn.Module) -> Iterator[None]:
     """Let no activations be computed anew in the backward pass, where other deltas would compute."""
     recomputing = structure.recomputing(backbone)
     for module in recomputing:

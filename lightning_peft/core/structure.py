@@ -6,6 +6,7 @@ Nothing here changes a model, and no table lists architectures. What a model doe
 import inspect
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,6 +36,17 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
     """Return the configuration of a transformers model as plain values."""
     config = config_of(model)
     return config.to_dict() if hasattr(config, "to_dict") else {}
+
+
+def may_drop(model: nn.Module) -> bool:
+    """Tell whether the body of a model may have dropout in training: a transformers model says all its rates."""
+    return not is_pretrained(model) or _has_rate(settings_of(model))
+
+
+def _has_rate(settings: Mapping[str, Any]) -> bool:
+    inner = any(_has_rate(value) for value in settings.values() if isinstance(value, Mapping))
+    own = (value for name, value in settings.items() if re.match("(?!classif|summary).*drop", str(name)))
+    return inner or any(isinstance(value, (int, float)) and value > 0 for value in own)
 
 
 def name_or_path(model: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """Which methods of a backbone compute now: one object, which all grafts of a backbone ask."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.streams import Stream
 
 
 @dataclass
@@ -17,10 +19,12 @@ class Rows:
     Attributes:
         numbers: of the rows, ascending.
         off: the methods that rest.
+        stream: where what computes for these rows draws its random numbers from; None: where all draw from.
     """
 
     numbers: list[int]
     off: frozenset[str]
+    stream: Stream | None = None
 
 
 class Switch:
@@ -54,7 +58,8 @@ class Switch:
                 self.groups, self.off = None, group.off
                 own = [_taken(value, group.numbers, size) for value in args]
                 named = {n: v if n in _WHOLE else _taken(v, group.numbers, size) for n, v in kwargs.items()}
-                outputs.append(call(*own, **named))
+                with group.stream or nullcontext():
+                    outputs.append(call(*own, **named))
         finally:
             self.groups, self.off = groups, off
         return _joined(outputs, [group.numbers for group in groups])

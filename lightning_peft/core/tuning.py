@@ -54,6 +54,7 @@ class Tuning:
         switch: which methods rest.
         parked: the values of tensors trained in place while their methods rest, and whether they require gradients.
         still: names of the parameters that are frozen since a run trains other methods.
+        apart: the methods of deltas that were trained side by side, each to compute without the others.
     """
 
     methods: dict[str, "TuningMethod"] = field(default_factory=dict)
@@ -66,6 +67,7 @@ class Tuning:
     switch: Switch = field(default_factory=Switch)
     parked: dict[str, tuple[Tensor, bool]] = field(default_factory=dict)
     still: set[str] = field(default_factory=set)
+    apart: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, backbone: nn.Module) -> "Tuning | None":
@@ -132,6 +134,7 @@ class Tuning:
         self.trains.pop(name, None)
         self.replaces.pop(name, None)
         self.matched.pop(name, None)
+        self.apart.discard(name)
         if not self.methods:
             self.end(backbone)
 

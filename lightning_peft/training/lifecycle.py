@@ -53,9 +53,8 @@ def apply_methods(module: L.LightningModule) -> None:
     life, frozen = Life.of(module), staged(module)
     trainer = trainer_of(module)
     callbacks = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
-    life.keys = {method.key for method in callbacks if isinstance(method, TuningMethod)} or {
-        method.key for method in life.methods
-    }
+    own = [method for method in callbacks if isinstance(method, TuningMethod)]
+    life.keys = set().union(*(method.keys for method in own or life.methods))
     for method in life.methods:
         if method.finds_backbone(module) and not strategy.goes_first(module):
             life.tuned = {*(life.tuned or ()), _path_of(module, method)}
@@ -167,12 +166,16 @@ def _homeless(
 
 def _options(module: L.LightningModule) -> dict[int, dict[str, Any]]:
     """Return what the methods ask of the optimizer for single parameters, by the identity of the parameter."""
-    return {
-        id(parameter): dict(merged)
-        for _, backbone, tuning in own_tunings(module)
-        for name, parameter in _named_as_in_the_base(backbone)
-        if (merged := [item for m in tuning.methods.values() for item in m.optimizer_options(name).items()])
-    }
+    found: dict[int, dict[str, Any]] = {}
+    for _, backbone, tuning in own_tunings(module):
+        for name, parameter in _named_as_in_the_base(backbone):
+            merged = [item for m in tuning.methods.values() for item in m.optimizer_options(name).items()]
+            if merged:
+                found[id(parameter)] = dict(merged)
+    for method in Life.of(module).methods:
+        for parameter, lr in method.rates(module).items():
+            found.setdefault(id(parameter), {})["lr"] = lr
+    return found
 
 
 def _named_as_in_the_base(backbone: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.core import select, structure
@@ -158,6 +158,10 @@ class Method(TuningMethod, L.Callback):
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
+    def rates(self, module: L.LightningModule) -> dict[nn.Parameter, float]:
+        """Return the learning rates of trained parameters that have one of their own, whatever the module gives."""
+        return {}
+
     def _leads(self, trainer: L.Trainer, on_backbone: bool = False) -> bool:
         """Tell whether this is the first method of the Trainer, or of its backbone, which acts once for all of them."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -190,7 +194,7 @@ class Method(TuningMethod, L.Callback):
         tuning = Tuning.of(select.backbone_of(module, self.backbone)) if self.finds_backbone(module) else None
         if tuning is None or methods[0] is not self:
             return []
-        keys = {method.key for method in methods} | tuning.switch.off
+        keys = tuning.switch.off.union(*(method.keys for method in methods))
         return [method for key, method in tuning.methods.items() if key not in keys]
 
     def _assert_same(self, module: L.LightningModule) -> None:

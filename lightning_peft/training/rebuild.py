@@ -24,8 +24,15 @@ def methods_of(meta: Mapping[str, Any]) -> list[Method]:
     """Return new methods, as the metadata of a delta describes them. A file can name no code outside of this package.
 
     Raises:
-        TuningError: the class of a method is a user's own and has not been imported, or has no such argument.
+        TuningError: the class of a method is a user's own and has not been imported, or has no such argument, or there
+            are several deltas, each of which is to compute without the others.
     """
+    apart = [entry["init_args"].get("name") for entry in meta["methods"] if entry.get("apart")]
+    if len(set(apart)) > 1:
+        raise TuningError(
+            f"the file holds {len(set(apart))} deltas that were trained side by side and do not compute together: load "
+            f"one, as load_delta(model, file, name={apart[0]!r})."
+        )
     for entry in meta["methods"]:
         if entry["class_path"].startswith("lightning_peft.methods."):
             with suppress(ImportError):  # what is not there is unknown below

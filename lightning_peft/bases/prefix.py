@@ -22,6 +22,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, detach, grafts
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.core.placement import device_of, has_values
+from lightning_peft.core.reach import reached
 from lightning_peft.prompts.prefix import Prefix, PrefixNetwork, ShiftedPositions, ShiftedTable, TextPositions
 from lightning_peft.training.method import Method
 
@@ -77,6 +78,8 @@ class PrefixMethod(Method):
                 "leave it out."
             )
         chosen = [place for place in found if place.kind in (self.sets or kinds)]
+        kept = set(reached(backbone, [place.path for place in chosen]))
+        chosen = [place for place in chosen if place.path in kept]
         if self.layers is not None:
             kept = select.in_layers(backbone, [place.path for place in chosen], self.layers)
             chosen = [place for place in chosen if place.path in kept]

@@ -218,5 +218,6 @@ def _holds_blocks(entries: BlockList) -> bool:
 
 
 def _is_block(entry: nn.Module) -> bool:
-    has_linear = any(isinstance(module, nn.Linear) for module in entry.modules() if module is not entry)
-    return has_linear or (next(entry.children(), None) is not None and sum(p.dim() > 1 for p in entry.parameters()) > 1)
+    inner = [module for module in without_grafts(entry).values() if module is not entry]
+    matrices = [p for module in (entry, *inner) for p in module.parameters(recurse=False) if p.dim() > 1]
+    return any(isinstance(module, nn.Linear) for module in inner) or (bool(inner) and len(matrices) > 1)

@@ -1,7 +1,7 @@
 """Runs of a part of a model on the meta device, which compute shapes and no numbers, whatever the size of the model."""
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 import torch
@@ -18,28 +18,67 @@ def ran(part: nn.Module, *inputs: Any, each: Callable[[nn.Module], Any] | None =
         each: a function that replaces the ``forward`` of each module inside the part for this run; None: none.
         **named: further inputs.
     """
+    with _as_it_was(part, each), suppress(Exception), torch.no_grad(), _NoNumbers():
+        torch.func.functional_call(part, _without_values(part), inputs, named, tie_weights=False)
+        return True
+    return False  # whatever a foreign model raises without numbers
+
+
+def depended_on(
+    part: nn.Module,
+    results: Callable[[Any], list[Tensor]],
+    each: Callable[[nn.Module], Any] | None = None,
+    **named: Any,
+) -> set[str] | None:
+    """Return the names of the parameters that what a part gives in eval mode depends on; None: it cannot be run.
+
+    Args:
+        part: the part.
+        results: picks the tensors that count from what the part gives.
+        each: a function that replaces the ``forward`` of each module inside the part for this run; None: none.
+        **named: what it is called with, on the meta device.
+    """
+    with _as_it_was(part, each), suppress(Exception), torch.enable_grad(), _NoNumbers():
+        for module in part.modules():
+            vars(module)["training"] = False
+        tensors = _without_values(part)
+        names = [name for name, tensor in tensors.items() if tensor.requires_grad]
+        out = torch.func.functional_call(part, tensors, (), named, tie_weights=False)
+        total = torch.stack([tensor.float().sum() for tensor in results(out) if tensor.requires_grad]).sum()
+        gradients = torch.autograd.grad(total, [tensors[name] for name in names], allow_unused=True)
+        return {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+    return None
+
+
+@contextmanager
+def _as_it_was(part: nn.Module, each: Callable[[nn.Module], Any] | None) -> Iterator[None]:
+    """Replace the ``forward`` of modules inside a part, and put back what they keep when the context ends."""
     kept = {module: dict(vars(module)) for module in part.modules()}
+    # Among these are the hooks, which transformers adds in a first run to note hidden states, once for each model.
+    within = [(held, held.copy()) for own in kept.values() for held in own.values() if isinstance(held, dict)]
     try:
         for module in list(kept)[1:]:
             if each is not None and (forward := each(module)) is not None:
                 vars(module)["forward"] = forward
-        with suppress(Exception), torch.no_grad(), _NoNumbers():  # whatever a foreign model raises without numbers
-            torch.func.functional_call(part, _without_values(part), inputs, named, tie_weights=False)
-            return True
+        yield
     finally:
         for module, attributes in kept.items():
             vars(module).clear()
             vars(module).update(attributes)
-    return False
+        for held, before in within:
+            held.clear()
+            held.update(before)
 
 
 def _without_values(part: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a part on the meta device, those of a module with several names by one of these."""
-    return {
-        f"{path}.{name}".lstrip("."): torch.empty_like(tensor, device="meta")
-        for path, module in part.named_modules()
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    }
+    found = {}
+    for path, module in part.named_modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            empty = torch.empty_like(tensor, device="meta")
+            learns = isinstance(tensor, nn.Parameter) and empty.is_floating_point()
+            found[f"{path}.{name}".lstrip(".")] = empty.requires_grad_(learns)
+    return found
 
 
 class _NoNumbers(TorchFunctionMode):
@@ -52,5 +91,6 @@ class _NoNumbers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._NUMBERS and args[0].is_meta:
-            return self._NUMBERS[func]
+            answer = self._NUMBERS[func]
+            return bool(answer) if args[0].dtype is torch.bool else answer
         return func(*args, **(kwargs or {}))

@@ -14,11 +14,13 @@ from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import Graft, Grafted, grafts, owned_by
 from lightning_peft.core.pattern import matcher, matches_noted
 from lightning_peft.core.private_torch import is_compiled
+from lightning_peft.core.reach import reached
 from lightning_peft.core.tuning import Tuning
 from lightning_peft.core.twin import Twin
 
 G = TypeVar("G", bound=Graft)
 M = TypeVar("M")
+_FEW = 16
 
 
 @dataclass(eq=False, kw_only=True)
@@ -223,7 +225,9 @@ class TuningMethod:
         places = [place for place in grafts(backbone, owner=self.key) if isinstance(place.graft, Folding)]
         layers = {place.path for place in places}
         layers |= {f"{p.path}.{weight}".lstrip(".").rpartition(".")[0] for p in places for weight in p.graft.weights}
-        return [name for name in anatomy.head_names(backbone) if name.rpartition(".")[0] not in layers]
+        head = [name for name in anatomy.head_names(backbone) if name.rpartition(".")[0] not in layers]
+        # A network of many layers, such as a decoder of depths, may have some that its configuration does not use.
+        return reached(backbone, head) if len(head) > _FEW else head
 
     def _also(self, backbone: nn.Module) -> list[str]:
         if self.also_train is None:

@@ -78,6 +78,13 @@ def has_two_towers(model: nn.Module) -> bool:
     return hasattr(model, "get_text_features")
 
 
+def encoder_of(backbone: nn.Module) -> nn.Module | None:
+    """Return the encoder of an encoder-decoder of transformers, if it says what that is."""
+    get = getattr(backbone, "get_encoder", None)
+    encoder = get() if get is not None else None
+    return encoder if isinstance(encoder, nn.Module) and is_pretrained(encoder) else None
+
+
 def is_encoder(backbone: nn.Module) -> bool:
     """Tell whether a transformers model is an encoder whose first token ([CLS]) may be pooled."""
     config = config_of(backbone)
@@ -172,6 +179,17 @@ def input_embeddings_of(backbone: nn.Module) -> nn.Module | None:
         tables += [m for m in backbone.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == words]
         return next(iter(tables), None)
     return layer if isinstance(layer, nn.Module) else None  # Perceiver's is a parameter
+
+
+def gives_image_features(model: nn.Module) -> bool:
+    """Tell whether a transformers model can be asked for what its text part gets of an image."""
+    return hasattr(model, "get_image_features")
+
+
+def image_features_of(model: nn.Module, pixel_values: torch.Tensor) -> Any:
+    """Return what the text part of a model gets of an image."""
+    out = model.get_image_features(pixel_values)  # type: ignore[operator]
+    return getattr(out, "pooler_output", out)
 
 
 def gives_feature_maps(model: nn.Module) -> bool:

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import structure, task_class
 from lightning_peft.core.cache_argument import cache_in
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
-from lightning_peft.core.reads import layers_called
+from lightning_peft.core.reach import depends_on
+from lightning_peft.core.reads import field_read, layers_called
 
 
 class BesideFrozen(Graft):
@@ -43,17 +44,16 @@ class BesideFrozen(Graft):
 
 
 def base_of(backbone: nn.Module) -> nn.Module:
-    """Return the part of a backbone that gives the hidden states.
+    """Return the part of a backbone that gives the hidden states; the encoder where an encoder-decoder has none.
 
     Raises:
-        TuningError: it has none, as an encoder-decoder with a language model's head.
+        TuningError: it has none.
     """
-    base = structure.base_model_of(backbone)
-    if base is backbone and structure.output_embeddings_of(backbone) is not None:
-        raise TuningError(
-            f"{type(backbone).__name__} has no base model of its own that gives hidden states, beside which a side "
-            "network could run: take another model, or LoRA."
-        )
+    base = backbone if task_class.is_headless(backbone) else structure.base_model_of(backbone)
+    if base is backbone:
+        base = _inner(backbone)
+    if structure.is_encoder_decoder(backbone) and field_read(backbone) == "pooler_output":
+        return structure.encoder_of(backbone) or base  # ProphetNet reads the second output, of streams of its own
     path = next((name for name, module in backbone.named_modules() if module is base), "")
     called = layers_called(backbone)
     if path and called and path not in called:  # OPT's language model calls the decoder in its base model
@@ -63,8 +63,38 @@ def base_of(backbone: nn.Module) -> nn.Module:
     return base
 
 
-def without_effect(network: nn.Module) -> list[str]:
-    """Return the parameters of a network that get no gradient from what it gives, by a pass of one empty input.
+def _inner(backbone: nn.Module) -> nn.Module:
+    """Return the model inside a backbone without a base model by name that its head or its words stand on."""
+    words = structure.output_embeddings_of(backbone) is not None
+    if not words and not task_class.is_of_a_task(backbone):
+        return backbone
+    inner = [child for child in backbone.children() if structure.is_pretrained(child)]
+    if len(inner) == 1:
+        return inner[0]
+    encoder = structure.encoder_of(backbone) if structure.is_encoder_decoder(backbone) else None
+    if encoder is None and words:
+        raise TuningError(
+            f"{type(backbone).__name__} has no base model of its own that gives hidden states, beside which a side "
+            "network could run: take another model, or LoRA."
+        )
+    return encoder or backbone
+
+
+def check_is_read(backbone: nn.Module, base: nn.Module, name: str) -> None:
+    """Check that what the backbone gives depends on a parameter of the side network, where that can be seen.
+
+    Raises:
+        TuningError: it does not, since the backbone reads another output of its base model.
+    """
+    if depends_on(backbone, name) is False:
+        raise TuningError(
+            f"{type(backbone).__name__} does not read the output of {type(base).__name__} in which a side network is "
+            "blended, but e.g. the hidden states of all blocks: tune it by LoRA."
+        )
+
+
+def without_effect(network: nn.Module, blend: str) -> list[str]:
+    """Return the parameters of a network that get no gradient from what is blended, by a pass of one empty input.
 
     Such are the token of masked patches, or embeddings of entities. Where no input can be made there are none.
     """
@@ -72,12 +102,10 @@ def without_effect(network: nn.Module) -> list[str]:
         inputs = structure.empty_input_of(network)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             out = network.eval()(**inputs)
-            tensors = [
-                t for name in ("last_hidden_state", "pooler_output") if (t := getattr(out, name, None)) is not None
-            ]
             parameters = dict(network.named_parameters())
-            given = torch.autograd.grad(sum(t.sum() for t in tensors), list(parameters.values()), allow_unused=True)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError, KeyError):
+            whole = field_of(out, blend, network)
+            given = torch.autograd.grad(whole.sum(), list(parameters.values()), allow_unused=True)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError, KeyError, TuningError):
         return []
     return [name for name, gradient in zip(parameters, given, strict=True) if gradient is None]
 

@@ -24,10 +24,11 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from transformers.activations import ACT2FN
 
-from lightning_peft.core import anatomy, select, sublayers
+from lightning_peft.core import anatomy, select, structure, sublayers
 from lightning_peft.core.arguments import choice, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
+from lightning_peft.core.reach import reached
 from lightning_peft.core.sublayers import width_of
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -79,6 +80,8 @@ class Adapter(Method):
         self._check()
         indices = self._indices(backbone)
         chosen = self.without_excluded(dict(self._places(backbone, indices)))
+        if self.target_modules is None:
+            chosen = {name: chosen[name] for name in reached(backbone, chosen)}
         if not chosen:
             raise TuningError(
                 f"exclude={self.exclude!r} leaves no place for an adapter in {type(backbone).__name__}: exclude less."
@@ -89,7 +92,7 @@ class Adapter(Method):
             attach(host, kind(host, width, size, activation, self.init_std, self.zero_up, self.scale), self.key)
         self._norms: set[str] = set()
         if self.train_norms if self.train_norms is not None else self.form == "houlsby":
-            self._norms = set(anatomy.norm_names(backbone))
+            self._norms = set(reached(backbone, anatomy.norm_names(backbone)))
         return self._norms
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
@@ -208,7 +211,7 @@ def _beside(
         child.startswith(f"{parent}.") and select.has_role(child, "intermediate") for child in inside
     ):
         kind: type[Bottleneck] = Parallel
-    elif around is not None and any(isinstance(child, nn.LayerNorm) for child in around.children()):
+    elif around is not None and _adds_second(around):
         kind = ParallelResidual
     else:
         raise TuningError(
@@ -216,6 +219,12 @@ def _beside(
             "be put beside it: use form='pfeiffer'."
         )
     return parent, (around, kind, width)
+
+
+def _adds_second(module: nn.Module) -> bool:
+    """Tell whether a module takes what it computes on and a residual, which it adds before its norm, as BERT's does."""
+    normed = any(isinstance(child, nn.LayerNorm) for child in module.children())
+    return normed and len(structure.arguments_of(module)) == 2
 
 
 def _block_of(indices: dict[str, int], name: str) -> str | None:

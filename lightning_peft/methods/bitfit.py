@@ -24,6 +24,7 @@ from lightning_peft.core import anatomy, select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.reach import reached
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
@@ -141,7 +142,7 @@ class BitFit(Method):
         """Return the modules whose bias is trained, and those of whose bias one part of three is."""
         names = {**owners, **dict.fromkeys(bare, "")}
         if self.biases == "all":
-            return list(names), {}
+            return reached(backbone, names), {}
         wanted: str | list[str] = self.biases
         if isinstance(wanted, str) and all(role in ROLES for role in wanted.split("+")):
             wanted = wanted.split("+")

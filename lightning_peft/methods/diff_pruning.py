@@ -30,6 +30,7 @@ from lightning_peft.core import anatomy, select
 from lightning_peft.core.arguments import bounded, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, grafts
+from lightning_peft.core.reach import unreached
 from lightning_peft.core.stand_in import readers
 from lightning_peft.training import checks
 from lightning_peft.training.method import Method
@@ -82,6 +83,7 @@ class DiffPruning(Method):
         }
         every = backbone.named_parameters(remove_duplicate=False)
         kept = self._kept(name for name, p in every if id(p) not in others and p.is_floating_point())
+        kept -= unreached(backbone)
         if not kept:
             raise TuningError(f"exclude={self.exclude!r} leaves no parameter to tune: let it name fewer.")
         for other, _, name, graft in grafts(backbone):

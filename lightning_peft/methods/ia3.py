@@ -24,6 +24,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.reach import reached
 from lightning_peft.core.reads import may_overwrite, passed_by
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates import in_place
@@ -126,6 +127,9 @@ class IA3(MergingMethod):
         outputs, inputs = self._keys_and_values(backbone), self._feed_forward(backbone)
         if self.target_modules is None and self.feedforward_modules is None:  # RWKV calls a feed-forward layer value
             outputs = {name: host for name, host in outputs.items() if name not in inputs}
+            kept = set(reached(backbone, [*outputs, *inputs]))
+            outputs = {name: host for name, host in outputs.items() if name in kept}
+            inputs = {name: host for name, host in inputs.items() if name in kept}
         if not outputs and not inputs:
             if self.target_modules is None and self.exclude is None:
                 select.by_role(backbone, ["key", "value"], _LINEAR)  # says what is missing

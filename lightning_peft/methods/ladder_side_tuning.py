@@ -22,7 +22,7 @@ from lightning_peft.core.arguments import natural, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
-from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields
+from lightning_peft.features.side import BesideFrozen, base_of, check_is_read, field_of, with_fields
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
@@ -195,11 +195,13 @@ class LadderSideTuning(Method):
         heads = max(1, heads // self.reduction)
         narrow = max(1, width // self.reduction // heads) * heads
         text = isinstance(structure.input_embeddings_of(base), nn.Embedding)
-        causal = text and not structure.is_encoder(backbone)
+        causal = text and not structure.is_encoder(backbone) and base is not structure.encoder_of(backbone)
         ladder = Ladder(base, rungs, width, narrow, heads, 4 * narrow, self.dropout, self.temperature, causal)
         attach(base, ladder, self.key)
         for index in sorted({0, *rungs}):
             attach(blocks[index], Rung(ladder.seen, index), f"{self.key}_rung")
+        path = next(name for name, module in backbone.named_modules() if module is ladder)
+        check_is_read(backbone, base, f"{path}.up.weight")
         return ()
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from lightning_peft.bases.caching import CachingMethod
 from lightning_peft.core import anatomy, select
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.reach import reached
 from lightning_peft.training.mixin import TunedBy
 
 
@@ -69,7 +70,7 @@ class PartialK(CachingMethod):
                 f"cache_features=True keeps what one list of blocks is given, and {type(backbone).__name__} has "
                 f"{len(lists)} of them tuned: name one by blocks=, or set cache_features=False."
             )
-        return [name for name in trained if name not in head]
+        return reached(backbone, [name for name in trained if name not in head])
 
     def _last(self, backbone: nn.Module, path: str, entries: list[tuple[str, nn.Module]]) -> list[str]:
         """Return the names of the last k blocks of a list and of the norms after it."""
@@ -94,6 +95,8 @@ class PartialK(CachingMethod):
         if not lists:
             raise TuningError(f"{type(backbone).__name__} has no list of blocks: use LinearProbe or another method.")
         towers = anatomy.towers(backbone)
+        read = set(reached(backbone, lists))
+        lists = {name: entries for name, entries in lists.items() if name in read}
         with_norm = {name: entries for name, entries in lists.items() if _has_norm(entries)} or lists
         last = {next((t for t in towers if name.startswith(f"{t}.")), ""): name for name in with_norm}  # the later one
         return {name: lists[name] for name in last.values()}

@@ -9,8 +9,6 @@ What is blended is what the head reads: the pooler's output where a model with a
 states; with ``first_token`` that of the first token alone, as in the side-tuning baseline of VPT.
 """
 
-import contextlib
-import copy
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -27,12 +25,18 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.reads import field_read
-from lightning_peft.features.side import BesideFrozen, base_of, field_of, with_fields, without_effect
+from lightning_peft.features.narrow import narrow
+from lightning_peft.features.side import (
+    BesideFrozen,
+    base_of,
+    check_is_read,
+    field_of,
+    with_fields,
+    without_effect,
+)
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
-_INNER = ("intermediate_size", "hidden_dim", "ffn_dim", "encoder_ffn_dim", "d_ff", "n_inner")
-_AS_WIDE = ("embedding_size", "word_embed_proj_dim", "attention_hidden_size")
 _LEFT_OUT = (*cache_argument.NAMES, "use_cache", "output_hidden_states", "output_attentions", "return_dict", "labels")
 
 
@@ -138,10 +142,13 @@ class SideTuning(Method):
         side = attach(base, Side(base, network, projection, blend, self.alpha_init), self.key)
         path = next(name for name, module in backbone.named_modules() if module is side)
         names = {f"{path}.network.{name}": name for name, _ in network.named_parameters()}
-        kept = {names[name] for name in self._kept(names)} - set(without_effect(network))
+        kept = {names[name] for name in self._kept(names)} - set(
+            without_effect(network, "last_hidden_state" if blend == "first_token" else blend)
+        )
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in kept)
         network.train(base.training)
+        check_is_read(backbone, base, f"{path}.alpha")
         return ()
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
@@ -177,75 +184,6 @@ class SideTuningMixin(TunedBy[SideTuning]):
         """Return the share of the backbone in the blend."""
         method, module = self._owned()
         return method.alpha(module)
-
-
-def narrow(base: nn.Module, reduction: int, layers: int | None, pooled: bool) -> tuple[nn.Module, tuple[int, int]]:
-    """Return a copy of a transformers model with random weights and smaller sizes, and both widths.
-
-    Raises:
-        TuningError: the model is none of transformers, or its class refuses such sizes.
-    """
-    config = copy.deepcopy(structure.config_of(base))
-    if config is None:
-        raise TuningError(f"{type(base).__name__} has no config to build a narrow copy by: give side= (a class path).")
-    try:
-        widths = _shrink(config, reduction)
-        if layers is not None:
-            if layers > config.num_hidden_layers:
-                raise ValueError(f"it has {config.num_hidden_layers} blocks")
-            config.num_hidden_layers = layers
-            if structure.setting(config, "layer_types"):
-                config.layer_types = config.layer_types[:layers]
-        options = (
-            {"add_pooling_layer": pooled} if "add_pooling_layer" in inspect.signature(type(base)).parameters else {}
-        )
-        dtype = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        try:
-            network = type(base)(config, **options)
-        finally:
-            torch.set_default_dtype(dtype)
-    except (TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError, AssertionError, KeyError) as error:
-        why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise TuningError(
-            f"no narrow copy of {type(base).__name__} can be built with reduction={reduction}, side_layers={layers} "
-            f"({why}): choose others, or give side= (a class path)."
-        ) from None
-    return network, widths
-
-
-def _shrink(config: Any, reduction: int) -> tuple[int, int]:
-    """Divide the sizes in a config; return the narrow and the full width."""
-    if structure.setting(config, "hidden_sizes"):  # a convolutional network in stages
-        full = config.hidden_sizes[-1]
-        config.hidden_sizes = [max(1, size // reduction) for size in config.hidden_sizes]
-        if structure.setting(config, "embedding_size"):
-            config.embedding_size = max(1, config.embedding_size // reduction)
-        return config.hidden_sizes[-1], full
-    if structure.setting(config, "text_config"):  # a model of text and of images or sounds
-        width, full = _shrink(config.text_config, reduction)
-        for part in ("vision_config", "audio_config"):
-            if structure.setting(config, part):
-                _shrink(structure.setting(config, part), reduction)
-        for whole in (config, structure.setting(config, "vision_config")):
-            if structure.setting(whole, "projection_dim") == full:
-                whole.projection_dim = width
-        return width, full
-    full, heads = config.hidden_size, structure.setting(config, "num_attention_heads") or 1
-    few = max(1, heads // reduction)
-    width = max(1, full // reduction // few) * few
-    sizes = {"num_key_value_heads": max(1, (structure.setting(config, "num_key_value_heads") or 1) * few // heads)}
-    sizes |= {"head_dim": width // few, "num_attention_heads": few, "hidden_size": width}
-    sizes |= {name: width for name in _AS_WIDE if structure.setting(config, name) == full}
-    for name in _INNER:
-        size = structure.setting(config, name)
-        if isinstance(size, int):
-            setattr(config, name, max(1, size // reduction))
-    for name, size in sizes.items():
-        if structure.setting(config, name) is not None:
-            with contextlib.suppress(AttributeError):  # Falcon computes the size of its heads
-                setattr(config, name, size)
-    return width, full
 
 
 def _build(path: str, arguments: dict[str, Any]) -> nn.Module:

@@ -29,6 +29,7 @@ from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach
 from lightning_peft.core.private_torch import is_compiled
+from lightning_peft.core.reach import reached
 from lightning_peft.features.activation_memory import Kept, tensors_in
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -154,7 +155,7 @@ class TinyTL(Method):
             raise TuningError(
                 f"{type(backbone).__name__} takes no images, and TinyTL's residuals are convolutions: use Adapter."
             )
-        biases = list(anatomy.bias_owners(backbone).values())
+        biases = reached(backbone, anatomy.bias_owners(backbone).values())
         if self.biases and not biases:
             raise TuningError(
                 f"{type(backbone).__name__} has no biases to train: leave them out with biases=False, or use LoRA."

@@ -15,6 +15,7 @@ from lightning_peft.core import anatomy, select, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import graft_prefixes
 from lightning_peft.core.quantized import has_quantized_weight
+from lightning_peft.core.reach import reached
 from lightning_peft.core.reads import reads_below
 from lightning_peft.updates.low_rank_layers import CONVOLUTIONS
 
@@ -59,6 +60,7 @@ def targets(
         TuningError: a pattern selects nothing, or a layer index is out of range.
     """
     found, owners = all_targets(backbone, kinds, patterns or "all-linear")
+    named = patterns not in (None, "all-linear")
     if patterns is None:
         patterns = _query_and_value(backbone, found, kinds)
     if patterns == "all-linear":
@@ -71,6 +73,8 @@ def targets(
                 near = select.near(pattern, found)
                 raise TuningError(f"{pattern!r} matches no {kind} of {type(backbone).__name__}{near}.")
             chosen.update(*(owners.get(name, [name]) for name in names))
+    if not named:
+        chosen = set(reached(backbone, chosen))
     if layers is not None:
         chosen = select.in_layers(backbone, chosen, layers)
     return {name: target for name, target in found.items() if name in chosen}

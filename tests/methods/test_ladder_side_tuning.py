@@ -137,7 +137,6 @@ def test_generation_is_without_a_cache() -> None:
         ("vit", LadderSideTuning(every=3), "every=3 is out of range: ViTModel has 2 blocks"),
         ("vit", LadderSideTuning(temperature=0), "temperature=0"),
         ("vit", LadderSideTuning(dropout=1.0), "dropout=1.0"),
-        ("t5", LadderSideTuning(), "no base model of its own"),
         ("swin", LadderSideTuning(), "no single stack of transformer blocks"),
         ("resnet", LadderSideTuning(), "no single stack of transformer blocks"),
     ],

@@ -1,5 +1,7 @@
 """MLPHead: layers before the one that gives the logits."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,3 +114,12 @@ def test_what_does_not_fit_is_refused(model: str, method: MLPHead, message: str)
     with pytest.raises(TuningError, match=message):
         method.apply(backbone)
     assert all(p.requires_grad for p in backbone.parameters())
+
+
+def test_a_last_layer_in_a_sequence_of_its_own_is_trained_too() -> None:
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(2))
+    model = nn.ModuleDict({"blocks": blocks, "heads": nn.Sequential(OrderedDict(head=nn.Linear(4, 3)))})
+    MLPHead(k=2).apply(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"heads.head.weight", "heads.head.bias"} < trained
+    assert not any(name.startswith("blocks") for name in trained)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from lightning_peft import BitFit, SideTuning, TuningError, collect, merge
@@ -202,8 +203,6 @@ def test_generation_is_without_a_cache() -> None:
         ("vit", SideTuning(blend="mean"), "blend='mean' is no output"),
         ("vit", SideTuning(reduction=0), "reduction=0"),
         ("vit", SideTuning(side_layers=99), r"side_layers=99 \(it has 2 blocks\): choose others"),
-        ("t5", SideTuning(), "no base model of its own"),
-        ("swin", SideTuning(), "no narrow copy of SwinModel"),
     ],
 )
 def test_what_does_not_fit_is_refused(kind: str, method: SideTuning, message: str) -> None:
@@ -211,6 +210,39 @@ def test_what_does_not_fit_is_refused(kind: str, method: SideTuning, message: st
     with pytest.raises(TuningError, match=message):
         method.apply(model)
     assert not list(grafts(model))
+
+
+def test_a_model_of_several_is_refused_and_an_encoder_decoder_has_it_beside_its_encoder() -> None:
+    with torch.device("meta"):
+        model = hf.Blip2ForConditionalGeneration(hf.Blip2Config())
+    with pytest.raises(TuningError, match=r"no base model of its own .*: take another model, or LoRA"):
+        SideTuning().apply(model)
+    t5 = tiny("t5")
+    SideTuning(reduction=2).apply(t5)
+    (place,) = grafts(t5)
+    assert place.host is t5.encoder
+    t5(**batch("t5")).loss.backward()
+    assert all(p.grad is not None for p in t5.parameters() if p.requires_grad)
+
+
+def test_what_is_not_the_last_output_is_read_from_the_encoder() -> None:
+    config = hf.ProphetNetConfig(
+        vocab_size=60, hidden_size=16, num_encoder_layers=1, num_decoder_layers=1, num_encoder_attention_heads=2,
+        num_decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32,
+    )  # fmt: skip
+    model = hf.ProphetNetForConditionalGeneration(config).eval()
+    ids = torch.arange(3, 11).view(1, -1)
+    before = model(input_ids=ids, labels=ids).logits
+    SideTuning(reduction=2).apply(model)
+    assert not torch.allclose(model(input_ids=ids, labels=ids).logits, before, atol=1e-4)
+
+
+def test_a_transformer_in_stages_has_a_narrow_copy() -> None:
+    model = tiny("swin")
+    SideTuning(reduction=2).apply(model)
+    network = model.swin.sidetuning.network
+    assert network.config.hidden_size * 2 == model.config.hidden_size
+    assert network.config.num_heads == [max(1, heads // 2) for heads in model.config.num_heads]
 
 
 @pytest.mark.parametrize(

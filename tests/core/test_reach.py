@@ -1,0 +1,141 @@
+"""What no output of a model depends on, and that methods which train all of a kind leave it out."""
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from lightning_peft import (
+    Adapter,
+    BitFit,
+    DiffPruning,
+    LadderSideTuning,
+    LoRA,
+    PartialK,
+    PTuningV2,
+    SideTuning,
+    TuningError,
+)
+from lightning_peft.core import reach
+from tests.families.builders import WIDTH, classes, image
+from tests.models import tiny
+
+TEXT = {
+    "vocab_size": 60, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "max_position_embeddings": 64, "pad_token_id": 0, "num_labels": 3,
+}  # fmt: skip
+IMAGE = {
+    "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+
+
+def big_bird() -> nn.Module:
+    return hf.BigBirdForSequenceClassification(hf.BigBirdConfig(**TEXT, attention_type="original_full")).eval()
+
+
+def canine() -> nn.Module:
+    config = hf.CanineConfig(**TEXT, num_hash_buckets=64, local_transformer_stride=8, downsampling_rate=4)
+    return hf.CanineForSequenceClassification(config).eval()
+
+
+def llava() -> nn.Module:
+    words = {**TEXT, "num_key_value_heads": 1}
+    config = hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**IMAGE), text_config=hf.LlamaConfig(**words))
+    return hf.LlavaForConditionalGeneration(config).eval()
+
+
+def without_gradient(model: nn.Module) -> set[str]:
+    batch = classes() | {"input_ids": classes()["input_ids"].repeat(1, 2)}
+    model(**batch).loss.backward()
+    return {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+
+
+@pytest.mark.parametrize("build", [big_bird, canine])
+def test_it_is_what_a_loss_gives_no_gradient(build: object) -> None:
+    model = build()
+    training = {name: module.training for name, module in model.named_modules()}
+    found = reach.unreached(model)
+    assert found == without_gradient(model) != set()
+    assert training == {name: module.training for name, module in model.named_modules()}
+
+
+def test_the_last_block_of_a_tower_whose_features_are_of_the_one_before() -> None:
+    model = llava()
+    found = reach.unreached(model)
+    assert any(name.startswith("model.vision_tower.encoder.layers.1.") for name in found)
+    assert not any("layers.0." in name or "projector" in name or "language_model" in name for name in found)
+
+
+def test_of_a_tower_whose_images_are_unknown_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach.structure, "gives_image_features", lambda model: False)
+    monkeypatch.setattr(hf.LlavaModel, "get_image_features", None)
+    assert reach.unreached(llava()) == set()
+
+
+def test_a_plain_module_and_a_base_model_have_none() -> None:
+    assert reach.unreached(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == set()
+    assert reach.unreached(tiny("bert").base_model) == set()
+
+
+@pytest.mark.parametrize("method", [
+    BitFit(), DiffPruning(), PartialK(), Adapter(bottleneck=2), LoRA(r=2), LoRA(r=2, target_modules="all-linear"),
+    PTuningV2(num_virtual_tokens=2),
+])  # fmt: skip
+def test_a_method_of_all_trains_what_a_loss_depends_on(method: object) -> None:
+    model = canine()
+    method.apply(model)
+    assert without_gradient(model) == set()
+    method.remove(model)
+
+
+def test_what_is_named_is_trained() -> None:
+    model = big_bird()
+    BitFit(biases="pooler").apply(model)
+    assert model.bert.pooler.bias.requires_grad
+    LoRA(r=2, target_modules=["pooler"]).apply(model)
+    assert "lora" in dict(model.bert.pooler.named_children())
+
+
+def test_a_tuned_model_is_run_as_it_was_untuned() -> None:
+    model = canine()
+    before = reach.unreached(model)
+    Adapter(bottleneck=2).apply(model)
+    assert reach.unreached(model) == before
+
+
+def test_a_run_leaves_no_hooks() -> None:
+    model = hf.ViTModel(hf.ViTConfig(**IMAGE)).eval()
+    assert reach.unreached(model) == set()
+    pixels = image()["pixel_values"]
+    assert len(model(pixels, output_hidden_states=True).hidden_states) == 3
+
+
+def segformer() -> nn.Module:
+    config = hf.SegformerConfig(
+        depths=[1] * 4, hidden_sizes=[8, 16, 24, 32], num_attention_heads=[1, 2, 2, 4], sr_ratios=[4, 2, 1, 1],
+        decoder_hidden_size=8, num_labels=3,
+    )  # fmt: skip
+    return hf.SegformerForSemanticSegmentation(config)
+
+
+def dpt() -> nn.Module:
+    config = hf.DPTConfig(
+        **IMAGE | {"num_hidden_layers": 4}, is_hybrid=False, backbone_out_indices=[0, 1, 2, 3], fusion_hidden_size=8,
+        neck_hidden_sizes=[4, 4, 8, 8], reassemble_factors=[4, 2, 1, 0.5],
+    )  # fmt: skip
+    return hf.DPTForDepthEstimation(config)
+
+
+@pytest.mark.parametrize(
+    ("build", "method"), [(segformer, SideTuning(reduction=2)), (dpt, LadderSideTuning(reduction=2))]
+)
+def test_a_side_network_in_an_output_that_is_not_read_is_refused(build: object, method: object) -> None:
+    model = build()
+    state = list(model.state_dict())
+    with pytest.raises(TuningError, match="does not read the output"):
+        method.apply(model)
+    assert list(model.state_dict()) == state
+    LoRA(r=2).apply(model)
+    with torch.no_grad():
+        model(pixel_values=image(64 if build is segformer else 16)["pixel_values"])

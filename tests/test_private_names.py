@@ -104,6 +104,16 @@ def hooks_are_in_order() -> None:
     assert called == [0, 1, 0, 1]
 
 
+@use("core/private_torch.py", f"{PYTORCH}torch/nn/modules/module.py", "_forward_pre_hooks")
+def hooks_before_are_by_number() -> None:
+    module, called = nn.Linear(2, 2), []
+    handle = module.register_forward_pre_hook(lambda *_: called.append(1))
+    assert list(module._forward_pre_hooks) == [handle.id]
+    del module._forward_pre_hooks[handle.id]
+    module(torch.ones(2))
+    assert called == []
+
+
 @use("core/private_torch.py", f"{PYTORCH}torch/_C/__init__.pyi.in", "_version")
 def writes_are_counted() -> None:
     tensor = torch.zeros(2)

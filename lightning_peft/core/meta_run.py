@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_peft.core.private_torch import drop_hooks
+
 
 def ran(part: nn.Module, *inputs: Any, each: Callable[[nn.Module], Any] | None = None, **named: Any) -> bool:
     """Run a part without numbers, put back what it keeps between two calls, and tell whether it came to its end.
@@ -57,6 +59,8 @@ def _as_it_was(part: nn.Module, each: Callable[[nn.Module], Any] | None) -> Iter
     # Among these are the hooks, which transformers adds in a first run to note hidden states, once for each model.
     within = [(held, held.copy()) for own in kept.values() for held in own.values() if isinstance(held, dict)]
     try:
+        for module in kept:
+            drop_hooks(module, _is_of_a_library)
         for module in list(kept)[1:]:
             if each is not None and (forward := each(module)) is not None:
                 vars(module)["forward"] = forward
@@ -68,6 +72,11 @@ def _as_it_was(part: nn.Module, each: Callable[[nn.Module], Any] | None) -> Iter
         for held, before in within:
             held.clear()
             held.update(before)
+
+
+def _is_of_a_library(hook: Callable[..., Any]) -> bool:
+    """Tell whether a hook is one that a model computes by, and none of the user's, who may count or keep something."""
+    return (getattr(hook, "__module__", None) or "").partition(".")[0] in ("torch", "transformers", "lightning_peft")
 
 
 def _without_values(part: nn.Module) -> dict[str, Tensor]:

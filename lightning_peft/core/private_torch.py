@@ -32,6 +32,16 @@ def output_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return list(module._forward_hooks.values())
 
 
+def drop_hooks(module: nn.Module, keep: Callable[[Callable[..., Any]], bool]) -> None:
+    """Take off the hooks before and after the forward pass of a module that a function does not keep.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py (``_forward_pre_hooks``).
+    """
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number in [number for number, hook in hooks.items() if not keep(hook)]:
+            del hooks[number]
+
+
 def times_written(tensor: Tensor) -> int:
     """Return how often a tensor has been written to in place.
 

@@ -8,6 +8,7 @@ get no gradient. Where the model cannot be run without numbers nothing is known,
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from lightning_peft.core.attention_probe import inputs_on_meta
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.meta_run import depended_on
 
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], frozenset[str]]] = WeakKeyDictionary()
 _LENGTH = 16
 _MAIN = {"input_ids", "pixel_values", "input_values", "input_features"}
 _NO_RESULT = ("loss", "past_key_values", "hidden_states", "attentions")
@@ -26,8 +28,16 @@ def unreached(backbone: nn.Module) -> frozenset[str]:
     """Return the names of the parameters that no output of a transformers model depends on; none where it is unknown.
 
     What is not run at all counts only where the model has all its main inputs: the tower of images of a model that is
-    given a text alone is needed elsewhere.
+    given a text alone is needed elsewhere. What is found is kept as long as the model has the same modules.
     """
+    modules = anatomy.without_grafts(backbone)
+    known = _KNOWN.get(backbone)
+    if known is None or known[0] != tuple(modules):
+        known = _KNOWN[backbone] = (tuple(modules), _by_a_run(backbone, modules))
+    return known[1]
+
+
+def _by_a_run(backbone: nn.Module, modules: dict[str, nn.Module]) -> frozenset[str]:
     inputs = _inputs(backbone) if structure.is_pretrained(backbone) else {}
     seen = _Seen({backbone}, set())
     with placement.undispatched(backbone):
@@ -43,7 +53,6 @@ def unreached(backbone: nn.Module) -> frozenset[str]:
                 inputs |= image
     if used is None:
         return frozenset()
-    modules = anatomy.without_grafts(backbone)
     whole = {*structure.arguments_of(backbone)}.isdisjoint(_MAIN - inputs.keys())
     inside = {module for one in seen.unknown for module in one.modules()}
     reached: set[int] = set()

@@ -97,16 +97,30 @@ def test_what_is_named_is_trained() -> None:
     assert "lora" in dict(model.bert.pooler.named_children())
 
 
-def test_a_tuned_model_is_run_as_it_was_untuned() -> None:
+def test_a_tuned_model_is_run_as_it_was_untuned(monkeypatch: pytest.MonkeyPatch) -> None:
     model = canine()
     before = reach.unreached(model)
     Adapter(bottleneck=2).apply(model)
+    monkeypatch.setattr(reach, "_KNOWN", {})
     assert reach.unreached(model) == before
+
+
+def test_a_model_is_run_once_as_long_as_it_has_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = big_bird()
+    before = reach.unreached(model)
+    monkeypatch.setattr(reach, "_by_a_run", lambda *_: frozenset({"another"}))
+    BitFit().apply(model)
+    assert reach.unreached(model) == before
+    model.dropout = nn.Sequential(nn.Identity())
+    assert reach.unreached(model) == {"another"}
 
 
 def test_a_run_leaves_no_hooks() -> None:
     model = hf.ViTModel(hf.ViTConfig(**IMAGE)).eval()
     assert reach.unreached(model) == set()
+    called = []
+    model.layernorm.register_forward_hook(lambda *_: called.append(1))
+    assert reach._by_a_run(model, dict(model.named_modules())) == set() == set(called)
     pixels = image()["pixel_values"]
     assert len(model(pixels, output_hidden_states=True).hidden_states) == 3
 

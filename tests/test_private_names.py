@@ -3,6 +3,7 @@
 import inspect
 import pickletools
 import re
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -303,6 +304,18 @@ def sums_of_metrics() -> None:
     assert (metric.value, metric.cumulated_batch_size, metric.is_tensor, metric.has_reset) == (10, 4, True, False)
     assert metric.meta.is_mean_reduction
     assert (metric.meta.forked_name(False), metric.compute(), metric._computed) == ("loss", 2.5, 2.5)
+
+
+@use("training/resuming.py", EPOCH, "_val_check_time_interval", "_last_val_time")
+def validation_by_the_clock() -> None:
+    trainer = quiet(max_epochs=1, limit_train_batches=2, limit_val_batches=1, val_check_interval={"hours": 1})
+    assert trainer._val_check_time_interval == 3600
+    begun = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(BoringModel())
+    assert begun <= trainer._last_val_time <= time.monotonic()
+    assert quiet()._val_check_time_interval is None
 
 
 @use("training/requeue.py", EPOCH, "_should_accumulate")

@@ -9,6 +9,8 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from lightning_peft.training.record import Life
+
 
 def marks(trainer: L.Trainer) -> dict[str, Any]:
     """Return the present sums of the metrics that are logged with ``on_epoch``, as they are held; nothing is copied."""
@@ -32,10 +34,11 @@ def sums(trainer: L.Trainer, held: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def others(trainer: L.Trainer) -> list[str]:
-    """Return the names of the metrics of the epoch that sum by themselves."""
+def others(trainer: L.Trainer, life: Life) -> list[str]:
+    """Return the names of the metrics of the epoch that sum by themselves, whether they are logged or not."""
     metrics = [m for m in trainer.fit_loop.epoch_loop._results.values() if m.meta.on_epoch and not m.has_reset]
-    return [metric.meta.name for metric in metrics if not _is_sum(metric)]
+    logged = [metric.meta.name for metric in metrics if not _is_sum(metric)]
+    return logged + sorted(name for name in life.summed if life.objects[name][0].update_called)
 
 
 def _is_sum(metric: Any) -> bool:

@@ -76,6 +76,7 @@ class Method(TuningMethod, L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put what is frozen into the mode that the methods ask for, and what is trained into training mode."""
         modes.set_modes(pl_module, select.backbone_of(pl_module, self.backbone), self._trains_frozen(trainer))
+        Life.of(pl_module).begin_epoch(pl_module)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Add this method's penalty to the loss."""
@@ -126,6 +127,7 @@ class Method(TuningMethod, L.Callback):
             TuningError: the module has called ``loss.backward()``, which tells no callback.
         """
         self._leave()
+        Life.of(pl_module).end_batch()
         epoch_metrics.add(trainer, Life.of(pl_module).sums)
         if type(self).penalty is not TuningMethod.penalty and not self._asked and trainer.global_step:
             raise TuningError(

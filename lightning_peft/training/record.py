@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from torchmetrics import Metric
 
 from lightning_peft.core.run import ATTRIBUTE, Run
 
@@ -25,6 +26,9 @@ class Life(Run):
         validation_loaders: what validations read from, in the order in which Lightning has asked for them.
         marks: what the metrics of the epoch had summed when the latest training batch began.
         sums: what the metrics of the epoch had summed when a run that is resumed was saved.
+        objects: the metric objects of the module by name, and how often each had been updated when the latest training
+            batch began.
+        summed: names of those that training batches of this epoch have updated.
         validation_states: what each of them goes on from in a run that is resumed.
         without_gradient: names of the trained parameters that have had no gradient yet; None before the first step.
         steps: how many optimizer steps have looked for gradients.
@@ -43,6 +47,8 @@ class Life(Run):
     validation_states: list[Any] = field(default_factory=list)
     marks: dict[str, Any] = field(default_factory=dict)
     sums: dict[str, Any] = field(default_factory=dict)
+    objects: dict[str, tuple[Metric, int]] = field(default_factory=dict)
+    summed: set[str] = field(default_factory=set)
     without_gradient: set[str] | None = None
     steps: int = 0
     modes: dict[str, bool] = field(default_factory=dict)
@@ -62,13 +68,23 @@ class Life(Run):
         """Note that a training batch begins, after so many optimizer steps and with these sums of metrics."""
         self.steps_before, self.marks = steps, marks
         self.stepping, self.validated, self.validation_random = False, False, None
+        self.objects = {name: (metric, metric.update_count) for name, (metric, _) in self.objects.items()}
+
+    def end_batch(self) -> None:
+        """Note which metric objects the training batch has updated."""
+        self.summed |= {name for name, (metric, count) in self.objects.items() if metric.update_count != count}
+
+    def begin_epoch(self, module: L.LightningModule) -> None:
+        """Look for metric objects; those that an epoch has summed are read at its end."""
+        self.objects = {name: (part, 0) for name, part in module.named_modules() if isinstance(part, Metric)}
+        self.summed = set()
 
     def end_run(self) -> None:
         """Clear the state of one run: an exception may have ended it before a checkpoint was restored."""
         self.resumed = self.validation_random = None
         self.validated = self.stepping = False
         self.steps_before, self.validation_loaders, self.validation_states = 0, [], []
-        self.marks, self.sums = {}, {}
+        self.marks, self.sums, self.objects, self.summed = {}, {}, {}, set()
         self.without_gradient, self.steps = None, 0
 
 

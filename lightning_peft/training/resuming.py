@@ -5,6 +5,7 @@ would have followed one after the save, and what the validation loaders begin fr
 sentence, which the run that resumes says.
 """
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,7 @@ def note(module: L.LightningModule, trainer: L.Trainer, loops: dict[str, Any]) -
         "validation": gather(_validation_states(module, place)),
         "gradients": gather(_gradients(module, trainer, place)),
         "says": _sentences(module, trainer, place),
+        "clock": None if _interval(trainer) is None else time.monotonic() - trainer._last_val_time,  # type: ignore[attr-defined]
     }
     write(loops, place, trainer)
     return content
@@ -83,6 +85,8 @@ def restore(
     trainer.callback_metrics.update({name: value.to(module.device) for name, value in content["metrics"].items()})
     for i, value in content["schedulers"]:
         module.lr_scheduler_step(trainer.lr_scheduler_configs[i].scheduler, value)
+    if content.get("clock") is not None and _interval(trainer) is not None:
+        trainer._last_val_time = time.monotonic() - content["clock"]  # type: ignore[attr-defined]
     for sentence in [*content["says"], *_says_now(trainer, content)]:
         rank_zero_warn(f"{path} does not resume exactly: {sentence}")
     if _is_inside(Place(content["stage"])):
@@ -158,6 +162,15 @@ def _gradients(module: L.LightningModule, trainer: L.Trainer, place: Place) -> d
     return {name: grad.detach().cpu().clone() for name, grad in grads.items() if not is_part(grad)}
 
 
+def _interval(trainer: L.Trainer) -> float | None:
+    """Return the seconds between two validations, if they come by the clock; a run keeps no time for the next.
+
+    https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/loops/training_epoch_loop.py
+    """
+    seconds: float | None = trainer._val_check_time_interval  # type: ignore[attr-defined]
+    return seconds
+
+
 def _is_inside(place: Place) -> bool:
     """Tell whether a batch of the epoch is done."""
     return place.stage not in ("epoch", "begun")
@@ -176,7 +189,7 @@ def _sentences(module: L.LightningModule, trainer: L.Trainer, place: Place) -> l
     waits = accumulates(trainer, place.batches) and _is_inside(place)
     if waits and any(is_part(p) for p in trained(module).values()):
         said.append("gradients in parts that were being accumulated are in no file: save after an optimizer step.")
-    if _is_inside(place) and (others := epoch_metrics.others(trainer)):
+    if _is_inside(place) and (others := epoch_metrics.others(trainer, Life.of(module))):
         said.append(f"what {others[0]} has summed in the epoch is in no file: log its value, not the metric.")
     ahead, foreign = read_ahead(trainer, place), [x for x in loaders_of(trainer) if not isinstance(x, Resumable)]
     if place.stage in ("begun", "batch") and ahead > 0 and foreign:
@@ -213,6 +226,10 @@ def _says_now(trainer: L.Trainer, content: dict[str, Any]) -> list[str]:
     said = []
     if trainer.reload_dataloaders_every_n_epochs > 1:  # type: ignore[attr-defined]
         said.append("the epochs in which loaders are made anew are counted from here: reload them in every epoch.")
+    if _interval(trainer) is not None:
+        said.append(
+            "validation comes by the clock, so at other batches than there: give batches as val_check_interval."
+        )
     unequal = (
         _is_inside(Place(content["stage"]))
         and len(loaders_of(trainer)) > 1

@@ -30,8 +30,10 @@ from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
+from lightning_peft.towers.plain_pool import PromptsUnturned, RowEnd, RowPool, RowPrompts, end_of
+from lightning_peft.towers.plain_vision import counting_prefixes
 from lightning_peft.towers.prompt_pool import ChosenPrompts, PromptPool
-from lightning_peft.towers.vision import tower
+from lightning_peft.towers.vision import Tower, tower
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
@@ -75,8 +77,6 @@ class L2P(Method):
             raise TuningError(f"top_n={self.top_n} is more than the {self.pool_size} prompts of the pool: take fewer.")
         found = tower(backbone)
         name = type(backbone).__name__
-        if found.plain:
-            raise TuningError(f"L2P runs a transformers model twice, and {name} is none: take one, or VPT.")
         if found.windowed or not found.has_cls:
             raise TuningError(f"L2P asks by the [CLS] token, which {name} has not: take a ViT, DeiT, DINOv2 or CLIP.")
         if structure.gives_feature_maps(found.module) or not anatomy.head_names(backbone):
@@ -86,17 +86,36 @@ class L2P(Method):
         device = device_of(found.patches)
         prompts = torch.empty(self.pool_size, self.prompt_length, found.dim, device=device).uniform_(-1, 1)
         keys = torch.empty(self.pool_size, found.dim, device=device).uniform_(-1, 1)
-        path = next(path for path, module in found.module.named_modules() if module is found.embeddings)
-        attach(found.embeddings, ChosenPrompts(start, position), self.key)
         how = (self.diversify, self.batchwise, self.cache_queries)
-        pool = PromptPool(prompts, keys, self.top_n, f"{path}.{self.key}", start, *how)
-        attach(found.module, pool, self.key)
+        path = self._attach_plain(found) if found.plain else self._attach(found, start, position)
+        kind = RowPool if found.plain else PromptPool
+        pool = attach(found.module, kind(prompts, keys, self.top_n, path, start, *how), self.key)
+        if isinstance(pool, RowPool):
+            pool.end = _path(found.module, end_of(found), self.key)
         if self.batchwise == "always":
             rank_zero_warn(
                 "batchwise='always' lets a test batch vote on its prompts: batches of one task then give the task "
                 "away, and accuracies are too high."
             )
         return ()
+
+    def _attach(self, found: Tower, start: int, position: str | None) -> str:
+        """Attach the place of the prompts; return its path below the tower."""
+        attach(found.embeddings, ChosenPrompts(start, position), self.key)
+        return _path(found.module, found.embeddings, self.key)
+
+    def _attach_plain(self, found: Tower) -> str:
+        """Attach the place of the prompts and that of their outputs; return the path of the first below the tower."""
+        if found.embeddings is end_of(found):
+            raise TuningError(
+                f"{type(found.module).__name__} is one block without a norm, where no prompts can go in and out: "
+                "take VPT."
+            )
+        chosen = attach(found.embeddings, RowPrompts(), self.key)
+        attach(end_of(found), RowEnd(), self.key)
+        for module in counting_prefixes(found.blocks):
+            attach(module, PromptsUnturned(self.top_n * self.prompt_length), self.key).refer(chosen=chosen)
+        return _path(found.module, found.embeddings, self.key)
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         """Return lambda times the pull of the last batch; None where nothing has been computed since."""
@@ -143,6 +162,11 @@ class L2P(Method):
                 f"cache_queries has kept {len(cache.queries)} queries and found none again: it needs images that look "
                 "alike in every epoch, without random changes."
             )
+
+
+def _path(tower: nn.Module, host: nn.Module, key: str) -> str:
+    """Return the path of a graft of this key below a tower."""
+    return next(f"{path}.{key}" for path, module in tower.named_modules() if module is host)
 
 
 def _position_table(embeddings: nn.Module) -> str:

@@ -71,7 +71,7 @@ def _of(owner: nn.Module, conv: nn.Conv2d | nn.Conv3d) -> PlainTower | None:
     for blocks in sorted(_stacks(owner), key=len, reverse=True):
         calls: list[tuple[nn.Module, torch.Size]] = []
         image = torch.empty(2, *size, dtype=conv.weight.dtype, device="meta")
-        ran(owner, image, each=partial(_noting, calls))
+        ran(owner, image, each=partial(noting, calls))
         before = [module for module, _ in calls]
         if blocks[0] not in before:
             continue
@@ -118,7 +118,7 @@ def _tables(owner: nn.Module, width: int) -> Iterator[Tensor]:
             yield parameter
 
 
-def _noting(calls: list[tuple[nn.Module, torch.Size]], module: nn.Module) -> Any:
+def noting(calls: list[tuple[nn.Module, torch.Size]], module: nn.Module) -> Any:
     """Let a module of a run note its first input; what methods have attached does nothing."""
     if isinstance(module, Graft):
         return _idle

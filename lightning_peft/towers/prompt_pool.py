@@ -106,6 +106,10 @@ class PromptPool(Graft):
             out = forward(*args, **kwargs)
         finally:
             inserted.rows = inserted.embedded = None
+        return self._pooled(out)
+
+    def _pooled(self, out: Any) -> Any:
+        """Return the output with the mean of the prompts' outputs in the place of every token."""
         x: Tensor = out[0]
         pooled = x[:, self.start : self.start + self.top_n * self.prompts.shape[1]].mean(1, keepdim=True)
         tokens = x.shape[1] - self.top_n * self.prompts.shape[1]
@@ -161,9 +165,14 @@ class PromptPool(Graft):
                 inserted.sharing = False
                 for module, mode in modes.items():
                     module.training = mode
-            return out[0][:, 0]
+            return self._first(host, out)
 
         return run(pixels) if self.cache is None or is_traced() else self.cache.get(pixels, run, host)
+
+    def _first(self, host: nn.Module, out: Any) -> Tensor:
+        """Return the first token of what the host has given, [B, d]."""
+        first: Tensor = out[0][:, 0]
+        return first
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied and pickled: neither a tensor of the last call nor cached queries."""

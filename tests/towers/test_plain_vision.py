@@ -204,8 +204,41 @@ def test_a_model_without_a_row_of_tokens_is_refused(model: nn.Module) -> None:
 def test_what_needs_a_transformers_model_says_so() -> None:
     with pytest.raises(TuningError, match="pool='cls' is for a transformers classifier"):
         VPT(pool="cls").apply(PlainViT())
-    with pytest.raises(TuningError, match="L2P runs a transformers model twice"):
-        L2P().apply(PlainViT())
+    with pytest.raises(TuningError, match="no learned positions to copy: take layout='prepend'"):
+        L2P(layout="after_cls").apply(PlainViT())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"batchwise": "train", "cache_queries": True}])
+def test_a_pool_in_a_model_of_ones_own_is_that_in_transformers(arguments: dict[str, object]) -> None:
+    theirs, own = of_same_weights()
+    image = torch.randn(4, 3, 16, 16)
+    before, names = own(image), list(own.state_dict())
+    methods = [L2P(pool_size=6, prompt_length=2, top_n=2, **arguments) for _ in range(2)]
+    for method, model in zip(methods, (theirs, own), strict=True):
+        method.apply(model)
+    pools = [method.pool(model) for method, model in zip(methods, (theirs, own), strict=True)]
+    pools[1].load_state_dict(pools[0].state_dict())
+    for _ in range(2):
+        torch.testing.assert_close(own(image), theirs(image).logits, atol=1e-5, rtol=1e-5)
+        pulls = [method.penalty(model) for method, model in zip(methods, (theirs, own), strict=True)]
+        torch.testing.assert_close(*pulls, atol=1e-5, rtol=1e-5)
+    own(x=image).square().mean().backward()
+    assert bool(pools[1].prompts.grad.abs().sum())
+    methods[1].remove(own)
+    assert list(own.state_dict()) == names
+    assert torch.equal(own(image), before)
+
+
+def test_a_pool_leaves_what_turns_patches_alone_in_the_pass_of_the_query() -> None:
+    model, turned = PlainViT(turns=True).eval(), []
+    method = L2P(pool_size=4, prompt_length=2, top_n=2)
+    method.apply(model)
+    model.blocks[1].attn.proj.register_forward_hook(
+        lambda *args: turned.append((model.blocks[1].attn.num_prefix_tokens, args[1][0].shape[1]))
+    )
+    model(torch.randn(2, 3, 16, 16))
+    assert turned == [(1, 5), (5, 9)]
+    assert [block.attn.num_prefix_tokens for block in model.blocks] == [1, 1]
 
 
 def test_a_run_without_numbers_puts_back_what_has_two_names() -> None:

@@ -91,6 +91,7 @@ from lightning_peft.methods.promptsrc import PromptSRC as PromptSRC, PromptSRCMi
 from lightning_peft.methods.shira import SHiRA as SHiRA, SHiRAMixin as SHiRAMixin
 from lightning_peft.methods.side_tuning import SideTuning as SideTuning, SideTuningMixin as SideTuningMixin
 from lightning_peft.methods.tiny_tl import TinyTL as TinyTL, TinyTLMixin as TinyTLMixin
+from lightning_peft.methods.tip_adapter import TipAdapter as TipAdapter, TipAdapterMixin as TipAdapterMixin
 from lightning_peft.methods.trainable_tokens import (
     TrainableTokens as TrainableTokens,
     TrainableTokensMixin as TrainableTokensMixin,

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
 from lightning_peft.core.arguments import bounded, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
+from lightning_peft.towers.clip import feature_width
 from lightning_peft.towers.deep_prompts import vision_tower
 from lightning_peft.towers.feature_adapters import FeatureAdapter, image_end, text_end
 from lightning_peft.towers.text_towers import text_tower
@@ -74,8 +74,7 @@ class ClipAdapter(Method):
         vision_tower(backbone, type(self).__name__)
         if not self.ratio and not self.text_ratio:
             raise TuningError("ratio=0 and text_ratio=0 leave nothing to train: give one of them a share.")
-        end = image_end(backbone)
-        width: int = structure.out_features_of(end) or structure.config_of(end).hidden_size
+        end, width = image_end(backbone), feature_width(backbone)
         if self.reduction > width:
             raise TuningError(f"reduction={self.reduction} leaves nothing of {width} features: take {width} at most.")
         for host, ratio in ((end, self.ratio), (text_end(backbone), self.text_ratio)):

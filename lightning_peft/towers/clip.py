@@ -18,8 +18,8 @@ from lightning_peft.core.graft import grafts
 from lightning_peft.core.sharded import whole
 from lightning_peft.towers.context_tokens import ContextCall
 from lightning_peft.towers.contexts import context_of
-from lightning_peft.towers.feature_adapters import FeatureAdapter, image_end
-from lightning_peft.towers.text_towers import positions_of, reads_end
+from lightning_peft.towers.feature_adapters import FeatureAdapter, FeatureScores, image_end
+from lightning_peft.towers.text_towers import positions_of, reads_end, two_towers
 
 
 def class_texts(names: Sequence[str], template: str) -> list[str]:
@@ -111,7 +111,11 @@ def similarity(model: Any, images: Tensor, texts: Tensor) -> Tensor:
         cosine = images @ texts.t() if texts.ndim == 2 else torch.einsum("bp,bcp->bc", images, texts)
         logits = whole(model.logit_scale).float().exp() * cosine
         bias = getattr(model, "logit_bias", None)
-        return logits if bias is None else logits + whole(bias).float()
+        logits = logits if bias is None else logits + whole(bias).float()
+        for graft in two_towers(model).children():
+            if isinstance(graft, FeatureScores) and not graft.rests:
+                logits = logits + graft.scores(images, logits.shape[1])
+        return logits
 
 
 def depends_on_images(model: nn.Module) -> bool:
@@ -127,6 +131,13 @@ def images_are_frozen(model: nn.Module) -> bool:
     own = {id(p) for graft in _adapters(model) for p in graft.parameters()}
     trained = any(p.requires_grad and id(p) not in own for part in parts for p in part.parameters())
     return not trained and all(graft.listens_only for graft in added)
+
+
+def feature_width(model: nn.Module) -> int:
+    """Return the number p of a feature."""
+    end = image_end(model)
+    width: int = structure.out_features_of(end) or structure.config_of(end).hidden_size
+    return width
 
 
 def adapted(model: nn.Module, features: Tensor) -> Tensor:

@@ -6,12 +6,15 @@ let the adapters change what it has kept (`clip.adapted`).
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core import structure
+from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 from lightning_peft.features.side import with_fields
 from lightning_peft.towers.text_towers import two_towers
+from lightning_peft.updates.in_place import without_autocast
 
 
 class FeatureAdapter(Graft):
@@ -46,3 +49,22 @@ def text_end(model: nn.Module) -> nn.Module:
 def _end(model: nn.Module, projection: str, tower: str) -> nn.Module:
     towers = two_towers(model)
     return structure.part(towers, projection) or towers.get_submodule(tower)
+
+
+class FeatureScores(Graft):
+    """Adds scores of its own to the logits of classes; its host is the two-tower model."""
+
+    def scores(self, images: Tensor, classes: int) -> Tensor:
+        """Return what is added for normalised features [B, p] of fp32, [B, C]."""
+        raise NotImplementedError
+
+    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's output with the scores in its logits."""
+        if isinstance(out, tuple):
+            raise TuningError(f"{type(host).__name__} gives a tuple without names: call it with return_dict=True.")
+        logits: Tensor = out.logits_per_image
+        with without_autocast(logits):
+            logits = (logits + self.scores(F.normalize(out.image_embeds.float(), dim=-1), logits.shape[1])).to(
+                logits.dtype
+            )
+        return with_fields(out, {"logits_per_image": logits, "logits_per_text": logits.t()})

@@ -1,0 +1,166 @@
+"""Tip-Adapter: few images of each class are kept as keys, and add ``alpha exp(-beta (1 - f K^T)) V`` to the logits.
+
+K [N, p] has the normalised features of the images, V [N, C] their classes. Without training that is all; with it
+(Tip-Adapter-F) the keys are parameters, and go on from there. Both towers are frozen, so that features can be computed
+once (``cache_image_features`` of the task).
+
+Source: Zhang et al. 2021, arXiv 2111.03930, sections 3.1 and 3.2, and its released code, which has this alpha and beta.
+The cache is filled from the training images when a fit begins, or by `fill`. It knows classes by their numbers, and
+serves the classes that it was filled with alone.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.arguments import natural, positive
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import attach
+from lightning_peft.core.host_copy import ask
+from lightning_peft.core.placement import device_of
+from lightning_peft.towers import clip
+from lightning_peft.towers.deep_prompts import vision_tower
+from lightning_peft.towers.feature_adapters import FeatureScores
+from lightning_peft.towers.text_towers import text_tower, two_towers
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import TunedBy
+
+EMPTY = -1
+
+
+class Shots(FeatureScores):
+    """The kept images.
+
+    Args:
+        keys: [N, p].
+        classes: C.
+        alpha: weight of the scores.
+        beta: how fast they fall with the distance.
+        trains: whether the keys are parameters.
+    """
+
+    labels: Tensor
+    keys: Tensor
+
+    def __init__(self, keys: Tensor, classes: int, alpha: float, beta: float, trains: bool) -> None:
+        super().__init__()
+        self.classes, self.alpha, self.beta = classes, alpha, beta
+        if trains:
+            self.keys = nn.Parameter(keys)
+        else:
+            self.register_buffer("keys", keys)
+        self.register_buffer("labels", torch.full((len(keys),), EMPTY, device=keys.device))
+
+    def scores(self, images: Tensor, classes: int) -> Tensor:
+        """Return ``alpha exp(-beta (1 - f Kᵀ)) V``, [B, C].
+
+        Raises:
+            TuningError: there are other classes than those of the cache.
+        """
+        if classes != self.classes:
+            raise TuningError(
+                f"the cache has images of {self.classes} classes, and there are texts of {classes}: give those of the "
+                "classes that it was filled with."
+            )
+        near = (self.beta * (images @ self.keys.t() - 1)).exp()
+        return self.alpha * near @ F.one_hot(self.labels + 1, classes + 1)[:, 1:].to(near.dtype)
+
+
+@dataclass(eq=False, kw_only=True)
+class TipAdapter(Method):
+    """Keep a few images of each class, near which others are scored higher for it; their features may be trained.
+
+    Args:
+        num_classes: how many classes there are.
+        shots: how many images of each class are kept at most.
+        alpha: weight of what the images add to the logits.
+        beta: how fast that falls with the distance from an image.
+        train_keys: train the features of the kept images (Tip-Adapter-F); without it nothing is trained.
+    """
+
+    num_classes: int = natural(10)
+    shots: int = natural(16)
+    alpha: float = positive(1.0, "adds nothing")
+    beta: float = positive(5.5, "makes all images alike")
+    train_keys: bool = True
+
+    kind: ClassVar[str] = "head"
+    trains: ClassVar[str] = "features of a few images of each class of CLIP or SigLIP, or nothing"
+    paper: ClassVar[str] = "Zhang et al. 2021, arXiv 2111.03930"
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"alpha", "beta"}
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach an empty cache to the two-tower model."""
+        text_tower(backbone, type(self).__name__)
+        vision_tower(backbone, type(self).__name__)
+        device = device_of(backbone)
+        keys = torch.zeros(self.shots * self.num_classes, clip.feature_width(backbone), device=device)
+        attach(two_towers(backbone), Shots(keys, self.num_classes, self.alpha, self.beta, self.train_keys), self.key)
+        return ()
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Keep the images of batches with ``labels`` and ``pixel_values``, or ``image_features`` in their place.
+
+        Raises:
+            TuningError: a label is none of the classes, or a class has more images than there is room for.
+        """
+        graft = self._shots(model)
+        towers, modes = two_towers(self._tuned(model)), {m: m.training for m in model.modules()}
+        model.eval()
+        try:
+            found = [(_features(towers, batch, graft.labels.device), batch["labels"]) for batch in batches]
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        if not found:
+            raise TuningError("there are no images to keep: give batches of them.")
+        labels = torch.cat([each.to(graft.labels.device) for _, each in found])
+        self._check(ask(labels, Tensor.tolist))
+        keys = F.normalize(torch.cat([each.float() for each, _ in found]), dim=-1)
+        graft.labels.fill_(EMPTY)[: len(labels)] = labels
+        graft.keys.zero_()[: len(keys)] = keys
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fill the cache from the training images, unless it has some.
+
+        Raises:
+            TuningError: several processes would each fill it with images of their own.
+        """
+        super().on_train_start(trainer, pl_module)
+        if not ask(self._shots(pl_module).labels, lambda labels: bool((labels == EMPTY).all())):
+            return
+        if trainer.world_size > 1:
+            raise TuningError(
+                f"{trainer.world_size} processes see images of their own each: call fill(model, batches) of the method "
+                "before the fit, or fit in one process."
+            )
+        loader: Any = trainer.train_dataloader
+        self.fill(pl_module, loader)
+
+    def _shots(self, model: nn.Module) -> Shots:
+        return self.own_grafts(model, Shots)[0].graft
+
+    def _check(self, labels: list[int]) -> None:
+        for label in sorted(set(labels)):
+            if not 0 <= label < self.num_classes:
+                raise TuningError(f"label {label} is none of num_classes={self.num_classes} classes: give as many.")
+            if (count := labels.count(label)) > self.shots:
+                raise TuningError(
+                    f"class {label} has {count} images, and the cache has room for shots={self.shots}: give fewer, or "
+                    f"shots={count}."
+                )
+
+
+TipAdapterMixin = TunedBy[TipAdapter]
+
+
+def _features(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+    if "image_features" in batch:
+        return clip.adapted(model, batch["image_features"].to(device))
+    return clip.image_features(model, batch["pixel_values"].to(device))

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.tasks.chunked_loss import chunked_cross_entropy
 from lightning_peft.tasks.generation import Generate, WritingTask
 from lightning_peft.tasks.metrics import IGNORED
 
@@ -18,14 +19,20 @@ class CausalLM(WritingTask):
     Args:
         model: folder or hub id of the pretrained model, or ``package://NAME/FOLDER`` in an installed package.
         generate: where texts are generated and scored, besides prediction.
+        loss_chunk: how many tokens the output head sees at once in training, in which the logits of a chunk alone
+            exist, and are computed again in the backward pass; None: all, which is faster and needs a tensor of all
+            tokens by all words.
         **kwargs: as in `WritingTask` and `Task`.
     """
 
     auto = AutoModelForCausalLM
     what = "causal language model"
 
-    def __init__(self, model: str, generate: Generate = "never", **kwargs: Any) -> None:
+    def __init__(self, model: str, generate: Generate = "never", loss_chunk: int | None = None, **kwargs: Any) -> None:
         super().__init__(model, generate=generate, **kwargs)
+        if loss_chunk is not None and loss_chunk < 1:
+            raise TuningError(f"loss_chunk={loss_chunk} is out of range: take 1 or more, or null.")
+        self.loss_chunk = loss_chunk
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits of the next tokens, [B, T, V]."""
@@ -45,6 +52,14 @@ class CausalLM(WritingTask):
     def predictions(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return logits [B, T - 1, V] and the next tokens [B, T - 1], -100 outside of targets."""
         return self(batch)[:, :-1], self.targets(batch)
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the cross-entropy, the mean over the tokens of the targets, all at once or in chunks."""
+        if self.loss_chunk is None:
+            return super().loss(batch)
+        self.check_rows(batch)
+        total, count = chunked_cross_entropy(self.backbone, self.inputs(batch), self.targets(batch), self.loss_chunk)
+        return total / count.clamp(min=1)
 
     def targets(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the next tokens [B, T - 1], -100 outside of targets."""

@@ -58,6 +58,10 @@ class Distillation(CausalLM):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
+        if self.loss_chunk is not None:
+            raise TuningError(
+                f"loss_chunk={self.loss_chunk} is for CausalLM: {type(self).__name__} compares all logits."
+            )
         ranges = (
             ("temperature", temperature, 0 < temperature < float("inf"), "a number above 0"),
             ("top_k", top_k, top_k is None or top_k >= 1, "1 or more"),

@@ -1,6 +1,7 @@
 """Multi-task text classification on one backbone, with a head for each task."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -8,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.bases.prompt import PromptMethod
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.routing import routed
+from lightning_peft.core.tuning import Tuning
 from lightning_peft.data.protocols import Labelled
 from lightning_peft.tasks.base import Split
 from lightning_peft.tasks.metrics import TaskScores
@@ -20,8 +24,14 @@ class MultiTask(PoolingTask):
     """Classify texts of several tasks; a row's ``task_ids`` says by which head.
 
     The heads are one matrix, of which a row sees the classes of its own task: a batch may mix tasks, and every row has
-    the logits that it has in a batch of its task alone. Logs ``train_loss``, ``val_loss``, ``val_accuracy`` (the mean
-    over the tasks), ``val_loss_NAME`` and ``val_accuracy_NAME`` of each task, and the same for the test.
+    the logits that it has in a batch of its task alone.
+
+    Deltas that go by the names of tasks, such as ``LoRA(name="form")`` and ``BitFit(name="topic")`` as callbacks,
+    compute for the rows of their task alone, and are trained by these; rows of a task without one see the bare
+    backbone.
+
+    Logs ``train_loss``, ``val_loss``, ``val_accuracy`` (the mean over the tasks), ``val_loss_NAME`` and
+    ``val_accuracy_NAME`` of each task, and the same for the test.
 
     Args:
         model: folder or hub id of the pretrained model, or ``package://NAME/FOLDER`` in an installed package.
@@ -69,7 +79,7 @@ class MultiTask(PoolingTask):
         """Return logits in fp32, [B, classes of all tasks]; those of other tasks than the row's are -inf.
 
         Raises:
-            TuningError: a task id is out of range.
+            TuningError: a task id is out of range, or deltas of tasks and others are at work.
         """
         tasks = batch["task_ids"]
         if bool(((tasks < 0) | (tasks >= len(self.labels))).any()):
@@ -77,7 +87,10 @@ class MultiTask(PoolingTask):
                 f"task id {int(tasks.max()) if int(tasks.min()) >= 0 else int(tasks.min())} is out of range: "
                 f"the tasks are 0 to {len(self.labels) - 1} ({', '.join(self.labels)})."
             )
-        hidden = self._pooled(self.backbone(**self.inputs(batch)).last_hidden_state, batch)
+        names = self._routes(tasks)
+        with nullcontext() if names is None else routed(self.backbone, names):
+            states = self.backbone(**self.inputs(batch)).last_hidden_state
+        hidden = self._pooled(states, batch)
         logits: Tensor = self.heads(self.dropout(hidden.to(self.heads.weight.dtype))).float()
         return logits.masked_fill(self.owner != tasks.unsqueeze(1), -torch.inf)
 
@@ -109,6 +122,28 @@ class MultiTask(PoolingTask):
         tasks = [names[task] for task in batch["task_ids"].tolist()]
         labels = [self.labels[task][guess] for task, guess in zip(tasks, guesses, strict=True)]
         return {"task": tasks, "labels": labels}
+
+    def _routes(self, tasks: Tensor) -> list[str | None] | None:
+        """Return the delta of each row, where deltas go by the names of tasks; None: all rows have the same ones."""
+        tuning = Tuning.of(self.backbone)
+        if tuning is None:
+            return None
+        active = {method.delta: method for key, method in tuning.methods.items() if key not in tuning.switch.off}
+        own = active.keys() & self.labels.keys()
+        if not own:
+            return None
+        if others := sorted(active.keys() - own):
+            raise TuningError(
+                f"{sorted(own)[0]} is the delta of a task, whose rows it computes alone, and {others[0]} of none: name "
+                f"it after one of {', '.join(self.labels)}, or activate the others without it."
+            )
+        if prompts := [name for name, method in active.items() if isinstance(method, PromptMethod)]:
+            raise TuningError(
+                f"{prompts[0]} is a soft prompt, which is in each row of a batch: take one PromptTuning(num_prompts="
+                f"{len(self.labels)}), of which each task has its own."
+            )
+        names = list(self.labels)
+        return [names[task] if names[task] in own else None for task in tasks.tolist()]
 
     def _targets(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the classes, numbered through all tasks, [B]."""

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_peft import (
+    IA3,
     BitFit,
     CausalLM,
     CausalLMData,
@@ -25,6 +27,7 @@ from lightning_peft import (
     Method,
     MultiTask,
     MultiTaskData,
+    PrefixTuning,
     PromptTuning,
     QuestionAnswering,
     QuestionAnsweringData,
@@ -33,9 +36,13 @@ from lightning_peft import (
     TokenClassification,
     TokenClassificationData,
     TuningError,
+    activate,
+    muted,
+    remove_delta,
 )
 from lightning_peft.tasks.optimizer import shapes_of
 from tests import models
+from tests.contract import shake
 from tests.modules import trainer
 from tests.valley import set_up
 
@@ -387,6 +394,35 @@ def test_several_tasks_learn(method: Method, mixed: bool, valley: Valley, tmp_pa
     )
     rows = run.predict(task, data)[0]
     assert all(label in task.labels[name] for name, label in zip(rows["task"], rows["labels"], strict=True))
+
+
+def test_each_task_has_a_delta_of_another_method(valley: Valley, tmp_path: Path) -> None:
+    task, data = tasks(valley)
+    deltas = [LoRA(r=2, name="form"), PrefixTuning(num_virtual_tokens=2, name="opinion")]
+    batch = next(batch for batch in iter(set_up(data).train_dataloader()) if len(batch["task_ids"].unique()) == 2)
+    loader = DataLoader([batch], batch_size=None)
+    trainer(tmp_path, *deltas, max_epochs=2).fit(task, loader, loader)
+    shake(task.backbone)
+    with torch.no_grad():
+        mixed = task.eval()(batch)
+        for number, name in enumerate(task.labels):
+            own = batch["task_ids"] == number
+            rows = {n: value[own] for n, value in batch.items() if isinstance(value, Tensor)}
+            activate(task.backbone, name)
+            torch.testing.assert_close(mixed[own], task(rows), atol=1e-5, rtol=1e-5)
+            with muted(task.backbone):
+                assert not torch.allclose(mixed[own], task(rows), atol=1e-3)
+                bare = task(batch)
+        activate(task.backbone, "form")  # rows of the other task are the bare backbone's
+        torch.testing.assert_close(task(batch)[own], bare[own])
+    IA3().apply(task.backbone)
+    with pytest.raises(TuningError, match="form is the delta of a task, whose rows it computes alone, and ia3 of none"):
+        task(batch)
+    remove_delta(task.backbone, "ia3")
+    remove_delta(task.backbone, "opinion")
+    PromptTuning(num_virtual_tokens=2, init="random_uniform", name="opinion").apply(task.backbone)
+    with pytest.raises(TuningError, match=r"opinion is a soft prompt.*take one PromptTuning\(num_prompts=2\)"):
+        task(batch)
 
 
 @pytest.mark.parametrize("pool", ["first", "last", "mean"])

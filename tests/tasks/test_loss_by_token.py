@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_peft import (
@@ -71,3 +72,24 @@ def test_the_step_of_a_task_is_the_same_however_it_is_cut(name: str, valley: Val
 def test_packed_or_padded(valley: Valley, tmp_path: Path) -> None:
     one = step(valley, tmp_path, "continue", 20, 1)
     assert_near(step(valley, tmp_path, "continue", 1, 8, packing=True, max_length=40), one, 2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_resumed_run_ends_as_an_uninterrupted_one(valley: Valley, tmp_path: Path) -> None:
+    """The file is written between two steps of two batches each, the tokens of which are counted anew."""
+
+    def run(name: str, **options: Any) -> dict[str, Tensor]:
+        arguments = {"dataset": "made://descriptions", "prompt": "source", "target": "target", "batch_size": 4}
+        data = CausalLMData(tokenizer=valley("gpt2"), **arguments)
+        L.seed_everything(0, verbose=False)
+        module = type("CausalLM", (Descending, CausalLM), {})(valley("gpt2"))
+        saving = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        path = options.pop("ckpt_path", None)
+        settings = {"max_steps": 4, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+        trainer(tmp_path, LoRA(r=4), saving, **settings | options).fit(module, data, ckpt_path=path)
+        return collect(module)
+
+    whole = run("whole")
+    run("part", max_steps=2)
+    resumed = run("part", ckpt_path=str(tmp_path / "part" / "step=2.ckpt"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())

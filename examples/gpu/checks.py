@@ -23,6 +23,7 @@ METHODS: dict[str, tuple[str, Any]] = {
     "IA3": ("llama", lp.IA3()),
     "PromptTuning": ("llama", lp.PromptTuning(num_virtual_tokens=4, **R)),
     "PrefixTuning": ("llama", lp.PrefixTuning(num_virtual_tokens=4, mid_dim=8)),
+    "PromptEnsemble": ("llama", lp.PromptEnsemble(num_prompts=2, num_virtual_tokens=4, **R)),
     "PTuning": ("bert", lp.PTuning(num_virtual_tokens=4)),
     "PTuningV2": ("bert", lp.PTuningV2(num_virtual_tokens=4)),
     "Adapter": ("bert", lp.Adapter(bottleneck=4)),
@@ -38,11 +39,12 @@ METHODS: dict[str, tuple[str, Any]] = {
     "L2P": ("vit", lp.L2P()),
     "TinyTL": ("resnet", lp.TinyTL()),
     "CoOp": ("clip", lp.CoOp(num_virtual_tokens=4)),
+    "DAPL": ("clip", lp.DAPL(num_virtual_tokens=3, num_domain_tokens=2)),
     "CoCoOp": ("clip", lp.CoCoOp(num_virtual_tokens=4, init=None)),
     "MaPLe": ("clip", lp.MaPLe(init=None, depth=2)),
     "IVLP": ("clip", lp.IVLP(init=None, num_virtual_tokens=3, num_image_tokens=5, depth=2)),
 }
-"""Each method with the model that it tunes here. WARP needs a tokenizer, PromptEnsemble files, DAPL two domains."""
+"""Each method with the model that it tunes here. WARP needs a tokenizer."""
 PRECISIONS = ("32-true", "bf16-true", "16-mixed")
 
 

@@ -55,8 +55,9 @@ class Hadamard(LayerUpdate):
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         with without_autocast(self.A):
-            change = (self.matrix(dense(host)) * (self.B @ self.A)).to(x.dtype)
-        return out + F.linear(x, change).to(out.dtype)
+            factors = self.A.t() @ self.B.t() if self.transposed else self.B @ self.A  # in the layout of the weight
+            change = (dense(host) * factors).to(x.dtype)
+        return out + (x @ change if self.transposed else F.linear(x, change)).to(out.dtype)
 
     def changed(self, weight: Tensor) -> Tensor:
         """Return ``W ∘ (1 + B A)``."""

@@ -54,8 +54,10 @@ def kept(forward: Callable[[], object], ignore: Iterable[Tensor]) -> int:
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage
+        parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
+        for part in parts:
+            storage = part.untyped_storage()
+            storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

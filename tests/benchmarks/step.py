@@ -10,6 +10,7 @@ same thing, their losses must be equal from equal weights.
 
 import argparse
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,9 +21,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import IA3, BitFit, LoRA, Method, PrefixTuning, PromptTuning, PTuning, TuningError
+from lightning_peft import (
+    IA3,
+    OFT,
+    BitFit,
+    HiRA,
+    LoRA,
+    Method,
+    MiSS,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    SHiRA,
+    TuningError,
+)
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.structure import word_tables
+from lightning_peft.interop import to_peft
 from lightning_peft.methods.ia3 import ScaledInput
 from lightning_peft.prompts.prefix import Prefix
 from tests.benchmarks import measure
@@ -36,6 +51,11 @@ METHODS: dict[str, Method] = {
     "LoRA all linears": LoRA(r=R, alpha=2 * R, target_modules="all-linear"),
     "DoRA all linears": LoRA(r=R, alpha=2 * R, target_modules="all-linear", use_dora=True),
     "IA3": IA3(),
+    "MiSS q+v": MiSS(r=64),
+    "SHiRA q+v": SHiRA(r=R),
+    "HiRA q+v": HiRA(r=R),
+    "OFT q+v": OFT(block_size=32),
+    "OFT q+v, Neumann": OFT(block_size=32, use_cayley_neumann=True),
     "BitFit": BitFit(),
     f"PromptTuning {PROMPT}": PromptTuning(num_virtual_tokens=PROMPT, init="random_uniform"),
     f"PromptTuning {LONG}": PromptTuning(num_virtual_tokens=LONG, init="random_uniform"),
@@ -97,6 +117,9 @@ def ours(shape: Shape, method: Method) -> nn.Module:
                 nn.init.normal_(place.graft.B, std=0.02)
             elif isinstance(method, IA3):
                 place.graft.l.add_(torch.randn_like(place.graft.l), alpha=0.02)
+            elif method.twin is not None:
+                for parameter in place.graft.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return model
 
 
@@ -126,7 +149,21 @@ def theirs(shape: Shape, method: Method, tuned: nn.Module) -> nn.Module | None:
         return model.train()
     if isinstance(method, IA3):
         return their_ia3(shape, tuned, common)
+    if method.twin is not None:
+        return their_twin(shape, tuned)
     return their_prompt(shape, method, tuned, common)
+
+
+def their_twin(shape: Shape, tuned: nn.Module) -> nn.Module | None:
+    """Return the model of peft with our adapter; None where it has none for such layers."""
+    import peft
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = to_peft(tuned, Path(folder) / "adapter")
+        except TuningError:
+            return None
+        return peft.PeftModel.from_pretrained(shape.build(), path, is_trainable=True).train()
 
 
 def their_prompt(shape: Shape, method: Method, tuned: nn.Module, common: dict[str, Any]) -> nn.Module | None:

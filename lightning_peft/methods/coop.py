@@ -13,7 +13,7 @@ context comes first and the padding stays as it is.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
 from lightning_peft.towers.contexts import Position, TextContext, check_classes, graft_context, plain_layout
+from lightning_peft.towers.plain_text import PlainContext, graft_plain, plain_text
 from lightning_peft.towers.text_towers import initial_rows, nearest_words, text_tower, word_table
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -32,7 +33,7 @@ DEFAULT_LENGTH = 16
 
 @dataclass(eq=False, kw_only=True)
 class CoOp(Method):
-    """Train a context of M tokens in the texts that the text tower of CLIP or SigLIP reads.
+    """Train a context of M tokens in the texts that the text tower of CLIP or SigLIP reads, or of open_clip's kin.
 
     The texts are the names of the classes with a full stop, ``"red star."``, tokenised by the model's own tokenizer.
 
@@ -62,15 +63,19 @@ class CoOp(Method):
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the context to the text tower."""
         check_classes(self.class_specific, self.num_classes)
-        tower, call = text_tower(backbone, type(self).__name__), ContextCall()
-        rows = initial_rows(
-            backbone, word_table(tower), self.num_virtual_tokens, self.init, self.tokenizer, DEFAULT_LENGTH
-        )
+        own_way = type(self).text_context is not CoOp.text_context
+        plain, call = None if own_way else plain_text(backbone), ContextCall()
+        tower = text_tower(backbone, type(self).__name__) if plain is None else plain.model
+        table = word_table(tower) if plain is None else plain.table
+        rows = initial_rows(backbone, table, self.num_virtual_tokens, self.init, self.tokenizer, DEFAULT_LENGTH)
         layout = plain_layout(len(rows), self.num_classes)
         if self.num_classes is not None:
             rows = self._of_each_class(rows, self.num_classes)
-        context = self.text_context(backbone, layout, call)
-        graft_context(tower, ContextTokens(nn.Parameter(rows), call), context, self.key)
+        tokens = ContextTokens(nn.Parameter(rows), call)
+        if plain is None:
+            graft_context(tower, tokens, self.text_context(backbone, layout, call), self.key)
+        else:
+            graft_plain(plain, tokens, PlainContext(layout, call, self.position), self.key)
         return ()
 
     def text_context(self, backbone: nn.Module, layout: Tensor, call: ContextCall) -> TextContext:
@@ -93,7 +98,9 @@ class CoOp(Method):
         """
         backbone = select.backbone_of(model, self.backbone)
         rows = self.context(backbone).flatten(0, -2)
-        return nearest_words(backbone, rows, tokenizer_of(backbone, self.tokenizer, "nearest_words"), k)
+        (place,) = self.own_grafts(backbone, ContextTokens)  # which hangs on the word table
+        table = cast(nn.Embedding, place.host)
+        return nearest_words(table, rows, tokenizer_of(backbone, self.tokenizer, "nearest_words"), k)
 
     def _of_each_class(self, rows: Tensor, classes: int) -> Tensor:
         if self.init is not None:

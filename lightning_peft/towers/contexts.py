@@ -26,7 +26,100 @@ from lightning_peft.towers.text_towers import ends_of, positions_of, reads_end, 
 Position = Literal["end", "middle", "front"]
 
 
-class TextContext(Graft):
+class PlacedContext(Graft):
+    """Knows where a context goes in texts, and puts it there as virtual ids.
+
+    Args:
+        layout: the virtual tokens of each text's prompts, as ids, [V, C, M]: V prompts of each text, C of 1 where all
+            texts have the same, M tokens.
+        call: shared with the other grafts of the method.
+        position: where the words of a text stand: behind the context ('end'), in the middle of it or before it. The
+            token before the end of the text is the full stop, which stays last.
+    """
+
+    def __init__(self, layout: Tensor, call: ContextCall, position: Position = "end") -> None:
+        super().__init__()
+        self.register_buffer("layout", layout, persistent=False)
+        self.layout: Tensor
+        self.call = call
+        self.position = position
+
+    @property
+    def count(self) -> int:
+        """The number of tokens of the context."""
+        return self.layout.shape[2]
+
+    @property
+    def variants(self) -> int:
+        """The number of prompts of each text."""
+        return self.layout.shape[0]
+
+    def prompts(self, host: nn.Module, texts: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the texts with the context in them, [V C, T'], and the mask widened alike.
+
+        Raises:
+            TuningError: a text has no room for the context, no end, no name where the context goes behind it, or there
+                are not as many texts as classes that have a context of their own.
+        """
+        texts = texts.view(-1, texts.shape[-1])
+        layout = self.layout if self.call.variant is None else self.layout[self.call.variant].unsqueeze(0)
+        if layout.shape[1] not in (1, len(texts)):
+            raise TuningError(
+                f"{layout.shape[1]} classes have a context of their own, and there are {len(texts)} texts: "
+                "give one text for each class, in their order."
+            )
+        context = layout.expand(-1, len(texts), -1).flatten(0, 1)
+        count, length = self.count, texts.shape[1]
+        ends, limit, causal = self._reading(host, texts)
+        if not is_traced():
+            self._check(texts, mask, ends, limit, causal)
+        start = 1 if causal else 0
+        close = (ends - 1 if causal else ends).clamp(min=start)
+        first = {"end": count, "middle": count // 2, "front": 0}[self.position]
+        columns = torch.arange(length + count, device=texts.device)[:limit].expand(len(texts), -1)
+        close = close.unsqueeze(1)
+        behind = columns >= close + first
+        virtual = ((columns >= start) & (columns < start + first)) | (behind & (columns < close + count))
+        token = torch.where(behind, columns - close, columns - start).clamp(0, count - 1)
+        source = torch.where(columns < start, columns, columns - torch.where(behind, count, first))
+        source = source.clamp(0, length - 1)
+        times = layout.shape[0]
+        virtual, words = virtual.repeat(times, 1), texts.gather(1, source).repeat(times, 1)
+        ids = torch.where(virtual, context.gather(1, token.repeat(times, 1)), words)
+        if mask is not None:
+            mask = torch.where(virtual, 1, mask.gather(1, source).repeat(times, 1)).to(mask.dtype)
+        return ids, mask
+
+    def _reading(self, host: nn.Module, texts: Tensor) -> tuple[Tensor, int, bool]:
+        """Return where the texts end, [C], how many tokens there is room for, and whether the tower is causal."""
+        causal = reads_end(host)
+        return ends_of(host, texts), positions_of(host) if causal else texts.shape[1], causal
+
+    def _check(self, texts: Tensor, mask: Tensor | None, ends: Tensor, limit: int, causal: bool) -> None:
+        if causal and mask is not None and not bool((mask.cumsum(1).gather(1, ends[:, None])[:, 0] == ends + 1).all()):
+            raise TuningError("a text is padded on the left, where the context goes: pad it on the right.")
+        longest = int(ends.max()) + 1
+        if longest + self.count > limit:
+            row = int(ends.argmax())
+            remedy = "shorten the text or the context" if causal else "pad to the full length, padding='max_length'"
+            raise TuningError(
+                f"text {row} has {longest} tokens, which with a context of {self.count} is more than {limit}: {remedy}."
+            )
+        if causal and self.position != "end":
+            if int(ends.min()) < 3:
+                raise TuningError(
+                    f"text {int(ends.argmin())} has no name and full stop for position={self.position!r}: "
+                    "write each as 'name.'."
+                )
+            last = texts.gather(1, ends[:, None] - 1)
+            if bool((last != last[0]).any()):
+                raise TuningError(
+                    f"position={self.position!r} keeps the full stop behind the context, and the texts end in "
+                    "different tokens: end each with a full stop."
+                )
+
+
+class TextContext(PlacedContext):
     """Puts a context into each text that the tower reads. Its host is the text tower.
 
     Args:
@@ -52,24 +145,10 @@ class TextContext(Graft):
         template: str = "{}.",
         chunk: int | None = None,
     ) -> None:
-        super().__init__()
-        self.register_buffer("layout", layout, persistent=False)
-        self.layout: Tensor
-        self.call = call
-        self.position = position
+        super().__init__(layout, call, position)
         self.share_prefix = share_prefix
         self.template = template
         self.chunk = chunk
-
-    @property
-    def count(self) -> int:
-        """The number of tokens of the context."""
-        return self.layout.shape[2]
-
-    @property
-    def variants(self) -> int:
-        """The number of prompts of each text."""
-        return self.layout.shape[0]
 
     def around(
         self,
@@ -100,66 +179,6 @@ class TextContext(Graft):
                 outs.append(self._read(*part, shift, kwargs))
         pooled = [out.pooler_output.unflatten(0, (images, -1)) for out in outs]
         return type(outs[0])(pooler_output=torch.cat(pooled, 1).flatten(0, 1))
-
-    def prompts(self, host: nn.Module, texts: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the texts with the context in them, [V C, T'], and the mask widened alike.
-
-        Raises:
-            TuningError: a text has no room for the context, no end, no name where the context goes behind it, or there
-                are not as many texts as classes that have a context of their own.
-        """
-        texts = texts.view(-1, texts.shape[-1])
-        layout = self.layout if self.call.variant is None else self.layout[self.call.variant].unsqueeze(0)
-        if layout.shape[1] not in (1, len(texts)):
-            raise TuningError(
-                f"{layout.shape[1]} classes have a context of their own, and there are {len(texts)} texts: "
-                "give one text for each class, in their order."
-            )
-        context = layout.expand(-1, len(texts), -1).flatten(0, 1)
-        count, length, causal = self.count, texts.shape[1], reads_end(host)
-        ends = ends_of(host, texts)
-        limit = positions_of(host) if causal else length
-        if not is_traced():
-            self._check(texts, mask, ends, limit, causal)
-        start = 1 if causal else 0
-        close = (ends - 1 if causal else ends).clamp(min=start)
-        first = {"end": count, "middle": count // 2, "front": 0}[self.position]
-        columns = torch.arange(length + count, device=texts.device)[:limit].expand(len(texts), -1)
-        close = close.unsqueeze(1)
-        behind = columns >= close + first
-        virtual = ((columns >= start) & (columns < start + first)) | (behind & (columns < close + count))
-        token = torch.where(behind, columns - close, columns - start).clamp(0, count - 1)
-        source = torch.where(columns < start, columns, columns - torch.where(behind, count, first))
-        source = source.clamp(0, length - 1)
-        times = layout.shape[0]
-        virtual, words = virtual.repeat(times, 1), texts.gather(1, source).repeat(times, 1)
-        ids = torch.where(virtual, context.gather(1, token.repeat(times, 1)), words)
-        if mask is not None:
-            mask = torch.where(virtual, 1, mask.gather(1, source).repeat(times, 1)).to(mask.dtype)
-        return ids, mask
-
-    def _check(self, texts: Tensor, mask: Tensor | None, ends: Tensor, limit: int, causal: bool) -> None:
-        if causal and mask is not None and not bool((mask.cumsum(1).gather(1, ends[:, None])[:, 0] == ends + 1).all()):
-            raise TuningError("a text is padded on the left, where the context goes: pad it on the right.")
-        longest = int(ends.max()) + 1
-        if longest + self.count > limit:
-            row = int(ends.argmax())
-            remedy = "shorten the text or the context" if causal else "pad to the full length, padding='max_length'"
-            raise TuningError(
-                f"text {row} has {longest} tokens, which with a context of {self.count} is more than {limit}: {remedy}."
-            )
-        if causal and self.position != "end":
-            if int(ends.min()) < 3:
-                raise TuningError(
-                    f"text {int(ends.argmin())} has no name and full stop for position={self.position!r}: "
-                    "write each as 'name.'."
-                )
-            last = texts.gather(1, ends[:, None] - 1)
-            if bool((last != last[0]).any()):
-                raise TuningError(
-                    f"position={self.position!r} keeps the full stop behind the context, and the texts end in "
-                    "different tokens: end each with a full stop."
-                )
 
     def _chunk_size(self, prompts: int, images: int) -> int:
         return prompts if self.chunk is None else max(1, self.chunk // images)

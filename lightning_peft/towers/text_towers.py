@@ -102,9 +102,8 @@ def ids_of(tokenizer: Any, words: str) -> list[int]:
     return ids
 
 
-def nearest_words(backbone: nn.Module, rows: Tensor, tokenizer: Any, k: int) -> list[list[tuple[str, float]]]:
+def nearest_words(table: nn.Embedding, rows: Tensor, tokenizer: Any, k: int) -> list[list[tuple[str, float]]]:
     """Return, for each token of a context, the k words of least Euclidean distance, with it."""
-    table = word_table(two_towers(backbone).text_model)  # type: ignore[arg-type]
     with torch.no_grad():
         distances = torch.cdist(rows.float(), table.weight.float())
     return best_words(distances, k, tokenizer, largest=False)

@@ -12,6 +12,7 @@ are read.
 (('model.norm.weight', False), ('prompt_embeddings', False))
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,6 +156,19 @@ def pieces(model: nn.Module, fused: Mapping[str, Tensor]) -> dict[str, dict[str,
             saved = revert_weight_conversion(model, {name: numbers})
             found[name] = {disk: part[0, 0].item() for disk, part in saved.items() if part.ndim == 2}
     return found
+
+
+def selection(chosen: Iterable[str], names: Iterable[str]) -> list[str] | str:
+    """Return suffixes that select the chosen names alone, or one regex where a name ends as one that is not chosen.
+
+    >>> selection(["foo"], ["foo", "bar"]), selection(["foo"], ["foo", "inner.foo"])
+    (['foo'], 'foo')
+    """
+    chosen = set(chosen)
+    ends = compact(chosen, names)
+    if any(name not in chosen and name.endswith(tuple(f".{end}" for end in ends)) for name in names):
+        return "|".join(map(re.escape, sorted(chosen)))
+    return ends
 
 
 def compact(chosen: Iterable[str], names: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@
 Ours are suffixes of names, the last that fits wins; PEFT's are regexes of the end of a name, the first that fits wins.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,7 +33,32 @@ def number(value: float) -> float:
 
 
 def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Return name -> value for what is not the default, by the last part of names where that says it all."""
+    """Return our patterns of values: for what is not the default, by the last part of names where that says it all.
+
+    Where a name ends as another one does, all are there, the longer ones later, so that these win.
+    """
+    found = _compact_pattern(values, default)
+    if spread(found, values, default) == dict(values):
+        return found
+    return {name: number(values[name]) for name in sorted(values, key=len)}
+
+
+def their_pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Return PEFT's patterns of values, which say the same in any order, since it sorts them when it saves.
+
+    Where a name ends as another one does, each is tied to the beginning.
+    """
+    found = _compact_pattern(values, default)
+    if all(_unanimous(found, name, default) == {value} for name, value in values.items()):
+        return found
+    return {f"^{re.escape(name)}": number(value) for name, value in values.items() if value != default}
+
+
+def _unanimous(patterns: Mapping[str, Any], name: str, default: Any) -> set[Any]:
+    return {value for key, value in patterns.items() if value_of({key: value}, name, None) is not None} or {default}
+
+
+def _compact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for value in sorted({value for value in values.values() if value != default}):
         chosen = [name for name in values if values[name] == value]

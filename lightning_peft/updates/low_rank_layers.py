@@ -33,7 +33,9 @@ class LowRankEmbedding(LowRank):
     def added(self, x: Tensor, host: nn.Module) -> Tensor:
         """Return ``A[:, x]ᵀ Bᵀ``, [..., dim]."""
         a, b = self.factors()
-        return F.linear(F.embedding(x, a.t()), b) * getattr(host, "embed_scale", 1)
+        assert isinstance(host, nn.Embedding)
+        padding = host.padding_idx  # its row has no gradient in the table either
+        return F.linear(F.embedding(x, a.t(), padding), b) * getattr(host, "embed_scale", 1)
 
     def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor) -> bool:
         return False

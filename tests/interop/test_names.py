@@ -216,3 +216,64 @@ def test_torch_attention_is_refused_both_ways(tmp_path: Path) -> None:
     peft.get_peft_model(Attending(), peft.LoraConfig(r=2, target_modules=["attn"])).save_pretrained(tmp_path / "theirs")
     with pytest.raises(TuningError, match=r"out-projection of attn .* twice"):
         from_peft(Attending(), tmp_path / "theirs")
+
+
+class Nested(nn.Module):
+    """Modules whose names end as others do: foo, module.foo, module.module.foo."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.foo = nn.Linear(8, 8)
+        self.module = Nested(depth - 1) if depth else None
+        self.config = hf.PreTrainedConfig()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.foo(x).tanh()
+        return x if self.module is None else self.module(x)
+
+
+def nested() -> Nested:
+    torch.manual_seed(0)
+    return Nested()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(r=4, target_modules=["foo"], alpha_pattern={"module.foo": 4.0, "module.module.foo": 6.0}),
+        LoRA(r=4, target_modules=["foo"], rank_pattern={"module.foo": 3, "module.module.foo": 2}),
+        LoRA(r=4, target_modules="foo"),
+        LoRA(r=4, target_modules="(module.)?foo", alpha_pattern={"module.foo": 4.0}),
+    ],
+    ids=["alphas", "ranks", "one of them", "two of them"],
+)
+def test_names_that_end_alike_go_out_and_come_in(method: LoRA, tmp_path: Path) -> None:
+    x, model = torch.randn(3, 8), nested()
+    LoRA(**method.init_args()).apply(model)
+    shake(model)
+    to_peft(model, tmp_path)
+    assert_near({"": model(x)}, {"": peft.PeftModel.from_pretrained(nested(), tmp_path)(x)}, 1e-5)
+    again = nested()
+    from_peft(again, tmp_path)
+    assert_near({"": model(x)}, {"": again(x)}, 1e-6)
+
+
+@pytest.mark.parametrize("pattern", [{"^foo": 5}, {"module.foo": 5}, {"^module.foo": 2, "foo": 3}])
+def test_patterns_of_peft_on_names_that_end_alike(pattern: dict[str, int], tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["foo"], alpha_pattern=pattern, init_lora_weights=False)
+    theirs, x, ours = peft.get_peft_model(nested(), config), torch.randn(3, 8), nested()
+    theirs.save_pretrained(tmp_path)
+    from_peft(ours, tmp_path)
+    assert_near({"": theirs(x)}, {"": ours(x)}, 1e-5)
+
+
+def test_one_layer_of_two_names_is_refused_both_ways(tmp_path: Path) -> None:
+    model = nested()
+    model.module.foo = model.foo
+    theirs = peft.get_peft_model(nested(), peft.LoraConfig(r=2, target_modules="foo", init_lora_weights=False))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(TuningError, match=r"has an update of foo, which is one layer with module\.foo in Nested"):
+        from_peft(model, tmp_path, allow_other_base=True)
+    LoRA(r=2, target_modules=["foo"]).apply(model)
+    with pytest.raises(TuningError, match=r"PEFT would change one of the two alone, so leave it out"):
+        to_peft(model, tmp_path / "out")

@@ -182,6 +182,15 @@ def test_a_starts_random_and_b_at_zero() -> None:
     assert not b.any()
 
 
+def test_the_row_of_padding_has_no_gradient_as_in_the_table() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4, padding_idx=2))
+    LoRA(r=2, target_modules=["0"]).apply(model)
+    model(torch.arange(6)).square().sum().backward()
+    gradient = next(p for name, p in model.named_parameters() if name.endswith(".A")).grad
+    assert gradient is not None
+    assert gradient.norm(dim=0).eq(0).tolist() == [False, False, True, False, False, False]
+
+
 def test_an_embedding_starts_with_a_at_zero_and_b_normal() -> None:
     host = nn.Embedding(300, 400)
     LoRA(r=64, target_modules=["0"]).apply(nn.Sequential(host))

@@ -14,13 +14,14 @@ from lightning_peft.interop.converters.base import Converter, Exported, Parts, d
 from lightning_peft.interop.converters.lora_targets import (
     called_in,
     check_layers,
+    check_names,
     check_parts,
     file_shapes,
     found_in,
     wrapped_keys,
 )
-from lightning_peft.interop.names import Names, compact
-from lightning_peft.interop.patterns import common, number, pattern_of, spread, value_of
+from lightning_peft.interop.names import Names, compact, selection
+from lightning_peft.interop.patterns import common, number, pattern_of, spread, their_pattern_of, value_of
 from lightning_peft.updates.factors import Factors
 from lightning_peft.updates.low_rank import LowRank
 from lightning_peft.updates.low_rank_weights import LowRankWeights
@@ -65,6 +66,7 @@ class LoRAConverter(Converter):
         """Return A, B and, for DoRA, the magnitudes of each layer."""
         exported = Exported({})
         updates = [update for place in places(model, method) for update in _updates(place)]
+        check_names(model, [update.target for update in updates], "this LoRA")
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
         given = spread(method.alpha_pattern, [update.target for update in updates], method.alpha)
@@ -83,9 +85,9 @@ class LoRAConverter(Converter):
             "lora_alpha": number(alpha),
             "lora_dropout": method.dropout,
             "r": r,
-            "alpha_pattern": pattern_of(alphas, alpha),
-            "rank_pattern": pattern_of(ranks, r),
-            "target_modules": compact([u.target for u in updates if u.weight is None], names.modules),
+            "alpha_pattern": their_pattern_of(alphas, alpha),
+            "rank_pattern": their_pattern_of(ranks, r),
+            "target_modules": selection([u.target for u in updates if u.weight is None], names.modules),
             "target_parameters": compact([u.target for u in updates if u.weight is not None], names.tensors) or None,
             "use_rslora": method.use_rslora,
             "use_dora": method.use_dora,
@@ -111,6 +113,7 @@ class LoRAConverter(Converter):
             )
         found = found_in(parts, names)
         check_layers(parts, names, found)
+        check_names(names.model, found, source)
         head = set(anatomy.said_head_names(names.model) or [])  # a pattern may name the last layer of a plain module
         in_head = [target for target in found if f"{target}.weight" in head]
         if in_head:
@@ -128,7 +131,7 @@ class LoRAConverter(Converter):
             "r": config["r"],
             "alpha": float(config["lora_alpha"]),
             "dropout": config["lora_dropout"],
-            "target_modules": compact(found, candidates),
+            "target_modules": selection(found, candidates),
             "rank_pattern": pattern_of(ranks, config["r"]),
             "alpha_pattern": {key: float(v) for key, v in pattern_of(alphas, config["lora_alpha"]).items()},
             "use_rslora": config["use_rslora"],

@@ -1,6 +1,6 @@
 """Finds the layers that the tensors of a LoRA adapter of PEFT belong to, and checks their shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -97,6 +97,28 @@ def _shape(host: nn.Module) -> tuple[int, ...]:
     if isinstance(host, nn.Embedding):
         return (0, *shape_of(host))
     return (-host.groups, *shape_of(host)) if isinstance(host, CONVOLUTIONS) else shape_of(host)
+
+
+def check_names(model: nn.Module, targets: Iterable[str], what: str) -> None:
+    """Check that no layer with an update has two names, of which PEFT wraps one, while here the layer is one.
+
+    Args:
+        model: the backbone.
+        targets: names of the layers.
+        what: which adapter it is, for the message.
+
+    Raises:
+        TuningError: one has.
+    """
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    for names in paths.values():
+        if len(names) > 1 and not set(names).isdisjoint(targets):
+            raise TuningError(
+                f"{what} has an update of {names[0]}, which is one layer with {names[1]} in {type(model).__name__}: "
+                "PEFT would change one of the two alone, so leave it out, or give each a layer of its own."
+            )
 
 
 def file_shapes(shape: tuple[int, ...], r: int, dora: bool) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import anatomy, image_structure, placement, structure
+from lightning_peft.core import anatomy, cache_argument, image_structure, placement, structure
 from lightning_peft.core.attention_probe import inputs_on_meta
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.meta_run import depended_on
@@ -21,7 +21,7 @@ from lightning_peft.core.meta_run import depended_on
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], frozenset[str]]] = WeakKeyDictionary()
 _LENGTH = 16
 _MAIN = {"input_ids", "pixel_values", "input_values", "input_features"}
-_NO_RESULT = ("loss", "past_key_values", "hidden_states", "attentions")
+_NO_RESULT = ("loss", *cache_argument.NAMES, "hidden_states", "attentions")
 
 
 def unreached(backbone: nn.Module) -> frozenset[str]:

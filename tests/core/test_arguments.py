@@ -15,7 +15,13 @@ from lightning_peft.core.tuning import Tuning
 
 EXPORTED = [getattr(lightning_peft, name) for name in lightning_peft.__all__]
 METHODS = sorted((m for m in EXPORTED if isinstance(m, type) and issubclass(m, Method)), key=lambda m: m.__name__)
-FIELDS = [(method, field.name) for method in METHODS for field in dataclasses.fields(method)]
+ALONE = [
+    method
+    for method in METHODS
+    if not any(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(method))
+]
+"""Those that can be made without an argument, and so without another method."""
+FIELDS = [(method, field.name) for method in ALONE for field in dataclasses.fields(method)]
 
 
 def declared(method: type, name: str) -> str:

@@ -55,6 +55,8 @@ def _shrink(config: Any, reduction: int) -> tuple[int, int]:
     """Divide the sizes in a config; return the narrow and the full width."""
     if structure.setting(config, "hidden_sizes"):
         return _shrink_convolutions(config, reduction)
+    if structure.setting(config, "text_config"):
+        return _shrink_parts(config, reduction)
     if isinstance(structure.setting(config, "num_heads"), (list, tuple)) and structure.setting(config, "embed_dim"):
         return _shrink_stages(config, reduction)
     full, heads = config.hidden_size, structure.setting(config, "num_attention_heads") or 1
@@ -81,6 +83,18 @@ def _shrink_convolutions(config: Any, reduction: int) -> tuple[int, int]:
     if structure.setting(config, "embedding_size"):
         config.embedding_size = max(1, config.embedding_size // reduction)
     return config.hidden_sizes[-1], full
+
+
+def _shrink_parts(config: Any, reduction: int) -> tuple[int, int]:
+    """Divide the sizes of a model of text and of images or sounds, whose width is that of the text."""
+    width, full = _shrink(config.text_config, reduction)
+    for part in ("vision_config", "audio_config"):
+        if structure.setting(config, part):
+            _shrink(structure.setting(config, part), reduction)
+    for whole in (config, structure.setting(config, "vision_config")):
+        if structure.setting(whole, "projection_dim") == full:
+            whole.projection_dim = width
+    return width, full
 
 
 def _shrink_stages(config: Any, reduction: int) -> tuple[int, int]:

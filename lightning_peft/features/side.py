@@ -49,7 +49,7 @@ def base_of(backbone: nn.Module) -> nn.Module:
     Raises:
         TuningError: it has none.
     """
-    base = backbone if task_class.is_headless(backbone) else structure.base_model_of(backbone)
+    base = structure.base_model_of(backbone)
     if base is backbone:
         base = _inner(backbone)
     if structure.is_encoder_decoder(backbone) and field_read(backbone) == "pooler_output":

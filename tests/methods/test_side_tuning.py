@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_peft import BitFit, SideTuning, TuningError, collect, merge
 from lightning_peft.core.graft import grafts
+from lightning_peft.features.narrow import narrow
 from lightning_peft.methods.side_tuning import Side
 from tests.contract import MethodContract, output
 from tests.models import batch, tiny
@@ -223,6 +224,16 @@ def test_a_model_of_several_is_refused_and_an_encoder_decoder_has_it_beside_its_
     assert place.host is t5.encoder
     t5(**batch("t5")).loss.backward()
     assert all(p.grad is not None for p in t5.parameters() if p.requires_grad)
+
+
+def test_a_model_of_text_and_images_has_a_narrow_copy_of_both() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = hf.LlamaConfig(**sizes, vocab_size=60, num_key_value_heads=2)
+    config = hf.LlavaConfig(text_config=text, vision_config=hf.CLIPVisionConfig(**sizes, image_size=16, patch_size=8))
+    network, widths = narrow(hf.LlavaModel(config), 2, None, pooled=False)
+    assert widths == (8, 16)
+    assert network.config.text_config.hidden_size == network.config.vision_config.hidden_size == 8
+    assert network.config.text_config.intermediate_size == 16
 
 
 def test_what_is_not_the_last_output_is_read_from_the_encoder() -> None:

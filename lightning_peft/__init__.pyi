@@ -41,6 +41,7 @@ from lightning_peft.data.span_corruption import SpanCorruptionData as SpanCorrup
 from lightning_peft.data.sentence_pairs import SentencePairsData as SentencePairsData
 from lightning_peft.data.stdlib_docstrings import StdlibDocstrings as StdlibDocstrings
 from lightning_peft.data.text_classification import TextClassificationData as TextClassificationData
+from lightning_peft.data.text_regression import TextRegressionData as TextRegressionData
 from lightning_peft.data.token_classification import TokenClassificationData as TokenClassificationData
 from lightning_peft.deltas.combine import combine as combine, combine_deltas as combine_deltas
 from lightning_peft.deltas.loading import load_delta as load_delta
@@ -126,6 +127,7 @@ from lightning_peft.tasks.question_answering import QuestionAnswering as Questio
 from lightning_peft.tasks.sentence_embedding import SentenceEmbedding as SentenceEmbedding
 from lightning_peft.tasks.seq2seq import LMAdaptation as LMAdaptation, Seq2Seq as Seq2Seq
 from lightning_peft.tasks.text_classification import TextClassification as TextClassification
+from lightning_peft.tasks.text_regression import TextRegression as TextRegression
 from lightning_peft.tasks.token_classification import TokenClassification as TokenClassification
 from lightning_peft.training.ema import DeltaEMA as DeltaEMA
 from lightning_peft.training.guard import DeltaGuard as DeltaGuard

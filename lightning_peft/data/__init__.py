@@ -22,6 +22,7 @@ from lightning_peft.data.span_corruption import SpanCorruptionData
 from lightning_peft.data.stdlib_docstrings import StdlibDocstrings
 from lightning_peft.data.text_classification import TextClassificationData
 from lightning_peft.data.text_data import TextData
+from lightning_peft.data.text_regression import TextRegressionData
 from lightning_peft.data.token_classification import TokenClassificationData
 from lightning_peft.data.token_data import TokenData
 
@@ -51,6 +52,7 @@ __all__ = [
     "StdlibDocstrings",
     "TextClassificationData",
     "TextData",
+    "TextRegressionData",
     "TokenClassificationData",
     "TokenData",
 ]

@@ -8,6 +8,7 @@ from datasets import Dataset, load_dataset
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data import synthetic
+from lightning_peft.data.conversions import Conversion, converted
 from lightning_peft.data.splits import GivenSplits, is_file, reason
 from lightning_peft.data.token_data import TokenData
 
@@ -34,6 +35,8 @@ class SourcedData(GivenSplits, TokenData):
         config: which of the configurations of ``dataset``, if it has several.
         validation_share: share of ``train`` drawn for validation where that has no rows of its own; 0: no validation.
         test_share: share of ``train`` drawn for the test where that has no rows of its own; 0: no test.
+        convert: name of a known data set, e.g. 'e2e' or 'boolq', whose rows are turned into the columns of the task;
+            see `data.conversions`.
         **kwargs: as in `TokenData`.
     """
 
@@ -47,10 +50,22 @@ class SourcedData(GivenSplits, TokenData):
         config: str | None = None,
         validation_share: float = 0.1,
         test_share: float = 0.1,
+        convert: Conversion | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.convert = convert
         self.use(dataset, config, (train, validation, test, predict), validation_share, test_share)
+
+    def rows(self, split: str) -> Dataset | None:
+        """Return the rows of a split, as read or drawn, in the columns of the task."""
+        rows = super().rows(split)
+        return rows if rows is None or self.convert is None else converted(rows, self.convert, split)
+
+    def all_classes(self) -> Dataset:
+        """Return the training rows before any have been drawn from them."""
+        rows = super().all_classes()
+        return rows if self.convert is None else converted(rows, self.convert, "train")
 
     def draw(self, rows: Dataset, shares: dict[str, float]) -> dict[str, Dataset]:
         """Draw rows for each share, and keep the order of the rows."""

@@ -19,6 +19,7 @@ from lightning_peft.tasks.question_answering import QuestionAnswering
 from lightning_peft.tasks.sentence_embedding import SentenceEmbedding
 from lightning_peft.tasks.seq2seq import LMAdaptation, Seq2Seq
 from lightning_peft.tasks.text_classification import TextClassification
+from lightning_peft.tasks.text_regression import TextRegression
 from lightning_peft.tasks.token_classification import TokenClassification
 
 __all__ = [
@@ -44,5 +45,6 @@ __all__ = [
     "Seq2Seq",
     "Task",
     "TextClassification",
+    "TextRegression",
     "TokenClassification",
 ]

@@ -1,18 +1,25 @@
 """The base classes of tasks that give each row one of a few classes."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+)
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.protocols import Labelled
 from lightning_peft.tasks.base import Split, Task
 from lightning_peft.tasks.metrics import CrossEntropy
+
+MoreScores = Literal["matthews", "f1_second"]
 
 
 class ClassScores(Task):
@@ -27,10 +34,10 @@ class ClassScores(Task):
     labels: list[str]
     monitor = "val_accuracy"
 
-    def score_classes(self, labels: list[str]) -> None:
+    def score_classes(self, labels: list[str], more: Sequence[MoreScores] = ()) -> None:
         """Name the classes, and their metrics."""
         self.labels = labels
-        self.score_by(class_metrics(len(labels)))
+        self.score_by(class_metrics(len(labels), more))
         self.confusion = MulticlassConfusionMatrix(len(labels))
 
     def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
@@ -87,13 +94,17 @@ class HeadClassification(ClassScores):
     Args:
         model: folder or hub id of the pretrained model, or ``package://NAME/FOLDER`` in an installed package.
         labels: names of the classes; None: those that the model was trained for.
+        more_scores: what else is logged: 'matthews', Matthews' correlation coefficient, as of CoLA; 'f1_second', the F1
+            of the second of two classes, as of MRPC and QQP.
         **kwargs: as in `Task`.
     """
 
-    def __init__(self, model: str, labels: list[str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: str, labels: list[str] | None = None, more_scores: Sequence[MoreScores] = (), **kwargs: Any
+    ) -> None:
         super().__init__(model, **kwargs)
         self.backbone = self.load(problem_type="single_label_classification", **class_config(labels))
-        self.score_classes(list(self.backbone.config.id2label.values()))
+        self.score_classes(list(self.backbone.config.id2label.values()), more_scores)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return logits, [B, classes], in fp32."""
@@ -101,10 +112,30 @@ class HeadClassification(ClassScores):
         return logits.float()
 
 
-def class_metrics(count: int) -> dict[str, Metric]:
-    """Return the metrics of a task with so many classes."""
+def class_metrics(count: int, more: Sequence[MoreScores] = ()) -> dict[str, Metric]:
+    """Return the metrics of a task with so many classes.
+
+    Raises:
+        TuningError: one is unknown, or is for two classes.
+    """
+    if odd := [name for name in more if name not in get_args(MoreScores)]:
+        raise TuningError(f"more_scores has {odd[0]!r}, which is no score: take {', '.join(get_args(MoreScores))}.")
+    if "f1_second" in more and count != 2:
+        raise TuningError(f"f1_second is the F1 of the second of two classes, and there are {count}: leave it out.")
     accuracy, f1 = MulticlassAccuracy(count, average="micro"), MulticlassF1Score(count, average="macro")
-    return {"loss": CrossEntropy(), "accuracy": accuracy, "f1": f1}
+    others = {"matthews": MulticlassMatthewsCorrCoef(count), "f1_second": _SecondF1()}
+    return {"loss": CrossEntropy(), "accuracy": accuracy, "f1": f1} | {name: others[name] for name in more}
+
+
+class _SecondF1(MulticlassF1Score):
+    """The F1 of the second of two classes."""
+
+    def __init__(self) -> None:
+        super().__init__(2, average="none")
+
+    def compute(self) -> Tensor:
+        """Return it."""
+        return super().compute()[1]
 
 
 def class_config(labels: list[str] | None) -> dict[str, Any]:

@@ -58,6 +58,17 @@ class CrossEntropy(_RowMean):
         self.rows = self.rows + (flat != IGNORED).sum()
 
 
+class SquaredError(_RowMean):
+    """The mean squared error over the rows of all processes."""
+
+    higher_is_better = False
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add numbers [B] and the right ones [B]."""
+        self.total = self.total + F.mse_loss(preds.float(), target.float(), reduction="sum")
+        self.rows = self.rows + len(target)
+
+
 def mean_cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
     """Return the mean cross-entropy of logits [..., C] over the classes [...] that are not -100; 0 where all are."""
     total = F.cross_entropy(logits.flatten(0, -2), classes.flatten(), reduction="sum")

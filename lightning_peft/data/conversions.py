@@ -37,11 +37,11 @@ def converted(rows: Dataset, name: Conversion, split: str) -> Dataset:
     columns, convert = _CONVERSIONS[name]
     check_columns(rows, split, columns)
     names = _tag_names(rows) if name == "ontonotes" else None
-    made = [new for row in rows for new in convert(row)]
+    made: list[Row] = [new for row in rows for new in convert(row)]
     if not made:
         raise TuningError(f"no row of the {split} split is left as convert={name!r} reads it: give more rows.")
     if name in _SEVERAL and split != "train":
-        made = _with_all_targets(made)
+        made = [*_with_all_targets(made)]
     if names is not None:
         features = Features({"tokens": List(Value("string")), "tags": List(ClassLabel(names=names))})
         return Dataset.from_list(made, features=features)

@@ -63,8 +63,8 @@ def _check_first(backbone: nn.Module, off: Collection[str]) -> None:
                 break
             if isinstance(other, Graft) and overrides(other, "after") and other.owner not in off:
                 raise TuningError(
-                    f"{other.owner} already changes the output of {place.path}, and {place.graft.owner} sets the "
-                    "magnitude of what the layer alone computes: activate one of the two."
+                    f"{other.owner} already changes the output of {place.path}, and {place.graft.owner} computes "
+                    "from the weight of the layer alone: apply it first, or activate one of the two."
                 )
 
 

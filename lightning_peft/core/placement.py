@@ -86,6 +86,11 @@ def check_readable(host: nn.Module, what: str) -> None:
         )
 
 
+def is_dispatched(backbone: nn.Module) -> bool:
+    """Tell whether accelerate calls some module by hooks of its own."""
+    return any(_hooks(module) for module in backbone.modules())
+
+
 @contextmanager
 def undispatched(backbone: nn.Module) -> Iterator[None]:
     """Let the modules compute by their own ``forward``, where tensors are, while the context lasts."""

@@ -78,8 +78,9 @@ def reached(backbone: nn.Module, names: Iterable[str]) -> list[str]:
 
 def depends_on(backbone: nn.Module, name: str) -> bool | None:
     """Tell whether an output of a tuned model depends on a parameter; None: it cannot be run without numbers."""
-    with placement.undispatched(backbone):
-        used = depended_on(backbone, lambda out: list(_given_by(out)), None, **_inputs(backbone))
+    if placement.is_dispatched(backbone):  # its forward passes are accelerate's, and grafts take part in these
+        return None
+    used = depended_on(backbone, lambda out: list(_given_by(out)), None, **_inputs(backbone))
     return None if used is None else name in used
 
 

@@ -40,6 +40,8 @@ class Hadamard(LayerUpdate):
         init: of A.
     """
 
+    comes_first = True  # what is added before it is no part of the weight that it multiplies, but would be once folded
+
     def __init__(self, host: nn.Module, r: int, dropout: float, init: Init) -> None:
         super().__init__(host)
         out, inside = shape_of(host)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_peft.core.private_torch import drop_hooks
+from lightning_peft.core.sharded import is_part
 
 
 def ran(part: nn.Module, *inputs: Any, each: Callable[[nn.Module], Any] | None = None, **named: Any) -> bool:
@@ -32,7 +33,9 @@ def depended_on(
     each: Callable[[nn.Module], Any] | None = None,
     **named: Any,
 ) -> set[str] | None:
-    """Return the names of the parameters that what a part gives in eval mode depends on; None: it cannot be run.
+    """Return the names of the parameters that what a part gives in eval mode depends on.
+
+    None: it cannot be run, or is sharded.
 
     Args:
         part: the part.
@@ -40,6 +43,10 @@ def depended_on(
         each: a function that replaces the ``forward`` of each module inside the part for this run; None: none.
         **named: what it is called with, on the meta device.
     """
+    if any(
+        is_part(parameter) for parameter in part.parameters()
+    ):  # the first run of a sharded model is to be a real one
+        return None
     with _as_it_was(part, each), suppress(Exception), torch.enable_grad(), _NoNumbers():
         for module in part.modules():
             vars(module)["training"] = False

@@ -16,11 +16,14 @@ train and use:
   fit         train a method on a task: lightning-peft fit --config quickstart
   validate    score a delta on the validation split
   test        score a delta on the test split: ... test --config CONFIG --ckpt_path DELTA
-  predict     write what a tuned model says of new rows
+  predict     write what a tuned model says of new rows: ... predict --config CONFIG --ckpt_path DELTA,
+              or of texts from the shell: predict --ckpt_path DELTA --text "a text" "another"
   check       look before GPU hours: a few steps, a table of what passes and what does not: check --config CONFIG,
               or without weights and data, for a model that does not fit here: check --config CONFIG --meta true
   search      find a template for a prompted task: search --config prompted_classification --model.model MODEL
               --how edits --budget 40 --out prompt.yaml
+  compare     methods on your own rows, each at its best learning rate, several seeds, one table:
+              compare --config CONFIG --methods LoRA BitFit --seeds 3 --budget 2h
   submit      write a SLURM script for a fit and submit it: submit --config CONFIG --nodes 2 --gpus 8 [--dry-run]
 
 look and convert:
@@ -43,7 +46,7 @@ Files of arguments add up, later ones win: --config quickstart --config bitfit
 Methods and their arguments work from the shell too: --method LoRA --method.r 4
 """
 _TRAINER = ("fit", "validate", "test", "predict", "check", "search")
-_SUBMIT = "submit"
+_SUBMIT, _COMPARE = "submit", "compare"
 _TOOLS = ("methods", "info", "combine", "merge", "plot", "export", "import", "templates", "configs")
 _DEBUG = "LIGHTNING_PEFT_DEBUG"
 
@@ -60,7 +63,7 @@ def main() -> None:
         from lightning_peft import __version__
 
         print(f"lightning-peft {__version__}")
-    elif command in (*_TRAINER, *_TOOLS, _SUBMIT):
+    elif command in (*_TRAINER, *_TOOLS, _SUBMIT, _COMPARE):
         _run(command)
     else:
         fail(f"{command!r} is no command{_nearest(command)}: see lightning-peft --help.")
@@ -74,8 +77,16 @@ def _run(command: str) -> None:
             from lightning_peft.commands.submit import submit
 
             submit(sys.argv[2:])
+        elif command == _COMPARE:
+            from lightning_peft.commands.comparing import compare
+
+            compare(sys.argv[2:])
         elif command in _TRAINER and _shows_short_help(command):
             pass
+        elif command == "predict" and any(word.partition("=")[0] == "--text" for word in sys.argv[2:]):
+            from lightning_peft.commands.texts import predict
+
+            predict(sys.argv[2:])
         elif command in _TRAINER:
             slurm.check_environment()
             if command == "fit" and (slurm.is_job() or slurm.is_elastic()):
@@ -127,5 +138,5 @@ def _is_mistake(error: Exception) -> bool:
 def _nearest(command: str) -> str:
     import difflib
 
-    close = difflib.get_close_matches(command, (*_TRAINER, *_TOOLS, _SUBMIT), n=1)
+    close = difflib.get_close_matches(command, (*_TRAINER, *_TOOLS, _SUBMIT, _COMPARE), n=1)
     return f", did you mean {close[0]!r}" if close else ""

@@ -43,7 +43,7 @@ BASE: dict[str, Any] = {
 NUMBERS = ("null", "-1", ".nan", "-.inf", "1" + 30 * "0", "x", "ü😀", "[]", "{}", "[[1]]", "{a: 1}", "true", "''")
 WORDS_FOR = ("null", "-1", "x", "ü😀", "[]", "{}", "[[1]]", "{a: 1}", "''", "'../..'", '"\\0"', "x" * 5000)
 NUMBER_FIELDS = {
-    "model.init_args.lr": "",
+    "model.init_args.lr": "null",
     "model.init_args.weight_decay": "",
     "model.init_args.warmup": "",
     "model.init_args.head_lr": "null",
@@ -202,7 +202,6 @@ def _lines() -> Iterator[Case]:
         ("--model.model", "package://nosuch/model"),
         ("--model.model", "package://"),
         ("--model.model", "s3://bucket/model"),
-        ("--model.lr", "null"),
         ("--method.r", "null"),
         ("--method.alpha", "null"),
         ("--method.dropout", "null"),

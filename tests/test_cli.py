@@ -169,7 +169,15 @@ def test_validate_and_predict_from_a_delta(folder: Path, fitted: str) -> None:
         lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
         assert [line["row"] for line in lines] == list(range(8))
         assert {line["labels"] for line in lines} <= {"good", "bad"}
-        assert all(abs(sum(line["probabilities"]) - 1) < 1e-5 for line in lines)
+        assert all(abs(sum(line["probabilities"].values()) - 1) < 1e-5 for line in lines)
+        assert all(list(line) == ["row", "text", "labels", "probabilities"] for line in lines)
+        assert all(list(line["probabilities"]) == ["bad", "good"] for line in lines)
+    printed = run(
+        "predict", "--ckpt_path", "run/best.ckpt", "--text", lines[0]["text"], "--text=the end", folder=folder
+    )
+    said = f"{lines[0]['labels']} {lines[0]['probabilities'][lines[0]['labels']]:.3f}"
+    assert said in " ".join(printed.split())
+    assert "the end" in printed
 
 
 def test_a_delta_brings_its_method(folder: Path, fitted: str) -> None:

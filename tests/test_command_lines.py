@@ -9,7 +9,7 @@ from tests.command_lines import Case, Ended, cases, problem, run, workspace
 
 EVERY = cases()
 CHOSEN = [
-    "model.init_args.lr: null",
+    "model.init_args.weight_decay: null",
     "method.init_args.r: null",
     "method.init_args.alpha: null",
     "method.init_args.dropout: null",

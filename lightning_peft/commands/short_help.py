@@ -22,6 +22,7 @@ _WHAT = {
     "validate": "Score a delta on the validation split.",
     "test": "Score a delta on the test split.",
     "predict": "Write what a tuned model says of new rows.",
+    "search": "Find a template for a prompted task.",
     "check": "Run a few steps and say what passes, before it costs GPU hours.",
 }
 WIDTH = 96

@@ -90,6 +90,9 @@ def _describe(name: str, method: "type[TuningMethod]") -> None:
     console = Console()
     console.print(f"[bold]{name}[/bold]: {(method.__doc__ or '').splitlines()[0]}", highlight=False)
     console.print(method.paper, highlight=False)
+    rates = method.rates
+    said = f"Learning rates: {rates.delta:g} for what it trains, {rates.head:g} for a head ({rates.source})."
+    console.print(said, highlight=False)
     meanings: dict[str, str] = {}
     for kind in reversed(method.__mro__):
         documented = docstring_parser.parse(kind.__doc__ or "")

@@ -29,6 +29,7 @@ from lightning_peft.core.arguments import choice, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.reach import reached
+from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.core.sublayers import width_of
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -73,6 +74,7 @@ class Adapter(Method):
     kind: ClassVar[str] = "modules"
     trains: ClassVar[str] = "bottleneck networks in the blocks (houlsby, pfeiffer, parallel), and the norms"
     paper: ClassVar[str] = "Houlsby et al. 2019, arXiv 1902.00751"
+    rates: ClassVar[Rates] = Rates(3e-3, 1e-2, MEASURED)
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init_std", "zero_up"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

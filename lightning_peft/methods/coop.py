@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_peft.core import select
 from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.core.rates import Rates
 from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
 from lightning_peft.towers.contexts import Position, TextContext, check_classes, graft_context, plain_layout
 from lightning_peft.towers.plain_text import PlainContext, graft_plain, plain_text
@@ -58,6 +59,7 @@ class CoOp(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "a context in the texts of CLIP or SigLIP"
     paper: ClassVar[str] = "Zhou et al. 2021, arXiv 2109.01134"
+    rates: ClassVar[Rates] = Rates(2e-3, 1e-2, "section 4.1 of the paper, for SGD")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "share_prefix", "tokenizer"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.arguments import bounded, natural
+from lightning_peft.core.rates import Rates
 from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
 from lightning_peft.towers.contexts import TextContext, check_classes, graft_context, plain_layout
 from lightning_peft.towers.text_towers import STANDARD_DEVIATION, text_tower, word_table
@@ -63,6 +64,7 @@ class DAPL(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "contexts of two domains in the texts of CLIP or SigLIP"
     paper: ClassVar[str] = "Ge et al. 2022, arXiv 2202.06687"
+    rates: ClassVar[Rates] = Rates(3e-3, 1e-2, "section 4 of the paper, for SGD")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"share_prefix"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -25,6 +25,7 @@ from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.reach import reached
+from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.core.reads import may_overwrite, passed_by
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates import in_place
@@ -121,6 +122,7 @@ class IA3(MergingMethod):
     kind: ClassVar[str] = "activations"
     trains: ClassVar[str] = "scales of keys, values and feed-forward activations"
     paper: ClassVar[str] = "Liu et al. 2022, arXiv 2205.05638"
+    rates: ClassVar[Rates] = Rates(3e-2, 1e-2, MEASURED)
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach a vector to each chosen layer."""

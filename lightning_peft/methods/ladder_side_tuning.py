@@ -23,6 +23,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
 from lightning_peft.features.side import BesideFrozen, base_of, check_is_read, field_of, with_fields
+from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
@@ -170,6 +171,7 @@ class LadderSideTuning(Method):
     kind: ClassVar[str] = "side network"
     trains: ClassVar[str] = "a narrow transformer that reads the backbone's blocks"
     paper: ClassVar[str] = "Sung et al. 2022, arXiv 2206.06522"
+    rates: ClassVar[Rates] = Rates(3e-3, 1e-2, MEASURED)
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.FEATURES})
     breaks: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.FEATURES})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout"}

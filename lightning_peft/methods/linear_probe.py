@@ -20,6 +20,7 @@ from lightning_peft.core import anatomy, select
 from lightning_peft.core.arguments import choice
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
+from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.features import heads
 from lightning_peft.training.mixin import TunedBy
 
@@ -41,6 +42,7 @@ class LinearProbe(CachingMethod):
     kind: ClassVar[str] = "head"
     trains: ClassVar[str] = "the task head"
     paper: ClassVar[str] = "Alain and Bengio 2016, arXiv 1610.01644"
+    rates: ClassVar[Rates] = Rates(1e-2, 1e-1, MEASURED)
     needs: ClassVar[frozenset[str]] = frozenset()
     may_change: ClassVar[frozenset[str]] = CachingMethod.may_change | {"head_init"}
 

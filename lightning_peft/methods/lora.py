@@ -33,6 +33,7 @@ from lightning_peft.core import select, structure
 from lightning_peft.core.arguments import natural, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, overrides
+from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.core.reads import may_overwrite
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -86,6 +87,7 @@ class LoRA(MergingMethod):
     kind: ClassVar[str] = "weights"
     trains: ClassVar[str] = "low-rank updates of weight matrices (also DoRA, rsLoRA, LoRA+, PiSSA, OLoRA)"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
+    rates: ClassVar[Rates] = Rates(2e-3, 1e-2, MEASURED)
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout", "svd_iterations", "lora_plus_ratio"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -17,6 +17,7 @@ from torch import nn
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.core.rates import Rates
 from lightning_peft.prompts.virtual_tokens import word_rows
 from lightning_peft.towers.deep_prompts import (
     Prompts,
@@ -60,6 +61,7 @@ class MaPLe(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "coupled prompts in the layers of both towers"
     paper: ClassVar[str] = "Khattak et al. 2022, arXiv 2210.03117"
+    rates: ClassVar[Rates] = Rates(3.5e-3, 1e-2, "section 4 of the paper, for SGD")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"share_prefix", "tokenizer"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

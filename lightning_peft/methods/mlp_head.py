@@ -18,6 +18,7 @@ from lightning_peft.core import select
 from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.features import heads
 from lightning_peft.training.mixin import TunedBy
 
@@ -68,6 +69,7 @@ class MLPHead(CachingMethod):
     kind: ClassVar[str] = "head"
     trains: ClassVar[str] = "a head of k linear layers"
     paper: ClassVar[str] = "Jia et al. 2022, arXiv 2203.12119"
+    rates: ClassVar[Rates] = Rates(1e-2, 3e-3, MEASURED)
     needs: ClassVar[frozenset[str]] = frozenset()
     may_change: ClassVar[frozenset[str]] = CachingMethod.may_change | {"head_init", "dropout"}
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_peft.core import structure, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, grafts
+from lightning_peft.core.rates import Rates
 from lightning_peft.prompts.shared_prompt import SharedPrompt
 from lightning_peft.prompts.source_mask import SourceMask, source_of
 from lightning_peft.prompts.virtual_tokens import SOURCE
@@ -34,6 +35,7 @@ class PrefixLM(Method):
     kind: ClassVar[str] = "mask"
     trains: ClassVar[str] = "nothing: the source is read in both directions, whatever is trained beside it"
     paper: ClassVar[str] = "Dong et al. 2019, arXiv 1905.03197"
+    rates: ClassVar[Rates] = Rates(2e-3, 1e-2, "it trains nothing: LoRA's, for what is beside it")
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the mask to the model."""

@@ -24,6 +24,7 @@ from lightning_peft.core import structure, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.prompts import infix
 from lightning_peft.prompts.in_model import InModel, KnownTokens, Prepared, readers
 from lightning_peft.prompts.virtual_tokens import PlainIds, is_widened
@@ -46,6 +47,7 @@ class PrefixTuning(PrefixMethod):
     form: Literal["prefix", "infix"] = "prefix"
 
     paper: ClassVar[str] = "Li & Liang 2021, arXiv 2101.00190"
+    rates: ClassVar[Rates] = Rates(1e-3, 1e-2, MEASURED)
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach a prefix to each attention, or an infix to the word table and each projection of keys and values."""

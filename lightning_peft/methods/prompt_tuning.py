@@ -27,6 +27,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.host_copy import ask
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.core.placement import device_of, has_values
+from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.prompts.virtual_tokens import frequent_ids, insert, uniform_rows, word_rows
 from lightning_peft.training.mixin import TunedBy
 
@@ -53,6 +54,7 @@ class PromptTuning(PromptMethod):
     seed: int | None = None
 
     paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691"
+    rates: ClassVar[Rates] = Rates(3e-2, 1e-2, MEASURED)
     may_change: ClassVar[frozenset[str]] = PromptMethod.may_change | {
         "init", "text", "class_labels", "top_words", "seed"
     }  # fmt: skip

@@ -19,6 +19,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.core.rates import Rates
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
@@ -80,6 +81,7 @@ class TrainableTokens(Method):
     kind: ClassVar[str] = "words"
     trains: ClassVar[str] = "rows of the word table"
     paper: ClassVar[str] = "as in Hugging Face PEFT"
+    rates: ClassVar[Rates] = Rates(3e-3, 1e-2, "as for the prompt of P-Tuning; not measured")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"tokenizer"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -26,6 +26,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.rates import Rates
 from lightning_peft.prompting import Template
 from lightning_peft.prompts.virtual_tokens import word_rows
 from lightning_peft.training.mixin import TunedBy
@@ -73,6 +74,7 @@ class WARP(PromptMethod):
 
     trains: ClassVar[str] = "prompt tokens in the input and a row for each class"
     paper: ClassVar[str] = "Hambardzumyan et al. 2021, arXiv 2101.00121"
+    rates: ClassVar[Rates] = Rates(3e-2, 1e-2, "measured on made-up text, docs/results.md")
     may_change: ClassVar[frozenset[str]] = PromptMethod.may_change | {"init", "text"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -11,8 +11,9 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from rich.console import Console
-from torch import Tensor
 
+from lightning_peft.data.protocols import Rows, TextColumns
+from lightning_peft.tasks.texts import plain
 from lightning_peft.training import patches
 
 _SKIPPED: dict[str, Any] = {}
@@ -21,6 +22,9 @@ _SKIPPED: dict[str, Any] = {}
 
 class PredictionWriter(BasePredictionWriter):
     """Writes the output of ``predict_step`` as JSON lines, one a row with its number, in the order of the rows.
+
+    The text of a row stands before what is said of it, where the data say which columns hold it; scores are rounded to
+    six digits, and probabilities go by the names of the classes, in their order.
 
     ``predict_step`` returns a mapping of things that have one entry a row, or one such thing. Each process writes as it
     goes; the first one puts the rows together in the end. A run that was killed leaves its rows beside the file; the
@@ -37,6 +41,7 @@ class PredictionWriter(BasePredictionWriter):
         self.file = file
         self.resume = resume
         self._done: set[int] = set()
+        self._texts: Any = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the rows of a run that was killed; batches that they fill are not predicted again."""
@@ -54,6 +59,7 @@ class PredictionWriter(BasePredictionWriter):
         _end_at_whole_line(own)
         if self._done and trainer.is_global_zero:
             _say(f"{len(self._done)} predictions of an earlier run are kept")
+        self._texts = _texts(getattr(trainer, "datamodule", None))
         step = partial(self._predict, trainer, pl_module.predict_step)
         patches.of_run(trainer).patch(pl_module, "predict_step", step)
 
@@ -71,10 +77,11 @@ class PredictionWriter(BasePredictionWriter):
         if prediction is _SKIPPED:
             return
         columns = prediction if isinstance(prediction, Mapping) else {"prediction": prediction}
-        plain = {name: v.float().tolist() if isinstance(v, Tensor) else list(v) for name, v in columns.items()}
+        said = plain(columns, pl_module)
         lines = [
-            json.dumps({"row": row, **dict(zip(plain, values, strict=True))}, ensure_ascii=False) + "\n"
-            for row, values in zip(batch_indices or (), zip(*plain.values(), strict=True), strict=True)
+            json.dumps({"row": row, **self._shown(row), **dict(zip(said, values, strict=True))}, ensure_ascii=False)
+            + "\n"
+            for row, values in zip(batch_indices or (), zip(*said.values(), strict=True), strict=True)
             if row not in self._done
         ]
         with self._part(trainer).open("a", encoding="utf-8") as file:
@@ -102,6 +109,10 @@ class PredictionWriter(BasePredictionWriter):
             return _SKIPPED
         return step(*args, **kwargs)
 
+    def _shown(self, row: int) -> dict[str, Any]:
+        """Return the text of a row, by the names of its columns."""
+        return {} if self._texts is None else dict(self._texts[row])
+
     def _path(self, trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir) / self.file
 
@@ -112,6 +123,14 @@ class PredictionWriter(BasePredictionWriter):
     def _parts(self, trainer: L.Trainer) -> list[Path]:
         path = self._path(trainer)
         return [part for part in path.parent.glob(f".{path.name}.*") if part.suffix.removeprefix(".").isdecimal()]
+
+
+def _texts(data: Any) -> Any:
+    """Return the rows to predict with the columns of their text alone, where each is one row of a batch; or None."""
+    if not isinstance(data, TextColumns) or not isinstance(data, Rows) or isinstance(data.text, str):
+        return None
+    rows = data.rows("predict")
+    return None if rows is None else rows.select_columns(list(data.text))
 
 
 def _rows(part: Path) -> dict[int, str]:

@@ -9,8 +9,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from lightning_peft.core.rates import EVERYTHING
+from lightning_peft.core.tuning import tunings
 from lightning_peft.reports.confusion import confusion_table
 from lightning_peft.reports.parameters import parameter_table, size
+from lightning_peft.tasks.base import Task
+from lightning_peft.tasks.optimizer import rates_in
 
 
 class TuningReport(L.Callback):
@@ -27,7 +31,10 @@ class TuningReport(L.Callback):
         """Print what is trained and what is frozen."""
         self._config = Path(trainer.log_dir or ".") / "config.yaml"  # all processes must ask for log_dir together
         if trainer.is_global_zero:
-            Console().print(parameter_table(pl_module))
+            table = parameter_table(pl_module)
+            for name, rate in learning_rates(trainer, pl_module).items():
+                table.add_row("learning rate", f"{name} {rate}")
+            Console().print(table)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print which classes were taken for which, where the module counts that."""
@@ -57,3 +64,17 @@ class TuningReport(L.Callback):
         if self.command is not None and self._config.is_file():
             words = [Path(self.command).name, "test", "--config", str(self._config), "--ckpt_path", str(path)]
             Console(soft_wrap=True).print(f"test it with: {shlex.join(words)}", highlight=False)
+
+
+def learning_rates(trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
+    """Return, by the name of the optimizer's group, its learning rate and who says so, where that is known."""
+    said: dict[str, str] = {}
+    if isinstance(module, Task):
+        advised = [m for _, _, tuning in tunings(module) for m in tuning.methods.values()]
+        sources = "; ".join(f"{type(m).__name__}, {m.rates.source}" for m in advised) or EVERYTHING.source
+        for part, given in (("delta", module.lr), ("head", module.head_lr)):
+            said[part] = f" (recommended: {sources})" if given is None else " (given)"
+    return {
+        name: f"{rate:g}{said.get(name.partition(' at ')[0], '')}"
+        for name, rate in rates_in(trainer.optimizers).items()
+    }

@@ -18,6 +18,7 @@ from lightning_peft.core.hub import load_model, load_tokenizer, model_without_we
 from lightning_peft.core.switching import prepare
 from lightning_peft.data.protocols import Truncated
 from lightning_peft.prompts.virtual_tokens import is_widened
+from lightning_peft.tasks import texts as texts_module
 from lightning_peft.tasks.optimizer import Shapes, adamw, parameter_groups, shapes_of
 from lightning_peft.training.loss_by_token import LossByToken
 from lightning_peft.training.method import Method
@@ -38,8 +39,9 @@ class Task(MethodMixin, L.LightningModule):
 
     Args:
         model: folder or hub id of the pretrained model, or ``package://NAME/FOLDER`` in an installed package.
-        lr: learning rate of the delta, that is of all that is trained but the head.
-        head_lr: learning rate of the head; None: ``lr``.
+        lr: learning rate of the delta, that is of all that is trained but the head; None: what each method recommends
+            for its own (`core.rates`).
+        head_lr: learning rate of the head; None: the smallest that the methods recommend for one.
         weight_decay: of matrices.
         warmup: share of the steps in which the learning rate rises.
         dtype: what the model is loaded in; "auto": what it was saved in.
@@ -52,6 +54,12 @@ class Task(MethodMixin, L.LightningModule):
     """What the model is, for error messages."""
     not_inputs: frozenset[str] = frozenset({"labels", "task_ids"})
     """The entries of a batch that are tensors and no inputs of the model."""
+    padding_side: Literal["left", "right"] | None = None
+    """Where the batches of `predict` are padded; None: where the tokenizer says."""
+    of_texts = False
+    """Whether a row is one text, so that `predict` knows what to do with it."""
+    rate_scale = 1.0
+    """What all learning rates are multiplied by, for who tries several."""
     monitor = "val_loss"
     """The score that says which checkpoint is best."""
     val_scores: Any
@@ -60,8 +68,8 @@ class Task(MethodMixin, L.LightningModule):
     def __init__(
         self,
         model: str,
-        lr: float = 2e-3,
-        head_lr: float | None = 1e-2,
+        lr: float | None = None,
+        head_lr: float | None = None,
         weight_decay: float = 0.01,
         warmup: float = 0.1,
         dtype: Dtype = "float32",
@@ -69,7 +77,7 @@ class Task(MethodMixin, L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
-        self.head_lr = lr if head_lr is None else head_lr
+        self.head_lr = head_lr
         self.weight_decay = weight_decay
         self.warmup = warmup
         self.model_name = resolve(model)
@@ -237,6 +245,25 @@ class Task(MethodMixin, L.LightningModule):
         """Log the scores."""
         self.log_scores("test")
 
+    def predict(
+        self, texts: Sequence[str], batch_size: int = 32, max_length: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Return what the model says of each text, as a row: ``text``, and ``label`` with ``probabilities`` by name.
+
+        A model that writes gives ``written`` in their place. No Trainer is needed.
+
+        Args:
+            texts: as a person writes them; for a model that writes, the whole prompt.
+            batch_size: how many at a time.
+            max_length: where a text is cut [tokens]; None: at the last position of the model.
+
+        Raises:
+            TuningError: the rows of this task are no single texts.
+        """
+        if not self.of_texts:
+            raise TuningError(f"{type(self).__name__} is not of single texts: give its data to trainer.predict.")
+        return texts_module.predict(self, texts, batch_size, max_length)
+
     def rows_in(self, batch: Any) -> int:
         """Return how many rows a training batch has."""
         return len(next(iter(self.inputs(batch).values())))
@@ -248,12 +275,13 @@ class Task(MethodMixin, L.LightningModule):
             TuningError: the number of steps is not limited.
         """
         steps = self.trainer.estimated_stepping_batches
-        return adamw(self.parameter_groups(), self.lr, self.warmup, steps, self.trainer.precision)
+        return adamw(self.parameter_groups(), self.warmup, steps, self.trainer.precision)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the groups of the optimizer."""
         shapes = shapes_of(self, self.backbone) | self._shapes
-        return parameter_groups(self, shapes, {"delta": self.lr, "head": self.head_lr}, self.weight_decay)
+        groups = parameter_groups(self, shapes, {"delta": self.lr, "head": self.head_lr}, self.weight_decay)
+        return [{**group, "lr": group["lr"] * self.rate_scale} for group in groups]
 
     def reset_scores(self, split: Split) -> None:
         """Forget the scores of an earlier epoch."""

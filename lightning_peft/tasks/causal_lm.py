@@ -27,6 +27,8 @@ class CausalLM(WritingTask):
 
     auto = AutoModelForCausalLM
     what = "causal language model"
+    of_texts = True
+    padding_side = "left"
 
     def __init__(self, model: str, generate: Generate = "never", loss_chunk: int | None = None, **kwargs: Any) -> None:
         super().__init__(model, generate=generate, **kwargs)

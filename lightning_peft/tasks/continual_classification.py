@@ -150,7 +150,7 @@ class ContinualTask(HeadClassification):
     def configure_optimizers(self) -> Adam:
         """Return Adam, with a learning rate for the delta and one for the head."""
         groups = [{**group, "weight_decay": 0.0} for group in self.parameter_groups()]
-        return Adam(groups, lr=self.lr)
+        return Adam(groups)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep A."""

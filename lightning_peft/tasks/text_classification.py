@@ -10,3 +10,4 @@ class TextClassification(HeadClassification):
 
     auto = AutoModelForSequenceClassification
     what = "text classifier"
+    of_texts = True

@@ -162,9 +162,11 @@ class TwoTowerTask(Task):
         if epochs is None or epochs < 1:
             raise TuningError("the learning rate falls over the epochs, and their number has no limit: set max_epochs.")
         trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = SGD(trained, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        assert self.lr is not None  # this task always has one
+        rate = self.lr * self.rate_scale
+        optimizer = SGD(trained, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay)
         warmup = min(self.warmup_epochs, epochs - 1)
-        factor = partial(rate_at, epochs=epochs, warmup=warmup, first=self.warmup_lr / self.lr)
+        factor = partial(rate_at, epochs=epochs, warmup=warmup, first=self.warmup_lr / rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "epoch"}}
 
 

@@ -85,8 +85,13 @@ def from_delta(path: str | Path, backbone: nn.Module | str | None = None) -> nn.
         backbone: the model, or its folder or hub id; None: what the delta was trained on.
 
     Raises:
-        TuningError: the delta also holds tensors outside of the backbone, or does not fit.
+        TuningError: the delta also holds tensors outside of the backbone, or does not fit, or the arguments are in
+            the wrong order.
     """
+    if isinstance(path, nn.Module):
+        raise TuningError(
+            f"from_delta has a {type(path).__name__} where the file is to be: call from_delta(path, model)."
+        )
     _, meta = read_delta(path)
     if len(meta["backbones"]) != 1:
         raise TuningError(f"{path} tunes {len(meta['backbones'])} backbones: build the module and use load_delta.")

@@ -19,7 +19,7 @@ def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "check"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "check", "search"])
 def test_one_screen(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """It fits 60 lines of 96 columns with the classes of a configuration, and each method is named."""
     text = printed(monkeypatch, capsys, command, "--config", "quickstart", "--help")
@@ -28,7 +28,7 @@ def test_one_screen(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert max(map(len, lines)) <= 100
     assert all(name in text for name in every_method())
     assert "r=8, alpha=16.0" in text
-    assert "lr=0.002" in text  # which the task hands on to its parent
+    assert "head_lr=null" in text  # which the task hands on to its parent
     assert f"lightning-peft {command} --help all" in text
 
 

@@ -6,8 +6,11 @@ from typing import Any
 import lightning as L
 import pytest
 
-from lightning_peft import FullFineTuning, LoRA, Method, TuningError
+from lightning_peft import BitFit, FullFineTuning, LoRA, Method, TuningError
+from lightning_peft.methods import every_method
+from lightning_peft.reports.tuning_report import learning_rates
 from lightning_peft.tasks import TextClassification
+from lightning_peft.tasks.optimizer import rates_in
 from tests import text
 from tests.modules import trainer
 
@@ -79,3 +82,29 @@ def test_steps_are_counted_after_accumulation(model: str, tmp_path: Path) -> Non
 def test_no_end_of_the_schedule(model: str, tmp_path: Path) -> None:
     with pytest.raises(TuningError, match="and there is none: set max_epochs"):
         trainer(tmp_path, max_epochs=-1).fit(text.task(model), text.data(model, tmp_path))
+
+
+def test_the_rates_that_methods_recommend(model: str, tmp_path: Path) -> None:
+    """Each group has the rate of its method, the head the smallest, and a rate that is given wins."""
+    (optimizer,) = configured(text.task(model), tmp_path, LoRA(r=2), BitFit(), limit_train_batches=1).optimizers
+    expected = {
+        f"delta at {LoRA.rates.delta:g}": LoRA.rates.delta,
+        f"delta at {BitFit.rates.delta:g}": BitFit.rates.delta,
+        "head": min(LoRA.rates.head, BitFit.rates.head),
+    }
+    assert LoRA.rates.delta != BitFit.rates.delta
+    assert rates_in([optimizer]) == expected
+    run = configured(text.task(model, lr=5e-3), tmp_path, FullFineTuning(), limit_train_batches=1)
+    assert rates_in(run.optimizers) == {"delta": 5e-3, "head": FullFineTuning.rates.head}
+    shown = learning_rates(run, run.lightning_module)
+    assert shown["delta"] == "0.005 (given)"
+    assert shown["head"].endswith(f"(recommended: FullFineTuning, {FullFineTuning.rates.source})")
+
+
+def test_each_method_says_its_rates() -> None:
+    for name, method in every_method().items():
+        rates = method.rates
+        assert name == "FullFineTuning" or "rates" in vars(method), name
+        assert 0 < rates.delta < 1, name
+        assert 0 < rates.head < 1, name
+        assert rates.source, name

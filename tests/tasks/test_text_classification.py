@@ -37,7 +37,8 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_learns_and_scores(method: Method, model: str, tmp_path: Path) -> None:
     data = text.data(model, tmp_path, train=240, other=60)
-    task = text.task(model, lr=3e-3 if isinstance(method, FullFineTuning) else 2e-2, head_lr=None)
+    lr = 3e-3 if isinstance(method, FullFineTuning) else 2e-2
+    task = text.task(model, lr=lr, head_lr=lr)
     run = trainer(tmp_path, method, max_epochs=5)
     before = run.validate(task, data, verbose=False)[0]
     run.fit(task, data)
@@ -103,6 +104,25 @@ def test_predictions(model: str, tmp_path: Path) -> None:
     assert labels == [NAMES[i] for i in probabilities.argmax(1).tolist()]
     tokens = data.tokenizer(text.sentences(21, 2)[5]["text"], return_tensors="pt")
     assert torch.allclose(task.eval()(tokens).softmax(1)[0], probabilities[5], atol=1e-6)
+
+
+def test_texts_without_a_trainer(model: str, tmp_path: Path) -> None:
+    """A person's own texts get the scores that the same rows get from a Trainer, and the module stays as it was."""
+    data, task = text.data(model, tmp_path), text.task(model)
+    PromptTuning(num_virtual_tokens=3).apply(task)
+    batches = trainer(tmp_path).predict(task, data)
+    task.train()
+    modes = [module.training for module in task.modules()]
+    texts = [row["text"] for row in text.sentences(21, 2)]
+    rows = task.predict(texts, batch_size=8)
+    assert [row["text"] for row in rows] == texts
+    assert [row["label"] for row in rows] == [label for batch in batches for label in batch["labels"]]
+    assert all(list(row["probabilities"]) == NAMES for row in rows)
+    expected = torch.cat([batch["probabilities"] for batch in batches])
+    assert torch.allclose(torch.tensor([list(row["probabilities"].values()) for row in rows]), expected, atol=2e-6)
+    assert [module.training for module in task.modules()] == modes
+    with pytest.raises(TuningError, match=r"is no list of texts: give e\.g\. \['a text', 'another'\]\.$"):
+        task.predict("a text")
 
 
 def test_other_classes_in_the_data(model: str, tmp_path: Path) -> None:

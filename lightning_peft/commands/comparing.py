@@ -1,0 +1,145 @@
+"""``compare``: methods on one's own task and data, each at the learning rate that is best on validation rows."""
+
+import argparse
+import hashlib
+import logging
+import multiprocessing
+import re
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import datasets
+import transformers
+from rich.console import Console
+
+from lightning_peft.commands import fail, fitting
+from lightning_peft.commands.method_words import name_of
+from lightning_peft.commands.trials import Result, Trial, Trials, best_scale, scales_of
+from lightning_peft.core.errors import TuningError
+from lightning_peft.reports import comparison
+from lightning_peft.reports.rows import write_rows
+from lightning_peft.tasks.class_scores import HeadClassification
+
+PROBE = "LinearProbe(cache_features=True)"
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Words(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2."""
+        fail(f"{message}: see lightning-peft compare --help.")
+
+
+def parser() -> Words:
+    """Return the parser of what is not the configuration's."""
+    words = Words(
+        prog="lightning-peft compare",
+        description="Compare methods on a task and its data. Each method's learning rates are chosen on validation "
+        "rows with equal effort, by successive halving; then its seeds are scored on the test rows.",
+        epilog="All other arguments are those of fit: --config mine.yaml --data.train rows.csv. Several calls with one "
+        "folder, such as the tasks of a SLURM array, share the runs. A call that was killed goes on where it was.",
+        allow_abbrev=False,
+    )
+    words.add_argument("--methods", nargs="+", required=True, help="LoRA, 'LoRA(r=4)', 'LoRA + BitFit' ...")
+    words.add_argument("--seeds", type=int, default=3, help="how many seeds each method is scored with")
+    words.add_argument("--rates", type=int, default=3, help="how many learning rates each method may choose from")
+    words.add_argument("--budget", default=None, help="the time that all runs may take together: 90m, 2h")
+    words.add_argument("--folder", type=Path, default=Path("runs/compare"), help="where runs and tables are kept")
+    words.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
+    return words
+
+
+def compare(arguments: Sequence[str]) -> None:
+    """Run what is missing, and write the table."""
+    given, words = parser().parse_known_args(list(arguments))
+    for name in ("seeds", "rates", "jobs"):
+        if vars(given)[name] < 1:
+            raise TuningError(f"--{name} {vars(given)[name]} is out of range: take 1 or more.")
+    spawn = multiprocessing.get_context("spawn")
+    others = [spawn.Process(target=runs, args=(given, words)) for _ in range(given.jobs - 1)]
+    for other in others:
+        other.start()
+    try:
+        results, monitor = runs(given, words)
+    finally:
+        for other in others:
+            other.join()
+    entries = comparison.entries_of(results, fitting.higher_is_better(monitor))
+    metric = monitor.removeprefix("val_")
+    comparison.write(given.folder, entries, given.seeds, {"metric": metric, "seeds": given.seeds})
+    file = given.folder / "results.csv"
+    file.unlink(missing_ok=True)
+    write_rows(file, comparison.result_rows(entries, metric))
+    _say(given.folder, entries, given.seeds, metric, [name for name, own in results.items() if not own])
+
+
+def runs(given: argparse.Namespace, words: Sequence[str]) -> tuple[dict[str, list[Result]], str]:
+    """Run what is missing of a comparison, and return what each method has found, and the score that counts."""
+    budget = seconds_of(given.budget)
+    methods = list(dict.fromkeys(name_of(word) for word in given.methods))
+    _be_silent()
+    task, text = fitting.describe(words)
+    if isinstance(task, HeadClassification) and not any(method.startswith("LinearProbe") for method in methods):
+        methods.append(name_of(PROBE))
+    identity = hashlib.sha256(text.encode()).hexdigest()
+    trials = Trials(given.folder / "trials", identity, partial(_told, words, task.monitor), budget)
+    higher = fitting.higher_is_better(task.monitor)
+    results = {name: trials.all_of([Trial(name, 1.0, 0, 1.0, True)]) or [] for name in fitting.untrained(task)}
+    for method in methods:
+        results[method] = scored(trials, method, given.rates, given.seeds, higher)
+    return results, task.monitor
+
+
+def scored(trials: Trials, method: str, rates: int, seeds: int, higher: bool) -> list[Result]:
+    """Choose the learning rates of a method on validation rows, and score its seeds; fewer where the budget ends."""
+    scale = best_scale(trials, method, scales_of(rates), higher)
+    if scale is None:
+        return []
+    wanted = [Trial(method, scale, seed, 1.0, True) for seed in range(1, seeds + 1)]
+    trials.all_of(wanted)
+    return [found for trial in wanted if (found := trials.found(trial)) is not None]
+
+
+def seconds_of(budget: str | None) -> float | None:
+    """Return a time such as '90m' or '2h' in seconds.
+
+    >>> seconds_of("90m"), seconds_of("1.5h")
+    (5400.0, 5400.0)
+
+    Raises:
+        TuningError: it is none.
+    """
+    if budget is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", budget)
+    if found is None:
+        raise TuningError(f"--budget {budget!r} is no time: write it as 90s, 30m, 2h or 1d.")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def _be_silent() -> None:
+    """Let runs print no bars, hints and seeds; what goes wrong is an error."""
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _told(words: Sequence[str], monitor: str, trial: Trial) -> Result:
+    what = f"{trial.method}, rates x {trial.scale:g}, seed {trial.seed}" + ("" if trial.tests else " (choosing)")
+    Console(stderr=True, soft_wrap=True).print(what, highlight=False, markup=False)
+    return fitting.run(words, monitor, trial)
+
+
+def _say(folder: Path, entries: Sequence[comparison.Entry], seeds: int, metric: str, missing: list[str]) -> None:
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(comparison.markdown(comparison.rows_of(entries, seeds)), end="")
+    console.print(f"{metric} on the test rows; {folder}/table.md, .csv and .json, costs.csv, results.csv for plot")
+    if missing:
+        console.print(f"the budget ended before {', '.join(missing)}: the same command with a larger --budget goes on")

@@ -1,0 +1,85 @@
+"""``predict --text``: what a tuned model says of texts from the shell, by its checkpoint alone."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from lightning_peft import tasks
+from lightning_peft.commands.parsing import ToolParser
+from lightning_peft.core.delta_file import CLASS_PATH, meta_of, read_checkpoint
+from lightning_peft.core.errors import TuningError
+from lightning_peft.tasks.base import Task
+from lightning_peft.training.rebuild import load_from_checkpoint
+
+_SHOWN = 3
+"""How many of the likeliest classes of a text are shown."""
+
+
+def predict(words: Sequence[str]) -> None:
+    """Print what the model of a checkpoint says of each text."""
+    parser = ToolParser(prog="lightning-peft predict --text", description="Print what a tuned model says of texts.")
+    parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint that fit has written")
+    parser.add_argument("--text", type=str, nargs="+", required=True, help="the texts")
+    parser.add_argument("--max_length", type=int | None, default=None, help="where a text is cut [tokens]")
+    given = parser.parse_args(_together(words))
+    rows = load_task(given.ckpt_path).predict(given.text, max_length=given.max_length)
+    Console().print(_table(rows))
+
+
+def load_task(path: str) -> Task:
+    """Return the task of a checkpoint with its delta.
+
+    Raises:
+        TuningError: the checkpoint is of no task of this package.
+    """
+    checkpoint = read_checkpoint(path)
+    meta = meta_of(checkpoint, path)
+    known: dict[str, type[Task]] = {f"{kind.__module__}.{name}": kind for name, kind in vars(tasks).items()
+                                    if isinstance(kind, type) and issubclass(kind, Task)}  # fmt: skip
+    hyper: Mapping[str, Any] = checkpoint.get("hyper_parameters", {})
+    kind = known.get(str(hyper.get(CLASS_PATH)))
+    if kind is None:
+        raise TuningError(
+            f"{path} does not say which task of lightning_peft it is of: load it by load_from_checkpoint of your "
+            "class, and call its predict."
+        )
+    told = {}
+    if "labels" not in hyper:  # the command line gives them to the task from the data
+        names = [b["config"].get("id2label") for b in meta["backbones"].values()]
+        told = {"labels": list(names[0].values())} if names and names[0] else {}
+    return load_from_checkpoint(kind, path, **told)
+
+
+def _together(words: Sequence[str]) -> list[str]:
+    """Return the arguments with the texts of several ``--text`` behind one."""
+    kept, texts, into = [], [], False
+    for word in words:
+        option, equals, rest = word.partition("=")
+        if option.startswith("--"):
+            into = option == "--text"
+            if not into:
+                kept.append(word)
+            elif equals:
+                texts.append(rest)
+        else:
+            (texts if into else kept).append(word)
+    return [*kept, "--text", *texts]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table of texts, each with its answer and the likeliest classes."""
+    scored = all("probabilities" in row for row in rows)
+    table = Table(Column("text", overflow="fold"), Column("answer", overflow="fold"))
+    if scored:
+        table.add_column("probabilities", overflow="fold")
+    for row in rows:
+        answer = str(row["label"] if "label" in row else row["written"])
+        cells = [row["text"], answer]
+        if scored:
+            likely = sorted(row["probabilities"].items(), key=lambda item: -item[1])[:_SHOWN]
+            cells.append(", ".join(f"{name} {p:.3f}" for name, p in likely))
+        table.add_row(*(escape(cell) for cell in cells))
+    return table

@@ -1,0 +1,55 @@
+"""The learning rates that methods recommend, for AdamW with a linear schedule, as the tasks have them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lightning_peft.core.pruned import live_name
+
+if TYPE_CHECKING:
+    from lightning_peft.core.tuning import Tuning
+
+MEASURED = "measured on MiniLM, docs/results.md"
+"""The source of a rate that is the best of those tried on real text."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning rates of what a method adds or trains, and of a new head beside it, and where they are from."""
+
+    delta: float
+    head: float
+    source: str
+
+
+EVERYTHING = Rates(3e-4, 1e-3, MEASURED)
+"""The rates at which all parameters of a pretrained model are trained."""
+
+
+def rates_of(backbone: nn.Module, tuning: "Tuning") -> dict[str, float]:
+    """Return the recommended rate of each trained parameter, by its name in the backbone.
+
+    What several methods train has the smallest of their rates.
+    """
+    found: dict[str, float] = {}
+    for key, name in _trained(backbone, tuning):
+        rate = tuning.methods[key].rates.delta
+        found[name] = min(rate, found.get(name, rate))
+    return found
+
+
+def head_rate(tuning: "Tuning") -> float:
+    """Return the recommended rate of the head: the smallest of those of the methods."""
+    return min(method.rates.head for method in tuning.methods.values())
+
+
+def _trained(backbone: nn.Module, tuning: "Tuning") -> Iterator[tuple[str, str]]:
+    """Yield the key of a method and the name of a parameter that it trains."""
+    live = dict(backbone.named_parameters())
+    for key, names in tuning.trains.items():
+        yield from ((key, live_name(name, live)) for name in names)
+    for place in tuning.grafts(backbone):
+        if place.graft.owner in tuning.methods:
+            yield from ((place.graft.owner, f"{place.full_name}.{n}") for n, _ in place.graft.named_parameters())

@@ -1,0 +1,166 @@
+"""``compare``: rates are chosen on validation rows, and a killed comparison ends in the same table to the byte."""
+
+import json
+import multiprocessing
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_peft import TuningError
+from lightning_peft.cli import main
+from lightning_peft.commands import fitting
+from lightning_peft.commands.comparing import seconds_of
+from lightning_peft.commands.method_words import methods_of, name_of
+from lightning_peft.commands.trials import Result, Trial, Trials, best_scale, scales_of
+from lightning_peft.reports.comparison import entries_of
+from tests import text
+
+CONFIG = """
+model: {class_path: TextClassification, init_args: {model: model}}
+data:
+  class_path: TextClassificationData
+  init_args: {train: train.csv, max_length: 16, batch_size: 8, validation_share: 0.25, test_share: 0.25}
+method: BitFit
+trainer: {accelerator: cpu, max_epochs: 1}
+"""
+
+
+class Noted:
+    """Stands in for the runs: the best factor of learning rates is 0.3, and each run is noted."""
+
+    def __init__(self) -> None:
+        self.trials: list[Trial] = []
+
+    def __call__(self, trial: Trial) -> Result:
+        self.trials.append(trial)
+        return {"validation": 1.0 - abs(trial.scale - 0.3), "test": 0.5}
+
+
+def test_halving_is_on_validation_rows_and_gives_each_method_the_same(tmp_path: Path) -> None:
+    noted = Noted()
+    trials = Trials(tmp_path, "x", noted, None)
+    assert scales_of(4) == [1.0, 3.0, 0.3, 10.0]
+    assert best_scale(trials, "LoRA", scales_of(4), higher=True) == 0.3
+    assert [(trial.share, trial.scale) for trial in noted.trials] == [
+        (0.25, 1.0), (0.25, 3.0), (0.25, 0.3), (0.25, 10.0), (0.5, 0.3), (0.5, 1.0)
+    ]  # fmt: skip
+    assert not any(trial.tests for trial in noted.trials)
+    assert best_scale(trials, "LoRA", scales_of(4), higher=False) == 10.0
+    assert best_scale(trials, "LoRA", [1.0], higher=True) == 1.0
+    before = len(noted.trials)
+    assert best_scale(Trials(tmp_path, "x", noted, None), "LoRA", scales_of(4), higher=True) == 0.3
+    assert len(noted.trials) == before
+    assert best_scale(Trials(tmp_path, "other", noted, None), "LoRA", scales_of(2), higher=True) == 1.0
+    assert len(noted.trials) == before + 2
+
+
+def test_the_budget_ends_a_comparison(tmp_path: Path) -> None:
+    assert (seconds_of("90m"), seconds_of("2h"), seconds_of(None)) == (5400.0, 7200.0, None)
+    with pytest.raises(TuningError, match=r"--budget 'soon' is no time: write it as 90s, 30m, 2h or 1d\.$"):
+        seconds_of("soon")
+    assert Trials(tmp_path, "x", Noted(), 0.0).all_of([Trial("LoRA", 1.0, 0, 1.0, True)]) is None
+    assert Trials(tmp_path, "x", Noted(), 60.0).all_of([Trial("LoRA", 1.0, 0, 1.0, True)]) is not None
+
+
+def hold(folder: Path, trial: Trial, ready: Any, go: Any) -> None:
+    """Run a trial in a process of its own, as slowly as it is told."""
+
+    def run(one: Trial) -> Result:
+        ready.set()
+        go.wait(30)
+        return {"validation": 1.0, "test": 2.0}
+
+    Trials(folder, "x", run, None).all_of([trial])
+
+
+def test_two_processes_share_the_runs(tmp_path: Path) -> None:
+    first, second = Trial("LoRA", 1.0, 1, 1.0, True), Trial("LoRA", 1.0, 2, 1.0, True)
+    fork = multiprocessing.get_context("fork")
+    ready, go = fork.Event(), fork.Event()
+    other = fork.Process(target=hold, args=(tmp_path, first, ready, go))
+    other.start()
+    assert ready.wait(30)
+    ran: list[Trial] = []
+
+    def run(trial: Trial) -> Result:
+        ran.append(trial)
+        go.set()
+        return {"validation": 1.0, "test": 1.0}
+
+    found = Trials(tmp_path, "x", run, None).all_of([first, second])
+    other.join(30)
+    assert ran == [second]
+    assert [one["test"] for one in found or ()] == [2.0, 1.0]
+
+
+def test_words_of_methods() -> None:
+    assert name_of(" LoRA( r = 8,alpha=32.0) +BitFit()") == "LoRA(alpha=32.0) + BitFit"
+    assert [type(method).__name__ for method in methods_of("LoRA(r=4) + BitFit")] == ["LoRA", "BitFit"]
+    for word, said in (
+        ("Lora", "'Lora' of 'Lora' is no method; it has e.g. LoRA"),
+        ("LoRA(8)", r"'LoRA\(8\)' is no method \(a method is called with names and values\): write it as LoRA"),
+        ("LoRA(rank=8)", "unexpected keyword argument 'rank'"),
+        ("LoRA(r=open('x'))", "is no method"),
+        ("LoRA(", "is no method"),
+    ):
+        with pytest.raises(TuningError, match=said):
+            methods_of(word)
+
+
+def test_how_far_a_method_is_behind() -> None:
+    common = {"rates": {"delta": 0.1}, "trained": 1, "bytes": 1}
+    best = {"test": 0.9, "hits": [1] * 90 + [0] * 10, **common}
+    worse = {"test": 0.5, "hits": [1] * 50 + [0] * 50, **common}
+    entries = entries_of({"worse": [worse], "best": [best]}, higher=True)
+    assert [entry.method for entry in entries] == ["best", "worse"]
+    assert entries[0].behind is None
+    low, high = entries[1].behind or (0.0, 0.0)
+    assert 0.28 < low < 0.38 < 0.42 < high < 0.52
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, bytes]:
+    words = ["--config", "tiny.yaml", "--methods", "LoRA(r=2)", "--seeds", "1", "--rates", "1", *more]
+    monkeypatch.setattr(sys, "argv", ["lightning-peft", "compare", *words])
+    main()
+    return {name: Path(f"runs/compare/{name}").read_bytes() for name in ("table.md", "table.csv", "table.json")}
+
+
+def test_a_killed_comparison_ends_in_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text.save_model(tmp_path / "model")
+    text.write(tmp_path / "train.csv", text.sentences(60))
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    run, ran = fitting.run, []
+
+    def killed(words: Sequence[str], monitor: str, trial: Trial) -> Result:
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(trial)
+        return run(words, monitor, trial)
+
+    monkeypatch.setattr(fitting, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compared(monkeypatch)
+    assert len(list(Path("runs/compare/trials").glob("*.json"))) == 2
+    ran.clear()
+    monkeypatch.setattr(fitting, "run", lambda *given: ran.append(given) or run(*given))
+    table = compared(monkeypatch)
+    assert len(ran) == 1
+    words, monitor, trial = ran[-1]
+    kept = [json.loads(path.read_text()) for path in Path("runs/compare/trials").glob("*.json")]
+    (own,) = [one for one in kept if one["method"] == trial.method]
+    choosing = run(words, monitor, replace(trial, share=0.5, tests=False))
+    assert choosing.keys() == own.keys() - {"method", "scale", "seed", "share", "tests", "seconds", "test", "hits"}
+    assert 0 < choosing["steps"] < own["steps"]
+    assert len(own["hits"]) == 15
+    ran.clear()
+    assert compared(monkeypatch) == table
+    assert not ran
+    rows = {row["method"]: row for row in json.loads(table["table.json"])["methods"]}
+    assert rows.keys() == {"LoRA(r=2)", "LinearProbe(cache_features=True)", "nearest demonstrations"}
+    assert len(rows["LoRA(r=2)"]["scores"]) == 1
+    assert b"| `LoRA(r=2)` | 0." in table["table.md"]

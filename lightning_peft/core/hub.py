@@ -141,3 +141,13 @@ def quiet_loading() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def padding_id(name: str, config: Any) -> int | None:
+    """Return the id of the tokenizer's padding token, or where it has none, of its end-of-sequence token."""
+    try:
+        tokenizer = load_tokenizer(name)
+    except TuningError:
+        end = config.eos_token_id
+        return end[0] if isinstance(end, list) else end
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

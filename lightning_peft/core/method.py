@@ -14,8 +14,8 @@ from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import Graft, Grafted, grafts, owned_by
 from lightning_peft.core.pattern import matcher, matches_noted
 from lightning_peft.core.private_torch import is_compiled
+from lightning_peft.core.rates import ADDED, Rates
 from lightning_peft.core.reach import reached
-from lightning_peft.core.rates import EVERYTHING, Rates
 from lightning_peft.core.tuning import Tuning
 from lightning_peft.core.twin import Twin
 
@@ -56,7 +56,7 @@ class TuningMethod:
     """What it trains, in a few words, for tables."""
     paper: ClassVar[str] = ""
     """Authors, year and arXiv number."""
-    rates: ClassVar[Rates] = EVERYTHING
+    rates: ClassVar[Rates] = ADDED
     """The learning rates that it recommends for what it trains and for a head, under AdamW, and where they are from."""
     may_change: ClassVar[frozenset[str]] = frozenset({"backbone", "backbone_mode", "keep_fp32", "name"})
     """Arguments that may differ between a delta file and the module that loads it."""

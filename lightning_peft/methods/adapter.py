@@ -28,8 +28,8 @@ from lightning_peft.core import anatomy, select, structure, sublayers
 from lightning_peft.core.arguments import choice, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
-from lightning_peft.core.reach import reached
 from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.core.reach import reached
 from lightning_peft.core.sublayers import width_of
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy

@@ -24,8 +24,8 @@ from lightning_peft.core import anatomy, select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
-from lightning_peft.core.reach import reached
 from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.core.reach import reached
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 

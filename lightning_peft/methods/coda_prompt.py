@@ -23,6 +23,7 @@ from lightning_peft.bases.layers import check_divides
 from lightning_peft.core import compatibility
 from lightning_peft.core.arguments import bounded, natural, numbers
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.rates import Rates
 from lightning_peft.towers.attended_prompts import PromptsByQuery, attach_by_query, begin_task
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -100,6 +101,7 @@ class CODAPrompt(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "components of prompts, which images weight by their queries"
     paper: ClassVar[str] = "Smith et al. 2023, arXiv 2211.13218"
+    rates: ClassVar[Rates] = Rates(3e-3, 3e-3, "as for L2P; not measured")
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"orthogonality"}
 

@@ -30,8 +30,8 @@ from lightning_peft.core import anatomy, select
 from lightning_peft.core.arguments import bounded, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, grafts
-from lightning_peft.core.reach import unreached
 from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.core.reach import unreached
 from lightning_peft.core.stand_in import readers
 from lightning_peft.training import checks
 from lightning_peft.training.method import Method

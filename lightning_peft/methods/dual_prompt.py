@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_peft.core import compatibility
 from lightning_peft.core.arguments import natural, numbers, positive
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.rates import Rates
 from lightning_peft.towers.attended_prompts import PromptsByQuery, attach_by_query, begin_task
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -86,6 +87,7 @@ class DualPrompt(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "prompts that all tasks share and prompts of each task, as keys and values"
     paper: ClassVar[str] = "Wang et al. 2022, arXiv 2204.04799"
+    rates: ClassVar[Rates] = Rates(3e-3, 3e-3, "as for L2P; not measured")
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"pull"}
 

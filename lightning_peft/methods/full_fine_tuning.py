@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.rates import EVERYTHING, Rates
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
@@ -29,6 +30,7 @@ class FullFineTuning(Method):
     kind: ClassVar[str] = "all"
     trains: ClassVar[str] = "every parameter: the baseline"
     paper: ClassVar[str] = "Devlin et al. 2019, arXiv 1810.04805"
+    rates: ClassVar[Rates] = EVERYTHING
     keeps_originals: ClassVar[bool] = False
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

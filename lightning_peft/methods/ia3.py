@@ -24,8 +24,8 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
-from lightning_peft.core.reach import reached
 from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.core.reach import reached
 from lightning_peft.core.reads import may_overwrite, passed_by
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates import in_place

@@ -20,6 +20,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.arguments import bounded, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.core.rates import Rates
 from lightning_peft.methods.coop import CoOp
 from lightning_peft.towers.context_tokens import ContextCall
 from lightning_peft.towers.contexts import Position, TextContext
@@ -95,6 +96,7 @@ class KgCoOp(CoOp):
 
     trains: ClassVar[str] = "a context in the texts of CLIP or SigLIP, pulled towards hand-written ones"
     paper: ClassVar[str] = "Yao et al. 2023, arXiv 2303.13283"
+    rates: ClassVar[Rates] = Rates(2e-3, 1e-2, "as for CoOp, for SGD")
     may_change: ClassVar[frozenset[str]] = CoOp.may_change | {"pull", "words"}
 
     def text_context(self, backbone: nn.Module, layout: Tensor, call: ContextCall) -> PulledContext:

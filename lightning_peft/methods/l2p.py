@@ -30,9 +30,9 @@ from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.rates import Rates
 from lightning_peft.towers.plain_pool import PromptsUnturned, RowEnd, RowPool, RowPrompts, end_of
 from lightning_peft.towers.plain_vision import counting_prefixes
-from lightning_peft.core.rates import Rates
 from lightning_peft.towers.prompt_pool import ChosenPrompts, PromptPool
 from lightning_peft.towers.vision import Tower, tower
 from lightning_peft.training.method import Method

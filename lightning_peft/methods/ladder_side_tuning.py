@@ -22,8 +22,8 @@ from lightning_peft.core.arguments import natural, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
-from lightning_peft.features.side import BesideFrozen, base_of, check_is_read, field_of, with_fields
 from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.features.side import BesideFrozen, base_of, check_is_read, field_of, with_fields
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 

@@ -29,8 +29,8 @@ from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach
 from lightning_peft.core.private_torch import is_compiled
-from lightning_peft.core.reach import reached
 from lightning_peft.core.rates import Rates
+from lightning_peft.core.reach import reached
 from lightning_peft.features.activation_memory import Kept, tensors_in
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy

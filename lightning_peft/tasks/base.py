@@ -14,7 +14,7 @@ from torchmetrics import MetricCollection
 
 from lightning_peft.core import anatomy, text_structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.hub import load_model, load_tokenizer, model_without_weights, resolve
+from lightning_peft.core.hub import load_model, load_tokenizer, model_without_weights, padding_id, resolve
 from lightning_peft.core.switching import prepare
 from lightning_peft.data.protocols import Truncated
 from lightning_peft.prompts.virtual_tokens import is_widened
@@ -96,7 +96,7 @@ class Task(MethodMixin, L.LightningModule):
         model, info = load_model(self.auto, name, self.what, dtype=self.dtype_name, output_loading_info=True, **config)
         self.check_loaded(model, info)
         if getattr(model.config, "pad_token_id", 0) is None:  # a vision model has no such entry
-            model.config.pad_token_id = _padding(name, model.config)
+            model.config.pad_token_id = padding_id(name, model.config)
         trained: nn.Module = model.train()
         return trained
 
@@ -292,13 +292,3 @@ class Task(MethodMixin, L.LightningModule):
 def without_weights(info: Mapping[str, Any]) -> set[str]:
     """Return the names of the tensors that transformers found no weights for, or some of another shape."""
     return {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
-
-
-def _padding(name: str, config: Any) -> int | None:
-    """Return the id of the tokenizer's padding token, or where it has none, of its end-of-sequence token."""
-    try:
-        tokenizer = load_tokenizer(name)
-    except TuningError:
-        end = config.eos_token_id
-        return end[0] if isinstance(end, list) else end
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -37,10 +37,10 @@ def load_task(path: str) -> Task:
     """
     checkpoint = read_checkpoint(path)
     meta = meta_of(checkpoint, path)
-    known: dict[str, type[Task]] = {f"{kind.__module__}.{name}": kind for name, kind in vars(tasks).items()
-                                    if isinstance(kind, type) and issubclass(kind, Task)}  # fmt: skip
     hyper: Mapping[str, Any] = checkpoint.get("hyper_parameters", {})
-    kind = known.get(str(hyper.get(CLASS_PATH)))
+    package, _, name = str(hyper.get(CLASS_PATH)).rpartition(".")  # the command line writes lightning_peft.NAME
+    found = vars(tasks).get(name) if package.partition(".")[0] == "lightning_peft" else None
+    kind = found if isinstance(found, type) and issubclass(found, Task) else None
     if kind is None:
         raise TuningError(
             f"{path} does not say which task of lightning_peft it is of: load it by load_from_checkpoint of your "

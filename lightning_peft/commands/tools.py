@@ -90,7 +90,7 @@ def _describe(name: str, method: "type[TuningMethod]") -> None:
     console = Console()
     console.print(f"[bold]{name}[/bold]: {(method.__doc__ or '').splitlines()[0]}", highlight=False)
     console.print(method.paper, highlight=False)
-    rates = method.rates
+    rates = method.advised
     said = f"Learning rates: {rates.delta:g} for what it trains, {rates.head:g} for a head ({rates.source})."
     console.print(said, highlight=False)
     meanings: dict[str, str] = {}

@@ -56,7 +56,7 @@ class TuningMethod:
     """What it trains, in a few words, for tables."""
     paper: ClassVar[str] = ""
     """Authors, year and arXiv number."""
-    rates: ClassVar[Rates] = ADDED
+    advised: ClassVar[Rates] = ADDED
     """The learning rates that it recommends for what it trains and for a head, under AdamW, and where they are from."""
     may_change: ClassVar[frozenset[str]] = frozenset({"backbone", "backbone_mode", "keep_fp32", "name"})
     """Arguments that may differ between a delta file and the module that loads it."""

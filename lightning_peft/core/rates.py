@@ -37,14 +37,14 @@ def rates_of(backbone: nn.Module, tuning: "Tuning") -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for key, name in _trained(backbone, tuning):
-        rate = tuning.methods[key].rates.delta
+        rate = tuning.methods[key].advised.delta
         found[name] = min(rate, found.get(name, rate))
     return found
 
 
 def head_rate(tuning: "Tuning") -> float:
     """Return the recommended rate of the head: the smallest of those of the methods."""
-    return min(method.rates.head for method in tuning.methods.values())
+    return min(method.advised.head for method in tuning.methods.values())
 
 
 def _trained(backbone: nn.Module, tuning: "Tuning") -> Iterator[tuple[str, str]]:

@@ -74,7 +74,7 @@ class Adapter(Method):
     kind: ClassVar[str] = "modules"
     trains: ClassVar[str] = "bottleneck networks in the blocks (houlsby, pfeiffer, parallel), and the norms"
     paper: ClassVar[str] = "Houlsby et al. 2019, arXiv 1902.00751"
-    rates: ClassVar[Rates] = Rates(3e-3, 1e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(3e-3, 1e-2, MEASURED)
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init_std", "zero_up"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -110,7 +110,7 @@ class BitFit(Method):
     kind: ClassVar[str] = "biases"
     trains: ClassVar[str] = "the biases, or a subset by role"
     paper: ClassVar[str] = "Ben Zaken et al. 2022, arXiv 2106.10199"
-    rates: ClassVar[Rates] = Rates(3e-3, 1e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(3e-3, 1e-2, MEASURED)
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Return the names of the biases to train; add those that are missing, and shifts of parts of fused ones."""

@@ -101,7 +101,7 @@ class CODAPrompt(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "components of prompts, which images weight by their queries"
     paper: ClassVar[str] = "Smith et al. 2023, arXiv 2211.13218"
-    rates: ClassVar[Rates] = Rates(3e-3, 3e-3, "as for L2P; not measured")
+    advised: ClassVar[Rates] = Rates(3e-3, 3e-3, "as for L2P; not measured")
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"orthogonality"}
 

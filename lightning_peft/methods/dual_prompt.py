@@ -87,7 +87,7 @@ class DualPrompt(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "prompts that all tasks share and prompts of each task, as keys and values"
     paper: ClassVar[str] = "Wang et al. 2022, arXiv 2204.04799"
-    rates: ClassVar[Rates] = Rates(3e-3, 3e-3, "as for L2P; not measured")
+    advised: ClassVar[Rates] = Rates(3e-3, 3e-3, "as for L2P; not measured")
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"pull"}
 

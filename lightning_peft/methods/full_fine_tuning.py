@@ -30,7 +30,7 @@ class FullFineTuning(Method):
     kind: ClassVar[str] = "all"
     trains: ClassVar[str] = "every parameter: the baseline"
     paper: ClassVar[str] = "Devlin et al. 2019, arXiv 1810.04805"
-    rates: ClassVar[Rates] = EVERYTHING
+    advised: ClassVar[Rates] = EVERYTHING
     keeps_originals: ClassVar[bool] = False
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -69,7 +69,7 @@ class L2P(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "a pool of prompts and the keys by which images choose among them"
     paper: ClassVar[str] = "Wang et al. 2022, arXiv 2112.08654"
-    rates: ClassVar[Rates] = Rates(3e-3, 3e-3, "measured on tasks of shapes, docs/results.md")
+    advised: ClassVar[Rates] = Rates(3e-3, 3e-3, "measured on tasks of shapes, docs/results.md")
     breaks: ClassVar[frozenset[str]] = frozenset({compatibility.LENGTH})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"pull", "diversify", "batchwise", "cache_queries"}
 

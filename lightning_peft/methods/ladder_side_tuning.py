@@ -171,7 +171,7 @@ class LadderSideTuning(Method):
     kind: ClassVar[str] = "side network"
     trains: ClassVar[str] = "a narrow transformer that reads the backbone's blocks"
     paper: ClassVar[str] = "Sung et al. 2022, arXiv 2206.06522"
-    rates: ClassVar[Rates] = Rates(3e-3, 1e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(1e-2, 1e-2, MEASURED)
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.FEATURES})
     breaks: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.FEATURES})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout"}

@@ -42,7 +42,7 @@ class LinearProbe(CachingMethod):
     kind: ClassVar[str] = "head"
     trains: ClassVar[str] = "the task head"
     paper: ClassVar[str] = "Alain and Bengio 2016, arXiv 1610.01644"
-    rates: ClassVar[Rates] = Rates(1e-2, 1e-1, MEASURED)
+    advised: ClassVar[Rates] = Rates(1e-2, 1e-1, MEASURED)
     needs: ClassVar[frozenset[str]] = frozenset()
     may_change: ClassVar[frozenset[str]] = CachingMethod.may_change | {"head_init"}
 

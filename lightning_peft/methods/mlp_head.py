@@ -69,7 +69,7 @@ class MLPHead(CachingMethod):
     kind: ClassVar[str] = "head"
     trains: ClassVar[str] = "a head of k linear layers"
     paper: ClassVar[str] = "Jia et al. 2022, arXiv 2203.12119"
-    rates: ClassVar[Rates] = Rates(1e-2, 3e-3, MEASURED)
+    advised: ClassVar[Rates] = Rates(1e-2, 3e-3, MEASURED)
     needs: ClassVar[frozenset[str]] = frozenset()
     may_change: ClassVar[frozenset[str]] = CachingMethod.may_change | {"head_init", "dropout"}
 

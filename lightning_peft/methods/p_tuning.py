@@ -132,7 +132,7 @@ class PTuning(PromptMethod):
 
     trains: ClassVar[str] = "virtual tokens anywhere in a template, through an LSTM"
     paper: ClassVar[str] = "Liu et al. 2021, arXiv 2103.10385"
-    rates: ClassVar[Rates] = Rates(3e-3, 1e-2, "measured on made-up text, docs/results.md")
+    advised: ClassVar[Rates] = Rates(3e-3, 1e-2, "measured on made-up text, docs/results.md")
     may_change: ClassVar[frozenset[str]] = PromptMethod.may_change | {"init", "text", "dropout", "backbone_lr"}
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ class PartialK(CachingMethod):
     kind: ClassVar[str] = "blocks"
     trains: ClassVar[str] = "the last k blocks, the norm after them and the head"
     paper: ClassVar[str] = "Jia et al. 2022, arXiv 2203.12119"
-    rates: ClassVar[Rates] = Rates(1e-3, 1e-3, MEASURED)
+    advised: ClassVar[Rates] = Rates(1e-3, 1e-3, MEASURED)
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Return the names of what is trained in the last k blocks and after them."""

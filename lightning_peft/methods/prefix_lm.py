@@ -35,7 +35,7 @@ class PrefixLM(Method):
     kind: ClassVar[str] = "mask"
     trains: ClassVar[str] = "nothing: the source is read in both directions, whatever is trained beside it"
     paper: ClassVar[str] = "Dong et al. 2019, arXiv 1905.03197"
-    rates: ClassVar[Rates] = Rates(2e-3, 1e-2, "it trains nothing: LoRA's, for what is beside it")
+    advised: ClassVar[Rates] = Rates(2e-3, 1e-2, "it trains nothing: LoRA's, for what is beside it")
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the mask to the model."""

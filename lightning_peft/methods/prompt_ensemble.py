@@ -26,7 +26,7 @@ from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
-from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.core.rates import Rates
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.prompts.ballot import Ballot, asked_by_all
 from lightning_peft.prompts.virtual_tokens import VirtualTokens
@@ -57,7 +57,7 @@ class PromptEnsemble(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "several prompts of one task, which vote"
     paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691"
-    rates: ClassVar[Rates] = Rates(3e-2, 1e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(3e-2, 1e-2, "as for PromptTuning; not measured")
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach all prompts to the word table, and the vote to the model."""

@@ -54,7 +54,7 @@ class PromptTuning(PromptMethod):
     seed: int | None = None
 
     paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691"
-    rates: ClassVar[Rates] = Rates(3e-2, 1e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(3e-2, 1e-2, MEASURED)
     may_change: ClassVar[frozenset[str]] = PromptMethod.may_change | {
         "init", "text", "class_labels", "top_words", "seed"
     }  # fmt: skip

@@ -124,7 +124,7 @@ class SideTuning(Method):
     kind: ClassVar[str] = "side network"
     trains: ClassVar[str] = "a small network beside the backbone, blended in"
     paper: ClassVar[str] = "Zhang et al. 2020, arXiv 1912.13503"
-    rates: ClassVar[Rates] = Rates(1e-3, 1e-2, "what small networks that start anew are trained at; not measured")
+    advised: ClassVar[Rates] = Rates(1e-3, 1e-2, "what small networks that start anew are trained at; not measured")
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.FEATURES})
     breaks: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.FEATURES})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"alpha_init"}

@@ -10,8 +10,7 @@ in eval mode. In blocks of tokens (ViT) the tokens of the image are the grid, ot
 residual of the last block matters only to a head that reads the image's tokens. Biases have no weight decay.
 
 The paper's memory model counts the input of a layer only where its weight is trained, and one bit for a ReLU; autograd
-in PyTorch also keeps the inputs of GELU, softmax and norms. So we report what autograd does keep in the first training
-step, as ``activation_memory_mib``.
+in PyTorch also keeps the inputs of GELU, softmax and norms: ``activation_memory_mib`` is what it keeps in a first step.
 """
 
 import math
@@ -148,7 +147,7 @@ class TinyTL(Method):
     kind: ClassVar[str] = "modules"
     trains: ClassVar[str] = "the biases, and small convolutions beside the blocks of an image model"
     paper: ClassVar[str] = "Cai et al. 2020, arXiv 2007.11622"
-    rates: ClassVar[Rates] = Rates(1e-3, 1e-3, "the middle of the authors' scripts, which have 5e-5 to 1.6e-3")
+    advised: ClassVar[Rates] = Rates(1e-3, 1e-3, "the authors' scripts have 5e-5 to 1.6e-3")
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

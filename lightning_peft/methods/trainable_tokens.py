@@ -81,7 +81,7 @@ class TrainableTokens(Method):
     kind: ClassVar[str] = "words"
     trains: ClassVar[str] = "rows of the word table"
     paper: ClassVar[str] = "as in Hugging Face PEFT"
-    rates: ClassVar[Rates] = Rates(3e-3, 1e-2, "as for the prompt of P-Tuning; not measured")
+    advised: ClassVar[Rates] = Rates(3e-3, 1e-2, "as for the prompt of P-Tuning; not measured")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"tokenizer"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

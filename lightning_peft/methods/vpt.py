@@ -69,7 +69,7 @@ class VPT(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "tokens among the patches of an image, in the first or in every block"
     paper: ClassVar[str] = "Jia et al. 2022, arXiv 2203.12119"
-    rates: ClassVar[Rates] = Rates(3e-2, 1e-2, "measured on digits, docs/results.md")
+    advised: ClassVar[Rates] = Rates(3e-2, 1e-2, "measured on digits, docs/results.md")
     breaks: ClassVar[frozenset[str]] = frozenset({compatibility.LENGTH})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout"}
 

@@ -74,7 +74,7 @@ class WARP(PromptMethod):
 
     trains: ClassVar[str] = "prompt tokens in the input and a row for each class"
     paper: ClassVar[str] = "Hambardzumyan et al. 2021, arXiv 2101.00121"
-    rates: ClassVar[Rates] = Rates(3e-2, 1e-2, "measured on made-up text, docs/results.md")
+    advised: ClassVar[Rates] = Rates(3e-2, 1e-2, "measured on made-up text, docs/results.md")
     may_change: ClassVar[frozenset[str]] = PromptMethod.may_change | {"init", "text"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

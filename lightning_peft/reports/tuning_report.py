@@ -70,8 +70,8 @@ def learning_rates(trainer: L.Trainer, module: L.LightningModule) -> dict[str, s
     """Return, by the name of the optimizer's group, its learning rate and who says so, where that is known."""
     said: dict[str, str] = {}
     if isinstance(module, Task):
-        advised = [m for _, _, tuning in tunings(module) for m in tuning.methods.values()]
-        sources = "; ".join(f"{type(m).__name__}, {m.rates.source}" for m in advised) or EVERYTHING.source
+        methods = [m for _, _, tuning in tunings(module) for m in tuning.methods.values()]
+        sources = "; ".join(f"{type(m).__name__}, {m.advised.source}" for m in methods) or EVERYTHING.source
         for part, given in (("delta", module.lr), ("head", module.head_lr)):
             said[part] = f" (recommended: {sources})" if given is None else " (given)"
     return {

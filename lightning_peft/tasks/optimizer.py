@@ -10,7 +10,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from lightning_peft.core import anatomy
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.rates import EVERYTHING, head_rate, rates_of
+from lightning_peft.core.rates import ADDED, EVERYTHING, head_rate, rates_of
 from lightning_peft.core.run import canonical
 from lightning_peft.core.tuning import Tuning
 
@@ -26,10 +26,11 @@ def shapes_of(module: nn.Module, backbone: nn.Module) -> Shapes:
     tuning = Tuning.of(backbone)
     rates = {} if tuning is None else rates_of(backbone, tuning)
     head = EVERYTHING.head if tuning is None else head_rate(tuning)
+    other = EVERYTHING.delta if tuning is None else ADDED.delta
     found: Shapes = {}
     for name, parameter in module.named_parameters():
         is_head = name in heads or not name.startswith("backbone.")
-        rate = head if is_head else rates.get(name.removeprefix("backbone."), EVERYTHING.delta)
+        rate = head if is_head else rates.get(name.removeprefix("backbone."), other)
         found[canonical(name)] = parameter.ndim, is_head, rate
     return found
 

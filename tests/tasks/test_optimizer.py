@@ -88,22 +88,22 @@ def test_the_rates_that_methods_recommend(model: str, tmp_path: Path) -> None:
     """Each group has the rate of its method, the head the smallest, and a rate that is given wins."""
     (optimizer,) = configured(text.task(model), tmp_path, LoRA(r=2), BitFit(), limit_train_batches=1).optimizers
     expected = {
-        f"delta at {LoRA.rates.delta:g}": LoRA.rates.delta,
-        f"delta at {BitFit.rates.delta:g}": BitFit.rates.delta,
-        "head": min(LoRA.rates.head, BitFit.rates.head),
+        f"delta at {LoRA.advised.delta:g}": LoRA.advised.delta,
+        f"delta at {BitFit.advised.delta:g}": BitFit.advised.delta,
+        "head": min(LoRA.advised.head, BitFit.advised.head),
     }
-    assert LoRA.rates.delta != BitFit.rates.delta
+    assert LoRA.advised.delta != BitFit.advised.delta
     assert rates_in([optimizer]) == expected
     run = configured(text.task(model, lr=5e-3), tmp_path, FullFineTuning(), limit_train_batches=1)
-    assert rates_in(run.optimizers) == {"delta": 5e-3, "head": FullFineTuning.rates.head}
+    assert rates_in(run.optimizers) == {"delta": 5e-3, "head": FullFineTuning.advised.head}
     shown = learning_rates(run, run.lightning_module)
     assert shown["delta"] == "0.005 (given)"
-    assert shown["head"].endswith(f"(recommended: FullFineTuning, {FullFineTuning.rates.source})")
+    assert shown["head"].endswith(f"(recommended: FullFineTuning, {FullFineTuning.advised.source})")
 
 
 def test_each_method_says_its_rates() -> None:
     for name, method in every_method().items():
-        rates = method.rates
+        rates = method.advised
         assert 0 < rates.delta < 1, name
         assert 0 < rates.head < 1, name
         assert rates.source, name

@@ -51,6 +51,14 @@ ON_FEW_BACKBONES = {
     "test_combined_with_weights_of_one_it_is_itself": 1,
 }
 """How many backbones the laws of a mechanism need, in which these have little part."""
+AT_ONCE = {
+    "test_compiled_is_eager": 1,
+    "test_a_half_precision_backbone": 2,
+    "test_a_resumed_run_is_the_uninterrupted_one": 2,
+    "test_a_fresh_module_validates_and_predicts_from_the_delta": 2,
+    "test_gradient_checkpointing_gives_the_same_gradients": 3,
+}
+"""On how many backbones a law that takes long is tried each time; on the others with the slow tests."""
 
 
 class MethodContract:
@@ -70,7 +78,10 @@ class MethodContract:
         if "kind" in metafunc.fixturenames:
             law = metafunc.function.__name__
             chosen = self.compiled or self.backbones[:1] if law == "test_compiled_is_eager" else self.backbones
-            metafunc.parametrize("kind", chosen[: ON_FEW_BACKBONES.get(law, len(chosen))])
+            chosen = chosen[: ON_FEW_BACKBONES.get(law, len(chosen))]
+            first = AT_ONCE.get(law, len(chosen))
+            marks = [() if i < first else pytest.mark.slow for i in range(len(chosen))]
+            metafunc.parametrize("kind", [pytest.param(k, marks=m) for k, m in zip(chosen, marks, strict=True)])
 
     # What `apply` does to a backbone.
 

@@ -63,5 +63,5 @@ def test_tasks_and_data_build(tmp_path: Path) -> None:
         data = getattr(lightning_peft, entry["class_path"])(
             tokenizer=str(tmp_path / "model"), **arguments | {"max_length": 16}
         )
-        module = TextClassification(model=str(tmp_path / "model"), labels=data.label_names, **task["init_args"])
+        module = TextClassification(model=str(tmp_path / "model"), labels=data.label_names, **task.get("init_args", {}))
         assert module.labels == data.label_names

@@ -34,6 +34,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "PromptTuning": {"num_virtual_tokens": 2, "init": "random_uniform"},
 }
 """Arguments where the defaults do not suit a tiny model."""
+BESIDE_ALL = {"Adapter", "BitFit", "DiffPruning", "HiRA", "IA3", "LoRA", "PrefixTuning", "PromptTuning"}
+"""Methods of each kind of joint, which are tried beside all others each time; the other pairs with the slow tests."""
 
 
 def new(name: str) -> Method:
@@ -58,7 +60,10 @@ def pairs(ways: Any) -> list[Any]:
     found = []
     for first, second in ways(every_method(), 2):
         common = [kind for kind in fits(first) if kind in fits(second)]
-        found.extend(pytest.param(kind, first, second, id=f"{first}+{second}-{kind}") for kind in common[:1])
+        marks = () if BESIDE_ALL & {first, second} else pytest.mark.slow
+        found.extend(
+            pytest.param(kind, first, second, id=f"{first}+{second}-{kind}", marks=marks) for kind in common[:1]
+        )
     return found
 
 

@@ -18,6 +18,7 @@ from lightning_peft.interop.converters.lora_targets import (
     check_parts,
     file_shapes,
     found_in,
+    warn_of_padding,
     wrapped_keys,
 )
 from lightning_peft.interop.names import Names, compact, selection
@@ -67,6 +68,7 @@ class LoRAConverter(Converter):
         exported = Exported({})
         updates = [update for place in places(model, method) for update in _updates(place)]
         check_names(model, [update.target for update in updates], "this LoRA")
+        warn_of_padding(model, [update.target for update in updates], "this LoRA")
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
         given = spread(method.alpha_pattern, [update.target for update in updates], method.alpha)
@@ -114,6 +116,7 @@ class LoRAConverter(Converter):
         found = found_in(parts, names)
         check_layers(parts, names, found)
         check_names(names.model, found, source)
+        warn_of_padding(names.model, found, source)
         head = set(anatomy.said_head_names(names.model) or [])  # a pattern may name the last layer of a plain module
         in_head = [target for target in found if f"{target}.weight" in head]
         if in_head:

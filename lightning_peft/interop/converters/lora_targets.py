@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_peft.core import structure
@@ -119,6 +120,25 @@ def check_names(model: nn.Module, targets: Iterable[str], what: str) -> None:
                 f"{what} has an update of {names[0]}, which is one layer with {names[1]} in {type(model).__name__}: "
                 "PEFT would change one of the two alone, so leave it out, or give each a layer of its own."
             )
+
+
+def warn_of_padding(model: nn.Module, targets: Iterable[str], what: str) -> None:
+    """Warn where a convolution pads otherwise than by zeros, which the update of PEFT does until it is merged.
+
+    Args:
+        model: the backbone.
+        targets: names of the layers.
+        what: which adapter it is, for the message.
+    """
+    modules = dict(model.named_modules())
+    for name in targets:
+        host = modules.get(name)
+        if isinstance(host, CONVOLUTIONS) and host.padding_mode != "zeros" and set(host.padding) != {0}:
+            rank_zero_warn(
+                f"{name} pads by {host.padding_mode!r}, and so does its update in {what} here, as in PEFT once it is "
+                "merged; unmerged, PEFT pads the update's input by zeros, so that outputs differ: merge it there."
+            )
+            return
 
 
 def file_shapes(shape: tuple[int, ...], r: int, dora: bool) -> dict[str, tuple[int, ...]]:

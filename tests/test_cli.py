@@ -186,6 +186,7 @@ def test_a_delta_brings_its_method(folder: Path, fitted: str) -> None:
     assert len({re.search(r"test_loss\s+│\s+([\d.]+)", printed)[1] for printed in scores}) == 1  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_two_processes(folder: Path, fitted: str) -> None:
     arguments = ["--config", "tiny.yaml", "--trainer.strategy", "ddp", "--trainer.devices", "2"]
     printed = run("fit", *arguments, "--trainer.callbacks.dirpath", "two", folder=folder)

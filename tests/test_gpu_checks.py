@@ -34,6 +34,7 @@ def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) ->
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_rows_are_chosen_and_printed_in_their_order(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

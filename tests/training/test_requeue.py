@@ -450,6 +450,7 @@ def test_lightning_seeds_the_workers_of_the_loader_that_is_read(
     assert data.worker_init_fn is not None
 
 
+@pytest.mark.slow
 def test_a_signal_between_two_ranks_that_are_apart(tmp_path: Path) -> None:
     """Each of two ranks gets the signal at another time, one may not get it at all; none hangs."""
     for delays in ((0.0, 0.3), (0.0, None)):

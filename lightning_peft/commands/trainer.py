@@ -204,6 +204,16 @@ class SearchingCLI(TuningCLI):
         return {"search": {"model", "datamodule"}}
 
 
+ANY_CLASSES: dict[str, Any] = {
+    "model_class": L.LightningModule,
+    "datamodule_class": L.LightningDataModule,
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    "parser_class": Parser,
+}
+"""What lets a command line name any task and any data."""
+
+
 def run() -> None:
     """Run the command of ``sys.argv``."""
     # lightning 2.6 with torch 2.13: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
@@ -216,11 +226,7 @@ def run() -> None:
     cli, trainer_class = own.get(sys.argv[1], (TuningCLI, L.Trainer))
     cli(
         trainer_class=trainer_class,
-        model_class=L.LightningModule,
-        datamodule_class=L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        parser_class=Parser,
+        **ANY_CLASSES,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         trainer_defaults={

@@ -1,5 +1,6 @@
 """The base class of data that look at every row before training, and name the first that cannot be used."""
 
+import math
 from typing import Any
 
 from datasets import Dataset
@@ -7,6 +8,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.sources import SourcedData
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether the value of a row is a finite number; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class BadRowError(Exception):

@@ -44,9 +44,7 @@ class Padder:
 
     def __call__(self, rows: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch of a list of rows, or of a mapping of columns."""
-        if not isinstance(rows, Mapping):
-            rows = {name: [row[name] for row in rows] for name in rows[0]}
-        return {name: self._column(name, values) for name, values in rows.items()}
+        return {name: self._column(name, values) for name, values in columns_of(rows).items()}
 
     def _column(self, name: str, values: Sequence[Any]) -> Any:
         if name in self.fills and isinstance(values[0], list):
@@ -58,3 +56,8 @@ class Padder:
         if isinstance(values[0], (int, float)):
             return torch.tensor(values)
         return list(values)
+
+
+def columns_of(rows: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]) -> Mapping[str, Sequence[Any]]:
+    """Return rows, which are a list of them or columns already, as columns."""
+    return rows if isinstance(rows, Mapping) else {name: [row[name] for row in rows] for name in rows[0]}

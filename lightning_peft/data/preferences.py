@@ -10,7 +10,7 @@ from lightning_peft.data.chat import learned
 from lightning_peft.data.chat_turns import Renderer, as_messages, template_text
 from lightning_peft.data.checked_rows import BadRowError, CheckedRows
 from lightning_peft.data.generation import continued
-from lightning_peft.data.padding import Padder
+from lightning_peft.data.padding import Padder, columns_of
 
 SIDES = ("chosen", "rejected")
 
@@ -79,8 +79,7 @@ class PairPadder:
 
     def __call__(self, pairs: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch of a list of pairs, or of a mapping of columns."""
-        if not isinstance(pairs, Mapping):
-            pairs = {name: [pair[name] for pair in pairs] for name in pairs[0]}
+        pairs = columns_of(pairs)
         ids, labels = ([v for side in SIDES for v in pairs[f"{side}_{name}"]] for name in ("ids", "labels"))
         return self.pad({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels})
 

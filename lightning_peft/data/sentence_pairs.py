@@ -1,14 +1,13 @@
 """Pairs of texts that belong together, with texts that do not, or with a score of how alike they are."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.data.checked_rows import BadRowError, CheckedRows
-from lightning_peft.data.padding import Padder
+from lightning_peft.data.checked_rows import BadRowError, CheckedRows, is_number
+from lightning_peft.data.padding import Padder, columns_of
 
 
 class SentencePairsData(CheckedRows):
@@ -81,8 +80,7 @@ class SidesPadder:
 
     def __call__(self, rows: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch of a list of rows, or of a mapping of columns."""
-        if not isinstance(rows, Mapping):
-            rows = {name: [row[name] for row in rows] for name in rows[0]}
+        rows = columns_of(rows)
         sides = len(rows["ids"][0])
         ids = [texts[side] for side in range(sides) for texts in rows["ids"]]
         batch = self.pad({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
@@ -129,6 +127,6 @@ def _check_differ(said: list[str], names: list[str], score: str | None) -> None:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value):
         raise BadRowError(f"has {value!r} in column {name!r}: give a number.")
     return float(value)

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from lightning_peft.core.errors import TuningError
 from lightning_peft.data.sources import SourcedData
-from lightning_peft.data.text_data import TextData
+from lightning_peft.data.text_data import TextData, text_columns
 
 
 class TextClassificationData(SourcedData, TextData):
@@ -22,7 +21,5 @@ class TextClassificationData(SourcedData, TextData):
 
     def __init__(self, text: str | list[str] = "text", label: str = "label", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.text = [text] if isinstance(text, str) else text
-        if len(self.text) not in (1, 2):
-            raise TuningError(f"text={text!r} names {len(self.text)} columns: name one, or two for pairs.")
+        self.text = text_columns(text)
         self.label = label

@@ -9,7 +9,6 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.data.batches import Batches
 from lightning_peft.data.classes import check_columns, class_names, class_numbers
 from lightning_peft.data.token_data import TokenData
 
@@ -55,9 +54,7 @@ class TextData(TokenData):
         if not len(chosen):
             return None
         rows = numbered.select(chosen)
-        lengths = rows.with_format("numpy")["length"][:]
-        batches = Batches(lengths, self.batch_size, shuffle, self.bucket, self.seed, **self.share)
-        return self.batches_loader(rows, batches, collate_fn=self._collate(split))
+        return self.batches_loader(rows, self.batches_of(rows, shuffle, **self.share), collate_fn=self._collate(split))
 
     def columns(self, split: str) -> Sequence[str]:
         """Return the text's columns, and that of the class."""
@@ -86,12 +83,32 @@ def _tokenise(
     numbers: list[tuple[Any, int]] | None,
     max_length: int,
 ) -> dict[str, list[Any]]:
-    columns = [words(rows[column]) for column in text]
-    encoded = dict(tokenizer(*columns, truncation=True, max_length=max_length))
-    encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
+    encoded = encoded_texts(rows, tokenizer, text, max_length)
     if numbers is not None:
         number = dict(numbers)
         encoded["labels"] = [number[value] for value in rows[label]]
+    return encoded
+
+
+def text_columns(text: str | list[str]) -> list[str]:
+    """Return the columns of a text, or of a pair of texts.
+
+    Raises:
+        TuningError: there are not one or two of them.
+    """
+    columns = [text] if isinstance(text, str) else text
+    if len(columns) not in (1, 2):
+        raise TuningError(f"text={text!r} names {len(columns)} columns: name one, or two for pairs.")
+    return columns
+
+
+def encoded_texts(
+    rows: Mapping[str, list[Any]], tokenizer: Any, text: Sequence[str], max_length: int
+) -> dict[str, list[Any]]:
+    """Return what a tokenizer makes of the texts, or pairs of texts, of rows, and how long each row is."""
+    columns = [words(rows[column]) for column in text]
+    encoded = dict(tokenizer(*columns, truncation=True, max_length=max_length))
+    encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
     return encoded
 
 

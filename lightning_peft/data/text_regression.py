@@ -1,14 +1,14 @@
 """Data for text regression: a number for each text or pair of texts."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.checked_rows import is_number
 from lightning_peft.data.sources import SourcedData
-from lightning_peft.data.text_data import words
+from lightning_peft.data.text_data import encoded_texts, text_columns
 
 
 class TextRegressionData(SourcedData):
@@ -25,9 +25,7 @@ class TextRegressionData(SourcedData):
 
     def __init__(self, text: str | list[str] = "text", label: str = "label", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.text = [text] if isinstance(text, str) else text
-        if len(self.text) not in (1, 2):
-            raise TuningError(f"text={text!r} names {len(self.text)} columns: name one, or two for pairs.")
+        self.text = text_columns(text)
         self.label = label
 
     def columns(self, split: str) -> Sequence[str]:
@@ -52,7 +50,7 @@ class TextRegressionData(SourcedData):
 
 def _check_numbers(rows: Dataset, split: str, column: str) -> None:
     for row, value in enumerate(rows[column]):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not is_number(value):
             raise TuningError(
                 f"row {row} of the {split} split has {value!r} in column {column!r}, which is no number: "
                 "give one, or take TextClassificationData for classes."
@@ -62,8 +60,7 @@ def _check_numbers(rows: Dataset, split: str, column: str) -> None:
 def _tokenise(
     rows: Mapping[str, list[Any]], tokenizer: Any, text: list[str], label: str | None, max_length: int
 ) -> dict[str, list[Any]]:
-    encoded = dict(tokenizer(*(words(rows[column]) for column in text), truncation=True, max_length=max_length))
-    encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
+    encoded = encoded_texts(rows, tokenizer, text, max_length)
     if label is not None:
         encoded["labels"] = [float(number) for number in rows[label]]
     return encoded

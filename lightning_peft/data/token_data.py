@@ -134,7 +134,11 @@ class TokenData(DataModule):
 
     def batches(self, split: str, shuffle: bool, **share: Any) -> Batches:
         """Return which rows make which batch; ``share`` says how many processes there are, and which this one is."""
-        lengths = self._split(split).with_format("numpy")["length"][:]
+        return self.batches_of(self._split(split), shuffle, **share)
+
+    def batches_of(self, rows: Dataset, shuffle: bool, **share: Any) -> Batches:
+        """Return which of these encoded rows make which batch."""
+        lengths = rows.with_format("numpy")["length"][:]
         return Batches(lengths, self.batch_size, shuffle, self.bucket, self.seed, **share)
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Any]:

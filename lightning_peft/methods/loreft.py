@@ -23,7 +23,7 @@ from lightning_peft.core.cache_argument import cache_in
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
-from lightning_peft.prompts.source_mask import source_of
+from lightning_peft.prompts.source_mask import with_source
 from lightning_peft.prompts.virtual_tokens import SOURCE
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -202,11 +202,7 @@ class LoReFT(Method):
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the batch with ``source_mask`` [B, T], where its labels tell the prompt from the target."""
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.shape != ids.shape:
-            return batch
-        return {**batch, SOURCE: source_of(labels).to(ids.dtype)}
+        return with_source(batch)
 
     def _width(self, backbone: nn.Module, block: str) -> int:
         for kind in ("ffn", "attention"):

@@ -15,15 +15,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft.core import structure, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, grafts
 from lightning_peft.core.rates import Rates
 from lightning_peft.prompts.shared_prompt import SharedPrompt
-from lightning_peft.prompts.source_mask import SourceMask, source_of
-from lightning_peft.prompts.virtual_tokens import SOURCE
+from lightning_peft.prompts.source_mask import SourceMask, with_source
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
@@ -60,11 +59,7 @@ class PrefixLM(Method):
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the batch with ``source_mask`` [B, T], where its labels tell source from target."""
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.shape != ids.shape:
-            return batch
-        return {**batch, SOURCE: source_of(labels).to(ids.dtype)}
+        return with_source(batch)
 
 
 PrefixLMMixin = TunedBy[PrefixLM]

@@ -1,6 +1,6 @@
 """The mask of a prefix language model: all of the source is seen from everywhere, of the target what came before."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,15 @@ class SourceMask(Graft):
 def source_of(labels: Tensor) -> Tensor:
     """Return which tokens come before the first target, all where there is none, [B, T]."""
     return (labels != IGNORED_LABEL).cumsum(1) == 0
+
+
+def with_source(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a batch with ``source_mask`` [B, T], where its labels run along the ids and tell source from target."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.shape != ids.shape:
+        return batch
+    return {**batch, SOURCE: source_of(labels).to(ids.dtype)}
 
 
 def pairs(real: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:

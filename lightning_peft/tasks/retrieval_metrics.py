@@ -51,7 +51,7 @@ class Recall(Metric):
 
 
 class Spearman(Metric):
-    """The rank correlation of cosines and scores."""
+    """The rank correlation of cosines, or other numbers, and scores."""
 
     full_state_update = False
     higher_is_better = True

@@ -1,16 +1,16 @@
 """A number for each text, with any ``AutoModelForSequenceClassification``."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics import PearsonCorrCoef
 from transformers import AutoModelForSequenceClassification
 
 from lightning_peft.tasks.base import Split, Task
 from lightning_peft.tasks.metrics import SquaredError
+from lightning_peft.tasks.retrieval_metrics import Spearman
 
 
 class TextRegression(Task):
@@ -31,9 +31,7 @@ class TextRegression(Task):
     def __init__(self, model: str, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         self.backbone = self.load(problem_type="regression", num_labels=1)
-        with warnings.catch_warnings():  # it keeps one number a row, as a rank correlation must
-            warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef` will save all targets")
-            self.score_by({"loss": SquaredError(), "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
+        self.score_by({"loss": SquaredError(), "pearson": PearsonCorrCoef(), "spearman": Spearman()})
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return a number for each row, [B], in fp32."""

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from lightning_peft.commands.method_words import methods_of
-from lightning_peft.commands.trainer import ANY_CLASSES, TuningCLI
+from lightning_peft.commands.trainer import TuningCLI
 from lightning_peft.commands.trials import Result, Trial
 from lightning_peft.core.delta import save_delta
 from lightning_peft.core.errors import TuningError
@@ -55,7 +55,6 @@ class TrialCLI(TuningCLI):
         super().__init__(
             args=[*words, "--seed_everything", str(seed), "--method", "null"],
             run=False,
-            **ANY_CLASSES,
             save_config_callback=None,
         )
 

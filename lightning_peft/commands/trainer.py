@@ -76,6 +76,15 @@ class TuningCLI(LightningCLI):
     tells = True
     """Whether there may be other ranks, which have to know when this one cannot begin."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        """Take any task and any data."""
+        kinds: Any = {
+            "model_class": L.LightningModule,
+            "datamodule_class": L.LightningDataModule,
+            "parser_class": Parser,
+        }
+        super().__init__(**kinds, subclass_mode_model=True, subclass_mode_data=True, **kwargs)
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser whose ``--config`` takes the files that come with the package by their names, too."""
         # The action of https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/cli.py.
@@ -204,16 +213,6 @@ class SearchingCLI(TuningCLI):
         return {"search": {"model", "datamodule"}}
 
 
-ANY_CLASSES: dict[str, Any] = {
-    "model_class": L.LightningModule,
-    "datamodule_class": L.LightningDataModule,
-    "subclass_mode_model": True,
-    "subclass_mode_data": True,
-    "parser_class": Parser,
-}
-"""What lets a command line name any task and any data."""
-
-
 def run() -> None:
     """Run the command of ``sys.argv``."""
     # lightning 2.6 with torch 2.13: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
@@ -226,7 +225,6 @@ def run() -> None:
     cli, trainer_class = own.get(sys.argv[1], (TuningCLI, L.Trainer))
     cli(
         trainer_class=trainer_class,
-        **ANY_CLASSES,
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         trainer_defaults={

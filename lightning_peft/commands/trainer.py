@@ -78,12 +78,9 @@ class TuningCLI(LightningCLI):
 
     def __init__(self, **kwargs: Any) -> None:
         """Take any task and any data."""
-        kinds: Any = {
-            "model_class": L.LightningModule,
-            "datamodule_class": L.LightningDataModule,
-            "parser_class": Parser,
-        }
-        super().__init__(**kinds, subclass_mode_model=True, subclass_mode_data=True, **kwargs)
+        kinds: Any = {"model_class": L.LightningModule, "datamodule_class": L.LightningDataModule}
+        kinds |= {"subclass_mode_model": True, "subclass_mode_data": True, "parser_class": Parser}
+        super().__init__(**kinds, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser whose ``--config`` takes the files that come with the package by their names, too."""

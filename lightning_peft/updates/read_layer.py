@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.computed_weights import check_is_parameter
 from lightning_peft.core.folding import Folding
 
 
@@ -13,11 +14,16 @@ class ReadLayer(Folding):
         host: the module that reads them.
         layer: the name of the layer below it.
         inner: a graft for that layer, which is never attached to it.
+
+    Raises:
+        TuningError: the layer computes its weight.
     """
 
     def __init__(self, host: nn.Module, layer: str, inner: Folding) -> None:
         super().__init__()
         self.layer, self.inner = layer, inner
+        for name in inner.folds:
+            check_is_parameter(host, f"{layer}.{name}", "it cannot be read with an update in it")
         self.weights = self.folds = tuple(f"{layer}.{name}" for name in inner.folded(host.get_submodule(layer)))
         self.refer(host_layer=host.get_submodule(layer))
 

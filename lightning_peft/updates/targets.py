@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.core import anatomy, select, structure
+from lightning_peft.core.computed_weights import check_is_parameter
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import graft_prefixes
 from lightning_peft.core.quantized import has_quantized_weight
@@ -37,6 +38,16 @@ class Target(NamedTuple):
         """Return the target as what hangs on the call of the layer, if there is such a call."""
         return self if self.layer is None else Target(self.layer)
 
+    def checked(self, name: str) -> "Target":
+        """Return the target of this name, if the matrix is a parameter.
+
+        Raises:
+            TuningError: the module computes it at each call.
+        """
+        if self.weight is not None:
+            check_is_parameter(self.host, self.weight, "a change of it would not be seen", name)
+        return self
+
 
 def targets(
     backbone: nn.Module,
@@ -57,7 +68,7 @@ def targets(
         layers: indices of the blocks, negative ones from the end; None: all.
 
     Raises:
-        TuningError: a pattern selects nothing, or a layer index is out of range.
+        TuningError: a pattern selects nothing, a matrix is computed at each call, or a layer index is out of range.
     """
     found, owners = all_targets(backbone, kinds, patterns or "all-linear")
     named = patterns not in (None, "all-linear")
@@ -77,7 +88,7 @@ def targets(
         chosen = set(reached(backbone, chosen))
     if layers is not None:
         chosen = select.in_layers(backbone, chosen, layers)
-    return {name: target for name, target in found.items() if name in chosen}
+    return {name: target.checked(name) for name, target in found.items() if name in chosen}
 
 
 def all_targets(

@@ -5,9 +5,10 @@ first half of p goes before the keys of the block, the second before the values.
 of earlier tasks still count, but are trained no more. The penalty ``lambda (‖P Pᵀ - I‖² + ‖K Kᵀ - I‖² + ‖A Aᵀ - I‖²)``,
 means over the entries, keeps components apart.
 
-Source: Smith et al. 2023, arXiv 2211.13218, section 4, and its released code, in which new components start orthogonal
-to those before; here all do from the first task on, and what a task has moved is left as it is. No image of an earlier
-task is kept.
+Source: Smith et al. 2023, arXiv 2211.13218, section 4, with its sizes and its lambda of 0.1. Its released code says
+that the paper started all components orthogonal to each other, as here; it draws those of each task anew when the task
+begins, orthogonal to what the earlier ones have become, and then gives lambda 0; its first release had 1e-7. No image
+of an earlier task is kept.
 """
 
 from collections.abc import Iterable
@@ -101,7 +102,7 @@ class CODAPrompt(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "components of prompts, which images weight by their queries"
     paper: ClassVar[str] = "Smith et al. 2023, arXiv 2211.13218"
-    advised: ClassVar[Rates] = Rates(3e-3, 3e-3, "as for L2P; not measured")
+    advised: ClassVar[Rates] = Rates(1e-3, 1e-3, "the authors' code, for Adam")
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"orthogonality"}
 

@@ -4,9 +4,11 @@ The general prompt g is in the first blocks; of the expert prompts e_1 .. e_T, i
 of the task at hand, and an image of unknown task that whose key k_t is nearest to the [CLS] of the frozen model. The
 pull ``lambda (1 - cos(q(x), k_t))`` is added to the loss.
 
-Source: Wang et al. 2022, arXiv 2204.04799, section 4. Each prompt has L keys and L values of its own, as in the code
-of the authors. There all T keys compete from the first task on; here those of tasks that have not begun do not, since
-they say nothing. No image of an earlier task is kept, and the keys are trained on training images alone.
+Source: Wang et al. 2022, arXiv 2204.04799, section 4, and its released code: each prompt has L keys and L values of its
+own behind the projections, initial values are U(0, 0.01), and sizes are those for ImageNet-R (for CIFAR-100 the code
+has expert prompts of length 5). There all T keys compete from the first task on; here those of tasks that have not
+begun do not, since they say nothing. There, on CIFAR-100, a test batch votes on one task for all its images, which
+gives the task away; here an image chooses for itself, as there on ImageNet-R. No image of an earlier task is kept.
 """
 
 from collections.abc import Iterable
@@ -25,6 +27,9 @@ from lightning_peft.core.rates import Rates
 from lightning_peft.towers.attended_prompts import PromptsByQuery, attach_by_query, begin_task
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
+
+WIDEST = 0.01
+"""The largest initial value."""
 
 
 class DualPrompts(PromptsByQuery):
@@ -102,10 +107,10 @@ class DualPrompt(Method):
         layers = (self.general_layers, self.expert_layers)
 
         def make(dim: int, device: torch.device) -> DualPrompts:
-            general = torch.empty(len(layers[0]), 2, self.general_length, dim, device=device).uniform_(-1, 1)
-            expert = torch.empty(self.num_tasks, len(layers[1]), 2, self.expert_length, dim, device=device)
-            keys = torch.empty(self.num_tasks, dim, device=device).uniform_(-1, 1)
-            return DualPrompts(general, expert.uniform_(-1, 1), keys, layers)
+            general = torch.rand(len(layers[0]), 2, self.general_length, dim, device=device) * WIDEST
+            expert = torch.rand(self.num_tasks, len(layers[1]), 2, self.expert_length, dim, device=device) * WIDEST
+            keys = torch.rand(self.num_tasks, dim, device=device) * WIDEST
+            return DualPrompts(general, expert, keys, layers)
 
         attach_by_query(backbone, [*layers[0], *layers[1]], self.key, make)
         return ()

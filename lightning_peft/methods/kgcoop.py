@@ -4,8 +4,9 @@ The penalty is ``pull * mean over classes of (1 - cos(w_i, w_i'))``, w_i being t
 and w_i' that of "a photo of a {}.", by the frozen model.
 
 Source: Yao et al. 2023, arXiv 2303.13283, section 3.2. The paper writes the squared distance of the features, which of
-normalised ones is ``2 (1 - cos)``; its released code, with lambda 8, has ``1 - cos``, as here. The context starts from
-the same words, M = 4.
+normalised ones is ``2 (1 - cos)``; its released code, whose scripts give lambda 8, has ``1 - cos``, as here. There the
+context always starts from "a photo of a", M = 4, and the written texts are by a template of the data set, which may go
+on behind the name ("..., a type of pet."); here ``words`` stand before it, and what follows belongs to the name.
 """
 
 from collections.abc import Callable

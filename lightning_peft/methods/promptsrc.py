@@ -6,9 +6,10 @@ p' being the softmaxes of the logits, KL a mean over the images. What is kept at
 after each epoch, weighted by a Gaussian over the epochs.
 
 Source: Khattak et al. 2023, arXiv 2307.06948, section 3, and its released code, whose factors these are, and whose 60
-templates can be given as `words` as far as the name stands at their end. There the Gaussian has its middle at epoch 15
-of 20, and 45 of 50. The average is written at the end of the last epoch, after its validation: a checkpoint to keep is
-one of ``save_on_train_epoch_end=True``.
+templates can be given as `words` as far as the name stands at their end, which all but two have. There the Gaussian is
+(15, 1) over 20 epochs from base to new classes, as the defaults give; (30, 30) or (45, 5) over 50 with few images; and
+(6, 10) over 20, with ``depth=3``, for other data sets. The average is written at the end of the last epoch, after its
+validation: a checkpoint to keep is one of ``save_on_train_epoch_end=True``.
 """
 
 import math
@@ -27,6 +28,7 @@ from lightning_peft.core.arguments import bounded, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.core.rates import Rates
 from lightning_peft.methods.ivlp import IVLP
 from lightning_peft.towers.clip import similarity
 from lightning_peft.towers.context_tokens import ContextCall
@@ -131,6 +133,7 @@ class PromptSRC(IVLP):
 
     trains: ClassVar[str] = "independent prompts in the layers of both towers, kept near the frozen model"
     paper: ClassVar[str] = "Khattak et al. 2023, arXiv 2307.06948"
+    advised: ClassVar[Rates] = Rates(2.5e-3, 1e-2, "the authors' code, for SGD")
     may_change: ClassVar[frozenset[str]] = IVLP.may_change | {
         *("words", "text_pull", "image_pull", "logit_pull", "mean_epoch", "std_epochs"),
     }

@@ -4,9 +4,11 @@ K [N, p] has the normalised features of the images, V [N, C] their classes. With
 (Tip-Adapter-F) the keys are parameters, and go on from there. Both towers are frozen, so that features can be computed
 once (``cache_image_features`` of the task).
 
-Source: Zhang et al. 2021, arXiv 2111.03930, sections 3.1 and 3.2, and its released code, which has this alpha and beta.
-The cache is filled from the training images when a fit begins, or by `fill`. It knows classes by their numbers, and
-serves the classes that it was filled with alone.
+Source: Zhang et al. 2021, arXiv 2111.03930, sections 3.1 and 3.2, whose alpha and beta these are. The released code
+starts from others for each data set (1.17 and 1 on ImageNet) and then searches both on validation images; its keys are
+means over ten augmented views of an image, and of the trained keys it takes the epoch that is best on the test images.
+Here a key is one view, and both factors are arguments. The cache is filled from the training images when a fit begins,
+or by `fill`. It knows classes by their numbers, and serves the classes that it was filled with alone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,6 +25,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.host_copy import ask
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.rates import Rates
 from lightning_peft.towers import clip
 from lightning_peft.towers.deep_prompts import vision_tower
 from lightning_peft.towers.feature_adapters import FeatureScores
@@ -92,6 +95,7 @@ class TipAdapter(Method):
     kind: ClassVar[str] = "head"
     trains: ClassVar[str] = "features of a few images of each class of CLIP or SigLIP, or nothing"
     paper: ClassVar[str] = "Zhang et al. 2021, arXiv 2111.03930"
+    advised: ClassVar[Rates] = Rates(1e-3, 1e-2, "the authors' code, for the keys")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"alpha", "beta"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

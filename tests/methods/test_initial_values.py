@@ -12,6 +12,7 @@ from lightning_peft import (
     IA3,
     VPT,
     WARP,
+    DualPrompt,
     LoRA,
     Method,
     PrefixTuning,
@@ -77,6 +78,9 @@ RULES = {
         lambda: PTuningV2(num_virtual_tokens=4, mid_dim=64), "bert", "project.bias", 0.0
     ),
     "VPT: U(-v, v)": Rule(lambda: VPT(num_virtual_tokens=40), "vit", "weight", **uniform(V)),
+    "DualPrompt: U(0, 0.01)": Rule(
+        lambda: DualPrompt(general_layers=[0], expert_layers=[1]), "vit", "", 0.01 / math.sqrt(12), 0.005, 0.01
+    ),
 }
 
 

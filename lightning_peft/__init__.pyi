@@ -131,6 +131,7 @@ from lightning_peft.tasks.text_regression import TextRegression as TextRegressio
 from lightning_peft.tasks.token_classification import TokenClassification as TokenClassification
 from lightning_peft.training.ema import DeltaEMA as DeltaEMA
 from lightning_peft.training.guard import DeltaGuard as DeltaGuard
+from lightning_peft.training.lean import Lean as Lean
 from lightning_peft.training.loss_by_token import LossByToken as LossByToken
 from lightning_peft.training.method import Method as Method
 from lightning_peft.training.mixin import MethodMixin as MethodMixin, TunedBy as TunedBy

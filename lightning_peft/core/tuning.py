@@ -216,6 +216,12 @@ def tunings(root: nn.Module) -> Iterator[tuple[str, nn.Module, Tuning]]:
             yield name, module, tuning
 
 
+def at_work(backbone: nn.Module) -> tuple[str, ...]:
+    """Return the keys of the methods of a backbone that compute."""
+    tuning = Tuning.of(backbone)
+    return () if tuning is None else tuple(key for key in tuning.methods if key not in tuning.switch.off)
+
+
 def chosen(module: nn.Module, names: Sequence[str] | None) -> list[tuple[nn.Module, Tuning, frozenset[str]]]:
     """Return each tuned backbone with its record and the keys of the methods of these deltas; None: of all.
 

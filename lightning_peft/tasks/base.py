@@ -20,6 +20,7 @@ from lightning_peft.data.protocols import Truncated
 from lightning_peft.prompts.virtual_tokens import is_widened
 from lightning_peft.tasks import texts as texts_module
 from lightning_peft.tasks.optimizer import Shapes, adamw, parameter_groups, shapes_of
+from lightning_peft.training.lean import Lean
 from lightning_peft.training.loss_by_token import LossByToken
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import MethodMixin
@@ -58,6 +59,8 @@ class Task(MethodMixin, L.LightningModule):
     """Where the batches of `predict` are padded; None: where the tokenizer says."""
     of_texts = False
     """Whether a row is one text, so that `predict` knows what to do with it."""
+    lean = False
+    """Whether a fit has the callback `Lean` by itself."""
     rate_scale = 1.0
     """What all learning rates are multiplied by, for who tries several."""
     monitor = "val_loss"
@@ -213,6 +216,9 @@ class Task(MethodMixin, L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Hand the method to the Trainer, and where tokens are counted, what makes a step a mean over its tokens."""
         callbacks = super().configure_callbacks()
+        given = self.attached.callbacks if self.attached is not None else []  # type: ignore[attr-defined]
+        if self.lean and not any(isinstance(callback, Lean) for callback in given):
+            callbacks.append(Lean())
         return callbacks if type(self).counted is Task.counted else [*callbacks, LossByToken()]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | dict[str, Tensor]:

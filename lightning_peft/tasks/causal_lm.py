@@ -8,9 +8,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.tuning import at_work
 from lightning_peft.tasks.chunked_loss import chunked_cross_entropy
 from lightning_peft.tasks.generation import Generate, WritingTask
 from lightning_peft.tasks.metrics import IGNORED
+from lightning_peft.training.lean import Lean
 
 
 class CausalLM(WritingTask):
@@ -20,8 +22,7 @@ class CausalLM(WritingTask):
         model: folder or hub id of the pretrained model, or ``package://NAME/FOLDER`` in an installed package.
         generate: where texts are generated and scored, besides prediction.
         loss_chunk: how many tokens the output head sees at once in training, in which the logits of a chunk alone
-            exist, and are computed again in the backward pass; None: all, which is faster and needs a tensor of all
-            tokens by all words.
+            exist; None: as many as the callback `Lean` says in a Trainer, where the model allows it.
         **kwargs: as in `WritingTask` and `Task`.
     """
 
@@ -29,12 +30,14 @@ class CausalLM(WritingTask):
     what = "causal language model"
     of_texts = True
     padding_side = "left"
+    lean = True
 
     def __init__(self, model: str, generate: Generate = "never", loss_chunk: int | None = None, **kwargs: Any) -> None:
         super().__init__(model, generate=generate, **kwargs)
         if loss_chunk is not None and loss_chunk < 1:
             raise TuningError(f"loss_chunk={loss_chunk} is out of range: take 1 or more, or null.")
         self.loss_chunk = loss_chunk
+        self._in_chunks: dict[tuple[Any, ...], bool] = {}
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits of the next tokens, [B, T, V]."""
@@ -57,11 +60,26 @@ class CausalLM(WritingTask):
 
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the cross-entropy, the mean over the tokens of the targets, all at once or in chunks."""
-        if self.loss_chunk is None:
-            return super().loss(batch)
         self.check_rows(batch)
-        total, count = chunked_cross_entropy(self.backbone, self.inputs(batch), self.targets(batch), self.loss_chunk)
+        key = at_work(self.backbone)
+        size = self.loss_chunk or (self._lean_chunk() if self._in_chunks.get(key, True) else None)
+        if size is None:
+            return super().loss(batch)
+        inputs, check = self.inputs(batch), key not in self._in_chunks
+        try:
+            total, count = chunked_cross_entropy(self.backbone, inputs, self.targets(batch), size, check)
+        except TuningError:
+            if self.loss_chunk is not None:
+                raise
+            self._in_chunks[key] = False
+            return super().loss(batch)
+        self._in_chunks[key] = True
         return total / count.clamp(min=1)
+
+    def _lean_chunk(self) -> int | None:
+        """Return the size of a chunk that the callback of a Trainer says."""
+        callbacks = self.attached.callbacks if self.attached is not None else []  # type: ignore[attr-defined]
+        return next((callback.loss_chunk for callback in callbacks if isinstance(callback, Lean)), None)
 
     def targets(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the next tokens [B, T - 1], -100 outside of targets."""

@@ -46,6 +46,7 @@ class Preference(Task):
     auto = AutoModelForCausalLM
     what = "causal language model"
     monitor = "val_accuracy"
+    lean = True
 
     def __init__(
         self,

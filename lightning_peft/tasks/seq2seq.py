@@ -20,6 +20,7 @@ class Seq2Seq(WritingTask):
     auto = AutoModelForSeq2SeqLM
     what = "encoder-decoder language model"
     of_texts = True
+    lean = True
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits of the tokens of the targets, [B, T, V]."""

@@ -15,12 +15,15 @@ from lightning_peft import (
     Distillation,
     FullFineTuning,
     LadderSideTuning,
+    Lean,
     LoRA,
     Method,
     PrefixTuning,
     PromptTuning,
+    TextClassification,
     TuningError,
 )
+from lightning_peft.tasks.chunked_loss import chunked_cross_entropy
 from tests.models import hf
 from tests.modules import trainer
 from tests.valley import set_up
@@ -125,3 +128,30 @@ def test_models_that_do_more_than_call_their_head(valley: Valley, tmp_path: Path
         CausalLM(valley("gpt2"), loss_chunk=0)
     with pytest.raises(TuningError, match="loss_chunk=4 is for CausalLM: Distillation compares all logits"):
         Distillation(valley("gpt2"), loss_chunk=4)
+
+
+def test_the_callback_says_the_size(valley: Valley, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of language has it by itself, another one of its arguments takes its place, another task has none."""
+    seen: list[tuple[int, bool]] = []
+
+    def note(backbone: Any, inputs: Any, targets: Tensor, size: int, check: bool) -> tuple[Tensor, Tensor]:
+        seen.append((size, check))
+        return chunked_cross_entropy(backbone, inputs, targets, size, check)
+
+    monkeypatch.setattr("lightning_peft.tasks.causal_lm.chunked_cross_entropy", note)
+    data = CausalLMData(
+        tokenizer=valley("gpt2"), batch_size=4, dataset="made://descriptions", prompt="source", target="target"
+    )
+    for callbacks in ([], [Lean(loss_chunk=3)], [Lean(loss_chunk=None)]):
+        run = trainer(tmp_path, LoRA(r=2), *callbacks, max_steps=2, limit_val_batches=1)
+        run.fit(CausalLM(valley("gpt2")), data)
+        assert len([c for c in run.callbacks if isinstance(c, Lean)]) == 1
+    assert seen == [(512, True), (512, False), (3, True), (3, False)]
+    task = CausalLM(valley("gpt2"))
+    LadderSideTuning().apply(task.backbone)
+    for parameter in task.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.3)
+    trainer(tmp_path, LadderSideTuning(), max_steps=2, limit_val_batches=1).fit(task, data)
+    assert seen[4:] == [(512, True)]
+    assert not TextClassification.lean

@@ -78,7 +78,7 @@ def test_each_epoch_has_the_texts_of_its_task(path: str, tmp_path: Path) -> None
 
 
 def test_one_fit_fills_the_matrix(path: str, tmp_path: Path) -> None:
-    module, found = task(path, lr=1e-2, head_lr=1e-2, known="task"), tasks(path, tmp_path, epochs_per_task=15)
+    module, found = task(path, lr=5e-3, head_lr=5e-3, known="task"), tasks(path, tmp_path, epochs_per_task=15)
     run = fit(tmp_path / "run", FullFineTuning(), max_epochs=30, gradient_clip_val=1.0)
     run.fit(module, found)
     (first, after), (unseen, second) = module.matrix

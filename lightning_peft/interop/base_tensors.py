@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.delta import delta_names
 from lightning_peft.core.errors import TuningError
 from lightning_peft.interop.names import Names
@@ -15,6 +16,8 @@ _ADDED_BY_TASK = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 """Task -> the ends of module names that PEFT adds to ``modules_to_save``, so that it wants their tensors."""
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+"""What PEFT saves no module of, since it cannot be called."""
 
 
 @dataclass
@@ -24,7 +27,7 @@ class InPlace:
     Attributes:
         modules: what ``modules_to_save`` names, whole modules.
         biases: biases of modules that are not saved whole.
-        tied: whether one of the modules shares its tensor with another.
+        tied: whether PEFT is to share a tensor between the modules again: it does so for linear layers alone.
     """
 
     modules: list[str]
@@ -36,7 +39,8 @@ def trained_outside(names: Names, grafted: Iterable[str]) -> InPlace:
     """Find the modules and biases that the tensors of the delta outside of grafts make up.
 
     Raises:
-        TuningError: a module has a graft and trains another of its tensors than the bias.
+        TuningError: a module has a graft and trains another of its tensors than the bias, or is one that PEFT cannot
+            save.
     """
     grafted = set(grafted)
     trained = {name for name in delta_names(names.model) if name in names.tensors}
@@ -52,18 +56,26 @@ def trained_outside(names: Names, grafted: Iterable[str]) -> InPlace:
             biases.add(name)
         elif owner in grafted or not owner:
             raise TuningError(f"PEFT cannot store {name}, which is trained beside a graft or at the root: exclude it.")
+        elif isinstance(names.model.get_submodule(owner), _CONTAINERS):
+            kind = type(names.model.get_submodule(owner)).__name__
+            raise TuningError(f"PEFT saves no {kind} alone, and {name}, which is trained, is in one: exclude it.")
         else:
             modules.add(owner)
     modules = {m for m in modules if not any(m.startswith(f"{other}.") for other in modules)}
     biases = {name for name in biases if not any(name.startswith(f"{module}.") for module in modules)}
+    _check_ends(names, modules)
+    return InPlace(sorted(modules), biases, _tied(names, modules))
+
+
+def _check_ends(names: Names, modules: set[str]) -> None:
+    """Check that PEFT finds these modules, and no others, by the ends of their names."""
     for module in modules:
-        other = next((n for n in names.modules if n.endswith(module) and not _inside(n, modules)), None)
+        other = next((n for n in names.paths if n.endswith(module) and n not in modules), None)
         if other is not None:
             raise TuningError(
                 f"PEFT finds the modules that are saved whole by the ends of their names, and {module}, which is "
                 f"trained, would find {other}, too: train that one as well, or exclude both."
             )
-    return InPlace(sorted(modules), biases, _tied(names, modules))
 
 
 def saved_tensors(names: Names, found: InPlace, every_bias: bool) -> dict[str, Tensor]:
@@ -90,19 +102,29 @@ def _inside(name: str, modules: Iterable[str]) -> bool:
 
 
 def _outermost(names: Names, owner: str, trained: set[str]) -> str | None:
-    """Return the largest module around a tensor of which everything is trained."""
+    """Return the largest module that PEFT can save around a tensor, of which everything is trained."""
     found = None
     while owner:
         inside = [n for n, t in names.tensors.items() if n.startswith(f"{owner}.") and isinstance(t, nn.Parameter)]
         if not trained.issuperset(inside):
             break
-        found, owner = owner, owner.rpartition(".")[0]
+        if not isinstance(names.model.get_submodule(owner), _CONTAINERS):
+            found = owner
+        owner = owner.rpartition(".")[0]
     return found
 
 
 def _tied(names: Names, modules: set[str]) -> bool:
-    identities: dict[int, str] = {}
+    """Tell whether what is shared is a word table, and linear layers without biases are all that is tied to it."""
+    holders: dict[int, list[nn.Module]] = {}
     for name, tensor in names.tensors.items():
-        if _inside(name, modules) and identities.setdefault(id(tensor), name) != name:
-            return True
-    return False
+        if _inside(name, modules):
+            holders.setdefault(id(tensor), []).append(names.model.get_submodule(name.rpartition(".")[0]))
+    saved = {id(names.model.get_submodule(module)) for module in modules}
+    tied = [own for own in holders.values() if len(own) > 1]
+    table = structure.input_embeddings_of(names.model)
+    return bool(tied) and all(
+        id(module) in saved and (module is table or (type(module) is nn.Linear and module.bias is None))
+        for own in tied
+        for module in own
+    )

@@ -72,7 +72,7 @@ def _routers(tensors: Iterable[str], names: Names) -> list[str]:
     found = {
         f"{called}.weight"
         for path, part, called in filter(None, located)
-        if part == _PARTS[0] and not isinstance(names.modules[path], LAYERS) and f"{path}.weight" in names.tensors
+        if part == _PARTS[0] and not isinstance(names.paths[path], LAYERS) and f"{path}.weight" in names.tensors
     }
     return sorted(found)
 

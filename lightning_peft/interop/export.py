@@ -16,9 +16,10 @@ from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.tuning import tunings
 from lightning_peft.interop import adapter_config, base_tensors, card, folder, serving
 from lightning_peft.interop.converters import CONVERTERS, Converter
-from lightning_peft.interop.converters.base import Exported
+from lightning_peft.interop.converters.base import Exported, check_names
 from lightning_peft.interop.folder import PeftAdapter
-from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, compact
+from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, selection
+from lightning_peft.interop.patterns import selects, their_pattern_of, value_of
 
 
 def to_peft(
@@ -69,6 +70,7 @@ def adapter_of(backbone: nn.Module, method: TuningMethod, naming: str = "memory"
     """
     converter, names = _converter(method), Names(backbone)
     exported = converter.export(backbone, method, names)
+    check_names(backbone, exported.layers, f"this {type(method).__name__}")
     found = base_tensors.trained_outside(names, exported.layers)
     config = {"peft_type": converter.peft_type} | exported.config | _base(backbone)
     if found.biases:
@@ -83,7 +85,7 @@ def adapter_of(backbone: nn.Module, method: TuningMethod, naming: str = "memory"
     called = names.on_disk if naming == "disk" else {}
     tensors = _named(exported, kept, called, PROMPT_PREFIX if adapter_config.is_prompt(config) else PREFIX)
     if called:
-        config |= _renamed(config, called, names)
+        config |= _renamed(config, called, names, exported)
     header = {
         "fingerprint": fingerprint(backbone, skipped(names, kept)),
         "names": naming,
@@ -189,24 +191,29 @@ def _task(names: Names, modules: list[str], peft_type: str) -> dict[str, Any]:
     return {"auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__}}
 
 
-def _renamed(config: dict[str, Any], called: dict[str, str], names: Names) -> dict[str, Any]:
-    """Return what of the configuration names modules, by the names that the file uses."""
+def _renamed(config: dict[str, Any], called: dict[str, str], names: Names, exported: Exported) -> dict[str, Any]:
+    """Return what of the configuration names modules, by the names that the file uses.
+
+    Raises:
+        TuningError: it names a matrix, which has another name there.
+    """
+    if config.get("target_parameters"):
+        raise TuningError(
+            f"{config['target_parameters'][0]} is one matrix here and several in the checkpoints of the model: export "
+            "with names='memory', or leave it out of target_modules."
+        )
     every = [called.get(name, name) for name in names.modules]
-
-    def renamed(chosen: list[str]) -> list[str]:
-        full = [name for name in names.modules if any(name == c or name.endswith(f".{c}") for c in chosen)]
-        return compact([called.get(name, name) for name in full], every)
-
-    changed: dict[str, Any] = {
-        key: renamed(config[key])
-        for key in ("target_modules", "feedforward_modules", "modules_to_save")
-        if config.get(key)
-    }
-    for key in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(key) or {}
-        if pattern:
-            by_value = {value: [name for name in pattern if pattern[name] == value] for value in pattern.values()}
-            changed[key] = {name: value for value, chosen in by_value.items() for name in renamed(chosen)}
+    changed: dict[str, Any] = {}
+    for key in ("target_modules", "feedforward_modules"):
+        if config.get(key):
+            full = [name for name in names.modules if selects(config[key], name)]
+            changed[key] = selection([called.get(name, name) for name in full], every)
+    if config["modules_to_save"]:
+        changed["modules_to_save"] = [called.get(name, name) for name in config["modules_to_save"]]
+    for key, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        if config.get(key):
+            values = {n: value_of(config[key], n, config[usual]) for n in exported.layers}
+            changed[key] = their_pattern_of({called.get(n, n): v for n, v in values.items()}, config[usual])
     return changed
 
 

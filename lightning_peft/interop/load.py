@@ -16,7 +16,7 @@ from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.tuning import Tuning
 from lightning_peft.interop import adapter_config, folder
 from lightning_peft.interop.converters import CONVERTERS, Converter
-from lightning_peft.interop.converters.base import Parts
+from lightning_peft.interop.converters.base import Parts, check_names
 from lightning_peft.interop.experts import stack
 from lightning_peft.interop.export import skipped
 from lightning_peft.interop.folder import PeftAdapter
@@ -53,6 +53,7 @@ def apply_adapter(model: nn.Module, adapter: PeftAdapter, allow_other_base: bool
     if adapter.config["peft_type"] == "LORA":
         adapter = stack(adapter, names)
     parts = _parts(adapter, names)
+    check_names(backbone, parts.layers, adapter.source)
     if not allow_other_base:
         _check_base(adapter, parts, names)
     converter = next(c for c in CONVERTERS if c.peft_type == adapter.config["peft_type"])

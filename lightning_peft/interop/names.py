@@ -54,6 +54,13 @@ class Names:
         return {name: m for name, m in self.model.named_modules() if name and not f"{name}.".startswith(added)}
 
     @cached_property
+    def paths(self) -> dict[str, nn.Module]:
+        """Name -> module, as `modules`, but one that stands at two places has both names."""
+        added = graft_prefixes(self.model)
+        every = self.model.named_modules(remove_duplicate=False)
+        return {name: m for name, m in every if name and not f"{name}.".startswith(added)}
+
+    @cached_property
     def first(self) -> dict[int, str]:
         """Identity of a tensor -> its first name, the one that a delta has."""
         first: dict[int, str] = {}
@@ -99,7 +106,7 @@ class Names:
             path = ".".join(parts[:i])
             if path in self.in_memory:
                 return self.in_memory[path], ".".join(parts[i:]), path
-            if path in self.modules:
+            if path in self.paths:
                 return path, ".".join(parts[i:]), path
         return None
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from lightning_peft import Method
@@ -52,3 +53,23 @@ def saved_by_peft(kind: str, config: peft.PeftConfig, folder: Path, model: nn.Mo
     other.save_pretrained(folder)
     with torch.no_grad():
         return other(**plain(kind)).logits
+
+
+class Nested(nn.Module):
+    """Modules whose names end as others do: foo, module.foo, module.module.foo."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.foo = nn.Linear(8, 8)
+        self.module = Nested(depth - 1) if depth else None
+        self.config = hf.PreTrainedConfig()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.foo(x).tanh()
+        return x if self.module is None else self.module(x)
+
+
+def nested() -> Nested:
+    """Return such a model, the same at each call."""
+    torch.manual_seed(0)
+    return Nested()

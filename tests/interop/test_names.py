@@ -15,6 +15,7 @@ from lightning_peft import LoRA, TuningError
 from lightning_peft.interop import from_peft, to_peft
 from lightning_peft.interop.names import Names
 from tests.contract import assert_near, shake
+from tests.interop.adapters import nested
 from tests.models import tiny
 
 pytestmark = pytest.mark.filterwarnings(
@@ -216,25 +217,6 @@ def test_torch_attention_is_refused_both_ways(tmp_path: Path) -> None:
     peft.get_peft_model(Attending(), peft.LoraConfig(r=2, target_modules=["attn"])).save_pretrained(tmp_path / "theirs")
     with pytest.raises(TuningError, match=r"out-projection of attn .* twice"):
         from_peft(Attending(), tmp_path / "theirs")
-
-
-class Nested(nn.Module):
-    """Modules whose names end as others do: foo, module.foo, module.module.foo."""
-
-    def __init__(self, depth: int = 2) -> None:
-        super().__init__()
-        self.foo = nn.Linear(8, 8)
-        self.module = Nested(depth - 1) if depth else None
-        self.config = hf.PreTrainedConfig()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.foo(x).tanh()
-        return x if self.module is None else self.module(x)
-
-
-def nested() -> Nested:
-    torch.manual_seed(0)
-    return Nested()
 
 
 @pytest.mark.parametrize(

@@ -137,3 +137,25 @@ def check_complete(parts: Parts, names: Names, kinds: tuple[type[nn.Module], ...
             f"{parts.source} targets {missing[0]} of this model but has no tensor for it: it is not whole, or was "
             "made for another base."
         )
+
+
+def check_names(model: nn.Module, layers: Iterable[str], what: str) -> None:
+    """Check that no layer with an update has two names, of which PEFT wraps one, while here the layer is one.
+
+    Args:
+        model: the backbone.
+        layers: their names.
+        what: which adapter it is, for the message.
+
+    Raises:
+        TuningError: one has.
+    """
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    for names in paths.values():
+        if len(names) > 1 and not set(names).isdisjoint(layers):
+            raise TuningError(
+                f"{what} has an update of {names[0]}, which is one layer with {names[1]} in {type(model).__name__}: "
+                "PEFT would change one of the two alone, so leave it out, or give each a layer of its own."
+            )

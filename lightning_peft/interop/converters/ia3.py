@@ -1,5 +1,6 @@
 """IA3: ``ia3_l`` of each layer, [out, 1] where its output is scaled and [1, in] where its input is."""
 
+import re
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from lightning_peft.interop.converters.base import (
     graft_tensors,
     places,
 )
-from lightning_peft.interop.names import Names, compact
+from lightning_peft.interop.names import Names, selection
 from lightning_peft.methods.ia3 import ScaledOutput
 from lightning_peft.updates.low_rank import shape_of
 
@@ -45,10 +46,14 @@ class IA3Converter(Converter):
                 vector = l.view(1, inside)
             exported.layers[place.path] = {PART: vector}
             exported.delta |= graft_tensors(place)
+        targets, ends = selection(exported.layers, names.modules), selection(inputs, names.modules)
+        found = [name for name in exported.layers if name.endswith(tuple(ends))]  # as PEFT does, and no whole parts
+        if isinstance(ends, list) and (found != inputs or not (isinstance(targets, str) or set(ends) <= set(targets))):
+            ends = "|".join(map(re.escape, inputs))  # of lists, PEFT wants one to be in the other
         exported.config = {
             "fan_in_fan_out": any(isinstance(place.host, Conv1D) for place in places(model, method)),
-            "feedforward_modules": compact(inputs, names.modules),
-            "target_modules": compact(exported.layers, names.modules),
+            "feedforward_modules": ends,
+            "target_modules": targets,
         }
         return exported
 
@@ -73,7 +78,7 @@ class IA3Converter(Converter):
         check_complete(parts, names, _KINDS)
         head = set(anatomy.said_head_names(names.model) or [])
         linear = [n for n, m in names.modules.items() if isinstance(m, _KINDS) and f"{n}.weight" not in head]
-        return {"target_modules": compact(outputs, linear), "feedforward_modules": compact(inputs, linear)}
+        return {"target_modules": selection(outputs, linear), "feedforward_modules": selection(inputs, linear)}
 
     def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
         """Return the vectors by the names of the grafts."""

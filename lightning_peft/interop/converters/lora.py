@@ -14,7 +14,6 @@ from lightning_peft.interop.converters.base import Converter, Exported, Parts, d
 from lightning_peft.interop.converters.lora_targets import (
     called_in,
     check_layers,
-    check_names,
     check_parts,
     file_shapes,
     found_in,
@@ -67,7 +66,6 @@ class LoRAConverter(Converter):
         """Return A, B and, for DoRA, the magnitudes of each layer."""
         exported = Exported({})
         updates = [update for place in places(model, method) for update in _updates(place)]
-        check_names(model, [update.target for update in updates], "this LoRA")
         warn_of_padding(model, [update.target for update in updates], "this LoRA")
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
@@ -115,7 +113,6 @@ class LoRAConverter(Converter):
             )
         found = found_in(parts, names)
         check_layers(parts, names, found)
-        check_names(names.model, found, source)
         warn_of_padding(names.model, found, source)
         head = set(anatomy.said_head_names(names.model) or [])  # a pattern may name the last layer of a plain module
         in_head = [target for target in found if f"{target}.weight" in head]

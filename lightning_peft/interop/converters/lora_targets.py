@@ -100,28 +100,6 @@ def _shape(host: nn.Module) -> tuple[int, ...]:
     return (-host.groups, *shape_of(host)) if isinstance(host, CONVOLUTIONS) else shape_of(host)
 
 
-def check_names(model: nn.Module, targets: Iterable[str], what: str) -> None:
-    """Check that no layer with an update has two names, of which PEFT wraps one, while here the layer is one.
-
-    Args:
-        model: the backbone.
-        targets: names of the layers.
-        what: which adapter it is, for the message.
-
-    Raises:
-        TuningError: one has.
-    """
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), []).append(path)
-    for names in paths.values():
-        if len(names) > 1 and not set(names).isdisjoint(targets):
-            raise TuningError(
-                f"{what} has an update of {names[0]}, which is one layer with {names[1]} in {type(model).__name__}: "
-                "PEFT would change one of the two alone, so leave it out, or give each a layer of its own."
-            )
-
-
 def warn_of_padding(model: nn.Module, targets: Iterable[str], what: str) -> None:
     """Warn where a convolution pads otherwise than by zeros, which the update of PEFT does until it is merged.
 

@@ -17,7 +17,7 @@ from lightning_peft.interop.converters.base import (
     graft_tensors,
     places,
 )
-from lightning_peft.interop.names import Names, compact
+from lightning_peft.interop.names import Names, selection
 from lightning_peft.interop.twins import TWINS
 from lightning_peft.updates.layer_update import LINEAR
 from lightning_peft.updates.read_layer import ReadLayer
@@ -51,7 +51,7 @@ class TwinConverter(Converter):
             exported.layers[place.path] = {part: tensors[name] for name, part in self.twin.tensors.items()}
             exported.delta |= graft_tensors(place)
         exported.config = {key: vars(method)[name] for name, key in self.twin.arguments.items()}
-        exported.config["target_modules"] = compact(exported.layers, names.modules)
+        exported.config["target_modules"] = selection(exported.layers, names.modules)
         if "fan_in_fan_out" in self.twin.defaults:
             exported.config["fan_in_fan_out"] = any(isinstance(place.host, Conv1D) for place in places(model, method))
         return exported
@@ -78,7 +78,7 @@ class TwinConverter(Converter):
         head = set(anatomy.said_head_names(names.model) or [])
         linear = [n for n, m in names.modules.items() if isinstance(m, LINEAR) and f"{n}.weight" not in head]
         arguments = {name: config[key] for name, key in twin.arguments.items()}
-        return arguments | {"target_modules": compact(parts.layers, linear)}
+        return arguments | {"target_modules": selection(parts.layers, linear)}
 
     def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
         """Return the tensors by the names of the grafts."""

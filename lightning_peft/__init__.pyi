@@ -89,6 +89,7 @@ from lightning_peft.methods.prompt_ensemble import (
 )
 from lightning_peft.methods.prompt_tuning import PromptTuning as PromptTuning, PromptTuningMixin as PromptTuningMixin
 from lightning_peft.methods.promptsrc import PromptSRC as PromptSRC, PromptSRCMixin as PromptSRCMixin
+from lightning_peft.methods.ranpac import RanPAC as RanPAC, RanPACMixin as RanPACMixin
 from lightning_peft.methods.shira import SHiRA as SHiRA, SHiRAMixin as SHiRAMixin
 from lightning_peft.methods.side_tuning import SideTuning as SideTuning, SideTuningMixin as SideTuningMixin
 from lightning_peft.methods.tiny_tl import TinyTL as TinyTL, TinyTLMixin as TinyTLMixin

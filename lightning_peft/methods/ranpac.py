@@ -1,0 +1,257 @@
+"""RanPAC: a head on random features, in closed form, ``W = (G + lambda I)^-1 Q``, for classes that come one by one.
+
+``h = ReLU(f R)`` with R [d, M] drawn once from N(0, 1) and f the frozen features before the head; ``G = sum h hᵀ`` and
+``Q = sum h yᵀ`` are over all rows so far, y being one-hot. So W is ridge regression on the rows of all tasks, in
+whatever order they came; no row is kept. The sums, R and W are the delta.
+
+Source: McDonnell et al. 2023, arXiv 2307.02251, algorithm 1, and its released code. There M is 10,000: M² numbers are
+800 MB, so here it is 2,000 unless you say so. There lambda is chosen anew in each task, from 1e-8 to 1e8, by the last
+fifth of the rows of the task; here by each fifth row of all tasks, whose sums are kept apart, so that the order of
+tasks does not choose it. There a method may train on the first task: fit that first, and apply RanPAC to the result.
+Sums are in double precision. Steps of an optimizer move W, until it is scored or saved, or the epoch ends.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.arguments import natural, positive
+from lightning_peft.core.errors import TuningError
+from lightning_peft.core.graft import Graft, attach
+from lightning_peft.core.placement import device_of
+from lightning_peft.core.run import below_backbones, trained
+from lightning_peft.core.sharded import like
+from lightning_peft.features import heads
+from lightning_peft.training.method import Method
+from lightning_peft.training.mixin import TunedBy
+from lightning_peft.updates.in_place import without_autocast
+
+HELD = 5
+"""Each row of this number is held out to choose lambda by."""
+RIDGES = [10.0**n for n in range(-8, 9)]
+
+
+class RandomHead(Graft):
+    """Gives the logits in place of its host, from random features of its input, and sums over the rows it is told of.
+
+    Args:
+        host: the layer that gave the logits.
+        width: M.
+        ridge: lambda; None: some rows are summed apart to choose it.
+    """
+
+    directions: Tensor
+    rows: Tensor
+    labels: Tensor | None = None
+    """Set for one call, whose rows are added to the sums, [B]."""
+
+    def __init__(self, host: nn.Linear, width: int, ridge: float | None) -> None:
+        super().__init__()
+        device, classes = device_of(host), host.out_features
+        self.ridge = ridge
+        self.names = ("fitted", "held") if ridge is None else ("fitted",)
+        self.register_buffer("directions", torch.randn(host.in_features, width, device=device))
+        self.register_buffer("rows", torch.zeros(1, dtype=torch.long, device=device))
+        for name in self.names:
+            for what, size in (("products", width), ("targets", classes)):
+                sums = torch.zeros(width, size, dtype=torch.float64, device=device)
+                self.register_buffer(f"{name}_{what}", sums)
+        self.weight = nn.Parameter(torch.zeros(classes, width, device=device))
+        self.register_state_dict_pre_hook(_solve_first)
+
+    def around(self, forward: Callable[..., Any], host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return ``ReLU(x R) Wᵀ``, [B, C]."""
+        labels, self.labels = self.labels, None
+        with without_autocast(x):
+            hidden = (x.float() @ self.directions).relu()
+            if labels is not None:
+                self.add(hidden.detach(), labels)
+            return F.linear(hidden, self.weight).to(x.dtype)
+
+    def add(self, hidden: Tensor, labels: Tensor) -> None:
+        """Add the rows of all processes to the sums.
+
+        Raises:
+            TuningError: there is not one label for each row.
+        """
+        if hidden.dim() != 2 or labels.shape != hidden.shape[:1]:
+            raise TuningError(
+                f"labels of shape {list(labels.shape)} are not one for each of the rows {list(hidden.shape)}: RanPAC "
+                "is for classes of whole rows."
+            )
+        hidden, labels = _of_all_processes(hidden).double(), _of_all_processes(labels)
+        targets = F.one_hot(labels, len(self.weight)).double()
+        number = self.rows + torch.arange(len(hidden), device=hidden.device)
+        held = (number % HELD == HELD - 1).double().unsqueeze(1) * (len(self.names) - 1)
+        for name, share in zip(self.names, (1 - held, held), strict=False):
+            self.get_buffer(f"{name}_products").add_((share * hidden).t() @ hidden)
+            self.get_buffer(f"{name}_targets").add_((share * hidden).t() @ targets)
+        self.rows.add_(len(hidden))
+
+    @torch.no_grad()
+    def solve(self) -> None:
+        """Give W the values for all rows so far, if they are enough."""
+        if int(self.rows) < self.least:
+            return
+        products, targets = self._total("products"), self._total("targets")
+        products.diagonal().add_(self.chosen() if self.ridge is None else self.ridge)
+        found = torch.linalg.solve(products, targets)
+        self.weight.copy_(like(self.weight, found.t().to(self.weight.dtype)))
+
+    @property
+    def least(self) -> int:
+        """How many rows there must be to solve for W."""
+        return HELD if self.ridge is None else 1
+
+    def chosen(self) -> float:
+        """Return the lambda of least squared error on the rows held out, W being that of the others."""
+        found = self.get_buffer("fitted_products"), self.get_buffer("fitted_targets")
+        products, targets = self.get_buffer("held_products"), self.get_buffer("held_targets")
+        values, vectors = torch.linalg.eigh(found[0])
+        turned, inside, held = vectors.t() @ found[1], vectors.t() @ products @ vectors, vectors.t() @ targets
+        errors = []
+        for ridge in RIDGES:  # |h W - y|² over the rows held out, without what does not depend on W
+            weight = turned / (values.clamp(min=0) + ridge).unsqueeze(1)
+            errors.append((weight * (inside @ weight - 2 * held)).sum())
+        return RIDGES[int(torch.stack(errors).argmin())]
+
+    def _total(self, what: str) -> Tensor:
+        return torch.stack([self.get_buffer(f"{name}_{what}") for name in self.names]).sum(0)
+
+
+@dataclass(eq=False, kw_only=True)
+class RanPAC(Method):
+    """Replace the head by one on random features whose weight is ridge regression on all rows so far.
+
+    Args:
+        width: M, how many random features there are.
+        ridge: lambda; None: chosen from 1e-8 to 1e8 by each fifth row.
+    """
+
+    width: int = natural(2000)
+    ridge: float | None = positive(None)
+
+    kind: ClassVar[str] = "head"
+    trains: ClassVar[str] = "nothing by gradients: a head on random features, in closed form over all tasks"
+    paper: ClassVar[str] = "McDonnell et al. 2023, arXiv 2307.02251"
+
+    def graft(self, backbone: nn.Module) -> Iterable[str]:
+        """Attach the head to the layer that gives the logits."""
+        _, host = heads.last_linear(backbone, "RanPAC")
+        if len(found := heads.head_linears(backbone)) > 1:
+            raise TuningError(
+                f"the head of {type(backbone).__name__} has {len(found)} layers, and RanPAC reads the features before "
+                "a head of one: take MLPHead."
+            )
+        attach(host, RandomHead(host, self.width, self.ridge), self.key)
+        return ()
+
+    def fill(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Add the rows of batches with ``labels`` to the sums, and solve for W.
+
+        Raises:
+            TuningError: there are too few to choose lambda by, or no label for each.
+        """
+        graft, backbone = self._random_head(model), self._tuned(model)
+        modes = {module: module.training for module in backbone.modules()}
+        backbone.eval()
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    inputs = {name: value.to(graft.rows.device) for name, value in batch.items()}
+                    graft.labels = inputs["labels"]
+                    backbone(**inputs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        self._solve(model)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Apply the method; the rows of the first epoch are those to add."""
+        super().setup(trainer, pl_module, stage)
+        self._epoch = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See that nothing changes the features.
+
+        Raises:
+            TuningError: something does.
+        """
+        super().on_fit_start(trainer, pl_module)
+        mine, below = {id(self._random_head(pl_module).weight)}, below_backbones(pl_module)
+        others = [name for name, p in trained(pl_module).items() if id(p) not in mine and below(name)]
+        if others:
+            raise TuningError(
+                f"RanPAC sums over features, which the training of {others[0]} would change: fit that first, and then "
+                "RanPAC alone on the result."
+            )
+
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
+        """Add the rows of this epoch, the first of a task."""
+        self._epoch = trainer.current_epoch
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell the head the labels of the batch, once for each row."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if trainer.current_epoch == self._epoch:
+            self._random_head(pl_module).labels = batch["labels"]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Solve for W."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._solve(pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Solve for W, which is what is scored."""
+        super().on_validation_start(trainer, pl_module)
+        if trainer.state.fn == "fit":
+            self._random_head(pl_module).solve()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which epoch's rows are added, for a run that resumes inside of it."""
+        return {"epoch": vars(self).get("_epoch", 0)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up which epoch's rows are added."""
+        self._epoch = state_dict["epoch"]
+
+    def _solve(self, model: nn.Module) -> None:
+        graft = self._random_head(model)
+        if int(graft.rows) < graft.least:
+            raise TuningError(f"each fifth row chooses ridge=, and there are {int(graft.rows)}: give ridge= a number.")
+        graft.solve()
+
+    def _random_head(self, model: nn.Module) -> RandomHead:
+        return self.own_grafts(model, RandomHead)[0].graft
+
+    def _head(self, backbone: nn.Module) -> list[str]:
+        """Return nothing: the model's own head is not used."""
+        return []
+
+
+RanPACMixin = TunedBy[RanPAC]
+
+
+def _solve_first(graft: nn.Module, *_: Any) -> None:
+    """Let what is saved be W for all rows so far."""
+    assert isinstance(graft, RandomHead)
+    graft.solve()
+
+
+def _of_all_processes(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, in their order; they may have unlike many."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return rows
+    counts = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(counts, len(rows))
+    padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(counts) - len(rows)))
+    found = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(found, padded)
+    return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])

@@ -165,24 +165,29 @@ def test_methods_are_swapped_from_files_and_from_the_shell(
     assert shown in capsys.readouterr().out.replace("BitFit(), LoRA()", "LoRA(), BitFit()")
 
 
-def test_validate_and_predict_from_a_delta(folder: Path, fitted: str) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_predict_from_a_delta(folder: Path, fitted: str, processes: int) -> None:
     arguments = ["--config", "tiny.yaml", "--ckpt_path", "run/best.ckpt"]
-    assert "val_accuracy" in run("validate", *arguments, folder=folder)
-    for processes in ([], ["--trainer.strategy", "ddp", "--trainer.devices", "2"]):
-        (folder / "predictions.jsonl").unlink(missing_ok=True)
-        assert "8 predictions in" in run("predict", *arguments, *processes, folder=folder)
-        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-        assert [line["row"] for line in lines] == list(range(8))
-        assert {line["labels"] for line in lines} <= {"good", "bad"}
-        assert all(abs(sum(line["probabilities"].values()) - 1) < 1e-5 for line in lines)
-        assert all(list(line) == ["row", "text", "labels", "probabilities"] for line in lines)
-        assert all(list(line["probabilities"]) == ["bad", "good"] for line in lines)
+    several = ["--trainer.strategy", "ddp", "--trainer.devices", str(processes)] if processes > 1 else []
+    (folder / "predictions.jsonl").unlink(missing_ok=True)
+    assert "8 predictions in" in run("predict", *arguments, *several, folder=folder)
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(8))
+    assert {line["labels"] for line in lines} <= {"good", "bad"}
+    assert all(abs(sum(line["probabilities"].values()) - 1) < 1e-5 for line in lines)
+    assert all(list(line) == ["row", "text", "labels", "probabilities"] for line in lines)
+    assert all(list(line["probabilities"]) == ["bad", "good"] for line in lines)
     printed = run(
         "predict", "--ckpt_path", "run/best.ckpt", "--text", lines[0]["text"], "--text=the end", folder=folder
     )
     said = f"{lines[0]['labels']} {lines[0]['probabilities'][lines[0]['labels']]:.3f}"
     assert said in " ".join(printed.split())
     assert "the end" in printed
+
+
+def test_validate_a_delta(folder: Path, fitted: str) -> None:
+    arguments = ["--config", "tiny.yaml", "--ckpt_path", "run/best.ckpt"]
+    assert "val_accuracy" in run("validate", *arguments, folder=folder)
 
 
 def test_a_delta_brings_its_method(folder: Path, fitted: str) -> None:

@@ -63,6 +63,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "BertForSequenceClassification" in execute([sys.executable, "-c", f"{code}\nprint(model)"], tmp_path)
 
 
+@pytest.mark.slow
 def test_the_job(tmp_path: Path) -> None:
     (job,) = [snippet for snippet in snippets("sh", CLUSTER) if "srun" in snippet]
     (tmp_path / "srun").write_text(_SRUN)

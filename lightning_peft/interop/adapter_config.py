@@ -94,6 +94,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "encoder_num_layers": 2,
         "encoder_reparameterization_type": "MLP",
     },
+    "TRAINABLE_TOKENS": {key: value for key, value in _COMMON.items() if key != "modules_to_save"}
+    | {"init_weights": True, "target_modules": None, "token_indices": []},
     "PREFIX_TUNING": _PROMPT | {"encoder_hidden_size": None, "init_weights": None, "prefix_projection": False},
     **{name: _COMMON | dict(twin.defaults) for name, (_, twin) in TWINS.items()},
 }

@@ -59,7 +59,9 @@ class Facts:
         return facts
 
 
-def text(adapter: PeftAdapter, method: TuningMethod, facts: Facts, name: str, profile: str | None = None) -> str:
+def text(
+    adapter: PeftAdapter, methods: Sequence[TuningMethod], facts: Facts, name: str, profile: str | None = None
+) -> str:
     """Return the model card: YAML for the hub, then a page for a reader."""
     base = adapter.config["base_model_name_or_path"]
     kind = adapter.config["peft_type"]
@@ -67,7 +69,7 @@ def text(adapter: PeftAdapter, method: TuningMethod, facts: Facts, name: str, pr
     front |= {"library_name": "peft", "tags": ["lightning-peft", kind.lower().replace("_", "-")]}
     head = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())  # JSON is YAML
     rows = [
-        ("method", f"`{repr_short(method)}`, {type(method).paper}"),
+        ("method", "; ".join(f"`{repr_short(method)}`, {type(method).paper}" for method in methods)),
         ("base", f"`{base}`" if base else _UNKNOWN),
         ("base weights", f"fingerprint `{adapter.header['fingerprint']}`"),
         ("task", adapter.config["task_type"] or "none that PEFT names"),

@@ -1,6 +1,6 @@
 """Exports a tuned model as an adapter of PEFT."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,12 @@ from lightning_peft.core.tuning import tunings
 from lightning_peft.interop import adapter_config, base_tensors, card, folder, serving
 from lightning_peft.interop.converters import CONVERTERS, Converter
 from lightning_peft.interop.converters.base import Exported, check_names
+from lightning_peft.interop.converters.tokens import KEY, export_beside
 from lightning_peft.interop.folder import PeftAdapter
 from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, selection
 from lightning_peft.interop.patterns import selects, their_pattern_of, value_of
+from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.trainable_tokens import TrainableTokens
 
 
 def to_peft(
@@ -48,35 +51,37 @@ def to_peft(
     path = Path(path)
     folder.check_free(path)
     serving.known(profile)
-    backbone, method = _tuned(model)
-    adapter = adapter_of(backbone, method, "disk" if profile else names)
+    backbone, methods = _tuned(model)
+    adapter = adapter_of(backbone, methods, "disk" if profile else names)
     serving.check_profile(profile, adapter)
     facts = facts or card.Facts()
-    facts = replace(facts, words=facts.words or _words(backbone, method))
-    folder.write(path, adapter, card.text(adapter, method, facts, path.name, profile))
+    facts = replace(facts, words=facts.words or _words(backbone, methods[0]))
+    folder.write(path, adapter, card.text(adapter, methods, facts, path.name, profile))
     return path
 
 
-def adapter_of(backbone: nn.Module, method: TuningMethod, naming: str = "memory") -> PeftAdapter:
+def adapter_of(backbone: nn.Module, methods: Sequence[TuningMethod], naming: str = "memory") -> PeftAdapter:
     """Return what is trained in a backbone as an adapter.
 
     Args:
         backbone: the tuned model.
-        method: the one of its methods that has grafts.
+        methods: the one of its methods that has grafts, and what trains rows of the word table beside it.
         naming: 'memory' or 'disk'.
 
     Raises:
         TuningError: PEFT has no twin of it.
     """
-    converter, names = _converter(method), Names(backbone)
-    exported = converter.export(backbone, method, names)
-    check_names(backbone, exported.layers, f"this {type(method).__name__}")
+    converter, names = _converter(methods[0]), Names(backbone)
+    exported = converter.export(backbone, methods[0], names)
+    check_names(backbone, exported.layers, f"this {type(methods[0]).__name__}")
+    for words in methods[1:]:
+        export_beside(exported, backbone, words, names)
     found = base_tensors.trained_outside(names, exported.layers)
     config = {"peft_type": converter.peft_type} | exported.config | _base(backbone)
     if found.biases:
         config["bias"] = _bias(converter, found.biases, exported)
     kept = base_tensors.saved_tensors(names, found, every_bias=config.get("bias") == "all")
-    config |= {"modules_to_save": found.modules or None} | _task(names, found.modules, converter.peft_type)
+    config |= _saved(converter, found.modules) | _task(names, found.modules, converter.peft_type)
     if found.tied and "ensure_weight_tying" in adapter_config.DEFAULTS[converter.peft_type]:
         config["ensure_weight_tying"] = True
     lost = set(delta_names(backbone)) - exported.delta - kept.keys()
@@ -110,6 +115,22 @@ def _bias(converter: Converter, biases: set[str], exported: Exported) -> str:
     return word
 
 
+def _saved(converter: Converter, modules: list[str]) -> dict[str, Any]:
+    """Return the key that names the modules of the base that are saved whole.
+
+    Raises:
+        TuningError: some are, and the type has no such key.
+    """
+    if "modules_to_save" in adapter_config.DEFAULTS[converter.peft_type]:
+        return {"modules_to_save": modules or None}
+    if modules:
+        raise TuningError(
+            f"{converter.peft_type} of PEFT saves no whole modules such as {modules[0]}, which is trained: exclude it, "
+            "or train the words beside a LoRA."
+        )
+    return {}
+
+
 def _named(exported: Exported, kept: dict[str, Tensor], called: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter by the names that they have in its file."""
     tensors = dict(exported.bare)
@@ -129,8 +150,8 @@ def skipped(names: Names, kept: dict[str, Tensor]) -> set[str]:
     return same | (names.model.state_dict().keys() - names.tensors.keys())
 
 
-def _tuned(model: nn.Module) -> tuple[nn.Module, TuningMethod]:
-    """Return the tuned backbone and its one method that has grafts."""
+def _tuned(model: nn.Module) -> tuple[nn.Module, list[TuningMethod]]:
+    """Return the tuned backbone and its one method that has grafts; beside a LoRA, also what trains words."""
     found = list(tunings(model))
     if len(found) != 1:
         raise TuningError(
@@ -142,10 +163,13 @@ def _tuned(model: nn.Module) -> tuple[nn.Module, TuningMethod]:
         raise TuningError(f"{outside[0]} is trained outside of the backbone, where PEFT keeps nothing: give the model.")
     attached = {place.graft.owner for place in grafts(backbone)}
     methods = [method for name, method in tuning.methods.items() if name in attached]
-    if len(methods) > 1:
+    methods.sort(key=lambda method: isinstance(method, TrainableTokens))
+    kinds = [type(method) for method in methods]
+    if len(methods) > 1 and kinds != [LoRA, TrainableTokens]:
         both = " + ".join(type(method).__name__ for method in methods)
         raise TuningError(
-            f"{both} are in one model, and an adapter of PEFT has one method: merge or remove the others."
+            f"{both} are in one model, and an adapter of PEFT has one method, or LoRA with TrainableTokens: merge or "
+            "remove the others."
         )
     if not methods:
         names = " + ".join(type(method).__name__ for method in tuning.methods.values())
@@ -153,7 +177,7 @@ def _tuned(model: nn.Module) -> tuple[nn.Module, TuningMethod]:
             f"{names} trains tensors of the model in place, which alone is no adapter of PEFT: keep the delta, write "
             "the tuned model whole by merge and save_pretrained, or train LoRA(bias='all'), which PEFT has."
         )
-    return backbone, methods[0]
+    return backbone, methods
 
 
 def _words(backbone: nn.Module, method: Any) -> list[list[tuple[str, float]]]:
@@ -208,7 +232,9 @@ def _renamed(config: dict[str, Any], called: dict[str, str], names: Names, expor
         if config.get(key):
             full = [name for name in names.modules if selects(config[key], name)]
             changed[key] = selection([called.get(name, name) for name in full], every)
-    if config["modules_to_save"]:
+    if config.get(KEY):
+        changed[KEY] = {called.get(name, name): ids for name, ids in config[KEY].items()}
+    if config.get("modules_to_save"):
         changed["modules_to_save"] = [called.get(name, name) for name in config["modules_to_save"]]
     for key, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         if config.get(key):

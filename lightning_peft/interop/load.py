@@ -17,10 +17,12 @@ from lightning_peft.core.tuning import Tuning
 from lightning_peft.interop import adapter_config, folder
 from lightning_peft.interop.converters import CONVERTERS, Converter
 from lightning_peft.interop.converters.base import Parts, check_names
+from lightning_peft.interop.converters.tokens import filled, split
 from lightning_peft.interop.experts import stack
 from lightning_peft.interop.export import skipped
 from lightning_peft.interop.folder import PeftAdapter
 from lightning_peft.interop.names import PREFIX, PROMPT_PREFIX, Names, strip
+from lightning_peft.methods.trainable_tokens import TrainableTokens
 
 _COPIES = re.compile(r"\.(?:original_module|modules_to_save)\.[^.]+$")
 """What bias='all' of PEFT writes beside a module that is saved whole: it is never read."""
@@ -36,7 +38,8 @@ def from_peft(model: nn.Module, path: str | Path, allow_other_base: bool = False
             trained on; shapes and names must fit all the same.
 
     Returns:
-        The method. One that puts tokens into the input prepares batches: ``model(**method.prepare(batch))``.
+        The method. One that puts tokens into the input prepares batches: ``model(**method.prepare(batch))``. For a LoRA
+        with trained tokens it is the LoRA; a TrainableTokens is applied beside it.
 
     Raises:
         TuningError: the base differs, tensors are missing or unknown, or there is no twin; nothing has changed then.
@@ -49,24 +52,32 @@ def apply_adapter(model: nn.Module, adapter: PeftAdapter, allow_other_base: bool
     backbone = select.backbone_of(model)
     if Tuning.of(backbone) is not None:
         raise TuningError(f"{type(backbone).__name__} is tuned already: import an adapter into a plain model.")
-    names = Names(backbone)
+    names, words, read = Names(backbone), None, adapter
     if adapter.config["peft_type"] == "LORA":
-        adapter = stack(adapter, names)
+        adapter, words = split(stack(adapter, names), names)
     parts = _parts(adapter, names)
     check_names(backbone, parts.layers, adapter.source)
     if not allow_other_base:
         _check_base(adapter, parts, names)
     converter = next(c for c in CONVERTERS if c.peft_type == adapter.config["peft_type"])
     arguments = converter.arguments(parts, names) | _heads(parts, names, converter)
-    folder.check_config(adapter)
-    method: TuningMethod = getattr(lightning_peft, converter.method_of(parts))(**arguments)
-    method.apply(backbone)
+    folder.check_config(read)
+    methods: list[TuningMethod] = [getattr(lightning_peft, converter.method_of(parts))(**arguments)]
+    if words is not None:
+        methods.append(TrainableTokens(tokens=list(words.ids), exclude=arguments.get("exclude")))
     try:
-        _fill(backbone, method, converter, parts)
+        for method in methods:
+            method.apply(backbone)
+        given = converter.fill(parts, backbone, methods[0]) | parts.in_place
+        if words is not None:
+            given |= filled(words, backbone, methods[1])
+        _fill(backbone, methods[0], given, parts)
     except BaseException:
-        method.remove(backbone)
+        for method in reversed(methods):
+            if method.is_applied(backbone):
+                method.remove(backbone)
         raise
-    return method
+    return methods[0]
 
 
 def _parts(adapter: PeftAdapter, names: Names) -> Parts:
@@ -206,10 +217,9 @@ def _regex(chosen: list[str], names: set[str]) -> str:
     return "|".join(re.escape(name) for name in chosen)
 
 
-def _fill(model: nn.Module, method: TuningMethod, converter: Converter, parts: Parts) -> None:
+def _fill(model: nn.Module, method: TuningMethod, given: dict[str, Tensor], parts: Parts) -> None:
     """Copy the tensors of the adapter into the delta of the model, after checking that each has its place."""
     live = collect(model)
-    given = converter.fill(parts, model, method) | parts.in_place
     if missing := sorted(live.keys() - given.keys()):
         raise TuningError(
             f"{parts.source} lacks {len(missing)} of {len(live)} tensors, e.g. {missing[0]}: take another copy."

@@ -40,6 +40,11 @@ _BOOL = Kind("true or false", lambda value: isinstance(value, bool))
 _COUNT = Kind("a number from 1 on", _is_count)
 _TEXTS = Kind("a list of texts", lambda value: _are(value, _is_text))
 _INDICES = Kind("a number or a list of numbers", lambda value: _is_index(value) or _are(value, _is_index))
+_LIST = Kind("a list of numbers", lambda value: _are(value, _is_index))
+_ROWS = Kind(
+    "a mapping of texts to lists of numbers",
+    lambda value: isinstance(value, dict) and all(_is_text(k) and _LIST.holds(v) for k, v in value.items()),
+)
 _POSITIVE = Kind("a number above 0", lambda value: _is_number(value) and 0 < value < 1e12)
 _RATE = Kind("a number from 0 on and below 1", lambda value: _is_number(value) and 0 <= value < 1)
 _RANKS = Kind(
@@ -67,6 +72,8 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
     **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"), _NAMES),
     "target_parameters": (_NULL, _TEXTS),
     "layers_to_transform": (_NULL, _INDICES),
+    "token_indices": (_LIST,),
+    "trainable_token_indices": (_NULL, _LIST, _ROWS),
     "alpha_pattern": (_NULL, _ALPHAS),
     "rank_pattern": (_NULL, _RANKS),
     "bias": (_BIAS,),

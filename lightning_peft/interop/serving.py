@@ -53,6 +53,8 @@ def _vllm(config: dict[str, Any], adapter: PeftAdapter) -> list[str]:
         faults.append(f"{saved} would have to replace modules of the model: exclude= them in training, or merge")
     if config["use_dora"]:
         faults.append("it is DoRA: train with use_dora=False, or merge")
+    if config["trainable_token_indices"]:
+        faults.append("it has trained rows of the word table: train without TrainableTokens, or merge")
     if config["bias"] != "none":
         faults.append(f"it has trained biases (bias={config['bias']!r}): train with bias='none'")
     faults += [

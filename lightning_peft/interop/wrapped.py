@@ -96,7 +96,7 @@ def _sorted(
             base[strip(key.replace(".original_module.", "."), prefix)[0]] = tensor
         elif saved in key:
             own[key.replace(saved, ".")] = tensor
-        elif ".modules_to_save." not in key:
+        elif ".modules_to_save." not in key and ".trainable_tokens_original." not in key:
             parts = key.split(".")
             if adapter in parts[-2:]:
                 name = ".".join(part for part in parts if part != adapter)
@@ -104,7 +104,7 @@ def _sorted(
             elif key.endswith(".bias") and (bias == "all" or (bias == "lora_only" and parts[-2] == BASE_LAYER)):
                 own[key] = tensor
             else:
-                base[strip(key, prefix)[0]] = tensor
+                base[strip(key.replace(".token_adapter.", "."), prefix)[0]] = tensor
     if not base or not own:
         raise TuningError(
             f"{source} holds no module wrapped by PEFT with an adapter {adapter!r} (names with base_model.): for other "

@@ -141,7 +141,7 @@ def test_a_rank_that_was_changed(tmp_path: Path) -> None:
         ({"some_new_feature": True}, "some_new_feature=True, which LORA of PEFT .* does not know"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"lora_bias": True}, "lora_bias=True, which has no twin"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [1]}, r"has rows of no table and names \[\[1\]\] as their words"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', for which PEFT changes the base"),
     ],
 )

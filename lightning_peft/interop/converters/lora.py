@@ -27,7 +27,7 @@ from lightning_peft.updates.low_rank import LowRank
 from lightning_peft.updates.low_rank_weights import LowRankWeights
 
 _WITHOUT_TWIN = (
-    *("trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_bdlora"),
+    *("layer_replication", "alora_invocation_tokens", "use_bdlora"),
     *("use_qalora", "lora_bias", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
     "megatron_config",
 )

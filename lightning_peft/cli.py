@@ -18,6 +18,7 @@ train and use:
   test        score a delta on the test split: ... test --config CONFIG --ckpt_path DELTA
   predict     write what a tuned model says of new rows: ... predict --config CONFIG --ckpt_path DELTA,
               or of texts from the shell: predict --ckpt_path DELTA --text "a text" "another"
+  chat        talk to a tuned model in the terminal: lightning-peft chat DELTA
   check       look before GPU hours: a few steps, a table of what passes and what does not: check --config CONFIG,
               or without weights and data, for a model that does not fit here: check --config CONFIG --meta true
   search      find a template for a prompted task: search --config prompted_classification --model.model MODEL
@@ -47,7 +48,7 @@ Methods and their arguments work from the shell too: --method LoRA --method.r 4
 """
 _TRAINER = ("fit", "validate", "test", "predict", "check", "search")
 _SUBMIT, _COMPARE = "submit", "compare"
-_TOOLS = ("methods", "info", "combine", "merge", "plot", "export", "import", "templates", "configs")
+_TOOLS = ("chat", "methods", "info", "combine", "merge", "plot", "export", "import", "templates", "configs")
 _DEBUG = "LIGHTNING_PEFT_DEBUG"
 
 

@@ -38,6 +38,10 @@ def run_tool(command: str, arguments: Sequence[str]) -> None:
         "methods": methods, "configs": configs, "info": info, "merge": merge_files, "plot": plot_rows,
         "templates": templates,
     }  # fmt: skip
+    if command == "chat":
+        from lightning_peft.commands.chatting import chat
+
+        functions["chat"] = chat
     function = functions[command]
     arguments = _by_name(command, list(arguments))
     parser = ToolParser(prog=f"lightning-peft {command}", description=(function.__doc__ or "").splitlines()[0])

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import lightning as L
 from torch import nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.delta_file import CLASS_PATH, MATCHED, meta_of, read_checkpoint, read_delta
 from lightning_peft.core.delta_load import load_delta
 from lightning_peft.core.errors import TuningError
@@ -121,7 +122,11 @@ def pretrained(identity: Mapping[str, Any], name: str | None, source: str) -> nn
     labels = {k: identity["config"][k] for k in ("id2label", "label2id") if identity["config"].get(k)}
     if "id2label" in labels:
         labels["id2label"] = {int(k): v for k, v in labels["id2label"].items()}
-    return load_model(kind, name, **labels)  # the delta brings the head
+    model: nn.Module = load_model(kind, name, **labels)  # the delta brings the head
+    config, padding = structure.config_of(model), identity["config"].get("pad_token_id")
+    if padding is not None and structure.setting(config, "pad_token_id") is None:
+        config.pad_token_id = padding  # a task gives one to a model that has none
+    return model
 
 
 def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:

@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,7 +34,8 @@ def parsed(*arguments: str) -> dict:
 
 @pytest.mark.parametrize("file", FILES)
 def test_parses(file: str) -> None:
-    base = ["--config", str(ROOT / "configs/quickstart.yaml")]
+    alone = file.startswith("configs/recipes")
+    base = [] if alone else ["--config", str(ROOT / "configs/quickstart.yaml")]
     config = parsed(*base, "--config", str(ROOT / file))
     given = yaml.safe_load((ROOT / file).read_text())
     for name in given:
@@ -39,6 +43,10 @@ def test_parses(file: str) -> None:
             method = given["method"]
             wanted = method if isinstance(method, str) else method["class_path"]
             assert config["method"]["class_path"].rpartition(".")[2] == wanted
+    if alone:
+        assert config["method"]["init_args"]["target_modules"] == "all-linear"
+        assert ("BitsandbytesPrecision" in str(config["trainer"]["plugins"])) == ("qlora" in file)
+        assert (config["trainer"]["devices"] == 1) == ("several" not in file)
 
 
 def test_each_method_has_a_config() -> None:
@@ -65,3 +73,36 @@ def test_tasks_and_data_build(tmp_path: Path) -> None:
         )
         module = TextClassification(model=str(tmp_path / "model"), labels=data.label_names, **task.get("init_args", {}))
         assert module.labels == data.label_names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chat_lora", "chat_lora_several_gpus"])
+def test_a_recipe_trains_a_tiny_llama(name: str, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "model")
+    tiny("llama").save_pretrained(tmp_path / "model")
+    turns = [{"role": "user", "content": "good film"}, {"role": "assistant", "content": "bad film"}]
+    (tmp_path / "train.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 40)
+    template = (
+        "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }} {% endif %}{% endfor %}"
+    )
+    given = ["--model.model", "model", "--data.template", template, "--data.max_length", "32", "--trainer.devices", "1"]
+    given += [
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.limit_train_batches",
+        "2",
+        "--trainer.enable_progress_bar",
+        "false",
+    ]
+    if "several" in name:
+        given += ["--trainer.strategy.init_args.process_group_backend", "gloo"]
+    program = "import sys; from lightning_peft.cli import main; sys.argv = sys.argv[1:]; main()"
+    command = [sys.executable, "-c", program, "lightning-peft", "fit", "--config", name, *given]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert (tmp_path / "runs/chat/best.ckpt").exists()

@@ -39,17 +39,7 @@ def chat(
         temperature: of the sampling; 0 takes the likeliest token.
         top_p: draw from the likeliest tokens that make up this share, with a temperature above 0.
     """
-    for name, value, fits, rule in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0, to 1"),
-    ):
-        if not fits:
-            raise TuningError(f"{name}={value} is out of range: take {rule}.")
-    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        how |= {"temperature": temperature, "top_p": top_p}
-    partner = Partner(file, backbone, template, how)
+    partner = Partner(file, backbone, template, _options(max_new_tokens, temperature, top_p))
     start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = [*start]
     for line in _lines():
@@ -65,6 +55,23 @@ def chat(
             print()
         except TuningError as error:
             print(error, file=sys.stderr)
+
+
+def _options(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
+    """Return what ``generate`` is told of an answer.
+
+    Raises:
+        TuningError: a value is out of range.
+    """
+    for name, value, fits, rule in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "0 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, to 1"),
+    ):
+        if not fits:
+            raise TuningError(f"{name}={value} is out of range: take {rule}.")
+    drawn = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    return {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, **drawn}
 
 
 class Partner:

@@ -5,6 +5,7 @@ what the class of a task adds to its base model, what ``get_classifier()`` says 
 nothing, its last linear layer.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -90,16 +91,28 @@ def norm_names(backbone: nn.Module) -> list[str]:
 def bias_owners(backbone: nn.Module) -> dict[str, str]:
     """Return the name of each module that has a bias, the head's left out, with the name of that bias.
 
-    A bias that several modules share is that of the first (BERT's decoder of words shares that of its predictions).
+    Biases of other names, such as ``q_bias`` of DeBERTa, ``down_proj_bias`` of experts and ``bias_ih_l0`` of an LSTM,
+    stand by their own names; XLNet's ``r_s_bias`` is none, but a table of vectors by head. A bias that several modules
+    share is that of the first (BERT's decoder of words shares that of its predictions).
     """
     head = set(head_names(backbone))
     first = {id(parameter): name for name, parameter in backbone.named_parameters()}
     return {
-        name: full
+        name if last in ("bias", "in_proj_bias") else f"{name}.{last}".lstrip("."): full
         for name, module in without_grafts(backbone).items()
         for last, parameter in module.named_parameters(recurse=False)
-        if last in ("bias", "in_proj_bias") and (full := first[id(parameter)]) not in head
+        if is_bias(last) and (parameter.dim() == 1 or len(parameter) in structure.experts_of(module))
+        if (full := first[id(parameter)]) not in head
     }
+
+
+def is_bias(name: str) -> bool:
+    """Tell whether a parameter is a bias by the last part of its name.
+
+    >>> [is_bias(name) for name in ("q_bias", "bias_hh_l0", "relative_position_bias_table", "attn.bias_k")]
+    [True, True, False, False]
+    """
+    return re.fullmatch(r"(\w*_)?bias|bias_[ih]h(_l\d+(_reverse)?)?", name.rpartition(".")[2]) is not None
 
 
 def head_names(backbone: nn.Module) -> list[str]:

@@ -31,7 +31,6 @@ from lightning_peft.training.mixin import TunedBy
 
 ROLES = ("query", "key", "value", "attention_output", "intermediate", "ffn_output", "norm", "pooler")
 _PARTS = ("query", "key", "value")
-_NAMES = ("bias", "in_proj_bias")  # the second is the packed one of nn.MultiheadAttention
 
 
 class BiasPart(Graft):
@@ -135,8 +134,7 @@ class BitFit(Method):
 
     def optimizer_options(self, name: str) -> dict[str, Any]:
         """Ask for no weight decay of biases."""
-        last = name.rpartition(".")[2]
-        return {"weight_decay": 0.0} if last in _NAMES or name.endswith(f"{self.key}.shift") else {}
+        return {"weight_decay": 0.0} if anatomy.is_bias(name) or name.endswith(f"{self.key}.shift") else {}
 
     def _chosen(
         self, backbone: nn.Module, owners: dict[str, str], bare: dict[str, nn.Module]
@@ -208,7 +206,8 @@ def _without_bias(backbone: nn.Module, owners: dict[str, str]) -> dict[str, nn.M
 
 def _of_role(backbone: nn.Module, names: Iterable[str], role: str) -> list[str]:
     if role == "norm":
-        return [name for name in names if "Norm" in type(backbone.get_submodule(name)).__name__]
+        norms = {name for name, module in backbone.named_modules() if "Norm" in type(module).__name__}
+        return [name for name in names if name in norms]
     if role == "pooler":
         return [name for name in names if role in name.split(".")]
     return [name for name in names if select.has_role(name, role)]

@@ -118,6 +118,27 @@ def test_a_bias_is_named_by_the_last_part() -> None:
     assert all(name.endswith(".bias") for name in delta)
 
 
+def test_biases_of_other_names() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.lstm = nn.Embedding(9, 4), nn.LSTM(4, 4, bidirectional=True)
+            self.cell, self.tag = nn.GRUCell(8, 4), nn.Linear(4, 2)
+
+    recurrent = {f"lstm.bias_{side}_l0{way}" for side in ("ih", "hh") for way in ("", "_reverse")}
+    for model, names in (
+        (Tagger(), recurrent | {"cell.bias_ih", "cell.bias_hh"}),
+        (meta(hf.DebertaConfig(num_hidden_layers=1)), {f"encoder.layer.0.attention.self.{n}_bias" for n in "qv"}),
+        (
+            meta(hf.GptOssConfig(num_hidden_layers=1)),
+            {f"layers.0.mlp.experts.{n}_proj_bias" for n in ("gate_up", "down")},
+        ),
+        (meta(hf.XLNetConfig(n_layer=1)), set()),
+    ):
+        BitFit().apply(model)
+        assert {name for name in collect(model) if not name.endswith((".bias", "tag.weight"))} == names
+
+
 def test_every_bias_is_there_already() -> None:
     with pytest.raises(TuningError, match=r"every linear layer .* has a bias"):
         BitFit(add_missing_bias=True).apply(tiny("bert"))

@@ -21,7 +21,8 @@ class LayerMethod(MergingMethod):
 
     Args:
         target_modules: suffixes of module names, one regex for the whole name, or 'all-linear' for every linear layer
-            inside the blocks; None: the query and value projections (or the fused one).
+            inside the blocks; None: the query and value projections (or the fused one), or every linear layer inside
+            the blocks where these have other names.
         layers: indices of the blocks to tune, negative ones from the end; None: all.
         backbone_mode: whether dropout of the frozen backbone is active in training.
     """
@@ -42,9 +43,7 @@ class LayerMethod(MergingMethod):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach an update to each chosen layer, or to the module that reads its weight without a call."""
-        patterns = self.target_modules
-        if patterns is None:
-            patterns = select.by_role(backbone, ["query", "value"], LINEAR)
+        patterns = self.target_modules or _query_and_value(backbone)
         chosen = self.without_excluded(select.hosts(backbone, LINEAR, patterns, self.layers))
         if not chosen:
             raise TuningError(
@@ -60,6 +59,13 @@ class LayerMethod(MergingMethod):
             else:
                 attach(host, update, self.key)
         return ()
+
+
+def _query_and_value(backbone: nn.Module) -> str:
+    try:
+        return select.by_role(backbone, ["query", "value"], LINEAR)
+    except TuningError:
+        return "all-linear"
 
 
 def check_divides(argument: str, value: int, size: int, whose: str) -> None:

@@ -5,7 +5,7 @@ What is written to such a weight is gone at the next call.
 
 import inspect
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.core.errors import TuningError
 
@@ -27,7 +27,8 @@ def check_is_parameter(host: nn.Module, name: str, otherwise: str, known_as: str
     if leaf in dict(owner.named_parameters(recurse=False)):
         return
     # The value is not asked for: a spectral norm would go on by one iteration.
-    if leaf in dict(owner.named_buffers(recurse=False)) or inspect.getattr_static(owner, leaf, None) is not None:
+    found = inspect.getattr_static(owner, leaf, None)
+    if leaf in dict(owner.named_buffers(recurse=False)) or isinstance(found, (property, Tensor)):
         own = known_as or f"{name} of {type(host).__name__}"
         raise TuningError(
             f"{own} is no parameter, but a buffer or computed at each call, as by a weight norm or by pruning, so "

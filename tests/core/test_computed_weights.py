@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_peft import DiffPruning, LoRA, SHiRA, TuningError, merge
+from lightning_peft import DiffPruning, LoRA, Method, MiSS, SHiRA, TuningError, merge
 from lightning_peft.core.graft import grafts
 
 
@@ -88,11 +88,22 @@ def test_diff_pruning_changes_what_it_is_computed_from(way: Callable[[nn.Module]
     torch.testing.assert_close(model(x), out)
 
 
-def test_a_layer_that_is_read_without_a_call() -> None:
-    attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    parametrizations.weight_norm(attention.out_proj)
-    model = nn.ModuleDict({"attention": attention})
-    with pytest.raises(TuningError, match=r"attention\.out_proj is no parameter"):
-        LoRA(r=2, target_modules=["out_proj"]).apply(model)
-    plain(attention.out_proj)
-    LoRA(r=2, target_modules=["out_proj"]).apply(model)
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (LoRA(r=2, target_modules=["out_proj"]), r"0\.self_attn\.out_proj"),
+        (MiSS(r=2, target_modules=["out_proj"]), "out_proj"),
+    ],
+)
+def test_a_layer_that_is_read_without_a_call(method: Method, name: str) -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True), nn.Linear(8, 2)).eval()
+    x, layer = torch.randn(2, 3, 8), model[0].self_attn.out_proj
+    parametrizations.weight_norm(layer)
+    with pytest.raises(TuningError, match=rf"{name}.* is no parameter"):
+        method.apply(model)
+    plain(layer)
+    method.apply(model)
+    moved(model)
+    out = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), out)

@@ -6,8 +6,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from torch import nn
 
-from lightning_peft import MiSS, TuningError, merge
+from lightning_peft import MiSS, TuningError, collect, merge
 from lightning_peft.core.graft import grafts
 from tests.contract import MethodContract, assert_near, output, snapshot
 from tests.interop.twins import check_twin, shaken
@@ -77,3 +78,13 @@ def test_bad_arguments_are_refused_and_change_nothing(arguments: dict, message: 
     assert snapshot(model, "bert").keys() == before.keys()
     assert not list(grafts(model))
     MiSS(r=4).apply(model)
+
+
+def test_where_projections_have_other_names_it_takes_the_linear_layers_of_the_blocks() -> None:
+    model = nn.Sequential(
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 2), nn.Linear(8, 2)
+    )
+    MiSS(r=2).apply(model)
+    layers = ("linear1.miss.D", "linear2.miss.D", "self_attn.miss_out_proj.inner.D")
+    found = {name for name in collect(model) if "miss" in name}
+    assert found == {f"0.layers.{i}.{name}" for i in range(2) for name in layers}

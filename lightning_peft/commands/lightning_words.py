@@ -65,6 +65,11 @@ _SAYS: tuple[tuple[str, str], ...] = (
         "the checkpoint comes after {0} epochs, and trainer.max_epochs={1} is less: take more, or no --ckpt_path.",
     ),
     (
+        r"Trying to restore .* state but checkpoint contains only the model",
+        "the checkpoint was written with save_weights_only=true, and a run cannot go on from weights alone: test, "
+        "validate and predict take it, --ckpt_path of fit a checkpoint that was written without.",
+    ),
+    (
         r"`Timer\(duration=(.*?)\)` is not a valid duration",
         "{0!r} is no time for trainer.max_time or a Timer: give days, hours, minutes and seconds as DD:HH:MM:SS, such "
         "as 00:01:30:00.",

@@ -71,11 +71,11 @@ def plateau(monitor: str) -> Callable[[], Line]:
     return lambda: Line(optimizers)
 
 
-def written(folder: Path) -> Path:
+def written(folder: Path, weights_only: bool = False) -> Path:
     file = folder / "three.ckpt"
     run = trainer(folder, max_epochs=3)
     run.fit(Line(), loader(), loader())
-    run.save_checkpoint(file)
+    run.save_checkpoint(file, weights_only)
     return file
 
 
@@ -125,6 +125,11 @@ OBJECTIONS: dict[str, tuple[Run, Run]] = {
     ),
     "RichProgressBar is among trainer.callbacks, but trainer.enable_progress_bar is false: make that true, or leave "
     "out RichProgressBar.": (lambda d: fit(d, RichProgressBar()), fit),
+    "the checkpoint was written with save_weights_only=true, and a run cannot go on from weights alone: test, validate "
+    "and predict take it, --ckpt_path of fit a checkpoint that was written without.": (
+        lambda d: fit(d, max_epochs=4, ckpt_path=written(d, weights_only=True)),
+        lambda d: trainer(d).validate(Line(), loader(), ckpt_path=written(d, weights_only=True)),
+    ),
     "trainer.callbacks has more than one progress bar: leave all but one out.": (
         lambda d: fit(d, RichProgressBar(), TQDMProgressBar(), enable_progress_bar=True),
         lambda d: fit(d, TQDMProgressBar(), enable_progress_bar=True),

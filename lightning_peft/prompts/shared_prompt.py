@@ -20,6 +20,7 @@ from lightning_peft.core.graft import Graft
 from lightning_peft.core.host_copy import ask
 from lightning_peft.core.sharded import is_part
 from lightning_peft.core.tracing import is_traced
+from lightning_peft.prompts.packed_mask import holds_several, packed_mask
 from lightning_peft.prompts.prefix import positions_of
 from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL, PromptRows
 
@@ -98,10 +99,14 @@ class SharedPrompt(PromptRows):
         cache = cache_argument.cache_in(inputs)
         inputs = cache_argument.with_cache(inputs, self._cache, cache)
         cached = cache.get_seq_length() if cache is not None else 0
+        texts = None if cached else _texts_of(inputs)
         self._widen_mask(inputs, text, cached or self.count)
         if cached:
             return forward(**inputs)
-        if is_traced() or _is_checkpointed(host) or _is_sharded(host):  # none of them takes a cache
+        alone = is_traced() or _is_checkpointed(host) or _is_sharded(host)  # none of them takes a cache
+        if texts is not None:
+            inputs["attention_mask"] = packed_mask(texts, self.count, host, _dtype(host), whole=alone)
+        if alone:
             return self._in_front(forward, host, inputs)
         cache, last = self._computed(forward, host, text.shape[0], cache)
         out = forward(**inputs | {self._cache: cache})
@@ -161,8 +166,13 @@ class SharedPrompt(PromptRows):
         return out
 
     def _embedded(self, host: nn.Module) -> Tensor:
-        table: nn.Module = host.get_input_embeddings()  # type: ignore[operator]
-        return self.rows().to(table.weight.dtype)  # type: ignore[arg-type]
+        return self.rows().to(_dtype(host))
+
+
+def _dtype(host: nn.Module) -> torch.dtype:
+    """Return the dtype of a decoder's embeddings."""
+    table: nn.Module = host.get_input_embeddings()  # type: ignore[operator]
+    return table.weight.dtype  # type: ignore[return-value]
 
 
 def decoder_of(backbone: nn.Module) -> nn.Module | None:
@@ -180,6 +190,14 @@ def decoder_of(backbone: nn.Module) -> nn.Module | None:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or structure.setting(config, "sliding_window") or parts:
             return None
     return decoder
+
+
+def _texts_of(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return the positions [B, T] of rows that hold several texts, by which transformers tells these apart, or None."""
+    positions = inputs.get("position_ids")
+    if inputs.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
+        return None
+    return positions if holds_several(positions) else None
 
 
 def _is_full(mask: Tensor) -> bool:

@@ -46,7 +46,7 @@ class CausalLM(WritingTask):
         return logits
 
     def check_rows(self, batch: Mapping[str, Any]) -> None:
-        """See that rows that are packed have no virtual tokens.
+        """See that rows that are packed have no virtual tokens: a prompt that is not in the rows each text sees.
 
         Raises:
             TuningError: they have some.

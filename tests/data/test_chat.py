@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lightning_peft import CausalLM, ChatData, TuningError
+from lightning_peft import CausalLM, ChatData, PrefixTuning, PromptTuning, TuningError
 from tests.models import hf
 from tests.valley import set_up
 
@@ -163,18 +163,25 @@ def test_packed_rows_are_those_alone(folder: str, tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "model")
     task = CausalLM(str(tmp_path / "model")).eval()
     file = write(tmp_path, [conversation(row) for row in ROWS] * 2)
-    losses, counts = [], []
+    batches, counts = [], []
     for packing in (True, False):
         data = chat(folder, file, packing=packing, max_length=150)
         set_up(data)
         for loader in (data.train_dataloader(), data.val_dataloader()):
             (batch,) = loader
-            losses.append(float(task.loss(batch).detach()))
+            batches.append(batch)
             counts.append(int(task.counted(batch)))
             assert ("position_ids" in batch) == packing
             assert len(batch["input_ids"]) < 6 if packing else len(batch["input_ids"]) == 6
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
     assert counts == [counts[0]] * 4
+    for method in (None, PromptTuning(num_virtual_tokens=3, init="random_uniform"), PrefixTuning(num_virtual_tokens=3)):
+        if method is not None:
+            method.apply(task.backbone)
+        prepared = [dict(batch if method is None else method.prepare(batch)) for batch in batches]
+        losses = [float(task.loss(batch).detach()) for batch in prepared]
+        assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+        if method is not None:
+            method.remove(task.backbone)
 
 
 USER, ANSWER = ("user", "hello there"), ("assistant", "hello you")

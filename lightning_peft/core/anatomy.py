@@ -112,7 +112,7 @@ def is_bias(name: str) -> bool:
     >>> [is_bias(name) for name in ("q_bias", "bias_hh_l0", "relative_position_bias_table", "attn.bias_k")]
     [True, True, False, False]
     """
-    return re.fullmatch(r"(\w*_)?bias|bias_[ih]h(_l\d+(_reverse)?)?", name.rpartition(".")[2]) is not None
+    return re.fullmatch(r"(\w*_)?bias|bias_[ih]h(_\w+)?", name.rpartition(".")[2]) is not None
 
 
 def head_names(backbone: nn.Module) -> list[str]:

@@ -140,7 +140,7 @@ def both(folder: Path, kind: str, method: Method, rank: int) -> None:
     """Fit under each strategy, then go on from the middle of what another strategy has written."""
     for strategy in strategies_of(method):
         keep(descend(folder / strategy, kind, method, strategy, ranks=2, seed=rank), folder / f"{strategy}.{rank}.pt")
-    if type(method) is LoRA:
+    if type(method) is LoRA and method.init != "eva":  # which starts from batches, and these are twice as large
         module = descend(folder / "static", kind, copy.deepcopy(method), "ddp-static", ranks=2, seed=rank)
         keep(module, folder / f"ddp-static.{rank}.pt")
     for strategy, other in (("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "fsdp2-folder"), ("ddp", "fsdp2-folder")):

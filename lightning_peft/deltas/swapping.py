@@ -34,7 +34,7 @@ def slot(method: TuningMethod, max_r: int) -> TuningMethod:
     """
     if not isinstance(method, LoRA):
         raise TuningError(f"max_r={max_r} is for LoRA, the file is of {type(method).__name__}: leave it out.")
-    highest = max([method.r, *method.rank_pattern.values()]) * (1 if method.init in ("kaiming", "gaussian") else 2)
+    highest = round(max([method.r, *method.rank_pattern.values()]) * method.widening)
     if highest > max_r:
         raise TuningError(f"max_r={max_r} has no room for rank {highest} of the file: take at least that.")
     return dataclasses.replace(

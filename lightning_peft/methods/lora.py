@@ -18,26 +18,36 @@ PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) start from factors of W an
 Here the base weight stays: what is computed is ``W + s (B A - B₀ A₀)``, the same function and the same gradients. The
 factors A₀ and B₀ of the start are part of the delta, since no two machines decompose a matrix alike to the last bit.
 As a plain LoRA it has rank 2r: ``graft.factors()`` returns that pair, for whoever writes it to another format.
+
+EVA (Paischer et al. 2024, arXiv 2410.07170) starts A from the directions of most variance in the layer's inputs, over
+training batches, and gives the ranks to the directions that explain most of it. A layer has room for ``eva_rho r`` of
+them; the rows of A and columns of B that it does not get are zero, have no gradient, and stay zero. So shapes do not
+hang on data, and ``s = alpha / r`` is one for all layers, which is what HF PEFT's ``adjust_scaling_factors`` makes of
+it. A fit reads its own training batches before the first step; without a Trainer call `initialise`.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.bases.merging import MergingMethod
 from lightning_peft.core import select, structure
-from lightning_peft.core.arguments import natural, positive, rate
+from lightning_peft.core.arguments import bounded, natural, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, overrides
 from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.core.reads import may_overwrite
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
-from lightning_peft.updates.low_rank import shape_of
+from lightning_peft.updates.explained_variance import directions
+from lightning_peft.updates.low_rank import LowRank, shape_of
 from lightning_peft.updates.low_rank_init import OF_THE_WEIGHT, Init
 from lightning_peft.updates.low_rank_layers import CONVOLUTIONS, GRAFTS
 from lightning_peft.updates.low_rank_weights import LowRankWeights
@@ -61,7 +71,8 @@ class LoRA(MergingMethod):
         use_rslora: divide alpha by sqrt(r) instead of r.
         use_dora: train the length of each row of a weight apart from its direction.
         init: A and B at the start: 'kaiming' and 'gaussian' draw A and set B to zero; 'pissa' takes the greatest
-            singular values of the weight, 'olora' its QR decomposition.
+            singular values of the weight, 'olora' its QR decomposition; 'eva' takes A from the data.
+        eva_rho: for 'eva', how many times r the rank of a layer may become; 1: all layers have r.
         svd_iterations: for 'pissa', power iterations of a randomised decomposition, which is much faster for large
             weights (16 in the paper); None: the exact one.
         bias: which biases to train too: 'none', those of the 'lora_only' layers, or 'all' of the backbone.
@@ -80,12 +91,13 @@ class LoRA(MergingMethod):
     use_rslora: bool = False
     use_dora: bool = False
     init: Init = "kaiming"
+    eva_rho: float = bounded(2.0, "shares out no rank", at_least=1)
     svd_iterations: int | None = natural(None)
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_plus_ratio: float | None = positive(None, "is no ratio of learning rates")
 
     kind: ClassVar[str] = "weights"
-    trains: ClassVar[str] = "low-rank updates of weight matrices (also DoRA, rsLoRA, LoRA+, PiSSA, OLoRA)"
+    trains: ClassVar[str] = "low-rank updates of weight matrices (also DoRA, rsLoRA, LoRA+, PiSSA, OLoRA, EVA)"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
     advised: ClassVar[Rates] = Rates(2e-3, 1e-2, MEASURED)
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout", "svd_iterations", "lora_plus_ratio"}
@@ -107,11 +119,11 @@ class LoRA(MergingMethod):
         read: dict[nn.Module, dict[str, dict[str, Any]]] = {}
         ranks |= self._limited(chosen, ranks)
         for name, target in chosen.items():
-            r, alpha = ranks[name], alphas[name]
-            self._check_fit(name, target, r, alpha)
+            self._check_fit(name, target, ranks[name], alphas[name])
+            r, alpha = self._widened(name, target, ranks[name], alphas[name])
             if target.weight is not None:
                 scale = alpha / (r**0.5 if self.use_rslora else r)
-                arguments = {"r": r, "scale": scale, "use_dora": self.use_dora, "init": self.init}
+                arguments: dict[str, Any] = {"r": r, "scale": scale, "use_dora": self.use_dora, "init": self.init}
                 arguments["iterations"] = self.svd_iterations
                 read.setdefault(target.host, {})[target.weight] = arguments
                 continue
@@ -128,6 +140,47 @@ class LoRA(MergingMethod):
         *path, last = name.split(".")
         is_b = last == "B" and self.key in path
         return {"lr_ratio": self.lora_plus_ratio} if is_b and self.lora_plus_ratio is not None else {}
+
+    def initialise(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+        """Start from the directions of most variance in the inputs of batches; return the rank of each layer.
+
+        Raises:
+            TuningError: this is for init='eva', or the batches do not do.
+        """
+        if self.init != "eva":
+            raise TuningError(f"init={self.init!r} needs no data: take init='eva', or leave the batches out.")
+        places = {place.path: place for place in self.own_grafts(model, LowRank)}
+        layers = {name: (place.host, len(place.graft.A)) for name, place in places.items()}
+        asked = by_name(self.rank_pattern, places, self.r, "rank_pattern")
+        found = directions(self._tuned(model), layers, sum(asked.values()), batches)
+        for name, vectors in found.items():
+            places[name].graft.begin(vectors)
+        return {name: len(vectors) for name, vectors in found.items()}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on where a run was saved; start a new one from its training batches, where ``init`` says so."""
+        super().on_train_start(trainer, pl_module)
+        if self.init != "eva" or trainer.global_step:
+            return
+        loader: Any = trainer.train_dataloader
+        with isolate_rng():
+            self.initialise(pl_module, loader)
+
+    @property
+    def widening(self) -> float:
+        """How many times the rank that was asked for the factors of a layer have at most."""
+        return self.eva_rho if self.init == "eva" else 1.0 + (self.init in OF_THE_WEIGHT)
+
+    def _widened(self, name: str, target: Target, r: int, alpha: float) -> tuple[int, float]:
+        """Return a rank with the room that data may fill, and the alpha that leaves the scale as it is."""
+        if self.init != "eva":
+            return r, alpha
+        if not isinstance(target.host, (nn.Linear, Conv1D)) or target.weight is not None:
+            raise TuningError(
+                f"init='eva' looks at the inputs of linear layers, and {name} is none that is called: exclude it."
+            )
+        wide = min(round(r * self.eva_rho), *_shape(target)[1])
+        return wide, alpha * ((wide / r) ** 0.5 if self.use_rslora else wide / r)
 
     def _limited(self, chosen: dict[str, Target], ranks: dict[str, int]) -> dict[str, int]:
         """Return the rank of each matrix that has fewer rows or columns than the rank that was asked for.

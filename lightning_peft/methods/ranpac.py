@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.gathering import rows_of_all
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.run import below_backbones, trained
@@ -84,7 +85,7 @@ class RandomHead(Graft):
                 f"labels of shape {list(labels.shape)} are not one for each of the rows {list(hidden.shape)}: RanPAC "
                 "is for classes of whole rows."
             )
-        hidden, labels = _of_all_processes(hidden).double(), _of_all_processes(labels)
+        hidden, labels = rows_of_all(hidden).double(), rows_of_all(labels)
         targets = F.one_hot(labels, len(self.weight)).double()
         number = self.rows + torch.arange(len(hidden), device=hidden.device)
         held = (number % HELD == HELD - 1).double().unsqueeze(1) * (len(self.names) - 1)
@@ -243,15 +244,3 @@ def _solve_first(graft: nn.Module, *_: Any) -> None:
     """Let what is saved be W for all rows so far."""
     assert isinstance(graft, RandomHead)
     graft.solve()
-
-
-def _of_all_processes(rows: Tensor) -> Tensor:
-    """Return the rows of all processes, in their order; they may have unlike many."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return rows
-    counts = [0] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(counts, len(rows))
-    padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(counts) - len(rows)))
-    found = [torch.empty_like(padded) for _ in counts]
-    torch.distributed.all_gather(found, padded)
-    return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])

@@ -6,7 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.gathering import of_the_first
 from lightning_peft.core.private_torch import Movable, times_written
+from lightning_peft.core.sharded import like
 from lightning_peft.updates.in_place import without_autocast
 from lightning_peft.updates.low_rank_init import OF_THE_WEIGHT, Init, factors_of, zero_update
 
@@ -76,6 +78,14 @@ class Factors(Movable):
     def reset_parameters(self, init: Init) -> None:
         """Give A and B values whose product is zero."""
         zero_update(init, self.A, self.B, self.A.shape[-1])
+
+    @torch.no_grad()
+    def begin(self, rows: Tensor) -> None:
+        """Start from these rows of A [r', in], those of the first process; the others, and B, are zero."""
+        whole_a = torch.zeros(self.A.shape, device=rows.device)
+        whole_a[: len(rows)] = rows
+        self.A.copy_(like(self.A, of_the_first(whole_a)))
+        self.B.zero_()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B of the whole update ``scale B A``: those of training, or of rank 2r where it has A₀ and B₀."""

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Init = Literal["kaiming", "gaussian", "pissa", "olora"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora", "eva"]
 OF_THE_WEIGHT = ("pissa", "olora")
 """The inits that take A and B from the weight, so that what is added at the start must be taken off again."""
 
@@ -16,7 +16,8 @@ def zero_update(kind: Init, a: Tensor, b: Tensor, fan_in: int) -> None:
     """Draw A and set B to zero.
 
     Args:
-        kind: ``kaiming``: A from U(-1/sqrt(in), 1/sqrt(in)); ``gaussian``: A from N(0, 1/r²), as in HF PEFT.
+        kind: ``gaussian``: A from N(0, 1/r²), as in HF PEFT; else A from U(-1/sqrt(in), 1/sqrt(in)), which those of
+            data replace.
         a: [..., r, in].
         b: [..., out, r].
         fan_in: size of the input of A.

@@ -79,6 +79,8 @@ class LoRAConverter(Converter):
             alphas[update.target] = given[update.target] * (
                 math.sqrt(rank / ours) if method.use_rslora else rank / ours
             )
+            if method.init == "eva":  # whose factors have more room than the scale is for
+                alphas[update.target] = update.factors.scale * (math.sqrt(rank) if method.use_rslora else rank)
         r, alpha = common(ranks, method.r), common(alphas, method.alpha)
         exported.config = {
             "fan_in_fan_out": any(isinstance(update.host, Conv1D) for update in updates),

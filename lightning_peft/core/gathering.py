@@ -1,0 +1,30 @@
+"""Brings what each process has to all of them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def processes() -> int:
+    """Return how many processes run together."""
+    alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+    return 1 if alone else torch.distributed.get_world_size()
+
+
+def rows_of_all(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, in their order, [N, ...]; they may have unlike many."""
+    if processes() == 1:
+        return rows
+    counts = [0] * processes()
+    torch.distributed.all_gather_object(counts, len(rows))
+    padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(counts) - len(rows)))
+    found = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(found, padded.contiguous())
+    return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+
+
+def of_the_first(tensor: Tensor) -> Tensor:
+    """Return the tensor of the first process, in each of them."""
+    if processes() > 1:
+        torch.distributed.broadcast(tensor, 0)
+    return tensor

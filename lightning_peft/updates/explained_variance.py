@@ -148,16 +148,18 @@ def directions(
             module.training = mode
         for layer, _ in layers.values():
             detach(layer, "_heard")
-    given: dict[str, Tensor] = {}
-    for name, (_, count) in layers.items():
-        vectors = found[name].vectors if name in found else None
-        if vectors is None:
-            raise TuningError(
-                f"{read} batches gave {name} fewer than {count} rows each, which is the greatest rank that it may get: "
-                "give larger batches, or less r= or eva_rho=."
-            )
-        given[name] = vectors[: ranks[name]]
-    return given
+    return {name: _first(found.get(name), rank, name, layers[name][1], read) for name, rank in ranks.items()}
+
+
+def _first(own: Directions | None, rank: int, name: str, count: int, read: int) -> Tensor:
+    """Return the directions that a layer gets."""
+    vectors = None if own is None else own.vectors
+    if vectors is None:
+        raise TuningError(
+            f"{read} batches gave {name} fewer than {count} rows each, which is the greatest rank that it may get: "
+            "give larger batches, or less r= or eva_rho=."
+        )
+    return vectors[:rank]
 
 
 def shared_out(found: Mapping[str, Directions], budget: int) -> dict[str, int]:

@@ -126,7 +126,7 @@ def directions(
     """
     found: dict[str, Directions] = {}
     seen: dict[int, tuple[Any, Directions]] = {}
-    heard = [attach(layer, Heard(name, count, found, seen), "_heard") for name, (layer, count) in layers.items()]
+    heard = [attach(layer, Heard(name, count, found, seen), "heard_inputs") for name, (layer, count) in layers.items()]
     modes, read = {module: module.training for module in backbone.modules()}, 0
     ranks = {name: count for name, (_, count) in layers.items()}
     backbone.eval()
@@ -147,7 +147,7 @@ def directions(
         for module, mode in modes.items():
             module.training = mode
         for layer, _ in layers.values():
-            detach(layer, "_heard")
+            detach(layer, "heard_inputs")
     return {name: _first(found.get(name), rank, name, layers[name][1], read) for name, rank in ranks.items()}
 
 

@@ -114,7 +114,7 @@ def recorded(found: list[Attention]) -> Iterator[dict[str, tuple[Tensor, Tensor]
     kept: dict[str, tuple[Tensor, Tensor]] = {}
     paths = {attention.module: attention.path for attention in found}
 
-    def watch(module: nn.Module, key: Tensor, value: Tensor) -> None:
+    def watch(module: nn.Module, key: Tensor, value: Tensor, _: Tensor | None) -> None:
         if module in paths:
             kept.setdefault(paths[module], (key, value))
 
@@ -137,7 +137,7 @@ def _attend(
         call = partial(_attend, base, module)
         output, weights = joining[0].switch.by_rows(call, (query, key, value, attention_mask), kwargs)
         return output, weights
-    seen(module, key, value)
+    seen(module, key, value, attention_mask)
     length = key.shape[2]
     for child in joining:
         if not child.rests:
@@ -160,9 +160,11 @@ def _attend(
     return _base(base, module)(module, query, key, value, attention_mask, **kwargs)
 
 
-def _observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+def _observe(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: Any
+) -> tuple[Tensor, None]:
     """Stand in for an attention while the model is probed: the shape of its output, and nothing computed."""
-    seen(module, key, value)
+    seen(module, key, value, attention_mask)
     batch, heads, length = query.shape[:3]
     return query.new_empty(batch, length, heads, value.shape[3]), None
 

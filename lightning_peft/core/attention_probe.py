@@ -26,7 +26,7 @@ from lightning_peft.core.select import ROLES
 Kind = Literal["self", "encoder", "decoder", "cross"]
 Route = Literal["interface", "cache", "scores"]
 _SOURCE, _TARGET = 3, 5  # lengths of the probe's inputs, which tell self- from cross-attention
-_watchers: list[Callable[[nn.Module, Tensor, Tensor], Any]] = []
+_watchers: list[Callable[[nn.Module, Tensor, Tensor, Tensor | None], Any]] = []
 
 
 class Attention(NamedTuple):
@@ -52,10 +52,25 @@ class _Probe:
         self.paths = {module: path for path, module in anatomy.without_grafts(backbone).items()}
         self.encodes_and_decodes = structure.is_encoder_decoder(backbone)
         self.found: dict[nn.Module, Attention] = {}
+        self.masks: dict[nn.Module, list[Tensor | None]] = {}
+
+    def at_interface(self, module: nn.Module, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        """Note an attention that calls the interface, and the mask that it gives it, in each of its calls."""
+        self.masks.setdefault(module, []).append(mask)
+        self.see(module, key, value)
+
+    def prepares(self, module: nn.Module, given: tuple[Any, ...]) -> bool:
+        """Tell whether an attention computes something of its keys and values before it calls the interface.
+
+        It calls it more than once, each time with a part of the values (DiffLlama), or with a mask that it has made of
+        them (Doge): the columns of a prefix then have to be among them before that, as those of a cache are.
+        """
+        masks = self.masks.get(module, [])
+        return len(masks) > 1 or any(mask is not None and all(mask is not value for value in given) for mask in masks)
 
     def see(self, module: nn.Module, key: Tensor, value: Tensor, route: Route = "interface") -> None:
-        """Note an attention; one that is reached through the interface is not noted otherwise."""
-        if module not in self.paths or (route != "interface" and module in self.found):
+        """Note an attention."""
+        if module not in self.paths:
             return
         kind: Kind = "self"
         if self.encodes_and_decodes:
@@ -66,8 +81,8 @@ class _Probe:
 
 
 @contextmanager
-def watched(watch: Callable[[nn.Module, Tensor, Tensor], Any]) -> Iterator[None]:
-    """Let a function see the keys and values [B, H, S, d] of every attention while the context lasts."""
+def watched(watch: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Any]) -> Iterator[None]:
+    """Let a function see the keys and values [B, H, S, d] of every attention, and its mask, while the context lasts."""
     _watchers.append(watch)
     try:
         yield
@@ -75,16 +90,16 @@ def watched(watch: Callable[[nn.Module, Tensor, Tensor], Any]) -> Iterator[None]
         _watchers.remove(watch)
 
 
-def seen(module: nn.Module, key: Tensor, value: Tensor) -> None:
-    """Show the keys and values of an attention to those who watch."""
+def seen(module: nn.Module, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    """Show the keys and values of an attention, and its mask, to those who watch."""
     for watch in _watchers:
-        watch(module, key, value)
+        watch(module, key, value, mask)
 
 
 def probe(backbone: nn.Module) -> list[Attention]:
     """Run the model on the meta device, which computes no numbers, and return the attentions in the model's order."""
     state = _Probe(backbone)
-    with watched(state.see), placement.undispatched(backbone):
+    with watched(state.at_interface), placement.undispatched(backbone):
         _run_parts(backbone, state)
     order = list(state.paths)
     return sorted(state.found.values(), key=lambda one: order.index(one.module))
@@ -151,20 +166,25 @@ def _lenient(
     module: nn.Module, forward: Callable[..., Any], fills_cache: bool, state: _Probe, *args: Any, **kwargs: Any
 ) -> Any:
     """Compute what a module gives, or hand its input on where it needs numbers."""
+    state.masks.pop(module, None)
     try:
         out = forward(*args, **kwargs)
     except Exception:
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if given is None or given.ndim > 3:  # an image, say, is no hidden state
             raise
-        if fills_cache and (shape := text_structure.cached_shape_of(module)) is not None and given.ndim == 3:
+        unseen = fills_cache and module not in state.found
+        if unseen and (shape := text_structure.cached_shape_of(module)) is not None and given.ndim == 3:
             keys = given.new_empty(given.shape[0], shape[0], given.shape[1], shape[1])
             state.see(module, keys, keys, "cache")
         width = structure.out_features_of(module)
         return given if width is None else given.new_empty(*given.shape[:-1], width)
-    if fills_cache and module not in state.found:
-        with suppress(Exception):  # what it keeps may be no keys and values: the state of a scan
+    if fills_cache and (module not in state.found or state.prepares(module, (*args, *kwargs.values()))):
+        before = dict(state.found)
+        try:
             _through_cache(module, forward, state, args, kwargs)
+        except Exception:  # what it keeps may be no keys and values: the state of a scan
+            state.found = before
     if _projects(module) and state.found.keys().isdisjoint(module.modules()):
         with suppress(Exception):
             _among_operations(module, forward, state, args, kwargs)

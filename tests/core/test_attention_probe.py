@@ -50,7 +50,20 @@ CAUSAL: dict[str, Callable[[], nn.Module]] = {
             intermediate_size=32, num_local_experts=4, num_experts_per_tok=2,
         )
     ),
+    "DiffLlama": lambda: hf.DiffLlamaForCausalLM(hf.DiffLlamaConfig(**GROUPED)),
+    "Doge": lambda: hf.DogeForCausalLM(hf.DogeConfig(**GROUPED)),
 }  # fmt: skip
+WINDOW = 2
+OF_WINDOWS: dict[str, Callable[[], nn.Module]] = {
+    "GPT-Neo": lambda: hf.GPTNeoForCausalLM(
+        hf.GPTNeoConfig(**OF_NEO, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=WINDOW)
+    ),
+    "GPT-OSS": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(
+            **GROUPED | EXPERTS, head_dim=4, layer_types=["full_attention", "sliding_attention"], sliding_window=WINDOW
+        )
+    ),
+}
 ENCODERS: dict[str, Callable[[], nn.Module]] = {
     "RemBERT": lambda: hf.RemBertForSequenceClassification(
         hf.RemBertConfig(**SIZED, input_embedding_size=8, output_embedding_size=16)
@@ -84,6 +97,14 @@ def tuned(build: Callable[[], nn.Module], **arguments: Any) -> tuple[nn.Module, 
     return model, [place.graft for place in grafts(model) if isinstance(place.graft, Prefix)]
 
 
+def cache_of(prefixes: list[Prefix]) -> hf.DynamicCache:
+    """Return a cache of two rows that holds prefixes as if they were what the model had computed of a text."""
+    cache = hf.DynamicCache()
+    for i, prefix in enumerate(prefixes):
+        cache.update(*(t.detach().expand(2, -1, -1, -1).contiguous() for t in prefix.rows()), i)
+    return cache
+
+
 def words(rows: int = 2, length: int = 6) -> Tensor:
     return torch.randint(5, WORDS - 2, (rows, length), generator=torch.Generator().manual_seed(1))
 
@@ -91,13 +112,28 @@ def words(rows: int = 2, length: int = 6) -> Tensor:
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_prefix_is_what_a_cache_with_its_keys_and_values_is(name: str) -> None:
     model, prefixes = tuned(CAUSAL[name])
-    ids, cache = words(), hf.DynamicCache()
-    for i, prefix in enumerate(prefixes):
-        keys, values = (t.detach().expand(2, -1, -1, -1).contiguous() for t in prefix.rows())
-        cache.update(keys, values, i)
+    ids = words()
     with torch.no_grad():
         mask = torch.ones(2, P + ids.shape[1], dtype=torch.long)
-        expected = drawn(CAUSAL[name])(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+        expected = drawn(CAUSAL[name])(input_ids=ids, attention_mask=mask, past_key_values=cache_of(prefixes)).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OF_WINDOWS)
+def test_a_window_leaves_words_out_and_no_prefix(name: str) -> None:
+    """As in a model whose mask for the layer of the window has visible columns before those of the text."""
+    (model, prefixes), base, ids = tuned(OF_WINDOWS[name]), drawn(OF_WINDOWS[name]), words()
+    length = ids.shape[1]
+    text = torch.ones(length, length, dtype=torch.bool).tril()
+    if name == "GPT-Neo":
+        base.get_submodule("transformer.h.1.attn.attention").bias[..., P:, :P] = True
+        masks: Any = torch.ones(2, P + length, dtype=torch.long)
+    else:
+        seen = {"full_attention": text, "sliding_attention": text & ~text.tril(-WINDOW)}
+        seen = {kind: torch.nn.functional.pad(mask, (P, 0), value=True)[None, None] for kind, mask in seen.items()}
+        masks = {kind: torch.zeros(mask.shape).masked_fill(~mask, -1e9) for kind, mask in seen.items()}
+    with torch.no_grad():
+        expected = base(input_ids=ids, attention_mask=masks, past_key_values=cache_of(prefixes)).logits
         torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -113,7 +149,7 @@ def test_padding_on_the_left_changes_nothing(name: str, positions: str) -> None:
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["BLOOM", "GPT-Neo", "Falcon", "JetMoE"])
+@pytest.mark.parametrize("name", ["BLOOM", "GPT-Neo", "Falcon", "JetMoE", "DiffLlama", "Doge"])
 def test_generate_with_and_without_a_cache_gives_the_same(name: str) -> None:
     model, _ = tuned(CAUSAL[name])
     given = {"input_ids": words(), "attention_mask": torch.ones(2, 6, dtype=torch.long), "do_sample": False}

@@ -54,7 +54,9 @@ def ends(backbone: nn.Module, block: str, kind: Kind, cross: bool = False, read:
     passed: Container[str] = () if read else passed_by(host, block)
     named = [n for n, m in inside.items() if select.has_role(n, f"{kind}_output") and width_of(m) and n not in passed]
     if named:
-        return [Place(name, inside[name], width_of(inside[name])) for name in named]
+        places = [Place(name, inside[name], width_of(inside[name])) for name in named]
+        # All write to the tokens of the block: narrower ones compute something else, as the biases of positions.
+        return [place for place in places if place.width == max(place.width for place in places)]
     sublayer = _sublayers(block, host).get(kind)
     place = None if sublayer is None else _end(sublayer, inside, passed, _block_width(backbone, host))
     return [] if place is None else [place]

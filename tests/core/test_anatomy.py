@@ -239,6 +239,37 @@ def test_adapters_follow_sublayers_under_any_name() -> None:
     assert not torch.allclose(model(x), before, atol=1e-3)
 
 
+class _Sublayer(nn.Module):
+    def __init__(self, wide: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(wide, hidden), nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).relu())
+
+
+class _WithPositions(nn.Module):
+    """A block whose attention has a small network that makes biases of its heads from places, as timm's MaxxViT has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"rel_pos": _Sublayer(2, 6, 3), "proj": nn.Linear(8, 8)})
+        self.mlp = _Sublayer(8, 16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn["proj"](x) * self.attn["rel_pos"](x.new_ones(1, 2)).mean()
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("form", ["houlsby", "parallel"])
+def test_a_network_of_places_is_no_feed_forward_sublayer(form: str) -> None:
+    model, x = nn.Sequential(_WithPositions(), _WithPositions()), torch.randn(2, 5, 8)
+    before = model(x)
+    Adapter(form=form, bottleneck=2).apply(model)
+    assert not [place.path for place in grafts(model) if "rel_pos" in place.path]
+    assert torch.equal(model(x), before)
+
+
 def test_an_adapter_follows_a_sublayer_that_gives_a_tuple() -> None:
     model = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 2, enable_nested_tensor=False

@@ -14,6 +14,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.host_copy import ask
 from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.prompts.decoder_prompt import DecoderPrompt
 from lightning_peft.prompts.in_model import InModel, KnownTokens, Prepared, readers
 from lightning_peft.prompts.shared_prompt import PromptCall, PromptLoss, SharedPrompt, decoder_of
 from lightning_peft.prompts.source_mask import reads_source
@@ -21,6 +22,7 @@ from lightning_peft.prompts.virtual_tokens import (
     OtherTable,
     PlainIds,
     PromptRows,
+    VirtualTokens,
     best_words,
     insert,
     is_widened,
@@ -50,13 +52,25 @@ class PromptMethod(Method):
     def place(self, backbone: nn.Module, weight: nn.Parameter | nn.Module, anywhere: bool = False) -> None:
         """Attach the prompt: before the text of a causal model, computed once a batch; else as virtual tokens.
 
+        Where the source is a sound or an image they come before the target that is written.
+
         Args:
             backbone: the model.
             weight: the rows, [P, d], or a module that computes them.
             anywhere: a template may put the virtual tokens anywhere in the text.
         """
         decoder = None if anywhere or reads_source(backbone) else decoder_of(backbone)
-        if decoder is not None:
+        writer = text_structure.target_decoder_of(backbone)
+        if writer is not None and anywhere:
+            raise TuningError(
+                f"{type(backbone).__name__} takes no text, in which a template or a task of its own has a place: take "
+                "one prompt without a template, which comes before what is written."
+            )
+        if writer is not None:
+            for table in structure.word_tables(backbone).values():
+                attach(table, VirtualTokens(weight), self.key)
+            attach(writer, DecoderPrompt(self.num_virtual_tokens, writer), f"{self.key}_target")
+        elif decoder is not None:
             self._share(backbone, decoder, weight)
             attention.spare_mask(backbone)
         else:
@@ -66,7 +80,8 @@ class PromptMethod(Method):
                 attach(table, OtherTable(padding), self.key)
             if structure.generates(backbone):
                 attach(backbone, PlainIds(), f"{self.key}_ids")
-        self._in_batch = decoder is None
+        self._before_target = writer is not None
+        self._in_batch = decoder is None and writer is None
         # The first token of these is pooled, or the start of a text, and the prompt comes after it.
         self._after = 1 if structure.is_encoder(backbone) or structure.has_two_towers(backbone) else 0
         self._targets = structure.is_encoder_decoder(backbone)
@@ -96,11 +111,14 @@ class PromptMethod(Method):
         """Return the batch with the prompt in every row; one that has virtual tokens already is returned as it is.
 
         Each text of a batch gets it, those of ``pos_input_ids`` and ``input_ids_b`` too, with the tensors of such names
-        that go along. Before the text of a causal model the prompt is in no batch.
+        that go along. Before the text of a causal model, or the target of sounds and images, it is in no batch.
 
         Raises:
             TuningError: the batch is no mapping with ``input_ids``, or with the prompt too long for the positions.
         """
+        if self._before_target:
+            self._check_target(batch)
+            return batch
         prepared: Mapping[str, Any] = batch
         for text in texts_of(batch):
             entries = self._prepared(text.entries)
@@ -129,6 +147,17 @@ class PromptMethod(Method):
         if self._in_batch:
             self._known.note(batch["input_ids"])
         return batch
+
+    def _check_target(self, batch: Mapping[str, Any]) -> None:
+        targets = [batch.get(name) for name in ("labels", "decoder_input_ids")] if isinstance(batch, Mapping) else []
+        length = max(
+            (target.shape[1] for target in targets if isinstance(target, Tensor) and target.ndim == 2), default=0
+        )
+        if self._limit is not None and length + self.num_virtual_tokens > self._limit:
+            raise TuningError(
+                f"{length} tokens and a prompt of {self.num_virtual_tokens} before them do not fit the {self._limit} "
+                f"positions of the model: cut targets to {self._limit - self.num_virtual_tokens} tokens."
+            )
 
     def insert(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the batch with the virtual tokens at the front of every row, after [CLS] in an encoder."""

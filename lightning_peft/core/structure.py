@@ -254,7 +254,7 @@ def pretrained_models(module: nn.Module) -> dict[str, nn.Module]:
 def other_word_tables(backbone: nn.Module) -> dict[str, nn.Embedding]:
     """Return the further tables that give each word a row, such as those of single layers, by name."""
     tables = word_tables(backbone)
-    words = int(next(iter(tables.values())).num_embeddings)  # type: ignore[arg-type]
+    words = len(next(iter(tables.values())).weight)  # type: ignore[arg-type]
     added = graft_prefixes(backbone)
     named = {
         name: module
@@ -274,13 +274,24 @@ def word_tables(backbone: nn.Module) -> dict[str, nn.Module]:
     Raises:
         TuningError: the backbone has no input embedding.
     """
+    words = setting(setting(config_of(backbone), "text_config") or config_of(backbone), "vocab_size")
     table = input_embeddings_of(backbone)
-    if not isinstance(table, nn.Embedding):
+    if table is None:  # Perceiver embeds by what comes before it, for each kind of input another
+        table = next((m for m in backbone.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == words), None)
+    if table is None or not _is_table(table, words):
         raise TuningError(
             f"{type(backbone).__name__} has no table of word embeddings: a soft prompt needs a text model."
         )
     return {
         name: module
         for name, module in backbone.named_modules()
-        if isinstance(module, nn.Embedding) and module.weight is table.weight
+        if _is_table(module, words) and module.weight is table.weight
     }
+
+
+def _is_table(module: nn.Module, words: int | None) -> bool:
+    """Tell whether a module embeds ids: an embedding, or a layer of its own class with a row for each word (I-BERT)."""
+    if isinstance(module, nn.Embedding):
+        return True
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return weight is not None and weight.ndim == 2 and len(weight) == words and out_features_of(module) is None

@@ -25,6 +25,17 @@ def text_decoder_of(backbone: nn.Module) -> nn.Module | None:
     return decoder if {"attention_mask", "position_ids", "input_ids", "inputs_embeds"} <= set(takes) else None
 
 
+def target_decoder_of(backbone: nn.Module) -> nn.Module | None:
+    """Return the decoder of an encoder-decoder whose source is a sound or an image, and no text, or None."""
+    takes = structure.arguments_of(backbone)
+    if not structure.is_encoder_decoder(backbone) or "input_ids" in takes or "decoder_input_ids" not in takes:
+        return None
+    get = getattr(backbone, "get_decoder", None)
+    decoder = get() if get is not None else None
+    reads = structure.arguments_of(decoder) if isinstance(decoder, nn.Module) else []
+    return decoder if {"input_ids", "encoder_hidden_states"} <= set(reads) else None
+
+
 def window_of(model: nn.Module) -> int | None:
     """Return how many tokens back the text of a model is seen at most in some layer; None where all of it always is."""
     config = structure.config_of(model)

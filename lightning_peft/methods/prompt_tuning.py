@@ -8,8 +8,9 @@ where the released configuration has 100: the paper finds little gain beyond 20 
 time in every batch, and 20 is what other libraries start from; give 100 to compare with its tables.
 
 Before the text of a causal model the prompt does not depend on the text, so it is computed once a batch and its
-positions have no outputs. With several prompts, one a task, each row of a batch says by ``task_ids`` which it has; the
-prompts are then in the input.
+positions have no outputs. Where the source of an encoder-decoder is a sound or an image (Whisper, TrOCR), the prompt
+comes before the target, which has no part of it in its output. With several prompts, one a task, each row of a batch
+says by ``task_ids`` which it has; the prompts are then in the input.
 """
 
 import random

@@ -73,6 +73,9 @@ class InModel(Graft):
         Raises:
             TuningError: it cannot be put there any more.
         """
+        other = structure.main_input_of(host)
+        if inputs.get("input_ids") is None and other is not None and _is_ids(inputs.get(other)):  # Perceiver's `inputs`
+            inputs = {name: value for name, value in inputs.items() if name != other} | {"input_ids": inputs[other]}
         ids, mask, cache = inputs.get("input_ids"), inputs.get("attention_mask"), cache_in(inputs)
         if not isinstance(ids, Tensor):
             self._check_embedded(host, inputs)
@@ -103,6 +106,10 @@ class InModel(Graft):
             plain = {"input_ids": torch.zeros_like(mask, dtype=torch.long), "attention_mask": mask}
             return inputs | {"attention_mask": self.prepare(plain)["attention_mask"]}
         return inputs
+
+
+def _is_ids(given: Any) -> bool:
+    return isinstance(given, Tensor) and given.ndim == 2 and given.dtype == torch.long
 
 
 class KnownTokens(VirtualTokens):

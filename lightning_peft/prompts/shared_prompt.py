@@ -143,7 +143,8 @@ class SharedPrompt(PromptRows):
                 f"a soft prompt needs room in the cache, which {type(cache).__name__} of fixed size has not: "
                 "use the default cache of generate()."
             )
-        once = forward(inputs_embeds=self._embedded(host)[None], use_cache=True, return_dict=True)
+        prompt = self._embedded(host)[None].clone()  # CTRL multiplies what it is given in place
+        once = forward(inputs_embeds=prompt, use_cache=True, return_dict=True)
         cache = DynamicCache() if cache is None else cache
         for i, layer in enumerate(cache_argument.cache_in(once).layers):
             cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)

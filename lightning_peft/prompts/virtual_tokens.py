@@ -67,8 +67,19 @@ class VirtualTokens(PromptRows):
         self._ids = x
         return x.clamp(min=0)
 
-    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
-        """Return the embeddings with the rows of virtual ids filled in, [B, T, d]."""
+    def after(self, out: Any, host: nn.Module, x: Tensor) -> Any:
+        """Return the embeddings with the rows of virtual ids filled in, [B, T, d].
+
+        Raises:
+            TuningError: the table is quantised (I-BERT gives a scale along with its embeddings).
+        """
+        if isinstance(out, tuple):
+            if out[1] is not None:
+                raise TuningError(
+                    f"{type(host).__name__} gives quantised embeddings, among which the rows of a prompt have no "
+                    "place: train the prompt with quant_mode=False."
+                )
+            return (self.after(out[0], host, x), *out[1:])
         ids, self._ids = self._ids, None
         assert ids is not None
         rows = F.embedding((-1 - ids).clamp(min=0), self.rows()).to(out.dtype)
@@ -201,7 +212,8 @@ def uniform_rows(count: int, dim: int) -> Tensor:
 def word_rows(table: nn.Module, ids: Sequence[int]) -> Tensor:
     """Return the embeddings of words as the table gives them (some tables scale them), [len(ids), d]."""
     with torch.no_grad():
-        return table(torch.tensor(ids, device=device_of(table))).float().clone()
+        out = table(torch.tensor(ids, device=device_of(table)))
+        return (out[0] if isinstance(out, tuple) else out).float().clone()
 
 
 def frequent_ids(tokenizer: Any, vocab_size: int, most: int) -> list[int]:

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import structure, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.interop.adapter_config import task_of
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, graft_tensors, places
@@ -61,12 +61,17 @@ def check_place(model: nn.Module) -> None:
     """Check that PEFT puts the prompt where it is here.
 
     Raises:
-        TuningError: the model is an encoder, or PEFT has no class for prompts in its task.
+        TuningError: the model is an encoder or has no text as its source, or PEFT has no class for its task.
     """
     if structure.is_encoder(model):
         raise TuningError(
             f"PEFT puts a prompt before [CLS], so that {type(model).__name__} pools a virtual token, and here it comes "
             "after [CLS]: the same rows would compute something else, so keep the delta, or take a decoder."
+        )
+    if text_structure.target_decoder_of(model) is not None:
+        raise TuningError(
+            f"PEFT puts a prompt into the source, which is no text in {type(model).__name__}, and here it comes before "
+            "the target: keep the delta."
         )
     if task_of(model) is None:
         raise TuningError(f"PEFT has no task type for {type(model).__name__}, which its prompts need: keep the delta.")

@@ -42,6 +42,22 @@ def extend_hooks(module: L.LightningModule) -> Life:
     return life
 
 
+def name_backbone(module: L.LightningModule, methods: list[TuningMethod]) -> None:
+    """Let methods without ``backbone=`` name the only network of a module that has no transformers model.
+
+    It is the one child with parameters, if that is made of several layers. Where the module has parameters of its own,
+    or builds further children in ``configure_model``, the user names it.
+    """
+    networks = [(name, child) for name, child in module.named_children() if any(True for _ in child.parameters())]
+    own = any(True for _ in module.parameters(recurse=False))
+    builds = type(module).configure_model is not L.LightningModule.configure_model
+    if len(networks) != 1 or not any(networks[0][1].children()) or own or builds:
+        return
+    for method in methods:
+        if method.backbone is None and not method.finds_backbone(module):
+            method.backbone = networks[0][0]
+
+
 def await_backbone(module: L.LightningModule, trainer: L.Trainer) -> None:
     """Apply the methods when ``configure_model`` has built the backbone; the extension then removes itself."""
     patches.extend(patches.of_run(trainer), module, "configure_model", _configure_model)

@@ -40,6 +40,7 @@ class Method(TuningMethod, L.Callback):
         """Apply the method as early as the backbone exists, and install the hooks for checkpoints of the delta."""
         checks.check_launcher(trainer)
         checks.check_averaging(trainer, self)
+        lifecycle.name_backbone(pl_module, [self, *(m for m in trainer.callbacks if isinstance(m, Method))])  # type: ignore[attr-defined]
         life = lifecycle.extend_hooks(pl_module)
         trainer_hooks.install_hooks(trainer, life, pl_module)
         if not any(other.key == self.key and other.backbone == self.backbone for other in life.methods):

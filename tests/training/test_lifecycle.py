@@ -223,6 +223,28 @@ def test_parameter_without_a_gradient_where_the_module_optimizes_by_hand(tmp_pat
         trainer(tmp_path, BitFit(), max_epochs=3).fit(ByHand(pooled=False), loader("bert"))
 
 
+def test_the_only_network_of_a_module_is_its_backbone(tmp_path: Path) -> None:
+    class Whole(Tuned):
+        def __init__(self) -> None:
+            L.LightningModule.__init__(self)
+            self.save_hyperparameters({"optimizer": "Adam", "lr": 1e-2})
+            self.net = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2))
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.net(batch).sum()
+
+    class Built(Whole):
+        def configure_model(self) -> None:
+            pass
+
+    data, module, methods = DataLoader(torch.randn(4, 3), 2), Whole(), [LoRA(r=2, target_modules=["0"]), BitFit()]
+    trainer(tmp_path, *methods).fit(module, data)
+    assert [method.backbone for method in methods] == ["net", "net"]
+    assert trained(module) == ["net.0.bias", "net.0.lora.A", "net.0.lora.B", "net.2.bias", "net.2.weight"]
+    with pytest.raises(TuningError, match=r"name it with backbone= \(it has net\)"):
+        trainer(tmp_path, LoRA(r=2, target_modules=["0"])).fit(Built(), data)
+
+
 def test_module_without_a_backbone(tmp_path: Path) -> None:
     class Plain(Tuned):
         def __init__(self) -> None:

@@ -61,15 +61,8 @@ class PromptMethod(Method):
         """
         decoder = None if anywhere or reads_source(backbone) else decoder_of(backbone)
         writer = text_structure.target_decoder_of(backbone)
-        if writer is not None and anywhere:
-            raise TuningError(
-                f"{type(backbone).__name__} takes no text, in which a template or a task of its own has a place: take "
-                "one prompt without a template, which comes before what is written."
-            )
         if writer is not None:
-            for table in structure.word_tables(backbone).values():
-                attach(table, VirtualTokens(weight), self.key)
-            attach(writer, DecoderPrompt(self.num_virtual_tokens, writer), f"{self.key}_target")
+            self._before(backbone, writer, weight, anywhere)
         elif decoder is not None:
             self._share(backbone, decoder, weight)
             attention.spare_mask(backbone)
@@ -91,6 +84,16 @@ class PromptMethod(Method):
                 f"num_virtual_tokens={self.num_virtual_tokens} leaves no room in the {self._limit} positions of "
                 f"{type(backbone).__name__}: take fewer."
             )
+
+    def _before(self, backbone: nn.Module, writer: nn.Module, weight: nn.Parameter | nn.Module, anywhere: bool) -> None:
+        if anywhere:
+            raise TuningError(
+                f"{type(backbone).__name__} takes no text, in which a template or a task of its own has a place: take "
+                "one prompt without a template, which comes before what is written."
+            )
+        for table in structure.word_tables(backbone).values():
+            attach(table, VirtualTokens(weight), self.key)
+        attach(writer, DecoderPrompt(self.num_virtual_tokens, writer), f"{self.key}_target")
 
     def _share(self, backbone: nn.Module, decoder: nn.Module, weight: nn.Parameter | nn.Module) -> None:
         call = PromptCall()

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-PACKS = ("towers/contexts.py", "towers/text_towers.py")
-"""Texts of classes, of which there are few, are packed on the CPU in each step: two questions for each tower."""
 ASKING = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "cpu", "numpy", "nonzero")
 
 
@@ -82,7 +80,5 @@ def _asker(frame: FrameType | None) -> str | None:
             if "/lightning_peft/" not in file or "/site-packages/" in file:
                 return None
             place = f"{file.rpartition('/lightning_peft/')[2]}:{frame.f_lineno}"
-            if place.startswith(PACKS):
-                return None
         frame = frame.f_back
     return place

@@ -52,7 +52,7 @@ class Rotation(LayerUpdate):
         half = half.unflatten(1, (self.size, self.size))
         q = half - half.mT
         if self.terms is None:
-            return -2 * torch.linalg.solve(torch.eye(self.size, device=q.device) + q, q, left=False)
+            return -2 * torch.linalg.solve_ex(torch.eye(self.size, device=q.device) + q, q, left=False).result
         power, total = q, 2 * q
         for _ in range(2, self.terms - 1):
             power = power @ q

@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, grafts
+from lightning_peft.core.host_copy import ask, keep, send
 from lightning_peft.core.tracing import is_traced
 from lightning_peft.towers.context_tokens import ContextCall, ContextTokens, LongRows
-from lightning_peft.towers.packing import pack
 from lightning_peft.towers.text_towers import ends_of, positions_of, reads_end, two_towers, word_table
+from lightning_peft.towers.trees import can_pack, read_trees
 
 Position = Literal["end", "middle", "front"]
 
@@ -55,14 +56,26 @@ class PlacedContext(Graft):
         return self.layout.shape[0]
 
     def prompts(self, host: nn.Module, texts: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the texts with the context in them, [V C, T'], and the mask widened alike.
+        """Return the texts with the context in them, [V C, T'], and the mask widened alike, in host memory.
+
+        Texts of classes are the same in each step, and asking a GPU for them would wait: their copy is asked. A tracer
+        follows the texts where they are.
 
         Raises:
             TuningError: a text has no room for the context, no end, no name where the context goes behind it, or there
                 are not as many texts as classes that have a context of their own.
         """
+        if is_traced() or texts.is_meta:
+            return self._put_in(host, texts, mask, self.layout)
+        layout = ask(keep(self.layout), Tensor.cpu)
+        mask = None if mask is None else ask(keep(mask), Tensor.cpu)
+        return ask(keep(texts), lambda texts: self._put_in(host, texts.cpu(), mask, layout))
+
+    def _put_in(
+        self, host: nn.Module, texts: Tensor, mask: Tensor | None, layout: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         texts = texts.view(-1, texts.shape[-1])
-        layout = self.layout if self.call.variant is None else self.layout[self.call.variant].unsqueeze(0)
+        layout = layout if self.call.variant is None else layout[self.call.variant].unsqueeze(0)
         if layout.shape[1] not in (1, len(texts)):
             raise TuningError(
                 f"{layout.shape[1]} classes have a context of their own, and there are {len(texts)} texts: "
@@ -168,11 +181,13 @@ class TextContext(PlacedContext):
         shift = self.call.shift
         images = 1 if shift is None else len(shift)
         size = self._chunk_size(len(ids), images)
-        if size >= len(ids):
-            return self._read(forward, host, ids, mask, shift, kwargs)
+        device = input_ids.device
         outs = []
         for start in range(0, len(ids), size):
-            part = (forward, host, ids[start : start + size], None if mask is None else mask[start : start + size])
+            rows = slice(start, start + size)
+            part = (forward, host, send(ids[rows], device), None if mask is None else send(mask[rows], device))
+            if size >= len(ids):
+                return self._read(*part, shift, kwargs)
             if torch.is_grad_enabled():
                 outs.append(checkpoint(self._read, *part, shift, kwargs, use_reentrant=False))
             else:
@@ -196,9 +211,9 @@ class TextContext(PlacedContext):
         self.call.shift, before = shift, self.call.shift  # a checkpoint comes here again in the backward pass
         try:
             if self.share_prefix and can_pack(host, kwargs):
-                return self._packed(forward, host, ids, 1 if shift is None else len(shift), kwargs)
+                return read_trees(forward, host, ids, 1 if shift is None else len(shift), kwargs)
             if self.share_prefix and reads_end(host) and not is_traced():
-                longest = int(ends_of(host, ids).max()) + 1
+                longest = ask(keep(ids), lambda ids: int(ends_of(host, ids).max())) + 1
                 ids, mask = ids[:, :longest], None if mask is None else mask[:, :longest]
             if shift is not None:
                 ids = ids.repeat(len(shift), 1)
@@ -206,26 +221,6 @@ class TextContext(PlacedContext):
             return forward(input_ids=ids, attention_mask=mask, **kwargs)
         finally:
             self.call.shift = before
-
-    def _packed(
-        self, forward: Callable[..., Any], host: nn.Module, ids: Tensor, images: int, kwargs: dict[str, Any]
-    ) -> Any:
-        ends = ends_of(host, ids).tolist()
-        rows = tuple(tuple(row[: end + 1]) for row, end in zip(ids.tolist(), ends, strict=True))
-        packed = pack(rows, host.config.hidden_size)  # type: ignore[union-attr]
-        device = ids.device
-        tokens = torch.from_numpy(packed.ids).to(device).repeat(images, 1)
-        positions = torch.from_numpy(packed.positions).to(device).repeat(images, 1)
-        visible = torch.from_numpy(packed.visible).to(device).unsqueeze(1)
-        if len(visible) > 1:
-            visible = visible.repeat(images, 1, 1, 1)
-        out = forward(input_ids=tokens, position_ids=positions, attention_mask=_mask(host, visible), **kwargs)
-        hidden = out.last_hidden_state
-        index = torch.from_numpy(packed.ends).to(device)
-        if images > 1:
-            index = index + torch.arange(images, device=device).unsqueeze(1) * packed.ids.size
-        # A tree has no hidden state for each text, and one of another shape would be taken for it: there is none.
-        return type(out)(pooler_output=hidden.flatten(0, 1)[index.flatten()])
 
 
 def check_classes(class_specific: bool, num_classes: int | None) -> None:
@@ -255,14 +250,6 @@ def graft_context(tower: nn.Module, tokens: ContextTokens, context: TextContext,
         attach(tower.embeddings, LongRows(), name)  # type: ignore[arg-type]
 
 
-def can_pack(tower: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Tell whether a tower can read a tree: it is causal, takes a mask, and the caller wants features alone."""
-    wants_more = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-    if is_traced() or not reads_end(tower) or wants_more or kwargs.get("return_dict") is False:
-        return False
-    return _implementation(tower).endswith(("sdpa", "eager"))
-
-
 @contextmanager
 def frozen(backbone: nn.Module) -> Iterator[None]:
     """Switch off the contexts and prompts of the backbone's methods while the context lasts."""
@@ -282,15 +269,3 @@ def context_of(backbone: nn.Module) -> TextContext | None:
     tower = structure.part(two_towers(backbone), "text_model")
     children = tower.children() if tower is not None else ()
     return next((child for child in children if isinstance(child, TextContext)), None)
-
-
-def _implementation(tower: nn.Module) -> str:
-    return structure.attention_implementation(tower) or "eager"
-
-
-def _mask(tower: nn.Module, visible: Tensor) -> Tensor:
-    """Return the mask [G, 1, N, N] as the tower's attention takes it: what is seen, or what is added to the scores."""
-    if _implementation(tower).endswith("sdpa"):
-        return visible
-    dtype = word_table(tower).weight.dtype
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_peft.core import anatomy, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
+from lightning_peft.core.host_copy import send
 from lightning_peft.core.placement import has_values
 from lightning_peft.towers.context_tokens import ContextTokens
 from lightning_peft.towers.contexts import PlacedContext
@@ -58,7 +59,7 @@ class PlainContext(PlacedContext):
         Raises:
             TuningError: a text has no room for the context.
         """
-        return self.prompts(host, x, None)[0] if self.call.active else x
+        return send(self.prompts(host, x, None)[0], x.device) if self.call.active else x
 
     def _reading(self, host: nn.Module, texts: Tensor) -> tuple[Tensor, int, bool]:
         return texts.argmax(1), self.positions, True  # the end of a text has the largest id

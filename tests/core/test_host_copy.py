@@ -1,8 +1,10 @@
 """Questions about a batch go to its copy on the CPU as long as that has the same values."""
 
+import copy
+
 import torch
 
-from lightning_peft.core.host_copy import ask, note
+from lightning_peft.core.host_copy import ask, keep, note, send
 
 
 def test_a_moved_tensor_is_asked_on_the_cpu_until_it_is_written_to() -> None:
@@ -25,3 +27,25 @@ def test_a_tensor_of_inference_mode_is_asked_itself() -> None:
         before = torch.ones(2)
         moved = before.clone()
     assert ask(moved, lambda ids: ids) is moved
+
+
+def test_what_stays_the_same_is_copied_once_and_asked_there() -> None:
+    texts = torch.tensor([[1, 2]])
+    asked: list[torch.Tensor] = []
+    ask(keep(texts), asked.append)
+    assert asked[0] is texts  # it is in host memory
+    vars(texts)["_lightning_peft_held"] = id(texts), torch.tensor([[3, 4]]), texts._version
+    ask(keep(texts), asked.append)
+    assert asked[1].tolist() == [[3, 4]]
+    ask(keep(copy.deepcopy(texts)), asked.append)
+    assert asked[2].tolist() == [[1, 2]]  # a deep copy has a copy of its own
+    texts.add_(1)
+    ask(keep(texts), asked.append)
+    assert asked[3] is texts
+
+
+def test_what_is_sent_knows_its_copy() -> None:
+    values = torch.tensor([1])
+    assert send(values, values.device) is values
+    assert send(values, torch.device("meta")).is_meta
+    assert ask(send(values, torch.device("meta")), lambda kept: kept) is values

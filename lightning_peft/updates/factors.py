@@ -116,8 +116,9 @@ class Factors(Movable):
             square, least = self.kept("norms", (weight,), lambda: _squares(weight)) if keep else _squares(weight)
             mixed = _product(a, weight)
             mixed = mixed.addmm_(torch.mm(a, a.t()), b.t(), beta=2 * self.scale, alpha=self.scale**2)
-            moved = (b.t() * mixed).sum(0).add_(square)
-            return torch.maximum(moved, least).sqrt_()
+            # ‖W‖² + the sum over the rank of b ∘ mixed, in one kernel: a product of a row and a column for each output.
+            moved = torch.baddbmm(square.view(-1, 1, 1), b.unsqueeze(1), mixed.t().unsqueeze(2))
+            return torch.maximum(moved.flatten(), least).sqrt_()
 
     def kept(self, name: str, inputs: tuple[Tensor, ...], compute: Callable[[], Any]) -> Any:
         """Return the cached result of ``compute``, unless an input is another tensor now or was written to.

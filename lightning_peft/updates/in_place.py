@@ -177,9 +177,9 @@ class _Rescale(torch.autograd.Function):
             ratio = m * torch.where(m == 0, 0.0, ratio / m).detach()
         needs_out, needs_bias, needs_m, _ = ctx.needs_input_grad
         d = grad.reshape(-1, grad.shape[-1])
-        wide = torch.promote_types(d.dtype, torch.float32)
+        wide = torch.float64 if d.dtype is torch.float64 else torch.float32
         total = d.sum(0, dtype=wide) if bias is not None and (needs_bias or needs_m) else None
-        grad_out = (grad * ratio).to(grad.dtype) if needs_out else None
+        grad_out = _times(grad, ratio) if needs_out else None
         grad_bias = ((1 - ratio) * total).to(bias.dtype) if needs_bias else None
         grad_m = None
         if needs_m:
@@ -189,3 +189,10 @@ class _Rescale(torch.autograd.Function):
             # A magnitude of zero is a row of zeros, which has no direction to scale.
             grad_m = (grad_m / m).masked_fill(m == 0, 0.0)
         return grad_out, grad_bias, grad_m, None
+
+
+def _times(grad: Tensor, ratio: Tensor) -> Tensor:
+    """Return the product in the dtype of the first, in one kernel that computes in that of the second."""
+    if torch.is_grad_enabled():
+        return (grad * ratio).to(grad.dtype)
+    return torch.mul(grad, ratio, out=torch.empty_like(grad))

@@ -1,4 +1,4 @@
-"""How many kernels a step of LoRA takes for each layer beyond those of the frozen model."""
+"""How many kernels a step takes for each tuned layer beyond those of the frozen model."""
 
 import copy
 from collections import Counter
@@ -10,13 +10,14 @@ import transformers as hf
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_peft import LoRA
+from lightning_peft import OFT, HiRA, LoRA, Method, MiSS, SHiRA
 from lightning_peft.core.graft import attach
 from lightning_peft.updates.low_rank import LowRank
 
 VIEWS = {
     *("view", "t", "transpose", "expand", "unsqueeze", "squeeze", "slice", "select", "detach", "alias", "permute"),
     *("_unsafe_view", "split", "as_strided", "reshape", "unbind", "split_with_sizes", "_reshape_alias", "empty"),
+    "empty_like",
 }
 
 
@@ -43,22 +44,29 @@ def kernels(model: nn.Module) -> int:
     return seen.ran.total()
 
 
+WHERE: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "dtype", "most"),
+    ("method", "fp32", "bf16"),
     [
-        ({}, torch.float32, 8),
-        ({}, torch.bfloat16, 10),
-        ({"use_dora": True}, torch.float32, 25),
-        ({"use_dora": True}, torch.bfloat16, 29),
-        ({"dropout": 0.1}, torch.float32, 13),
+        (LoRA(r=4, **WHERE), 8, 10),
+        (LoRA(r=4, dropout=0.1, **WHERE), 13, 15),
+        (LoRA(r=4, use_dora=True, **WHERE), 22, 25),
+        (MiSS(r=4, **WHERE), 7, 9),
+        (HiRA(r=4, **WHERE), 10, 12),
+        (SHiRA(r=4, **WHERE), 6, 8),
+        (OFT(block_size=4, **WHERE), 22, 24),
     ],
+    ids=["LoRA", "LoRA with dropout", "DoRA", "MiSS", "HiRA", "SHiRA", "OFT"],
 )
-def test_a_layer_takes_few_kernels(arguments: dict[str, Any], dtype: torch.dtype, most: int) -> None:
+def test_a_layer_takes_few_kernels(method: Method, fp32: int, bf16: int) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    base = hf.LlamaForCausalLM(hf.LlamaConfig(**shape, vocab_size=50)).to(dtype)
-    floor, tuned = copy.deepcopy(base).requires_grad_(False), copy.deepcopy(base)
-    LoRA(r=4, target_modules=["q_proj", "v_proj"], **arguments).apply(tuned)
-    assert kernels(tuned) - kernels(floor) <= 4 * most
+    for dtype, most in ((torch.float32, fp32), (torch.bfloat16, bf16)):
+        base = hf.LlamaForCausalLM(hf.LlamaConfig(**shape, vocab_size=50)).to(dtype)
+        floor, tuned = copy.deepcopy(base).requires_grad_(False), copy.deepcopy(base)
+        method.apply(tuned)
+        assert kernels(tuned) - kernels(floor) <= 4 * most, dtype
 
 
 def test_gradients_come_in_the_layout_of_their_factors() -> None:

@@ -4,6 +4,7 @@ import copy
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,17 @@ import lightning_peft
 
 @dataclass
 class Line:
-    """A line of the table: what ran, whether it held, milliseconds a step, peak memory [MiB] and tokens a second."""
+    """A line of the table: whether it held, milliseconds a step, peak memory [MiB] and tokens a second."""
 
-    case: str
     verdict: str = "held"
     milliseconds: float | None = None
     peak: float | None = None
     tokens: float | None = None
     note: str = ""
+
+
+Case = tuple[str, Callable[[], Line]]
+"""What is tried, and the function that does it: one that fails stops no other."""
 
 
 @dataclass
@@ -140,7 +144,7 @@ def tuned(model: nn.Module, method: Any) -> nn.Module:
     return model.train()
 
 
-def measure(setup: Setup, case: str, model: nn.Module, batch: dict[str, Tensor], steps: int = 8) -> Line:
+def measure(setup: Setup, model: nn.Module, batch: dict[str, Tensor], steps: int = 8) -> Line:
     """Train for some steps and return the median time, the peak memory beyond all else, and the last loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
@@ -163,7 +167,7 @@ def measure(setup: Setup, case: str, model: nn.Module, batch: dict[str, Tensor],
     tokens = next((v.numel() for n, v in batch.items() if n == "input_ids"), None)
     verdict = "held" if all(map(math.isfinite, losses)) else "FAILED"
     rate = None if tokens is None else tokens / middle
-    return Line(case, verdict, 1000 * middle, peak, rate, f"loss {losses[0]:.4f} to {losses[-1]:.4f}")
+    return Line(verdict, 1000 * middle, peak, rate, f"loss {losses[0]:.4f} to {losses[-1]:.4f}")
 
 
 def wait(setup: Setup) -> None:
@@ -180,7 +184,7 @@ def floor(model: nn.Module) -> nn.Module:
     return model.train()
 
 
-def close(case: str, one: Tensor, other: Tensor, tolerance: float, note: str = "") -> Line:
+def close(one: Tensor, other: Tensor, tolerance: float, note: str = "") -> Line:
     """Return a line that says how far two tensors are apart, and whether that is near enough."""
     apart = (one.float() - other.float()).abs().max().item()
-    return Line(case, "held" if apart <= tolerance else "FAILED", note=f"{apart:.1e} apart{note}")
+    return Line("held" if apart <= tolerance else "FAILED", note=f"{apart:.1e} apart{note}")

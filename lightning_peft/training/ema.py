@@ -63,9 +63,8 @@ class DeltaEMA(L.Callback):
             return
         self._step = trainer.global_step
         weight = 1 - self.decay if self._step > self.start_step else 1.0
-        named = _named(
-            pl_module
-        )  # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/native_functions.yaml
+        named = _named(pl_module)
+        # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/native_functions.yaml
         torch._foreach_lerp_([self.average[name] for name in named], [p.detach() for p in named.values()], weight)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -15,7 +15,7 @@ import datasets
 import transformers
 from rich.console import Console
 
-from lightning_peft.commands import fail, fitting
+from lightning_peft.commands import controls, fail, fitting
 from lightning_peft.commands.method_words import name_of
 from lightning_peft.commands.trials import Result, Trial, Trials, best_scale, scales_of
 from lightning_peft.core.errors import TuningError
@@ -50,6 +50,7 @@ def parser() -> Words:
     words.add_argument("--rates", type=int, default=3, help="how many learning rates each method may choose from")
     words.add_argument("--budget", default=None, help="the time that all runs may take together: 90m, 2h")
     words.add_argument("--folder", type=Path, default=Path("runs/compare"), help="where runs and tables are kept")
+    words.add_argument("--controls", action="store_true", help="add each method on random weights, on shuffled labels")
     words.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
     return words
 
@@ -76,6 +77,8 @@ def compare(arguments: Sequence[str]) -> None:
     file.unlink(missing_ok=True)
     write_rows(file, comparison.result_rows(entries, metric))
     _say(given.folder, entries, given.seeds, metric, [name for name, own in results.items() if not own])
+    for sentence in controls.findings(results):
+        Console(soft_wrap=True, highlight=False, markup=False).print(sentence)
 
 
 def runs(given: argparse.Namespace, words: Sequence[str]) -> tuple[dict[str, list[Result]], str]:
@@ -84,6 +87,8 @@ def runs(given: argparse.Namespace, words: Sequence[str]) -> tuple[dict[str, lis
     methods = list(dict.fromkeys(name_of(word) for word in given.methods))
     _be_silent()
     task, text = fitting.describe(words)
+    if given.controls:
+        controls.check_task(task)
     if isinstance(task, HeadClassification) and not any(method.startswith("LinearProbe") for method in methods):
         methods.append(name_of(PROBE))
     identity = hashlib.sha256(text.encode()).hexdigest()
@@ -91,13 +96,14 @@ def runs(given: argparse.Namespace, words: Sequence[str]) -> tuple[dict[str, lis
     higher = fitting.higher_is_better(task.monitor)
     results = {name: trials.all_of([Trial(name, 1.0, 0, 1.0, True)]) or [] for name in fitting.untrained(task)}
     for method in methods:
-        results[method] = scored(trials, method, given.rates, given.seeds, higher)
+        scale = best_scale(trials, method, scales_of(given.rates), higher)
+        for name in (method, *(controls.controls_of(method) if given.controls else ())):
+            results[name] = scored(trials, name, scale, given.seeds)
     return results, task.monitor
 
 
-def scored(trials: Trials, method: str, rates: int, seeds: int, higher: bool) -> list[Result]:
-    """Choose the learning rates of a method on validation rows, and score its seeds; fewer where the budget ends."""
-    scale = best_scale(trials, method, scales_of(rates), higher)
+def scored(trials: Trials, method: str, scale: float | None, seeds: int) -> list[Result]:
+    """Score the seeds of a method at the learning rates chosen, if there are any; fewer where the budget ends."""
     if scale is None:
         return []
     wanted = [Trial(method, scale, seed, 1.0, True) for seed in range(1, seeds + 1)]

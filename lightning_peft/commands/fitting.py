@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
+from lightning_peft.commands import controls
 from lightning_peft.commands.method_words import methods_of
 from lightning_peft.commands.trainer import TuningCLI
 from lightning_peft.commands.trials import Result, Trial
@@ -149,9 +150,13 @@ def _run(words: Sequence[str], monitor: str, trial: Trial, folder: str) -> Resul
     is_frozen, mode = trial.method in (NEAREST, ZERO_SHOT), "max" if higher_is_better(monitor) else "min"
     counted = Counted(monitor)
     best = ModelCheckpoint(folder, monitor=monitor, mode=mode, save_weights_only=True)
-    callbacks: list[Callback] = [counted] if is_frozen else [*methods_of(trial.method), counted, best]
+    method, control = controls.split(trial.method)
+    callbacks: list[Callback] = [counted] if is_frozen else [*methods_of(method), counted, best]
+    callbacks += [controls.ShuffledLabels(trial.seed)] if control == controls.SHUFFLED else []
     cli = TrialCLI(words, trial.seed, callbacks, trial.share, folder)
     task, data, trainer = cli.model, cli.datamodule, cli.trainer
+    if control == controls.RANDOM:
+        controls.randomise(task)
     if trial.method == NEAREST:
         task = NearestDemonstrations(task.model_name, task.labels)
     found: Result = {"validation": None, "rates": {}, "trained": 0, "bytes": 0, "steps": 0, "curve": []}

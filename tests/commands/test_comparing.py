@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lightning_peft import TuningError
+from lightning_peft import CausalLM, TuningError
 from lightning_peft.cli import main
-from lightning_peft.commands import fitting
-from lightning_peft.commands.comparing import seconds_of
+from lightning_peft.commands import controls, fitting
+from lightning_peft.commands.comparing import parser, runs, seconds_of
 from lightning_peft.commands.method_words import methods_of, name_of
 from lightning_peft.commands.trials import Result, Trial, Trials, best_scale, scales_of
+from lightning_peft.core import anatomy
 from lightning_peft.reports.comparison import entries_of
 from tests import text
 
@@ -164,3 +166,57 @@ def test_a_killed_comparison_ends_in_the_same_table(tmp_path: Path, monkeypatch:
     assert rows.keys() == {"LoRA(r=2)", "LinearProbe(cache_features=True)", "nearest demonstrations"}
     assert len(rows["LoRA(r=2)"]["scores"]) == 1
     assert b"| `LoRA(r=2)` | 0." in table["table.md"]
+
+
+def test_controls_are_trained_at_the_rates_of_their_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text.save_model(tmp_path / "model")
+    text.write(tmp_path / "train.csv", text.sentences(40))
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    ran: list[Trial] = []
+    tests = {"": 0.9, controls.RANDOM: 0.6, controls.SHUFFLED: 0.5}
+
+    def run(words: Sequence[str], monitor: str, trial: Trial) -> Result:
+        ran.append(trial)
+        score = tests[controls.split(trial.method)[1]]
+        whole = {"rates": {"delta": 0.1}, "trained": 1, "bytes": 1, "steps": 1, "curve": [], "hits": [], "memory": 0}
+        return whole | {"validation": 1.0 - abs(trial.scale - 3.0), "test": score}
+
+    monkeypatch.setattr(fitting, "run", run)
+    given, words = parser().parse_known_args(
+        ["--methods", "BitFit", "--controls", "--seeds", "2", "--config", "tiny.yaml"]
+    )
+    results, _ = runs(given, words)
+    own = [name for name in results if name.startswith("BitFit")]
+    assert own == ["BitFit", "BitFit, random weights", "BitFit, shuffled labels"]
+    assert {trial.scale for trial in ran if trial.tests and trial.method in own} == {3.0}
+    assert controls.findings(results)[0] == (
+        "BitFit: of 0.900, 0.300 is the model's (0.600 with random weights, 0.500 with shuffled labels)"
+    )
+    task, _ = fitting.describe(words)
+    before = {name: value.clone() for name, value in task.backbone.state_dict().items()}
+    torch.manual_seed(1)  # other than that of the model
+    controls.randomise(task)
+    head = set(anatomy.head_names(task.backbone))
+    for name, value in task.backbone.state_dict().items():
+        is_matrix = value.dim() > 1 and value.is_floating_point()
+        assert torch.equal(value, before[name]) is (name in head or not is_matrix), name
+    with pytest.raises(TuningError, match="--controls shuffles classes and draws the weights of transformers models"):
+        controls.check_task(CausalLM(str(tmp_path / "model")))
+
+
+def test_a_row_keeps_the_label_that_it_was_given() -> None:
+    rows = {"input_ids": torch.arange(24).view(8, 3), "labels": torch.tensor([0, 1] * 4)}
+    shuffled, seen = controls.ShuffledLabels(0), []
+    for order in (list(range(8)), [3, 1, 0, 2, 7, 6, 5, 4]):
+        batch = {name: value[order] for name, value in rows.items()}
+        shuffled.on_train_batch_start(None, None, batch, 0)
+        seen.append(dict(zip(order, batch["labels"].tolist(), strict=True)))
+    assert seen[0] == seen[1]
+    assert sorted(seen[0].values()) == [0] * 4 + [1] * 4
+    assert list(seen[0].values()) != rows["labels"].tolist()
+    padded = {"input_ids": torch.tensor([[0, 1, 2, 9]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    longer = {"input_ids": torch.tensor([[0, 1, 2, 9, 9]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
+    for each in (padded, longer):
+        shuffled.on_train_batch_start(None, None, each | {"labels": torch.tensor([len(shuffled.given)])}, 0)
+    assert len(shuffled.given) == 9

@@ -20,7 +20,7 @@ from lightning_peft.core.checksums import checksum, has_parts
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.name_lists import is_packed
 from lightning_peft.core.sharded import is_folder, read_folder
-from lightning_peft.core.storage import atomic, check_tensors, read_torch
+from lightning_peft.core.storage import atomic, check_tensors, is_safetensors, read_torch
 
 META = "lightning_peft"
 FORMAT = 2
@@ -90,7 +90,7 @@ def read_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     inside = Path(path) / IN_FOLDER
     path = inside if inside.is_file() else path
-    checkpoint = _read_safetensors(Path(path)) if Path(path).suffix == ".safetensors" else read_checkpoint(path)
+    checkpoint = _read_safetensors(Path(path)) if is_safetensors(Path(path)) else read_checkpoint(path)
     return checkpoint["state_dict"], meta_of(checkpoint, str(path))
 
 

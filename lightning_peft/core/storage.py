@@ -133,6 +133,14 @@ def read_torch(
     return loaded
 
 
+def is_safetensors(path: Path) -> bool:
+    """Tell whether a file is named as one of safetensors, or begins as one: with a length and a brace."""
+    if path.suffix == ".safetensors" or not path.is_file():
+        return path.suffix == ".safetensors"
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
 def _check_kind(path: Path) -> None:
     """Check that a file begins as those of ``torch.save`` do, as a zip file or, in old ones, as a pickle.
 
@@ -145,8 +153,8 @@ def _check_kind(path: Path) -> None:
         return
     if start[8:9] == b"{":
         raise TuningError(
-            f"{path} begins as a safetensors file, which holds weights alone: give a Trainer the .ckpt file, and "
-            "load_delta one whose name ends in .safetensors."
+            f"{path} begins as a safetensors file, which holds weights alone: load_delta reads it, and a Trainer "
+            "wants the .ckpt file."
         )
     if not start or start.startswith(b"PK"):
         lacks = "its end is missing" if start else "it is empty"

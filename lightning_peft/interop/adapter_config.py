@@ -5,13 +5,17 @@ equal files; PEFT writes sets in the order of their hashes.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.storage import first_line
+from lightning_peft.core.task_class import is_headless
 from lightning_peft.interop.schema import check_kinds, short
 from lightning_peft.interop.twins import TWINS, kinds_of
 
@@ -136,6 +140,12 @@ def task_of(model: nn.Module) -> str | None:
     return None
 
 
+def prompt_task_of(model: nn.Module) -> str | None:
+    """Return PEFT's name for the task of a model that has a prompt, which may be one without a head."""
+    bare = structure.is_pretrained(model) and structure.base_model_of(model) is model and is_headless(model)
+    return task_of(model) or ("FEATURE_EXTRACTION" if bare else None)
+
+
 def full(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration with all keys of its type."""
     return DEFAULTS[config["peft_type"]] | config
@@ -176,9 +186,33 @@ def checked(given: Any, source: str) -> dict[str, Any]:
     odd = {key: value for key, value in given.items() if key not in DEFAULTS[kind] | {"peft_type": ""} and value}
     odd.pop("runtime_config", None)  # PEFT ignores it, too
     if odd:
-        raise TuningError(
-            f"{source} has {', '.join(f'{k}={short(v)}' for k, v in odd.items())}, which {kind} of PEFT {PEFT_VERSION} "
-            "does not know: save the adapter with that version."
-        )
+        _check_unknown(odd, config["peft_version"], f"{source} of {kind}")
+        config = {key: value for key, value in config.items() if key not in odd}
     check_kinds(config, source, kinds_of(kind))
     return config
+
+
+def _check_unknown(odd: dict[str, Any], version: Any, source: str) -> None:
+    """Warn of keys of a later version that are numbers, which say how much of something, and not that it is done.
+
+    Raises:
+        TuningError: another key is unknown, or one of a version that is known.
+    """
+    listed = ", ".join(f"{key}={short(value)}" for key, value in odd.items())
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in odd.values())
+    newer = isinstance(version, str) and _parts(version) > _parts(PEFT_VERSION)
+    if not (newer and numbers):
+        by = f"which PEFT {version} may compute otherwise by" if newer else "which PEFT never writes"
+        raise TuningError(
+            f"{source} has {listed}, unknown to PEFT {PEFT_VERSION}, the newest that is read here, and {by}: save the "
+            "adapter with that version."
+        )
+    rank_zero_warn(
+        f"{source} has {listed}, unknown to PEFT {PEFT_VERSION}, the newest that is read here, and is read without: "
+        f"PEFT {version}, which wrote it, says whether that changes what it computes."
+    )
+
+
+def _parts(version: str) -> tuple[int, ...]:
+    """Return a version as numbers."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

@@ -204,10 +204,11 @@ def _base(backbone: Any) -> dict[str, Any]:
 
 def _task(names: Names, modules: list[str], peft_type: str) -> dict[str, Any]:
     """Return the task, or where PEFT would then want more than is trained, the class that it finds the base by."""
-    task = adapter_config.task_of(names.model)
+    prompt = adapter_config.is_prompt({"peft_type": peft_type})
+    task = (adapter_config.prompt_task_of if prompt else adapter_config.task_of)(names.model)
     if task is not None and base_tensors.fits_task(names, task, modules):
         return {"task_type": task}
-    if adapter_config.is_prompt({"peft_type": peft_type}):
+    if prompt:
         raise TuningError(
             f"PEFT trains the head of a {task} model with every prompt, and here it was left out: train it, too."
         )

@@ -55,7 +55,7 @@ def apply_adapter(model: nn.Module, adapter: PeftAdapter, allow_other_base: bool
     names, words, read = Names(backbone), None, adapter
     if adapter.config["peft_type"] == "LORA":
         adapter, words = split(stack(adapter, names), names)
-    parts = _parts(adapter, names)
+    parts = _parts(adapter, names, allow_other_base)
     check_names(backbone, parts.layers, adapter.source)
     if not allow_other_base:
         _check_base(adapter, parts, names)
@@ -80,10 +80,10 @@ def apply_adapter(model: nn.Module, adapter: PeftAdapter, allow_other_base: bool
     return methods[0]
 
 
-def _parts(adapter: PeftAdapter, names: Names) -> Parts:
+def _parts(adapter: PeftAdapter, names: Names, allow_other_base: bool) -> Parts:
     """Sort the tensors of an adapter by where they belong."""
     parts = Parts(adapter.config, {}, {}, {}, {}, adapter.source)
-    unknown = []
+    unknown, given = [], set[str]()
     prefix = PROMPT_PREFIX if adapter_config.is_prompt(adapter.config) else PREFIX
     for key, tensor in sorted(adapter.tensors.items()):
         name, wrapped = strip(key, prefix)
@@ -103,10 +103,13 @@ def _parts(adapter: PeftAdapter, names: Names) -> Parts:
             layer = own.replace(called, module, 1) if own.startswith(called) else own
             parts.layers.setdefault(layer, {})[part] = tensor
         elif wrapped and part != "bias":
-            _check_copy(names.tensors[f"{module}.{part}"], tensor, f"{module}.{part}", adapter.source)
+            live = names.tensors[f"{module}.{part}"]
+            if not _is_copy(live, tensor, f"{module}.{part}", adapter.source, allow_other_base):
+                parts.in_place[names.first[id(live)]] = tensor
+                given |= {name for name, other in names.tensors.items() if other is live}
         else:
             _put(parts, names, f"{module}.{part}", tensor)
-    _check_tied(parts, names, {_full(names, key, prefix) for key in adapter.tensors})
+    _check_tied(parts, names, given | {_full(names, key, prefix) for key in adapter.tensors})
     if names.in_memory and any(called in names.in_memory for called in parts.called.values()):
         parts.called |= {module: disk for module, disk in names.on_disk.items() if module not in parts.called}
     if unknown:
@@ -139,12 +142,23 @@ def _check_tied(parts: Parts, names: Names, given: set[str]) -> None:
             )
 
 
-def _check_copy(ours: Tensor, theirs: Tensor, name: str, source: str) -> None:
-    """Check that a copy of a base weight, which PEFT adds for embeddings, is the base's."""
-    if ours.shape != theirs.shape or not torch.equal(ours.detach().cpu().to(theirs.dtype), theirs):
+def _is_copy(ours: Tensor, theirs: Tensor, name: str, source: str, allow_other: bool) -> bool:
+    """Tell whether a table of the base, which PEFT saves with its update, is the one of this model.
+
+    Raises:
+        TuningError: it is not, and no other base is allowed, or it has another shape.
+    """
+    same_shape = ours.shape == theirs.shape
+    if same_shape and torch.equal(ours.detach().cpu().to(theirs.dtype), theirs):
+        return True
+    if not (same_shape and allow_other):
+        other = int((ours.detach().cpu().to(theirs.dtype) != theirs).any(-1).sum()) if same_shape else "all"
         raise TuningError(
-            f"{source} holds a copy of {name} that is not the one of this model: it was made for another base."
+            f"{source} brings {name} with it, {list(theirs.shape)}, and {other} of the rows are not those of this "
+            f"model, {list(ours.shape)}: build it with as many words; where the rows of new words were drawn anew, "
+            "allow_other_base=True takes those of the adapter."
         )
+    return False
 
 
 def _put(parts: Parts, names: Names, name: str, tensor: Tensor) -> None:

@@ -138,7 +138,7 @@ def test_a_rank_that_was_changed(tmp_path: Path) -> None:
     [
         ({"peft_type": "VERA"}, "peft_type='VERA', which has no twin here"),
         ({"peft_type": None}, "peft_type=None"),
-        ({"some_new_feature": True}, "some_new_feature=True, which LORA of PEFT .* does not know"),
+        ({"some_new_feature": True}, "some_new_feature=True, unknown to PEFT .*, and which PEFT never writes"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"lora_bias": True}, "lora_bias=True, which has no twin"),
         ({"trainable_token_indices": [1]}, r"has rows of no table and names \[\[1\]\] as their words"),
@@ -200,7 +200,11 @@ def test_a_copy_of_an_embedding_that_is_not_ours(tmp_path: Path) -> None:
         peft.get_peft_model(
             tiny("llama", seed=1), peft.LoraConfig(r=2, target_modules=["embed_tokens"])
         ).save_pretrained(tmp_path)
-    refuses(tiny("llama"), tmp_path, "holds a copy of model.embed_tokens.weight that is not the one of this model")
+    refuses(
+        tiny("llama"),
+        tmp_path,
+        r"brings model.embed_tokens.weight with it, \[100, 32\], and \d+ of the rows are not those of this model",
+    )
 
 
 def test_a_head_with_a_low_rank_update(tmp_path: Path) -> None:

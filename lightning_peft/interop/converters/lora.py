@@ -107,12 +107,7 @@ class LoRAConverter(Converter):
     def arguments(self, parts: Parts, names: Names) -> dict[str, Any]:
         """Return the arguments of LoRA, after seeing that every layer has its tensors, of the rank that is said."""
         config, source = parts.config, parts.source
-        refuse(config, _WITHOUT_TWIN, source)
-        if config["init_lora_weights"] not in _INITS:
-            raise TuningError(
-                f"{source} was started with init_lora_weights={config['init_lora_weights']!r}, for which PEFT changes "
-                "the base: save it with path_initial_model_for_weight_conversion= of save_pretrained."
-            )
+        _check_kind(config, source)
         found = found_in(parts, names)
         check_layers(parts, names, found)
         warn_of_padding(names.model, found, source)
@@ -123,7 +118,7 @@ class LoRAConverter(Converter):
                 f"{source} has a low-rank update of {in_head[0]}, the task head, which is trained whole here: "
                 "merge that update with PEFT, or train with exclude_modules."
             )
-        called = {target: called_in(parts, target) for target in found}
+        called = {target: called_in(parts, target, names.modules.get(target)) for target in found}
         ranks = {target: value_of(config["rank_pattern"], called[target], config["r"]) for target in found}
         alphas = {t: value_of(config["alpha_pattern"], called[t], config["lora_alpha"]) for t in found}
         for target, (key, shape) in found.items():
@@ -140,8 +135,9 @@ class LoRAConverter(Converter):
         }
         if config["use_dora"]:
             arguments["use_dora"] = True
-        if config["bias"] != "none":
-            arguments["bias"] = config["bias"]
+        own = {f"{target}.bias" for target in found}
+        if any(name in own or (config["bias"] == "all" and name.endswith(".bias")) for name in names.tensors):
+            arguments["bias"] = config["bias"]  # of which PEFT says nothing where there are none
         return arguments
 
     def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
@@ -153,6 +149,25 @@ class LoRAConverter(Converter):
                     theirs = parts.layers[update.key][_PARTS[isinstance(update.host, nn.Embedding)][name]]
                     filled[f"{update.start}{name}"] = _unstacked(theirs, tensor, name) if update.weight else theirs
         return filled
+
+
+def _check_kind(config: dict[str, Any], source: str) -> None:
+    """Check that an adapter is a LoRA of a base that PEFT has left as it was.
+
+    Raises:
+        TuningError: it is not.
+    """
+    refuse(config, _WITHOUT_TWIN, source)
+    if config["init_lora_weights"] == "mica":
+        raise TuningError(
+            f"{source} was trained with init_lora_weights='mica', by which B stays as it was at the start, and "
+            "here both are trained: merge it with PEFT."
+        )
+    if config["init_lora_weights"] not in _INITS:
+        raise TuningError(
+            f"{source} was started with init_lora_weights={config['init_lora_weights']!r}, for which PEFT changes "
+            "the base: save it with path_initial_model_for_weight_conversion= of save_pretrained."
+        )
 
 
 _PARTS = (

@@ -42,8 +42,15 @@ def targeted(parts: Parts, path: str, module: nn.Module) -> list[str]:
     return [name for name in own if selects(wanted, f"{parts.called.get(path, path)}.{name}")]
 
 
-def called_in(parts: Parts, target: str) -> str:
-    """Return the name of a target in the file, which the patterns go by."""
+def by_parameter(parts: Parts, path: str, module: nn.Module | None) -> bool:
+    """Tell whether a linear layer has an update since ``target_parameters`` names its weight; it is the same update."""
+    return isinstance(module, nn.Linear) and targeted(parts, path, module) == ["weight"]
+
+
+def called_in(parts: Parts, target: str, module: nn.Module | None) -> str:
+    """Return the name of a target, which may be a module, in the file, which the patterns go by."""
+    if by_parameter(parts, target, module):
+        return f"{parts.called.get(target, target)}.weight"
     if target in parts.called:
         return parts.called[target]
     module, _, leaf = target.rpartition(".")
@@ -57,7 +64,8 @@ def check_layers(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:
     expected = [
         name
         for name, module in names.modules.items()
-        if isinstance(module, LAYERS) and is_target(parts.config, parts.called.get(name, name))
+        if isinstance(module, LAYERS)
+        and (is_target(parts.config, parts.called.get(name, name)) or by_parameter(parts, name, module))
     ]
     expected += [
         f"{path}.{name}"
@@ -68,6 +76,17 @@ def check_layers(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:
     if parts.config["target_modules"] == "all-linear":  # older versions did not write out what that is
         return
     missing, odd = sorted(set(expected) - found.keys()), sorted(found.keys() - set(expected))
+    if odd and parts.config["ensure_weight_tying"] and _is_tied(names, odd[0]):
+        raise TuningError(
+            f"{parts.source} uses ensure_weight_tying=True, by which {odd[0]} has the update of the table that it is "
+            "tied to, which has no twin here: merge it with PEFT, or train without that table in target_modules."
+        )
+    other = [name for name in odd if targeted(parts, name, names.modules[name])] if odd else []
+    if other:
+        raise TuningError(
+            f"{parts.source} has an update of a parameter of {other[0]} ({type(names.modules[other[0]]).__name__}) by "
+            "target_parameters, which has no twin here: name it in target_modules, or merge it with PEFT."
+        )
     if odd:
         raise TuningError(
             f"{parts.source} has tensors for {odd[0]}, which its configuration does not target: one of the two was "
@@ -78,6 +97,11 @@ def check_layers(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:
             f"{parts.source} targets {missing[0]} of this model but has no tensors for it ({len(missing)} such "
             "layers): it is not whole, or was made for another base."
         )
+
+
+def _is_tied(names: Names, path: str) -> bool:
+    weight = names.tensors.get(f"{path}.weight")
+    return sum(tensor is weight for tensor in names.tensors.values()) > 1
 
 
 def check_parts(parts: Parts, key: str, shapes: Mapping[str, tuple[int, ...]], r: int) -> None:

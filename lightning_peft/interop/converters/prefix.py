@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_peft.core import text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Grafted
-from lightning_peft.interop.adapter_config import task_of
+from lightning_peft.interop.adapter_config import prompt_task_of
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, graft_tensors, places
 from lightning_peft.interop.converters.prompt import TENSOR
 from lightning_peft.interop.names import Names
@@ -97,7 +97,7 @@ def _check_model(model: nn.Module) -> None:
             f"a prefix of PEFT reaches the decoder of {type(model).__name__} alone, ours all its attentions: keep the "
             "delta."
         )
-    if task_of(model) is None:
+    if prompt_task_of(model) is None:
         raise TuningError(f"PEFT has no task type for {type(model).__name__}, which its prefixes need: keep the delta.")
     window = text_structure.window_of(model)
     if window is not None:

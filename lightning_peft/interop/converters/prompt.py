@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core import structure, text_structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.interop.adapter_config import task_of
+from lightning_peft.interop.adapter_config import prompt_task_of
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, graft_tensors, places
 from lightning_peft.interop.names import Names
 from lightning_peft.methods.p_tuning import PTuning
@@ -73,7 +73,7 @@ def check_place(model: nn.Module) -> None:
             f"PEFT puts a prompt into the source, which is no text in {type(model).__name__}, and here it comes before "
             "the target: keep the delta."
         )
-    if task_of(model) is None:
+    if prompt_task_of(model) is None:
         raise TuningError(f"PEFT has no task type for {type(model).__name__}, which its prompts need: keep the delta.")
 
 

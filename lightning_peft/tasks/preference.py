@@ -40,6 +40,8 @@ class Preference(Task):
         objective: dpo, ipo or orpo.
         beta: how much the reference holds, or what the odds weigh in orpo.
         label_smoothing: how many of the preferences are wrong, in dpo; from 0 to below 0.5.
+        precompute_reference: compute the reference's likelihoods of an answer once, when it is first met, and keep
+            them: from the second epoch on a step costs no pass of the reference.
         **kwargs: as in `Task`.
     """
 
@@ -54,6 +56,7 @@ class Preference(Task):
         objective: PreferenceLoss = "dpo",
         beta: float = 0.1,
         label_smoothing: float = 0.0,
+        precompute_reference: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
@@ -63,7 +66,11 @@ class Preference(Task):
             raise TuningError(f"label_smoothing={label_smoothing} is out of range: take 0 to below 0.5.")
         if label_smoothing and objective != "dpo":
             raise TuningError(f"label_smoothing={label_smoothing} is for objective=dpo: leave it out of {objective}.")
+        if precompute_reference and objective == "orpo":
+            raise TuningError("precompute_reference=True is for a reference, which orpo has not: leave it out.")
         self.objective, self.beta, self.label_smoothing = objective, beta, label_smoothing
+        self.precompute_reference = precompute_reference
+        self._kept: dict[bytes, float] = {}
         self.backbone = self.load()
         self.score_by({"scores": PreferenceScores()})
 
@@ -106,7 +113,17 @@ class Preference(Task):
 
     def _reference(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the log-likelihoods of the answers without the deltas, [2 B]; virtual tokens are left out."""
-        ids, mask, labels = (self.text_columns(batch[n], batch) for n in ("input_ids", "attention_mask", "labels"))
+        rows = [self.text_columns(batch[name], batch) for name in ("input_ids", "attention_mask", "labels")]
+        if not self.precompute_reference:
+            return self._computed_reference(*rows)
+        keys = [_key(*row) for row in zip(*(values.cpu() for values in rows), strict=True)]
+        new = [i for i, key in enumerate(keys) if key not in self._kept]
+        if new:
+            found = self._computed_reference(*(values[new] for values in rows)).tolist()
+            self._kept.update(zip((keys[i] for i in new), found, strict=True))
+        return torch.tensor([self._kept[key] for key in keys], device=rows[0].device)
+
+    def _computed_reference(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         with without_deltas(self.backbone):
             logits = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).logits
             return _likelihoods(logits, labels)[0]
@@ -140,6 +157,12 @@ class PreferenceScores(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return the means."""
         return dict(zip(("loss", "accuracy", "margin"), self.sums[:3] / self.sums[3], strict=True))
+
+
+def _key(ids: Tensor, mask: Tensor, labels: Tensor) -> bytes:
+    """Return what tells one row [T] of a batch from others, whatever it is padded to."""
+    inside = mask == 1
+    return torch.stack([ids[inside], labels[inside]]).numpy().tobytes()
 
 
 def _difference(values: Tensor) -> Tensor:

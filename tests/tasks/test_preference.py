@@ -118,6 +118,7 @@ def test_numbers_out_of_range(valley: Valley) -> None:
         ({"beta": 0.0}, "beta=0.0 is out of range"),
         ({"label_smoothing": 0.5}, "label_smoothing=0.5 is out of range"),
         ({"label_smoothing": 0.1, "objective": "ipo"}, "label_smoothing=0.1 is for objective=dpo"),
+        ({"precompute_reference": True, "objective": "orpo"}, "is for a reference, which orpo has not: leave it out"),
     ):
         with pytest.raises(TuningError, match=message):
             Preference(valley("gpt2"), **arguments)
@@ -173,3 +174,26 @@ def test_messages_in_three_forms(valley: Valley, tmp_path: Path) -> None:
     for other in (split, mixed):
         assert all(torch.equal(whole[name], other[name]) for name in whole)
     assert bool((whole["labels"] != -100).any(1).all())
+
+
+def test_the_reference_is_computed_once_if_asked(valley: Valley) -> None:
+    """Rows that come again, in another order and padded to another length, are not computed again."""
+    data = set_up(pairs(valley))
+    batch = next(iter(data.val_dataloader()))
+    filler = {"input_ids": data.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+    again = {name: F.pad(values.view(2, 4, -1).flip(1).flatten(0, 1), (0, 3), value=filler[name])
+             for name, values in batch.items()}  # fmt: skip
+    half = {name: torch.cat([values[:2], values[4:6]]) for name, values in batch.items()}
+    for method in (LoRA(r=2), PromptTuning(**PROMPT)):
+        live, kept = (tuned(valley, type(method)(**method.init_args()), precompute_reference=o) for o in (False, True))
+        rows: list[int] = []
+        computed = kept._computed_reference
+
+        def noting(*row: Tensor, rows: list[int] = rows, computed: Any = computed) -> Tensor:
+            rows.append(len(row[0]))
+            return computed(*row)
+
+        kept._computed_reference = noting  # type: ignore[method-assign]
+        for each in (half, batch, again, batch):
+            torch.testing.assert_close(kept(each)[0], live(each)[0], atol=1e-5, rtol=1e-5)
+        assert rows == [4, 4]

@@ -19,11 +19,11 @@ class PoolingTask(Task):
     what = "text encoder"
     pool: Pool
 
-    def _load_base(self) -> nn.Module:
-        try:
-            return self.load(add_pooling_layer=False)  # the pooler of another aim, which would train nothing here
+    def _load_base(self, **config: Any) -> nn.Module:
+        try:  # without the pooler of another aim, which would train nothing here
+            return self.load(add_pooling_layer=False, **config)
         except TypeError:  # it has no pooler
-            return self.load()
+            return self.load(**config)
 
     def _pooled(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         hidden = self.text_columns(hidden, batch)

@@ -188,3 +188,30 @@ def test_other_architectures(kind: str, tmp_path: Path) -> None:
 def data_with_test(data: L.LightningDataModule) -> L.LightningDataModule:
     data.setup("test")
     return data
+
+
+def test_the_mean_of_the_hidden_states(model: str, tmp_path: Path) -> None:
+    """Padding and virtual tokens do not count; the head is trained, saved and loaded."""
+    data, task = text.data(model, tmp_path, train=24, other=12), text.task(model, pooling="mean", lr=1e-2, head_lr=1e-2)
+    run = trainer(tmp_path, PromptTuning(num_virtual_tokens=2, init="random_uniform"), max_steps=2)
+    start = task.head.weight.clone()
+    run.fit(task, data)
+    assert not torch.equal(task.head.weight, start)
+    batch = next(iter(data.val_dataloader()))
+    task.eval()
+    with torch.no_grad():
+        logits = task(batch)
+    run.save_checkpoint(tmp_path / "mean.ckpt")
+    loaded = TextClassification.load_from_checkpoint(tmp_path / "mean.ckpt").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(batch), logits)
+        bare = text.task(model, pooling="mean").eval()
+        states = bare.backbone(**bare.inputs(batch)).last_hidden_state
+        weights = batch["attention_mask"].unsqueeze(-1).float()
+        torch.testing.assert_close(bare(batch), bare.head((states * weights).sum(1) / weights.sum(1)))
+    for arguments, message in (
+        ({"labels": NAMES, "pooling": "max"}, "pooling='max' is no pooling: take model or mean"),
+        ({"pooling": "mean"}, "pooling='mean' has a head of its own: give labels="),
+    ):
+        with pytest.raises(TuningError, match=message):
+            TextClassification(model, **arguments)

@@ -13,7 +13,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,21 @@ def fit(folder: Path, ckpt_path: Path | None = None) -> dict[str, torch.Tensor]:
     module = Tuned(dropout=0.1)
     saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, save_last=True)
     run = trainer(folder, LoRA(r=2, dropout=0.1), saving, max_epochs=2, enable_checkpointing=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore")
         run.fit(module, loader("bert", shuffle=True), loader("bert", rows=4), ckpt_path=ckpt_path)
     return {name: tensor.detach().clone() for name, tensor in collect(module).items()}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in one thread: a forked process has none of the others of OpenMP, and would wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def killed(folder: Path, prepare: Callable[[], None], seconds: float | None = None) -> bool:

@@ -35,7 +35,9 @@ look and convert:
   combine     make one delta of several: lightning-peft combine A=0.7 B=0.3 OUT --how linear
   merge       fold a delta into its backbone: lightning-peft merge FILE FOLDER
   plot        draw pictures of results: lightning-peft plot results.csv FOLDER
-  export      write a delta as an adapter of Hugging Face PEFT: export FILE FOLDER --to peft, or --for vllm
+  export      write a delta as an adapter of Hugging Face PEFT: export FILE FOLDER --check, or --for vllm;
+              or the merged model: --onnx, --torch-export
+  push        put an adapter or a merged model on a hub: push FOLDER OWNER/NAME
   import      write an adapter of Hugging Face PEFT as a delta: import FOLDER FILE
 
 any command:
@@ -48,7 +50,7 @@ Methods and their arguments work from the shell too: --method LoRA --method.r 4
 """
 _TRAINER = ("fit", "validate", "test", "predict", "check", "search")
 _SUBMIT, _COMPARE = "submit", "compare"
-_TOOLS = ("chat", "methods", "info", "combine", "merge", "plot", "export", "import", "templates", "configs")
+_TOOLS = ("chat", "methods", "info", "combine", "merge", "plot", "export", "push", "import", "templates", "configs")
 _DEBUG = "LIGHTNING_PEFT_DEBUG"
 
 

@@ -85,7 +85,7 @@ def runs(given: argparse.Namespace, words: Sequence[str]) -> tuple[dict[str, lis
     """Run what is missing of a comparison, and return what each method has found, and the score that counts."""
     budget = seconds_of(given.budget)
     methods = list(dict.fromkeys(name_of(word) for word in given.methods))
-    _be_silent()
+    be_silent()
     task, text = fitting.describe(words)
     if given.controls:
         controls.check_task(task)
@@ -128,7 +128,7 @@ def seconds_of(budget: str | None) -> float | None:
     return float(found[1]) * _UNITS[found[2]]
 
 
-def _be_silent() -> None:
+def be_silent() -> None:
     """Let runs print no bars, hints and seeds; what goes wrong is an error."""
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):

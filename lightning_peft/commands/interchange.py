@@ -7,26 +7,41 @@ from typing import Any
 from rich.console import Console
 
 from lightning_peft.commands.parsing import ToolParser
+from lightning_peft.core import structure
 from lightning_peft.core.delta import save_delta
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.folding import merge
 from lightning_peft.interop import folder as folders
 from lightning_peft.interop import load, serving, to_peft, wrapped
-from lightning_peft.interop.card import Facts
+from lightning_peft.interop.check import check_adapter
+from lightning_peft.interop.facts import Facts
+from lightning_peft.interop.programs import write_program
 from lightning_peft.reports.parameters import count
 from lightning_peft.training.rebuild import from_delta
+
+_SHORT = {"--onnx": "--to=onnx", "--torch-export": "--to=torch"}
+"""Flags -> the arguments that they stand for."""
 
 
 def run_interchange(command: str, arguments: Sequence[str]) -> None:
     """Run one of the two with the arguments that follow it."""
     parser, function = (_export_parser(), _export) if command == "export" else (_import_parser(), _import)
-    function(**parser.parse_args(list(arguments)).as_dict())
+    function(**parser.parse_args([_SHORT.get(word, word) for word in arguments]).as_dict())
 
 
 def _export_parser() -> ToolParser:
     parser = ToolParser(prog="lightning-peft export", description="Write a delta as an adapter of PEFT.")
     parser.add_argument("file", type=str, help="a delta, as safetensors or checkpoint")
     parser.add_argument("folder", type=str, help="where to write the adapter: a new folder, or an older adapter")
-    parser.add_argument("--to", choices=("peft",), default="peft", help="the format")
+    parser.add_argument(
+        "--to",
+        choices=("peft", "onnx", "torch"),
+        default="peft",
+        help="an adapter of PEFT; or the merged model as ONNX, or as a program of torch.export",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare the logits of the adapter, loaded anew, with the delta's"
+    )
     parser.add_argument(
         "--for", choices=serving.PROFILES, default=None, help="a server that must be able to serve it; checked first"
     )
@@ -73,10 +88,19 @@ def _export(file: str, folder: str, backbone: str | None, names: Any, data: str 
     facts.data = data or facts.data
     facts.command = chosen["command"] or facts.command
     facts.metrics = chosen["metrics"] or facts.metrics
-    model = from_delta(file, backbone)
+    model, console = from_delta(file, backbone), Console(soft_wrap=True)
+    if chosen["to"] != "peft":
+        folders.check_free(Path(folder))
+        written, apart = write_program(merge(model), folder, chosen["to"])
+        structure.config_of(model).save_pretrained(folder)  # with the names of the classes
+        said = "not compared, since onnxruntime is not installed" if apart is None else f"apart by {apart:.1g}"
+        console.print(f"{type(model).__name__} written to {written}; logits {said}.", highlight=False)
+        return
     written = to_peft(model, folder, names, chosen["for"], facts)
     adapter = folders.read_adapter(written)
-    console = Console(soft_wrap=True)
+    if chosen["check"]:
+        for reader, difference in check_adapter(model, written, backbone).items():
+            console.print(f"{reader} computes the same logits from it (apart by {difference:.1g}).", highlight=False)
     held = f"{len(adapter.tensors)} tensors, {count(adapter.tensors.values()):,} values"
     console.print(
         f"{adapter.config['peft_type']} adapter written to {folder}: {held}.",

@@ -29,6 +29,11 @@ def run_tool(command: str, arguments: Sequence[str]) -> None:
 
         run_interchange(command, arguments)
         return
+    if command == "push":
+        from lightning_peft.commands.pushing import run_push
+
+        run_push(arguments)
+        return
     if command == "combine":
         from lightning_peft.commands.combining import run_combine
 

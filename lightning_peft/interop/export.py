@@ -18,6 +18,7 @@ from lightning_peft.interop import adapter_config, base_tensors, card, folder, s
 from lightning_peft.interop.converters import CONVERTERS, Converter
 from lightning_peft.interop.converters.base import Exported, check_names
 from lightning_peft.interop.converters.tokens import KEY, export_beside
+from lightning_peft.interop.facts import Facts
 from lightning_peft.interop.folder import PeftAdapter
 from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, selection
 from lightning_peft.interop.patterns import selects, their_pattern_of, value_of
@@ -30,7 +31,7 @@ def to_peft(
     path: str | Path,
     names: Literal["memory", "disk"] = "memory",
     profile: str | None = None,
-    facts: card.Facts | None = None,
+    facts: Facts | None = None,
 ) -> Path:
     """Write what is trained in ``model`` as an adapter that PEFT reads: configuration, tensors and a model card.
 
@@ -54,8 +55,10 @@ def to_peft(
     backbone, methods = _tuned(model)
     adapter = adapter_of(backbone, methods, "disk" if profile else names)
     serving.check_profile(profile, adapter)
-    facts = facts or card.Facts()
+    facts = facts or Facts()
     facts = replace(facts, words=facts.words or _words(backbone, methods[0]))
+    if known := facts.as_plain():
+        adapter.header["training"] = known
     folder.write(path, adapter, card.text(adapter, methods, facts, path.name, profile))
     return path
 

@@ -68,11 +68,15 @@ def parameter_groups(
 
 def rates_in(optimizers: Iterable[Optimizer]) -> dict[str, float]:
     """Return the highest learning rates of optimizers, by the name of the group where it has one."""
+    return rates_of_groups({"name": type(one).__name__} | group for one in optimizers for group in one.param_groups)
+
+
+def rates_of_groups(groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the highest learning rates of an optimizer's groups, live ones or those of a checkpoint, by name."""
     found: dict[str, float] = {}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            name = str(group.get("name", type(optimizer).__name__)).removesuffix(_NO_DECAY)
-            found[name] = max(found.get(name, 0.0), float(group.get("initial_lr", group.get("lr", 0.0))))
+    for group in groups:
+        name = str(group.get("name", "all")).removesuffix(_NO_DECAY)
+        found[name] = max(found.get(name, 0.0), float(group.get("initial_lr", group.get("lr", 0.0))))
     return found
 
 

@@ -66,4 +66,5 @@ def test_an_empty_folder_is_refused_in_one_sentence(opened: Any, said: str, tmp_
 
 def test_nothing_else_opens_what_was_pretrained() -> None:
     calls = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if ".from_pretrained(" in path.read_text()}
-    assert calls == {Path("core/hub.py"), Path("interop/card.py")}, "the card shows a reader how PEFT opens an adapter"
+    of_peft = {Path("interop/card.py"), Path("interop/check.py")}
+    assert calls == {Path("core/hub.py"), *of_peft}, "a reader is shown how PEFT opens an adapter, and a check lets it"

@@ -94,7 +94,7 @@ def _run(command: str) -> None:
             slurm.check_environment()
             if command == "fit" and (slurm.is_job() or slurm.is_elastic()):
                 signals.install_handlers()  # a signal during the imports below would kill the process
-            from lightning_peft.commands.trainer import run
+            from lightning_peft.commands.running import run
 
             run()
         else:

@@ -185,6 +185,25 @@ def test_predict_from_a_delta(folder: Path, fitted: str, processes: int) -> None
     assert "the end" in printed
 
 
+@pytest.mark.slow
+def test_predict_by_several_deltas(folder: Path, fitted: str) -> None:
+    files = ["run/best.ckpt", "run/again.ckpt"]
+    (folder / files[1]).write_bytes((folder / files[0]).read_bytes())
+    (folder / "predictions.jsonl").unlink(missing_ok=True)
+    assert "16 predictions in" in run("predict", "--config", "tiny.yaml", "--deltas", *files, folder=folder)
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["delta"]) for line in lines] == [(row, file) for row in range(8) for file in files]
+    assert all(list(line) == ["row", "delta", "text", "labels", "probabilities"] for line in lines)
+    (folder / "predictions.jsonl").unlink()
+    run("predict", "--config", "tiny.yaml", "--ckpt_path", files[0], folder=folder)
+    alone = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [line["labels"] for line in lines[::2]] == [line["labels"] for line in alone]
+    for both, one in zip(lines[::2], alone, strict=True):
+        assert both["probabilities"] == pytest.approx(one["probabilities"], abs=1e-5)
+    with pytest.raises(AssertionError, match="leave out --ckpt_path beside them"):
+        run("predict", "--config", "tiny.yaml", "--deltas", *files, "--ckpt_path", files[0], folder=folder)
+
+
 def test_validate_a_delta(folder: Path, fitted: str) -> None:
     arguments = ["--config", "tiny.yaml", "--ckpt_path", "run/best.ckpt"]
     assert "val_accuracy" in run("validate", *arguments, folder=folder)
@@ -293,7 +312,7 @@ def test_models_in_packages() -> None:
 
 
 def test_optimizers_are_those_of_torch() -> None:
-    from lightning_peft.commands.trainer import _torch_first
+    from lightning_peft.commands.running import _torch_first
 
     assert _torch_first(["fit", "--optimizer", "SGD", "--optimizer.lr", "0.1"])[2] == "torch.optim.SGD"
     assert _torch_first(["fit", "--optimizer=AdamW"]) == ["fit", "--optimizer=torch.optim.AdamW"]

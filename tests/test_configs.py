@@ -21,7 +21,7 @@ FILES = sorted(
 
 def parsed(*arguments: str) -> dict:
     """Return the whole configuration that ``fit`` would run with."""
-    from lightning_peft.commands.trainer import run
+    from lightning_peft.commands.running import run
 
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):

@@ -3,7 +3,6 @@
 import operator
 import re
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial, reduce
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import lightning as L
-import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -20,17 +18,13 @@ import lightning_peft
 from lightning_peft.commands import agreement, fail, lightning_words, refusal, sentence
 from lightning_peft.commands.config_files import ConfigFile
 from lightning_peft.commands.known_names import known_names, missing, names_at_hand
-from lightning_peft.commands.searching import Searcher
 from lightning_peft.commands.values import check_seed, check_values
 from lightning_peft.commands.wording import one_sentence, unknown_word
-from lightning_peft.commands.yaml_check import check_words, is_file
+from lightning_peft.commands.yaml_check import is_file
 from lightning_peft.core import arguments
 from lightning_peft.core.delta_file import read_checkpoint, read_delta
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.storage import first_line
-from lightning_peft.reports.predictions import PredictionWriter
-from lightning_peft.reports.preflight import Preflight
-from lightning_peft.reports.tuning_report import TuningReport
 from lightning_peft.training import checks, patches
 from lightning_peft.training.method import Method
 from lightning_peft.training.rebuild import methods_of
@@ -159,7 +153,7 @@ class TuningCLI(LightningCLI):
     def build_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> L.Trainer:
         """Build the Trainer from its arguments and further callbacks."""
         # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/cli.py
-        with _building():
+        with building():
             return self._instantiate_trainer(config, callbacks)
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
@@ -173,62 +167,6 @@ class TuningCLI(LightningCLI):
             build = partial(super()._add_configure_optimizers_method_to_model, subcommand)
             hook = partial(_build_optimizer, self.model, build)
             patches.Patches.of(self.model).patch(self.model, "configure_optimizers", hook)
-
-
-class CheckingCLI(TuningCLI):
-    """`TuningCLI` for a Trainer that can be checked."""
-
-    tells = False
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the one command, a method of `Preflight`, with the arguments that are given apart."""
-        return {"check": {"model", "datamodule"}}
-
-    def before_instantiate_classes(self) -> None:
-        """Check the values, and make the model on the meta device, if that is asked for."""
-        super().before_instantiate_classes()
-        if self.argument(self.config, "meta"):
-            self.parser.add_instantiator(_on_meta, L.LightningModule, subclasses=True, prepend=True)
-
-    def build_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> L.Trainer:
-        """Build the Trainer that checks."""
-        given = config.get("callbacks") or []
-        own = given if isinstance(given, list) else [given]
-        with _building():
-            return Preflight.of(**config | {"callbacks": [*own, *callbacks]})
-
-
-class SearchingCLI(TuningCLI):
-    """`TuningCLI` for a Trainer that searches for prompts."""
-
-    tells = False
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the one command, a method of `Searcher`, with the arguments that are given apart."""
-        return {"search": {"model", "datamodule"}}
-
-
-def run() -> None:
-    """Run the command of ``sys.argv``."""
-    # lightning 2.6 with torch 2.13: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
-    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    check_words(sys.argv[2:])
-    sys.argv[1:] = _torch_first(sys.argv[1:])
-    own: dict[str, tuple[type[TuningCLI], type[L.Trainer]]] = {
-        "check": (CheckingCLI, Preflight), "search": (SearchingCLI, Searcher)
-    }  # fmt: skip
-    cli, trainer_class = own.get(sys.argv[1], (TuningCLI, L.Trainer))
-    cli(
-        trainer_class=trainer_class,
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-        trainer_defaults={
-            "enable_model_summary": False,
-            "callbacks": [TuningReport(command=sys.argv[0]), PredictionWriter()],
-        },
-    )
 
 
 def check_checkpoint(path: str | None, command: str) -> None:
@@ -248,7 +186,7 @@ def check_checkpoint(path: str | None, command: str) -> None:
 
 
 @contextmanager
-def _building() -> Iterator[None]:
+def building() -> Iterator[None]:
     """Say what Lightning objects to in a Trainer's arguments."""
     try:
         yield
@@ -265,29 +203,6 @@ def _reason(error: BaseException) -> str:
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return first_line(error)
-
-
-def _on_meta(kind: type[Any], *args: Any, **kwargs: Any) -> Any:
-    with torch.device("meta"):
-        try:
-            return kind(*args, **kwargs)
-        except RuntimeError as error:
-            raise TuningError(
-                f"{kind.__name__} cannot be made on the meta device ({str(error).splitlines()[0]}): let it build its "
-                "model by from_config where torch.get_default_device() is that, or check without --meta."
-            ) from None
-
-
-def _torch_first(words: list[str]) -> list[str]:
-    """Let ``--optimizer SGD`` be torch's; other libraries (bitsandbytes) have optimizers of the same names."""
-    words = list(words)
-    for i, word in enumerate(words):
-        option, equals, name = word.partition("=")
-        if option == "--optimizer" and not equals and i + 1 < len(words) and hasattr(torch.optim, words[i + 1]):
-            words[i + 1] = f"torch.optim.{words[i + 1]}"
-        elif option == "--optimizer" and equals and hasattr(torch.optim, name):
-            words[i] = f"--optimizer=torch.optim.{name}"
-    return words
 
 
 def _build_optimizer(model: L.LightningModule, build: Any) -> Any:

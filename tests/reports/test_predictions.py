@@ -13,7 +13,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_peft import PredictionWriter
+from lightning_peft import (
+    BitFit,
+    LoRA,
+    Method,
+    PredictionWriter,
+    PromptTuning,
+    PTuningV2,
+    TuningError,
+    save_delta,
+)
+from tests.contract import shake
+from tests.models import tiny
 from tests.modules import trainer
 
 ROOT = Path(__file__).parents[2]
@@ -131,3 +142,49 @@ class Killed(Doubles):
 if __name__ == "__main__":
     Killed.__qualname__ = Doubles.__qualname__
     predict(Path(sys.argv[1]), Killed())
+
+
+class Says(L.LightningModule):
+    """Says the scores of a backbone for texts of one length."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net = tiny(kind)
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> dict[str, Any]:
+        logits = self.net(input_ids=batch).logits
+        return {"scores": (logits if logits.ndim == 2 else logits[:, -1, :3]).tolist()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "methods"),
+    [
+        ("bert", [LoRA(r=2), BitFit(), PTuningV2(num_virtual_tokens=2)]),
+        ("gpt2", [PromptTuning(num_virtual_tokens=2, init="random_uniform"), LoRA(r=2)]),
+    ],
+)
+def test_each_delta_says_its_own_of_each_row(kind: str, methods: list[Method], tmp_path: Path) -> None:
+    """As alone, whatever their methods are and with heads of their own; the file goes on where a run was killed."""
+    texts, expected, files = torch.arange(3, 23).view(5, 4), {}, []
+    for i, method in enumerate(methods):
+        module = Says(kind).eval()
+        method.apply(module)
+        torch.manual_seed(i)
+        shake(module)
+        files.append(str(save_delta(module, tmp_path / f"{i}.safetensors")))
+        with torch.no_grad():
+            expected[files[-1]] = Says.predict_step(module, texts, 0)["scores"]
+    rows_of = DataLoader(texts, batch_size=2)
+    trainer(tmp_path / "out", PredictionWriter(deltas=files)).predict(Says(kind), rows_of, return_predictions=False)
+    found = rows(tmp_path / "out")
+    assert [(row["row"], row["delta"]) for row in found] == [(i, file) for i in range(5) for file in files]
+    for row in found:
+        torch.testing.assert_close(
+            torch.tensor(row["scores"]), torch.tensor(expected[row["delta"]][row["row"]]), atol=1e-5, rtol=1e-5
+        )
+    assert len({tuple(row["scores"]) for row in found}) == len(found)
+
+
+def test_one_delta_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TuningError, match=r"name a file twice: name each once"):
+        trainer(tmp_path, PredictionWriter(deltas=["a.ckpt", "a.ckpt"])).predict(Says("bert"), loader())

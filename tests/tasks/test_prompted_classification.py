@@ -445,7 +445,7 @@ def test_batches_of_any_loader(lms: dict[str, str], tmp_path: Path) -> None:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    from lightning_peft.commands.trainer import run
+    from lightning_peft.commands.running import run
 
     quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     monkeypatch.setattr(sys, "argv", ["lightning-peft", *arguments, *quiet])

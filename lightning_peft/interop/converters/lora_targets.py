@@ -53,8 +53,8 @@ def called_in(parts: Parts, target: str, module: nn.Module | None) -> str:
         return f"{parts.called.get(target, target)}.weight"
     if target in parts.called:
         return parts.called[target]
-    module, _, leaf = target.rpartition(".")
-    return f"{parts.called.get(module, module)}.{leaf}"
+    owner, _, leaf = target.rpartition(".")
+    return f"{parts.called.get(owner, owner)}.{leaf}"
 
 
 def check_layers(parts: Parts, names: Names, found: Mapping[str, Any]) -> None:

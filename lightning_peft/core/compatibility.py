@@ -45,7 +45,7 @@ def check_compatible(backbone: nn.Module, tuning: Tuning, off: Collection[str] =
                     _refuse_both(name, active[trainer], active[place.graft.owner])
     for path, _, name, graft in grafts(backbone):
         prefix = f"{path}." if path else ""
-        hidden = sorted(trainers.keys() & {f"{prefix}{weight}" for weight in graft.weights})
+        hidden = sorted(trainers.keys() & {f"{prefix}{weight}" for weight in (*graft.weights, *graft.hides)})
         if hidden and not isinstance(graft, (StandIn, MasterWeights)) and graft.owner not in off:
             raise TuningError(
                 f"{hidden[0]} is trained by {trainers[hidden[0]]}, but {graft.owner or name} puts another tensor in "

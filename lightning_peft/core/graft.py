@@ -58,6 +58,8 @@ class Graft(Movable):
 
     weights: tuple[str, ...] = ()
     """The parameters that the joint `weight` sees, by their names below the host."""
+    hides: tuple[str, ...] = ()
+    """The parameters of its host that compute no more while it does."""
     owner: str = ""
     """The name under which a backbone's record has the method that attached it; '' where none did."""
     switch: Switch | None = None
@@ -193,8 +195,7 @@ def attach(host: nn.Module, graft: G, name: str) -> G:
     Inside of `owned_by` the graft belongs to that method.
 
     Raises:
-        TuningError: the host already has something of that name, is compiled (its hooks would be ignored), or has no
-            parameter where the graft changes one.
+        TuningError: the host has something of that name, is compiled (and ignores hooks), or lacks a parameter.
     """
     if hasattr(host, name):
         raise TuningError(f"{type(host).__name__} already has an attribute {name!r}: detach it or take another name.")

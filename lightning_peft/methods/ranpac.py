@@ -46,6 +46,7 @@ class RandomHead(Graft):
         ridge: lambda; None: some rows are summed apart to choose it.
     """
 
+    hides = ("weight", "bias")
     directions: Tensor
     rows: Tensor
     labels: Tensor | None = None

@@ -104,7 +104,11 @@ def test_a_fit_over_tasks_adds_each_row_once(tmp_path: Path) -> None:
 
 
 def test_what_changes_its_features_is_refused(tmp_path: Path) -> None:
-    fit = trainer(tmp_path, RanPAC(width=WIDTH), LoRA(r=2))
+    with pytest.raises(
+        TuningError, match=r"classifier\.bias is trained by lora, but ranpac puts another tensor in its"
+    ):
+        trainer(tmp_path, RanPAC(width=WIDTH), LoRA(r=2)).fit(Tuned("vit"), loader("vit"), loader("vit"))
+    fit = trainer(tmp_path, RanPAC(width=WIDTH), LoRA(r=2, exclude="classifier.*"))
     with pytest.raises(TuningError, match=r"which the training of .*lora.* would change: fit that first"):
         fit.fit(Tuned("vit"), loader("vit"), loader("vit"))
     with pytest.raises(TuningError, match="has 2 layers, and RanPAC reads the features before a head of one"):

@@ -39,6 +39,7 @@ look and convert:
               or the merged model: --onnx, --torch-export
   push        put an adapter or a merged model on a hub: push FOLDER OWNER/NAME
   import      write an adapter of Hugging Face PEFT as a delta: import FOLDER FILE
+  completion  let a shell complete words: eval "$(lightning-peft completion bash)", or zsh
 
 any command:
   --help      show the arguments of a command; of fit and its like --help all shows every one
@@ -49,8 +50,9 @@ Files of arguments add up, later ones win: --config quickstart --config bitfit
 Methods and their arguments work from the shell too: --method LoRA --method.r 4
 """
 _TRAINER = ("fit", "validate", "test", "predict", "check", "search")
-_SUBMIT, _COMPARE = "submit", "compare"
+_SUBMIT, _COMPARE, _COMPLETION = "submit", "compare", "completion"
 _TOOLS = ("chat", "methods", "info", "combine", "merge", "plot", "export", "push", "import", "templates", "configs")
+_COMMANDS = (*_TRAINER, *_TOOLS, _SUBMIT, _COMPARE, _COMPLETION)
 _DEBUG = "LIGHTNING_PEFT_DEBUG"
 
 
@@ -66,7 +68,7 @@ def main() -> None:
         from lightning_peft import __version__
 
         print(f"lightning-peft {__version__}")
-    elif command in (*_TRAINER, *_TOOLS, _SUBMIT, _COMPARE):
+    elif command in _COMMANDS:
         _run(command)
     else:
         fail(f"{command!r} is no command{_nearest(command)}: see lightning-peft --help.")
@@ -76,14 +78,8 @@ def _run(command: str) -> None:
     if os.getcwd() not in sys.path:  # a console script does not find the user's own modules
         sys.path.insert(0, os.getcwd())
     try:
-        if command == _SUBMIT:
-            from lightning_peft.commands.submit import submit
-
-            submit(sys.argv[2:])
-        elif command == _COMPARE:
-            from lightning_peft.commands.comparing import compare
-
-            compare(sys.argv[2:])
+        if command in (_SUBMIT, _COMPARE, _COMPLETION):
+            _run_apart(command, sys.argv[2:])
         elif command in _TRAINER and _shows_short_help(command):
             pass
         elif command == "predict" and any(word.partition("=")[0] == "--text" for word in sys.argv[2:]):
@@ -111,6 +107,22 @@ def _run(command: str) -> None:
         if type(ended).__name__ == "SIGTERMException":
             raise SystemExit(128 + signal.SIGTERM) from None
         raise
+
+
+def _run_apart(command: str, words: list[str]) -> None:
+    """Run one of the commands that are neither a Trainer's nor of one file."""
+    if command == _SUBMIT:
+        from lightning_peft.commands.submit import submit
+
+        submit(words)
+    elif command == _COMPARE:
+        from lightning_peft.commands.comparing import compare
+
+        compare(words)
+    else:
+        from lightning_peft.commands.completing import completion
+
+        print(completion((*words, "bash")[0], _COMMANDS), end="")
 
 
 def _shows_short_help(command: str) -> bool:
@@ -141,5 +153,5 @@ def _is_mistake(error: Exception) -> bool:
 def _nearest(command: str) -> str:
     import difflib
 
-    close = difflib.get_close_matches(command, (*_TRAINER, *_TOOLS, _SUBMIT, _COMPARE), n=1)
+    close = difflib.get_close_matches(command, _COMMANDS, n=1)
     return f", did you mean {close[0]!r}" if close else ""

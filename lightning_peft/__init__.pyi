@@ -16,6 +16,7 @@ from lightning_peft.core.switching import (
     prepare as prepare,
     remove_delta as remove_delta,
 )
+from lightning_peft.data.captioned_images import CaptionedImageData as CaptionedImageData
 from lightning_peft.data.chat import ChatData as ChatData
 from lightning_peft.data.clip_data import CLIPData as CLIPData
 from lightning_peft.data.cloze import (
@@ -108,6 +109,7 @@ from lightning_peft.reports.tuning_report import TuningReport as TuningReport
 from lightning_peft.tasks.causal_lm import CausalLM as CausalLM
 from lightning_peft.tasks.clip_classification import CLIPClassification as CLIPClassification
 from lightning_peft.tasks.cloze import ClozeClassification as ClozeClassification
+from lightning_peft.tasks.image_text_contrast import ImageTextContrast as ImageTextContrast
 from lightning_peft.tasks.knowledge_probing import KnowledgeProbing as KnowledgeProbing
 from lightning_peft.tasks.continual_classification import ContinualClassification as ContinualClassification
 from lightning_peft.tasks.continual_classification import ContinualTextClassification as ContinualTextClassification

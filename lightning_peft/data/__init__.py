@@ -1,5 +1,6 @@
 """LightningDataModules for text and images."""
 
+from lightning_peft.data.captioned_images import CaptionedImageData
 from lightning_peft.data.chat import ChatData
 from lightning_peft.data.clip_data import CLIPData
 from lightning_peft.data.cloze import ClozeClassificationData, KnowledgeProbingData
@@ -28,6 +29,7 @@ from lightning_peft.data.token_data import TokenData
 
 __all__ = [
     "CLIPData",
+    "CaptionedImageData",
     "CausalLMData",
     "ChatData",
     "ClozeClassificationData",

@@ -8,6 +8,7 @@ from lightning_peft.tasks.continual_classification import ContinualClassificatio
 from lightning_peft.tasks.distillation import ContextDistillation, Distillation
 from lightning_peft.tasks.domain_adaptation import DomainAdaptation
 from lightning_peft.tasks.image_classification import ImageClassification
+from lightning_peft.tasks.image_text_contrast import ImageTextContrast
 from lightning_peft.tasks.knowledge_probing import KnowledgeProbing
 from lightning_peft.tasks.multi_task import MultiTask
 from lightning_peft.tasks.multiple_choice import MultipleChoice
@@ -32,6 +33,7 @@ __all__ = [
     "Distillation",
     "DomainAdaptation",
     "ImageClassification",
+    "ImageTextContrast",
     "KnowledgeProbing",
     "LMAdaptation",
     "MultiTask",

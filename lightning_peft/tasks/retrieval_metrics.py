@@ -39,7 +39,10 @@ class Recall(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``recall_at_K`` for each number."""
-        anchors, positives = dim_zero_cat(self.anchors), dim_zero_cat(self.positives)
+        return self.between(dim_zero_cat(self.anchors), dim_zero_cat(self.positives))
+
+    def between(self, anchors: Tensor, positives: Tensor) -> dict[str, Tensor]:
+        """Return ``recall_at_K`` of these rows."""
         nearer = []
         for start in range(0, len(anchors), _ROWS):
             likeness = anchors[start : start + _ROWS] @ positives.T
@@ -48,6 +51,16 @@ class Recall(Metric):
             nearer.append((likeness > own + 1e-6).sum(1))
         ranks = torch.cat(nearer)
         return {f"recall_at_{k}": (ranks < k).float().mean() for k in self.at}
+
+
+class CrossRecall(Recall):
+    """`Recall` of the text of an image among texts, and of the image of a text among images."""
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``image_to_text_recall_at_K`` and ``text_to_image_recall_at_K`` for each number."""
+        images, texts = dim_zero_cat(self.anchors), dim_zero_cat(self.positives)
+        both = {"image_to_text": self.between(images, texts), "text_to_image": self.between(texts, images)}
+        return {f"{way}_{name}": value for way, found in both.items() for name, value in found.items()}
 
 
 class Spearman(Metric):

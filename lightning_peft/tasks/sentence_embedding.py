@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.protocols import ScoredPairs
 from lightning_peft.tasks.base import Split
+from lightning_peft.tasks.gathered import gathered
 from lightning_peft.tasks.pooling import Pool, PoolingTask
 from lightning_peft.tasks.retrieval_metrics import Recall, Spearman
 
@@ -86,7 +87,7 @@ class SentenceEmbedding(PoolingTask):
         if self.objective == "cosent":
             return self._cosent((sides[0] * sides[1]).sum(1), batch["scores"])
         rank = self.attached.global_rank if self.attached is not None else 0
-        parts = [self._gathered(side) for side in sides]
+        parts = [gathered(self, side) for side in sides]
         start = sum(len(part) for part in parts[0][:rank])
         every = [torch.cat(part) for part in parts]
         right = torch.arange(start, start + len(sides[0]), device=sides[0].device)
@@ -122,14 +123,3 @@ class SentenceEmbedding(PoolingTask):
         above = scores.unsqueeze(1) > scores.unsqueeze(0)
         gaps = (self.scale * (cosines.unsqueeze(0) - cosines.unsqueeze(1)))[above]
         return torch.cat([gaps.new_zeros(1), gaps]).logsumexp(0)
-
-    def _gathered(self, vectors: Tensor) -> list[Tensor]:
-        """Return the vectors of each process, with gradients; they may be unlike many."""
-        trainer = self.attached
-        if trainer is None or trainer.world_size == 1:
-            return [vectors]
-        strategy = trainer.strategy
-        counts = strategy.all_gather(torch.tensor(len(vectors), device=vectors.device)).tolist()
-        padded = F.pad(vectors, (0, 0, 0, max(counts) - len(vectors)))
-        whole = strategy.all_gather(padded, sync_grads=True)
-        return [part[:count] for part, count in zip(whole, counts, strict=True)]

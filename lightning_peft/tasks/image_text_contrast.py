@@ -27,8 +27,8 @@ class ImageTextContrast(Task):
     right for each other. SigLIP is trained alike. The temperature s is frozen; ``also_train="logit_scale"`` of the
     method trains it. Texts are cut at the positions of the model.
 
-    Logs ``train_loss``, and for the whole split how often the own text of an image is among the nearest, and the own image
-    of a text: ``val_image_to_text_recall_at_1``, ``val_text_to_image_recall_at_1``, the same at 5 and of the test.
+    Logs ``train_loss``, and for the whole split how often the own text of an image is among the nearest, and the own
+    image of a text: ``val_image_to_text_recall_at_1``, ``val_text_to_image_recall_at_1``, the same at 5 and of the test.
 
     Source: Radford et al. 2021, arXiv 2103.00020, section 2.3.
 

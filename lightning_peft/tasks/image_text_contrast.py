@@ -28,7 +28,8 @@ class ImageTextContrast(Task):
     method trains it. Texts are cut at the positions of the model.
 
     Logs ``train_loss``, and for the whole split how often the own text of an image is among the nearest, and the own
-    image of a text: ``val_image_to_text_recall_at_1``, ``val_text_to_image_recall_at_1``, the same at 5 and of the test.
+    image of a text: ``val_image_to_text_recall_at_1``, ``val_text_to_image_recall_at_1``, and at 5. The test has the
+    same scores.
 
     Source: Radford et al. 2021, arXiv 2103.00020, section 2.3.
 

@@ -39,7 +39,8 @@ def is_eager(parameter: Tensor) -> bool:
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_functorch/autograd_function.py asks for the last likewise.
     """
-    return not is_traced() and type(parameter.data) is Tensor and not torch._C._are_functorch_transforms_active()
+    plain = type(parameter) in (nn.Parameter, Tensor)  # a parameter of a subclass is of that class
+    return plain and not is_traced() and not torch._C._are_functorch_transforms_active()
 
 
 def as_plain_tensors() -> AbstractContextManager[Any]:

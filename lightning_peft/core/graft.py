@@ -119,16 +119,12 @@ class Graft(Movable):
 
     @property
     def rests(self) -> bool:
-        """Whether its owner is muted, so that it returns what it gets."""
-        switch = self.switch  # asked at each call of each host, so without another call
-        return switch is not None and (switch.groups is not None or self.owner in switch.off)
+        """Whether its owner is muted, or waits for the call of its rows, so that it returns what it gets."""
+        return self.switch is not None and (self.switch.groups is not None or self.owner in self.switch.off)
 
     def is_first(self, host: nn.Module) -> bool:
         """Tell whether this graft's hook is the first to see the host's output, those that rest left out."""
-        hooks = output_hooks(host)
-        if hooks and getattr(hooks[0], "__self__", None) is self:
-            return hooks[0] == self._on_output
-        at_work = (hook for hook in hooks if not getattr(getattr(hook, "__self__", None), "rests", False))
+        at_work = (hook for hook in output_hooks(host) if not getattr(getattr(hook, "__self__", None), "rests", False))
         return next(at_work, None) == self._on_output
 
     def _on_input(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
@@ -163,9 +159,7 @@ class Graft(Movable):
         self._leaves = host.register_forward_hook(self._on_leave, always_call=True)
 
     def _first_by_position(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        if args and self._device is None:
-            return args, kwargs
-        args, kwargs = placement.moved(args, kwargs, self._device)
+        args, kwargs = (args, kwargs) if self._device is None else placement.moved(args, kwargs, self._device)
         if args or not self._first_argument:  # a host may take nothing, such as a table of positions
             return args, kwargs
         rest = {name: value for name, value in kwargs.items() if name != self._first_argument}

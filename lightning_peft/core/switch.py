@@ -42,10 +42,6 @@ class Switch:
         self.off: frozenset[str] = frozenset()
         self.groups: list[Rows] | None = None
 
-    def rests(self, owner: str) -> bool:
-        """Tell whether a method rests, or waits for the call of its rows."""
-        return owner in self.off or self.groups is not None
-
     def by_rows(self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return what a call gives, of which each group of rows is called on its own with its own methods."""
         groups, off = self.groups, self.off

@@ -40,6 +40,7 @@ from lightning_peft.core.delta import metadata
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.tuning import tunings
 from tests import fresh
+from tests.kept import kept_tensors
 from tests.models import HEADS, TWO_TOWERS, batch, tiny
 from tests.modules import Tuned, loader, trainer
 from tests.syncs import Syncs
@@ -133,6 +134,7 @@ class MethodContract:
         for name, p in model.named_parameters():
             assert (p.grad is not None) is p.requires_grad, name
             assert p.grad is None or p.grad.isfinite().all(), name
+        assert not kept_tensors(model)
 
     def test_twice_is_refused(self, kind: str) -> None:
         model = tiny(kind)

@@ -121,7 +121,7 @@ class DiffPruning(Method):
     def penalty(self, module: nn.Module) -> Tensor | None:
         """Return ``penalty_weight * sum_g sum_i P(z_i > 0) P(z_g > 0)``, [1], or None once entries are chosen."""
         counts = [count for graft, name in self._differences(module) if (count := graft.expected(name)) is not None]
-        return self.penalty_weight * torch.stack(counts).sum() if counts else None
+        return self.penalty_weight * torch.stack([c.to(counts[0]) for c in counts]).sum() if counts else None
 
     def groups(self, model: nn.Module) -> int:
         """Return how many tensors have a gate of their own."""

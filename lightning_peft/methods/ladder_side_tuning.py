@@ -122,7 +122,7 @@ class Ladder(BesideFrozen):
         for i, (rung, block) in enumerate(zip(self.rungs, self.blocks, strict=True)):
             mixed = shares[i] * self.downs[i + 1](states[rung].to(z)) + (1 - shares[i]) * z
             z = block(mixed, src_mask=mask, src_key_padding_mask=padding, is_causal=self.causal and padding is None)
-        changes: dict[str, Any] = {"last_hidden_state": last + self.up(self.norm(z)).to(last.dtype)}
+        changes: dict[str, Any] = {"last_hidden_state": last + self.up(self.norm(z)).to(last)}
         if isinstance(out, Mapping) and out.get("pooler_output") is not None:
             changes["pooler_output"] = self._pooled(host, last, out["pooler_output"], changes["last_hidden_state"])
         return with_fields(out, changes)

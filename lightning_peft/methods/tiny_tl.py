@@ -27,6 +27,7 @@ from lightning_peft.core import anatomy, compatibility, image_structure, select,
 from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach
+from lightning_peft.core.placement import device_of
 from lightning_peft.core.private_torch import is_compiled
 from lightning_peft.core.rates import Rates
 from lightning_peft.core.reach import reached
@@ -163,10 +164,9 @@ class TinyTL(Method):
             )
         blocks = self._blocks(backbone)
         for name, (into, out) in self._shapes(backbone, blocks).items():
-            device = next(backbone.parameters()).device
             grid = None if len(into) == 4 else self._grid(backbone, into[1])
-            residual = LiteResidual(into, out, grid, self.kernel_size, self.groups, self.expand, device)
-            attach(blocks[name], residual, self.key)
+            how = (self.kernel_size, self.groups, self.expand, device_of(blocks[name]))
+            attach(blocks[name], LiteResidual(into, out, grid, *how), self.key)
         return biases if self.biases else ()
 
     def optimizer_options(self, name: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class ImagePrefix(Graft):
         rows = self.call.rows.get(self.layer)
         if rows is None:
             return key, value
-        keys, values = rows.to(key.dtype).unflatten(-1, (self.heads, -1)).permute(1, 0, 3, 2, 4)
+        keys, values = rows.to(key).unflatten(-1, (self.heads, -1)).permute(1, 0, 3, 2, 4)
         return torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2)
 
 

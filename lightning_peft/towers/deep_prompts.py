@@ -184,4 +184,4 @@ def rows_in(call: ContextCall, tower: Tower, layer: int) -> Tensor:
 
 
 def _of_batch(rows: Tensor, x: Tensor) -> Tensor:
-    return rows.to(x.dtype).expand(len(x), -1, -1)
+    return rows.to(x).expand(len(x), -1, -1)  # where the block is: it may lie on another device than the rows

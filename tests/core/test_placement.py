@@ -1,6 +1,7 @@
 """Backbones that accelerate has spread over devices or offloaded: grafts lie and compute where their hosts do."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from lightning_peft import (
     PromptTuning,
     PTuning,
     SideTuning,
+    TinyTL,
     TuningError,
     collect,
     merge,
@@ -29,9 +31,13 @@ from lightning_peft import (
 from lightning_peft.core import structure
 from lightning_peft.core.delta import metadata
 from lightning_peft.core.graft import attach, grafts
+from lightning_peft.methods import tiny_tl
 from lightning_peft.methods.bitfit import AddedBias
 from lightning_peft.methods.ia3 import ScaledInput, ScaledOutput
+from lightning_peft.towers.attended_prompts import ImagePrefix, OfThisCall
+from lightning_peft.towers.deep_prompts import DeepPrompt, Prompts
 from lightning_peft.updates.low_rank import LowRank
+from lightning_peft.updates.sparse_difference import SparseDifference
 from tests.contract import output, shake
 from tests.models import tiny
 
@@ -136,3 +142,31 @@ def test_a_graft_sees_its_input_on_the_device_of_its_host(make: Any) -> None:
     graft = attach(host, make(host), "graft")
     assert {parameter.device for parameter in graft.parameters()} == {device}
     assert host(torch.zeros(3, 4)).device == device
+
+
+def test_rows_of_prompts_go_to_the_block_that_takes_them() -> None:
+    rows = [nn.Parameter(torch.zeros(2, 4)) for _ in range(2)]
+    prompts = Prompts(rows, rows)
+    assert DeepPrompt(prompts.call, "images", 1).before(nn.Identity(), torch.zeros(3, 5, 4, device="meta")).is_meta
+    call = OfThisCall()
+    call.rows = {0: torch.zeros(3, 2, 6, 8)}
+    place: Any = SimpleNamespace(heads=2)
+    keys = torch.zeros(3, 2, 5, 4, device="meta")
+    assert all(tensor.is_meta for tensor in ImagePrefix(place, 0, call).key_value(keys, keys))
+
+
+def test_a_penalty_adds_up_what_lies_on_several_devices() -> None:
+    model, method = tiny("bert"), DiffPruning()
+    method.apply(model)
+    first = next(place.graft for place in grafts(model) if isinstance(place.graft, SparseDifference))
+    first.to("meta")
+    penalty = method.penalty(model)
+    assert penalty is not None
+    assert penalty.is_meta
+
+
+def test_what_is_beside_a_block_lies_where_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_tl, "device_of", lambda block: torch.device("meta"))
+    model = tiny("vit")
+    TinyTL().apply(model)
+    assert {p.device.type for place in grafts(model) for p in place.graft.parameters()} == {"meta"}

@@ -19,7 +19,7 @@ define environment
 endef
 
 .PHONY: help install quickstart test test-processors test-newest test-oldest test-peft test-slow test-slurm lint types docs readme \
-    benchmarks compare compare-text clean
+    timm benchmarks compare compare-text clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -102,6 +102,12 @@ $(DOCS): $(INSTALLED)
 readme: $(INSTALLED)  ## write the tables of methods, of the README and the docs, from what the classes say
 	$(BIN)/python -m tests.readme
 
+timm:  ## make the page of the docs on timm's architectures, in an environment that has timm
+	rm -rf .venv-images
+	$(call environment,.venv-images,--constraint constraints.txt)
+	.venv-images/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[images]'
+	.venv-images/bin/python -m tests.families.architectures
+
 benchmarks: $(INSTALLED)  ## time a step of the methods against HF PEFT and the floor
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.step
 
@@ -113,4 +119,4 @@ compare-text: $(INSTALLED)  ## make the tables of text methods on made-up rows, 
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python examples/compare_text.py
 
 clean:  ## remove what the targets have made
-	rm -rf $(VENV) $(PEFT_TESTS) .venv-newest .venv-oldest runs site lightning_logs .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEFT_TESTS) .venv-newest .venv-oldest .venv-images runs site lightning_logs .mypy_cache .ruff_cache

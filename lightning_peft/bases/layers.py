@@ -10,6 +10,7 @@ from lightning_peft.bases.merging import MergingMethod
 from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
+from lightning_peft.core.reach import reached
 from lightning_peft.core.reads import passed_by
 from lightning_peft.updates.layer_update import LINEAR, LayerUpdate
 from lightning_peft.updates.read_layer import ReadLayer
@@ -43,13 +44,15 @@ class LayerMethod(MergingMethod):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach an update to each chosen layer, or to the module that reads its weight without a call."""
-        patterns = self.target_modules or _query_and_value(backbone)
+        patterns = _query_and_value(backbone) if self.target_modules is None else self.target_modules
         chosen = self.without_excluded(select.hosts(backbone, LINEAR, patterns, self.layers))
         if not chosen:
             raise TuningError(
                 f"{type(self).__name__} is left no layer by target_modules={self.target_modules!r} and "
                 f"exclude={self.exclude!r}: let target_modules name some, or exclude fewer."
             )
+        if self.target_modules in (None, "all-linear"):
+            chosen = {name: chosen[name] for name in reached(backbone, chosen)}
         read = passed_by(backbone)
         for name, host in chosen.items():
             update = self.update(name, host)

@@ -23,6 +23,7 @@ from lightning_peft.core.cache_argument import cache_in
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.reach import reached
 from lightning_peft.prompts.source_mask import with_source
 from lightning_peft.prompts.virtual_tokens import SOURCE
 from lightning_peft.training.method import Method
@@ -191,6 +192,8 @@ class LoReFT(Method):
             blocks = {n: block for n, block in blocks.items() if n in kept}
         if not blocks:
             raise TuningError(f"{name} has no list of blocks, or exclude={self.exclude!r} leaves none: take LoRA.")
+        if self.layers is None:
+            blocks = {n: blocks[n] for n in reached(backbone, blocks)}
         positions = Positions()
         for path, block in blocks.items():
             width = self._width(backbone, path)

@@ -72,11 +72,13 @@ def targets(
     """
     found, owners = all_targets(backbone, kinds, patterns or "all-linear")
     named = patterns not in (None, "all-linear")
-    if patterns is None:
-        patterns = _query_and_value(backbone, found, kinds)
-    if patterns == "all-linear":
+    by_default = None if patterns is not None else _query_and_value(backbone, found, kinds)
+    if isinstance(by_default, set):
+        chosen = by_default
+    elif patterns == "all-linear":
         chosen = _every_linear(backbone, found)
     else:
+        patterns = by_default or patterns
         chosen = set()
         for pattern, names in select.match([*found, *owners], patterns).items():
             if not names:
@@ -169,14 +171,15 @@ def _every_linear(backbone: nn.Module, found: dict[str, Target]) -> set[str]:
 
 def _query_and_value(
     backbone: nn.Module, found: dict[str, Target], kinds: tuple[type[nn.Module], ...]
-) -> str | list[str]:
+) -> str | set[str]:
+    """Return a regex for the projections of known names, or else the names of what is tuned in place of them."""
     lists = anatomy.block_lists(backbone)
     packed = ("in_proj_weight", "q_proj_weight", "v_proj_weight")
-    fused = [n for n in found if n.rpartition(".")[2] in packed and anatomy.block_index(lists, n)]
+    fused = {n for n in found if n.rpartition(".")[2] in packed and anatomy.block_index(lists, n)}
     try:
         return select.by_role(backbone, ["query", "value"], tuple(kind for kind in kinds if kind is not nn.Embedding))
     except TuningError as unknown:
         try:
-            return fused or sorted(_every_linear(backbone, found))
+            return fused or _every_linear(backbone, found)
         except TuningError:
             raise unknown from None

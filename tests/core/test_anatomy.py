@@ -239,6 +239,14 @@ def test_adapters_follow_sublayers_under_any_name() -> None:
     assert not torch.allclose(model(x), before, atol=1e-3)
 
 
+def test_a_default_by_whole_names_takes_no_layer_whose_name_ends_alike() -> None:
+    """A grouped convolution inside a block, say, which is called as the one of the stem (timm's Xception)."""
+    inner = nn.ModuleDict({"conv1": nn.Conv2d(4, 4, 3, groups=4), "pointwise": nn.Conv2d(4, 4, 1)})
+    model = nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 3), "block1": inner, "fc": nn.Linear(4, 2)})
+    LoRA(r=2).apply(model)
+    assert {place.path for place in grafts(model)} == {"conv1", "block1.pointwise"}
+
+
 class _Sublayer(nn.Module):
     def __init__(self, wide: int, hidden: int, out: int) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import VPT, Adapter, PromptTuning, PTuningV2, TuningError
+from lightning_peft import OFT, VPT, Adapter, HiRA, LoReFT, MiSS, PromptTuning, PTuningV2, SHiRA, TuningError
 from lightning_peft.core.method import TuningMethod
 from tests.contract import shake
 from tests.families.builders import Built
@@ -20,12 +20,18 @@ from tests.families.more import WHOLE, build_any
 from tests.families.test_families import METHODS, loss
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-COLUMNS: dict[str, TuningMethod] = METHODS | {
+MORE: dict[str, TuningMethod] = {
     "parallel": Adapter(form="parallel", bottleneck=2),
     "prompt_tuning": PromptTuning(num_virtual_tokens=2, init="random_uniform"),
     "p_tuning_v2": PTuningV2(num_virtual_tokens=2),
     "vpt": VPT(num_virtual_tokens=2, dropout=0.0),
+    "miss": MiSS(r=2),
+    "shira": SHiRA(r=2),
+    "hira": HiRA(r=2),
+    "oft": OFT(block_size=4),
+    "loreft": LoReFT(r=2),
 }
+COLUMNS: dict[str, TuningMethod] = METHODS | MORE
 MARKS = {"works": "+", "refused": "-", "fails": "!"}
 
 
@@ -90,6 +96,7 @@ def page(rows: dict[str, dict[str, Outcome]]) -> str:
         "`+`: it works, that is, all that it trains gets a gradient and changes the output, and it can be removed.",
         "`-`: it is refused in a sentence, below. `!`: it does not work, for the reason below. The package reads no",
         "such table: it finds blocks, heads, attentions and feed-forward layers by their structure.",
+        "The architectures of timm have [a page of their own](timm.md).",
         "",
         f"| family | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",

@@ -6,8 +6,9 @@ from torch import nn
 
 from lightning_peft import LoRA, TuningError
 from lightning_peft.core.method import TuningMethod
+from tests.families import architectures
 from tests.families.builders import SAMPLE, pipeline
-from tests.families.matrix import COLUMNS, MARKS, PAGE, Outcome, outcome, page, table
+from tests.families.matrix import COLUMNS, MARKS, MORE, PAGE, Outcome, outcome, page, table
 from tests.families.more import WHOLE
 from tests.families.test_families import REFUSED, UNUSED
 
@@ -26,9 +27,22 @@ def test_the_page_has_all_families_and_methods() -> None:
 
 def test_the_page_says_of_the_sample_what_the_tests_say() -> None:
     for family in SAMPLE:
-        for name in COLUMNS.keys() - {"parallel", "prompt_tuning", "p_tuning_v2", "vpt"}:
+        for name in COLUMNS.keys() - MORE.keys():
             expected = "-" if (family, name) in REFUSED else "!" if (family, name) in UNUSED else "+"
             assert rows()[family][name] == expected, (family, name)
+
+
+def test_the_page_of_timm_says_what_its_rows_say() -> None:
+    text = architectures.PAGE.read_text(encoding="utf-8")
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    found = [architectures.Row(*row) for row in cells[1:]]
+    assert architectures.page(found) == text
+    assert len(found) > 90
+    for column in ("lora", "all_linear"):
+        assert sum(getattr(row, column).isdigit() for row in found) >= 0.95 * len(found)
+    assert sum(row.head == "+" for row in found) >= 0.95 * sum(row.head != "none" for row in found)
 
 
 class _Broken(LoRA):

@@ -78,19 +78,29 @@ def targets(
     elif patterns == "all-linear":
         chosen = _every_linear(backbone, found)
     else:
-        patterns = by_default or patterns
-        chosen = set()
-        for pattern, names in select.match([*found, *owners], patterns).items():
-            if not names:
-                kind = " or ".join(k.__name__ for k in kinds)
-                near = select.near(pattern, found)
-                raise TuningError(f"{pattern!r} matches no {kind} of {type(backbone).__name__}{near}.")
-            chosen.update(*(owners.get(name, [name]) for name in names))
+        chosen = _matching(backbone, by_default or patterns or [], found, owners, kinds)
     if not named:
         chosen = set(reached(backbone, chosen))
     if layers is not None:
         chosen = select.in_layers(backbone, chosen, layers)
     return {name: target.checked(name) for name, target in found.items() if name in chosen}
+
+
+def _matching(
+    backbone: nn.Module,
+    patterns: str | Sequence[str],
+    found: dict[str, Target],
+    owners: dict[str, list[str]],
+    kinds: tuple[type[nn.Module], ...],
+) -> set[str]:
+    chosen: set[str] = set()
+    for pattern, names in select.match([*found, *owners], patterns).items():
+        if not names:
+            kind = " or ".join(k.__name__ for k in kinds)
+            near = select.near(pattern, found)
+            raise TuningError(f"{pattern!r} matches no {kind} of {type(backbone).__name__}{near}.")
+        chosen.update(*(owners.get(name, [name]) for name in names))
+    return chosen
 
 
 def all_targets(

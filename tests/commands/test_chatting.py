@@ -129,6 +129,7 @@ def test_what_is_no_chat_is_refused(said: Callable[..., list[str]], tmp_path: Pa
         run_tool("chat", [str(tmp_path / "t5.safetensors"), "--template", TEMPLATE])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_the_template_of_its_rows(
     valley: Valley, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

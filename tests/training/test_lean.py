@@ -91,6 +91,7 @@ def test_gradients_are_the_same_and_bare_outputs_bit_for_bit(name: str, recomput
     assert all((lean[n] - g).abs().max() <= 1e-6 for n, g in gradients(copied, inputs).items())
 
 
+@pytest.mark.slow
 def test_it_compiles_whole() -> None:
     model, inputs = prepared(LoRA(r=2)), batch("gpt2")
     plain = gradients(model, inputs)

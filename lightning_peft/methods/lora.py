@@ -99,7 +99,7 @@ class LoRA(MergingMethod):
     kind: ClassVar[str] = "weights"
     trains: ClassVar[str] = "low-rank updates of weight matrices (also DoRA, rsLoRA, LoRA+, PiSSA, OLoRA, EVA)"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
-    advised: ClassVar[Rates] = Rates(2e-3, 1e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(2e-3, 3e-2, MEASURED)
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout", "svd_iterations", "lora_plus_ratio"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -57,7 +57,7 @@ def test_an_export_says_what_is_known_and_no_path(
     assert "lightning_peft computes the same logits" in printed
     assert printed.index("peft computes the same logits") < printed.index("adapter written to")
     card, known = (tmp_path / "adapter/README.md").read_text(), read_adapter(tmp_path / "adapter").header["training"]
-    for line in ("| classes | nature, people, sound |", "| learning rates | delta 0.002, head 0.01 |", "| epochs | 1 |",
+    for line in ("| classes | nature, people, sound |", "| learning rates | delta 0.002, head 0.03 |", "| epochs | 1 |",
                  "| base | a folder `model` |", 'train="train.jsonl"'):  # fmt: skip
         assert line in card
     assert str(trained.parents[1]) not in card + json.dumps(known)

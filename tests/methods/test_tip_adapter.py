@@ -47,7 +47,7 @@ def test_it_is_the_formula(kind: str, train_keys: bool) -> None:
     model, plain, kept, inputs = tiny(kind), tiny(kind), batch(kind, size=8, seed=1), batch(kind)
     method = TipAdapter(num_classes=3, shots=SHOTS, alpha=1.7, beta=2.5, train_keys=train_keys)
     method.apply(model)
-    assert torch.equal(output(model, kind), output(plain, kind)), "an empty cache adds nothing"
+    assert_near({"": output(model, kind)}, {"": output(plain, kind)}, 1e-6)  # an empty cache adds nothing
     assert any(p.requires_grad for p in model.parameters()) is train_keys
     assert clip.images_are_frozen(model.towers)
     method.fill(model, [{name: rows[:5] for name, rows in kept.items()}, {n: rows[5:] for n, rows in kept.items()}])

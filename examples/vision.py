@@ -23,20 +23,24 @@ import transformers
 from lightning_peft import (
     L2P,
     VPT,
+    CODAPrompt,
     ColouredShapes,
     ContinualClassification,
     ContinualData,
     Digits,
+    DualPrompt,
     FullFineTuning,
     ImageClassification,
     LinearProbe,
     Method,
+    RanPAC,
     ResultRows,
 )
 from lightning_peft.data.coloured_shapes import COLOURS, SHAPES
 from lightning_peft.reports.plots import plot
 from lightning_peft.reports.rows import read_rows
 
+TASKS = 4
 METHODS: dict[str, tuple[Method, tuple[float, ...]]] = {
     "LinearProbe": (LinearProbe(), (1e-2, 3e-2)),
     "VPT-Deep": (VPT(num_virtual_tokens=10), (1e-2, 3e-2)),
@@ -45,8 +49,13 @@ CONTINUAL: dict[str, tuple[Method, tuple[float, ...]]] = {
     "LinearProbe": (LinearProbe(), (1e-2,)),
     "FullFineTuning": (FullFineTuning(), (1e-4, 1e-3)),
     "L2P": (L2P(cache_queries=True), (3e-3, 1e-2, 3e-2)),
+    "DualPrompt": (
+        DualPrompt(num_tasks=TASKS, expert_length=5, general_layers=[0, 1], expert_layers=[2, 3]),
+        (3e-3, 1e-2, 3e-2),
+    ),
+    "CODAPrompt": (CODAPrompt(num_tasks=TASKS, components=40, layers=[0, 1, 2, 3]), (1e-3, 3e-3, 1e-2)),
+    "RanPAC": (RanPAC(), (1e-3,)),
 }
-TASKS = 4
 
 
 def trainer(folder: Path, method: Method, name: str, epochs: int, write: bool, **kwargs: object) -> L.Trainer:
@@ -131,6 +140,7 @@ def main() -> None:
     parser.add_argument("--model", default="runs/vit")
     parser.add_argument("--folder", type=Path, default=Path("runs/vision"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--protocols", nargs="+", choices=["at_once", "in_tasks"], default=["at_once", "in_tasks"])
     parser.add_argument("--epochs", type=int, default=8, help="for digits at once; a task has half as many")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -139,8 +149,10 @@ def main() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     (args.folder / "results.csv").unlink(missing_ok=True)
-    compare(at_once, METHODS, args.model, args.folder, args.seeds, args.epochs)
-    compare(in_tasks, CONTINUAL, args.model, args.folder, args.seeds, max(1, args.epochs // 2))
+    if "at_once" in args.protocols:
+        compare(at_once, METHODS, args.model, args.folder, args.seeds, args.epochs)
+    if "in_tasks" in args.protocols:
+        compare(in_tasks, CONTINUAL, args.model, args.folder, args.seeds, max(1, args.epochs // 2))
     show(args.folder / "results.csv", ("accuracy", "average_accuracy", "forgetting"))
     for picture in plot(str(args.folder / "results.csv"), str(args.folder)):
         print(picture)

@@ -25,6 +25,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.gathering import rows_of_all
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.private_torch import times_written
 from lightning_peft.core.run import below_backbones, trained
 from lightning_peft.core.sharded import like
 from lightning_peft.features import heads
@@ -65,6 +66,7 @@ class RandomHead(Graft):
                 self.register_buffer(f"{name}_{what}", sums)
         self.weight = nn.Parameter(torch.zeros(classes, width, device=device))
         self.register_state_dict_pre_hook(_solve_first)
+        self._chosen: tuple[tuple[int, int], float] = (0, 0), 0.0
 
     def around(self, forward: Callable[..., Any], host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return ``ReLU(x R) Wᵀ``, [B, C]."""
@@ -101,7 +103,7 @@ class RandomHead(Graft):
         if int(self.rows) < self.least:
             return
         products, targets = self._total("products"), self._total("targets")
-        products.diagonal().add_(self.chosen() if self.ridge is None else self.ridge)
+        products.diagonal().add_(self._lambda())
         found = torch.linalg.solve(products, targets)
         self.weight.copy_(like(self.weight, found.t().to(self.weight.dtype)))
 
@@ -121,6 +123,16 @@ class RandomHead(Graft):
             weight = turned / (values.clamp(min=0) + ridge).unsqueeze(1)
             errors.append((weight * (inside @ weight - 2 * held)).sum())
         return RIDGES[int(torch.stack(errors).argmin())]
+
+    def _lambda(self) -> float:
+        """Return lambda; it is chosen anew where the sums have changed."""
+        if self.ridge is not None:
+            return self.ridge
+        held = self.get_buffer("held_products")
+        key = id(held), times_written(held)
+        if key != self._chosen[0]:
+            self._chosen = key, self.chosen()
+        return self._chosen[1]
 
     def _total(self, what: str) -> Tensor:
         return torch.stack([self.get_buffer(f"{name}_{what}") for name in self.names]).sum(0)

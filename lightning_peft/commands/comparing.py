@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +20,10 @@ from lightning_peft.commands import controls, fail, fitting
 from lightning_peft.commands.method_words import name_of
 from lightning_peft.commands.trials import Result, Trial, Trials, best_scale, scales_of
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.storage import atomic
 from lightning_peft.reports import comparison
+from lightning_peft.reports.page import page
+from lightning_peft.reports.plots import plot
 from lightning_peft.reports.rows import write_rows
 from lightning_peft.tasks.class_scores import HeadClassification
 
@@ -76,6 +80,10 @@ def compare(arguments: Sequence[str]) -> None:
     file = given.folder / "results.csv"
     file.unlink(missing_ok=True)
     write_rows(file, comparison.result_rows(entries, metric))
+    if entries:
+        pictures = plot(str(file), str(given.folder / "pictures")) if find_spec("matplotlib") else []
+        with atomic(given.folder / "page.html") as temporary:
+            temporary.write_text(page(comparison.rows_of(entries, given.seeds), metric, pictures), encoding="utf-8")
     _say(given.folder, entries, given.seeds, metric, [name for name, own in results.items() if not own])
     for sentence in controls.findings(results):
         Console(soft_wrap=True, highlight=False, markup=False).print(sentence)
@@ -146,6 +154,6 @@ def _told(words: Sequence[str], monitor: str, trial: Trial) -> Result:
 def _say(folder: Path, entries: Sequence[comparison.Entry], seeds: int, metric: str, missing: list[str]) -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(comparison.markdown(comparison.rows_of(entries, seeds)), end="")
-    console.print(f"{metric} on the test rows; {folder}/table.md, .csv and .json, costs.csv, results.csv for plot")
+    console.print(f"{metric} on the test rows; {folder}/table.md, .csv and .json, costs.csv, results.csv, page.html")
     if missing:
         console.print(f"the budget ended before {', '.join(missing)}: the same command with a larger --budget goes on")

@@ -152,6 +152,27 @@ def accuracy_against(column: str, name: str, log: bool) -> Callable[[Sequence[Ro
     return draw
 
 
+def score_against(column: str, name: str) -> Callable[[Sequence[Row], Path], Path]:
+    """Return a function that draws the scores of methods, whatever they are, against what each costs."""
+
+    def draw(rows: Sequence[Row], file: Path) -> Path:
+        metrics = _names(rows, "metric")
+        figure, axes = _figure(len(metrics))
+        for axis, metric in zip(axes, metrics, strict=True):
+            own = [row for row in rows if row["metric"] == metric]
+            for method, style in _styles(own):
+                mine = [row for row in own if row["method"] == method]
+                scores = [row["value"] for row in mine]
+                spread = stdev(scores) if len(scores) > 1 else 0.0
+                cost = fmean(row[column] for row in mine)
+                axis.errorbar([cost], [fmean(scores)], [spread], label=method, linestyle="", capsize=3, **style)
+            axis.set_xscale("symlog")  # what trains nothing is at 0
+            axis.set(xlabel=name, ylabel=metric)
+        return _save(figure, axes, file)
+
+    return draw
+
+
 def over_epochs(name: str, percent: bool) -> Callable[[Sequence[Row], Path], Path]:
     """Return a function that draws a value of each epoch of training, such as a blending weight."""
 
@@ -192,6 +213,12 @@ PICTURES: dict[str, tuple[Callable[[Row], bool], Callable[[Sequence[Row], Path],
         accuracy_against("prompt_depth", "blocks with prompts of their own", log=False),
     ),
     "coverage": (_ends(("coverage",), "epoch"), over_epochs("target images with a pseudo label", percent=True)),
+    "score_against_parameters": (lambda row: "trained" in row, score_against("trained", "trained parameters")),
+    "score_against_seconds": (lambda row: "seconds" in row, score_against("seconds", "seconds of a run")),
+    "learning_curves": (
+        lambda row: str(row["metric"]).startswith("val_") and "epoch" in row,
+        over_epochs("score on validation rows", percent=False),
+    ),
     "alpha": (_ends(("alpha",), "epoch"), over_epochs("alpha", percent=False)),
 }
 """Name of a picture -> which rows it shows, and how it is drawn."""

@@ -72,13 +72,13 @@ def targets(
     """
     found, owners = all_targets(backbone, kinds, patterns or "all-linear")
     named = patterns not in (None, "all-linear")
-    by_default = None if patterns is not None else _query_and_value(backbone, found, kinds)
-    if isinstance(by_default, set):
-        chosen = by_default
+    if patterns is None:
+        usual = _query_and_value(backbone, found, kinds)
+        chosen = usual if isinstance(usual, set) else _matching(backbone, usual, found, owners, kinds)
     elif patterns == "all-linear":
         chosen = _every_linear(backbone, found)
     else:
-        chosen = _matching(backbone, by_default or patterns or [], found, owners, kinds)
+        chosen = _matching(backbone, patterns, found, owners, kinds)
     if not named:
         chosen = set(reached(backbone, chosen))
     if layers is not None:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -166,6 +167,12 @@ def test_a_killed_comparison_ends_in_the_same_table(tmp_path: Path, monkeypatch:
     assert rows.keys() == {"LoRA(r=2)", "LinearProbe(cache_features=True)", "nearest demonstrations"}
     assert len(rows["LoRA(r=2)"]["scores"]) == 1
     assert b"| `LoRA(r=2)` | 0." in table["table.md"]
+    sent = Path("runs/compare/page.html").read_text()
+    assert "<td>LoRA(r=2)</td>" in sent
+    assert re.findall(r"<h2>(.*?)</h2>", sent) == [
+        "score against parameters", "score against seconds", "learning curves",
+    ]  # fmt: skip
+    assert not re.search(r"https?:|src=\"(?!data:)", sent), "nothing is read from elsewhere"
 
 
 def test_controls_are_trained_at_the_rates_of_their_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,15 @@ EXAMPLES: dict[str, Rows] = {
         {"method": "VPT", "metric": "accuracy", "prompt_depth": n, "value": 0.5 + n / 100} for n in (1, 2, 3)
     ],
     "coverage": [{"method": "DAPL", "metric": "coverage", "epoch": e, "value": e / 4} for e in range(4)],
+    **{
+        f"score_against_{name}": [
+            {"method": m, "seed": s, "metric": "f1", column: cost, "value": v + s / 10}
+            for m, cost, v in (("LoRA", 500, 0.6), ("demonstrations", 0, 0.3))
+            for s in (0, 1)
+        ]
+        for name, column in (("parameters", "trained"), ("seconds", "seconds"))
+    },
+    "learning_curves": [{"method": "LoRA", "metric": "val_f1", "epoch": e, "value": e / 4} for e in range(4)],
     "alpha": [{"method": "SideTuning", "metric": "alpha", "epoch": e, "value": 0.5 - e / 10} for e in range(4)],
 }
 
@@ -151,6 +160,14 @@ def test_zero_shot_is_a_star_at_zero(tmp_path: Path, figures: list[Figure]) -> N
     assert drawn["CoOp"] == [52.5, 54.5, 58.5], "means over the seeds"
     assert drawn["LinearProbe"] == [22.5, 24.5, 28.5]
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0", "1", "2", "4"]
+
+
+def test_a_method_stands_at_its_mean_score_and_cost(tmp_path: Path, figures: list[Figure]) -> None:
+    plot(str(write_rows(tmp_path / "rows.csv", EXAMPLES["score_against_parameters"])), str(tmp_path))
+    (axis,) = figures[0].axes
+    assert axis.get_ylabel() == "f1"
+    points = [(bars[0].get_xdata()[0], round(bars[0].get_ydata()[0], 6)) for bars in axis.containers]
+    assert points == [(500, 0.65), (0, 0.35)]
 
 
 def test_bars_are_as_high_as_the_accuracies(tmp_path: Path, figures: list[Figure]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.images import save_vit
+from tests.models import save_tokenizer, tiny
 from tests.two_towers import save_model
 
 pytestmark = pytest.mark.slow
@@ -67,3 +68,21 @@ def test_clip(tmp_path: Path) -> None:
     tiny["--model.model openai/clip-vit-base-patch32"] = "--model.model clip --trainer.max_epochs 1"
     printed = run("clip", tmp_path, tiny)
     assert "test_accuracy" in printed
+
+
+def test_chat(tmp_path: Path) -> None:
+    model = tmp_path / "chat-model"
+    save_tokenizer(model)
+    tiny("llama").save_pretrained(model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }} {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    given = "chat-model --trainer.accelerator cpu --trainer.max_epochs 1 --data.max_length 64"
+    printed = run(
+        "chat", tmp_path, {"HuggingFaceTB/SmolLM2-135M-Instruct": given, "--max_new_tokens 40": "--max_new_tokens 4"}
+    )
+    assert "peft computes the same logits" in printed
+    assert (tmp_path / "adapter/adapter_config.json").is_file()
+    assert (tmp_path / "whole-model/model.safetensors").is_file()

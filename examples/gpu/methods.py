@@ -58,6 +58,7 @@ def _of_images() -> dict[str, tuple[str, Any]]:
         "L2P": ("vit", lp.L2P()),
         "DualPrompt": ("vit", lp.DualPrompt(num_tasks=2, general_length=2, expert_length=4, **layers)),
         "CODAPrompt": ("vit", lp.CODAPrompt(num_tasks=1, components=4, length=2, layers=[0, 1])),
+        "RanPAC": ("vit", lp.RanPAC(width=16)),
         "TinyTL": ("resnet", lp.TinyTL()),
         "PixelPrompt": ("resnet", lp.PixelPrompt(pixels=2, image_size=16)),
     }

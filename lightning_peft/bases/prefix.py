@@ -19,6 +19,7 @@ from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.attention_probe import Attention
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import attach, detach, grafts
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.core.placement import device_of, has_values
@@ -217,11 +218,8 @@ def _width(backbone: nn.Module) -> int:
 def _states(backbone: nn.Module, places: list[Attention], words: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the keys and values [H, P, d] that the frozen model has for words, by the path of the attention."""
     ids = torch.tensor([words], device=device_of(backbone))
-    training = backbone.training
-    with torch.no_grad(), attention.recorded(places) as seen:
-        backbone.eval()
+    with in_eval(backbone), attention.recorded(places) as seen:
         backbone(input_ids=ids, **({"decoder_input_ids": ids} if structure.is_encoder_decoder(backbone) else {}))
-    backbone.train(training)
     return {path: (key[0].float(), value[0].float()) for path, (key, value) in seen.items()}
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from lightning_peft.core import structure, text_structure
 from lightning_peft.core.delta_file import read_checkpoint
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import load_tokenizer
+from lightning_peft.core.storage import is_safetensors
 from lightning_peft.core.structure import name_or_path
 from lightning_peft.data.chat_turns import Message, Renderer, template_text
 from lightning_peft.data.checked_rows import BadRowError
@@ -131,7 +133,7 @@ class Partner:
 
 def _trained_by(file: str) -> str | None:
     """Return the template that the rows of a checkpoint were rendered by, if they had one of their own."""
-    found = {} if file.endswith(".safetensors") else read_checkpoint(file).get(_DATA, {})
+    found = {} if is_safetensors(Path(file)) else read_checkpoint(file).get(_DATA, {})
     return found.get("template")
 
 

@@ -11,16 +11,21 @@ def processes() -> int:
     return 1 if alone else torch.distributed.get_world_size()
 
 
-def rows_of_all(rows: Tensor) -> Tensor:
-    """Return the rows of all processes, in their order, [N, ...]; they may have unlike many."""
+def rows_of_each(rows: Tensor) -> list[Tensor]:
+    """Return the rows of each process, [N, ...], with gradients; they may have unlike many."""
     if processes() == 1:
-        return rows
-    counts = [0] * processes()
-    torch.distributed.all_gather_object(counts, len(rows))
+        return [rows]
+    from torch.distributed.nn.functional import all_gather  # where torch has no processes it cannot be imported
+
+    counts = torch.cat(all_gather(torch.tensor([len(rows)], device=rows.device))).tolist()
     padded = F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, max(counts) - len(rows)))
-    found = [torch.empty_like(padded) for _ in counts]
-    torch.distributed.all_gather(found, padded.contiguous())
-    return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+    found = all_gather(padded.contiguous())
+    return [part[:count] for part, count in zip(found, counts, strict=True)]
+
+
+def rows_of_all(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, in their order, [N, ...], with gradients; they may have unlike many."""
+    return torch.cat(rows_of_each(rows))
 
 
 def of_the_first(tensor: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
+from lightning_peft.core.labels import IGNORED
 from lightning_peft.data.chat_turns import Renderer, as_messages, as_tools, template_text, tokens_in
 from lightning_peft.data.checked_rows import BadRowError, CheckedRows
 from lightning_peft.data.packed_rows import pack
 from lightning_peft.data.padding import Padder
-from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL
 
 TrainOn = Literal["assistant", "last", "all"]
 
@@ -145,9 +145,7 @@ def learned(
             f"has no token of the assistant among its first {max_length}"
             + (f": its turn begins at token {place}, so raise max_length." if place else ": leave the row out.")
         )
-    labels = [
-        token if learned or train_on == "all" else IGNORED_LABEL for token, learned in zip(ids, inside, strict=True)
-    ]
+    labels = [token if learned or train_on == "all" else IGNORED for token, learned in zip(ids, inside, strict=True)]
     said = [message["content"] for message in messages if message["role"] == "assistant"]
     return {
         "input_ids": ids[:max_length],

@@ -6,11 +6,11 @@ from typing import Any
 from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.labels import IGNORED
 from lightning_peft.data.packed_rows import pack
 from lightning_peft.data.padding import Padder
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.data.span_corruption import sentinels
-from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL
 
 
 class Seq2SeqData(SourcedData):
@@ -214,7 +214,7 @@ def continued(
         ids = (front + back)[:max_length]
         out["input_ids"].append(ids)
         out["attention_mask"].append([1] * len(ids))
-        out["labels"].append(([IGNORED_LABEL] * len(front) + back)[:max_length])
+        out["labels"].append(([IGNORED] * len(front) + back)[:max_length])
         out["length"].append(len(ids))
     return out | {"references": references}
 

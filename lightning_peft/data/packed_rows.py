@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL
+from lightning_peft.core.labels import IGNORED
 
 
 def pack(ids: Sequence[list[int]], labels: Sequence[list[int]], max_length: int, pad: int) -> dict[str, list[Any]]:
@@ -17,11 +17,11 @@ def pack(ids: Sequence[list[int]], labels: Sequence[list[int]], max_length: int,
             packed.append({"input_ids": [], "labels": [], "position_ids": []})
         packed[-1]["input_ids"] += own
         # Nothing of a text is guessed from the one before it.
-        packed[-1]["labels"] += [IGNORED_LABEL, *targets[1:]]
+        packed[-1]["labels"] += [IGNORED, *targets[1:]]
         packed[-1]["position_ids"] += range(len(own))
     for row in packed:
         rest = max_length - len(row["input_ids"])
         row["input_ids"] += [pad] * rest
-        row["labels"] += [IGNORED_LABEL] * rest
+        row["labels"] += [IGNORED] * rest
         row["position_ids"] += range(rest)
     return {name: [row[name] for row in packed] for name in packed[0]} | {"length": [max_length] * len(packed)}

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL
+from lightning_peft.core.labels import IGNORED
 
 
 class Padder:
@@ -37,7 +37,7 @@ class Padder:
             "input_ids": tokenizer.pad_token_id,
             "attention_mask": 0,
             "token_type_ids": tokenizer.pad_token_type_id,
-            "labels": IGNORED_LABEL,
+            "labels": IGNORED,
             "position_ids": 0,
         }
         return cls(fills, side or tokenizer.padding_side, multiple)

@@ -8,10 +8,10 @@ from typing import Any
 from datasets import ClassLabel, Dataset, LargeList, List
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.labels import IGNORED
 from lightning_peft.core.select import near
 from lightning_peft.data.classes import check_columns
 from lightning_peft.data.sources import SourcedData
-from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL
 
 
 class TokenClassificationData(SourcedData):
@@ -105,7 +105,7 @@ def _tokenise(
         own = [number[tag] for tag in rows[tags][i]] if tags is not None else [0] * len(row)
         places, before = [], None
         for word in encoded.word_ids(i):
-            places.append(IGNORED_LABEL if word is None or word == before else own[word])
+            places.append(IGNORED if word is None or word == before else own[word])
             before = word
         labels.append(places)
     return dict(encoded) | {"labels": labels, "length": [len(ids) for ids in encoded["input_ids"]]}

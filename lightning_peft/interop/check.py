@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_peft.core import structure
 from lightning_peft.core.attention_probe import inputs_on_meta
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.switching import prepare
 from lightning_peft.features.activation_memory import tensors_in
 from lightning_peft.interop import adapter_config
@@ -75,12 +76,10 @@ def example(model: nn.Module, rows: int = 1, columns: int = 12) -> dict[str, Ten
     return inputs
 
 
-@torch.no_grad()
 def logits_of(model: nn.Module, inputs: Any) -> Tensor:
     """Return what a model computes in eval mode: its logits, or else the first tensor of numbers that it gives."""
-    training = model.training
-    out: Any = model.eval()(**inputs)
-    model.train(training)
+    with in_eval(model):
+        out: Any = model(**inputs)
     found: Tensor = out.logits if "logits" in out else next(t for t in tensors_in(out) if t.is_floating_point())
     return found.float()
 

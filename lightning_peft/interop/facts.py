@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lightning_peft.core.delta_file import CLASS_PATH, META, read_delta
-from lightning_peft.core.storage import read_torch
+from lightning_peft.core.storage import is_safetensors, read_torch
 from lightning_peft.tasks.optimizer import rates_of_groups
 
 
@@ -41,7 +41,7 @@ class Facts:
         A safetensors file knows the classes alone.
         """
         delta = Path(delta)
-        if delta.suffix == ".safetensors":
+        if is_safetensors(delta):
             return cls(classes=classes_of(read_delta(delta)[1])) if delta.is_file() else cls()
         checkpoint = read_torch(delta)
         groups = [group for one in checkpoint.get("optimizer_states", ()) for group in one["param_groups"]]

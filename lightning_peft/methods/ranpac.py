@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.gathering import rows_of_all
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
@@ -172,17 +173,11 @@ class RanPAC(Method):
             TuningError: there are too few to choose lambda by, or no label for each.
         """
         graft, backbone = self._random_head(model), self._tuned(model)
-        modes = {module: module.training for module in backbone.modules()}
-        backbone.eval()
-        try:
-            with torch.no_grad():
-                for batch in batches:
-                    inputs = {name: value.to(graft.rows.device) for name, value in batch.items()}
-                    graft.labels = inputs["labels"]
-                    backbone(**inputs)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with in_eval(backbone):
+            for batch in batches:
+                inputs = {name: value.to(graft.rows.device) for name, value in batch.items()}
+                graft.labels = inputs["labels"]
+                backbone(**inputs)
         self._solve(model)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lightning_peft.core import anatomy, compatibility, image_structure, select, sharded, structure, sublayers
 from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import Graft, attach, detach
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.private_torch import is_compiled
@@ -237,11 +238,10 @@ class TinyTL(Method):
         height, width = self._image_size(backbone) or (224, 224)
         channels = structure.image_channels(config)
         image = torch.zeros(1, channels, height, width, dtype=parameter.dtype, device=parameter.device)
-        modes = {module: module.training for module in backbone.modules()}
         noted = {name: attach(block, Shapes(), f"{self.key}_shapes") for name, block in blocks.items()}
         try:
-            with torch.no_grad():
-                backbone.eval()(image)
+            with in_eval(backbone):
+                backbone(image)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError, KeyError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise TuningError(
@@ -249,8 +249,6 @@ class TinyTL(Method):
                 "is for image models; give image_size= if theirs is another."
             ) from None
         finally:
-            for module, mode in modes.items():
-                module.training = mode
             for block in blocks.values():
                 detach(block, f"{self.key}_shapes")
         shapes = {name: seen for name, note in noted.items() if (seen := note.seen) and _fits(blocks[name], *seen)}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import attach
 from lightning_peft.core.host_copy import ask
 from lightning_peft.core.placement import device_of
@@ -115,13 +116,9 @@ class TipAdapter(Method):
             TuningError: a label is none of the classes, or a class has more images than there is room for.
         """
         graft = self._shots(model)
-        towers, modes = two_towers(self._tuned(model)), {m: m.training for m in model.modules()}
-        model.eval()
-        try:
+        towers = two_towers(self._tuned(model))
+        with in_eval(model):
             found = [(_features(towers, batch, graft.labels.device), batch["labels"]) for batch in batches]
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         if not found:
             raise TuningError("there are no images to keep: give batches of them.")
         labels = torch.cat([each.to(graft.labels.device) for _, each in found])

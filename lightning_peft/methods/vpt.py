@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_peft.core import anatomy, attention, compatibility, select, structure
 from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import Graft, attach, detach, owned_by
 from lightning_peft.core.meta_run import ran
 from lightning_peft.core.placement import device_of
@@ -124,11 +125,8 @@ class VPT(Method):
         start = 0 if found.windowed else found.prefix
         attentions = [a for a in attention.join(backbone, self.key) if id(a.module) in prompted]
         image = found.patches.weight.new_zeros(1, *found.image_size)
-        was_training = found.module.training
-        found.module.eval()
-        with torch.no_grad(), attention.recorded(attentions) as seen:
+        with in_eval(found.module), attention.recorded(attentions) as seen:
             found.module(image)
-        found.module.train(was_training)
         for place in self.own_grafts(model, Graft):
             if not isinstance(place.graft, Pooled):
                 detach(place.host, place.name)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
-from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL, insert
+from lightning_peft.core.labels import IGNORED
+from lightning_peft.prompts.virtual_tokens import insert
 
 IDS = "infix_ids"
 """The argument by which a layer and its attention have the ids: what is computed anew has its arguments again."""
@@ -120,7 +121,7 @@ def put_between(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
     first = mask.to(torch.int).argmax(1, keepdim=True)
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.shape == ids.shape:
-        at = (labels != IGNORED_LABEL).to(torch.int).argmax(1, keepdim=True) - first
+        at = (labels != IGNORED).to(torch.int).argmax(1, keepdim=True) - first
     else:
         at = mask.sum(1, keepdim=True)
     return insert(batch, count, at)

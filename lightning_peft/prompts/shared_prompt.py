@@ -18,11 +18,12 @@ from lightning_peft.core import cache_argument, structure, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.host_copy import ask
+from lightning_peft.core.labels import IGNORED
 from lightning_peft.core.sharded import is_part
 from lightning_peft.core.tracing import is_traced
 from lightning_peft.prompts.packed_mask import holds_several, packed_mask
 from lightning_peft.prompts.prefix import positions_of
-from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL, PromptRows
+from lightning_peft.prompts.virtual_tokens import PromptRows
 
 
 class PromptCall:
@@ -56,7 +57,7 @@ class PromptLoss(Graft):
             return forward(*args, **kwargs)
         self.call.last = True
         try:
-            out = forward(**inputs | {"labels": F.pad(labels, (1, 0), value=IGNORED_LABEL)})
+            out = forward(**inputs | {"labels": F.pad(labels, (1, 0), value=IGNORED)})
         finally:
             self.call.last = False
         if isinstance(out, tuple):

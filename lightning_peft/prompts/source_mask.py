@@ -10,7 +10,8 @@ from lightning_peft.core import structure
 from lightning_peft.core.cache_argument import cache_in
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
-from lightning_peft.prompts.virtual_tokens import IGNORED_LABEL, SOURCE
+from lightning_peft.core.labels import IGNORED
+from lightning_peft.prompts.virtual_tokens import SOURCE
 
 
 class SourceMask(Graft):
@@ -53,7 +54,7 @@ class SourceMask(Graft):
 
 def source_of(labels: Tensor) -> Tensor:
     """Return which tokens come before the first target, all where there is none, [B, T]."""
-    return (labels != IGNORED_LABEL).cumsum(1) == 0
+    return (labels != IGNORED).cumsum(1) == 0
 
 
 def with_source(batch: Mapping[str, Any]) -> Mapping[str, Any]:

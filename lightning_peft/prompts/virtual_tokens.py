@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.host_copy import ask
+from lightning_peft.core.labels import IGNORED
 from lightning_peft.core.placement import device_of
 from lightning_peft.prompting.languages import UNSPACED
 
-IGNORED_LABEL = -100
 SOURCE = "source_mask"
 """The entry of a batch, and argument of a prefix language model, that says which tokens are source, [B, T]."""
 _OWN_WAY = ("input_ids", "attention_mask", "position_ids", "labels", SOURCE)
@@ -145,7 +145,7 @@ def insert(
     widened |= {n: _widen(value, source, virtual, 0) for n, value in batch.items() if _runs_along(n, value, tokens)}
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.shape == tokens.shape and not targets:
-        widened["labels"] = _widen(labels, source, virtual, IGNORED_LABEL)
+        widened["labels"] = _widen(labels, source, virtual, IGNORED)
     if isinstance(batch.get(SOURCE), Tensor):
         widened[SOURCE] = _widen(batch[SOURCE], source, virtual, 1)
     if isinstance(batch.get("position_ids"), Tensor):

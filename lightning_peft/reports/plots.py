@@ -156,10 +156,8 @@ def score_against(column: str, name: str) -> Callable[[Sequence[Row], Path], Pat
     """Return a function that draws the scores of methods, whatever they are, against what each costs."""
 
     def draw(rows: Sequence[Row], file: Path) -> Path:
-        metrics = _names(rows, "metric")
-        figure, axes = _figure(len(metrics))
-        for axis, metric in zip(axes, metrics, strict=True):
-            own = [row for row in rows if row["metric"] == metric]
+        figure, axes, panels = _by_metric(rows)
+        for axis, (metric, own) in zip(axes, panels.items(), strict=True):
             for method, style in _styles(own):
                 mine = [row for row in own if row["method"] == method]
                 scores = [row["value"] for row in mine]
@@ -177,10 +175,8 @@ def over_epochs(name: str, percent: bool) -> Callable[[Sequence[Row], Path], Pat
     """Return a function that draws a value of each epoch of training, such as a blending weight."""
 
     def draw(rows: Sequence[Row], file: Path) -> Path:
-        metrics = _names(rows, "metric")
-        figure, axes = _figure(len(metrics))
-        for axis, metric in zip(axes, metrics, strict=True):
-            own = [row for row in rows if row["metric"] == metric]
+        figure, axes, panels = _by_metric(rows)
+        for axis, (metric, own) in zip(axes, panels.items(), strict=True):
             for method, style in _styles(own):
                 _line(axis, _points(own, method, None, "epoch", scale=100 if percent else 1), method, style)
             axis.set(xlabel="epoch", ylabel=f"{name} [%]" if percent else name, title=metric)
@@ -236,6 +232,12 @@ def _figure(panels: int = 1, width: float = 4.2) -> tuple[Any, list[Any]]:
     for axis in axes[panels:]:
         axis.remove()
     return figure, axes[:panels]
+
+
+def _by_metric(rows: Sequence[Row]) -> tuple[Any, list[Any], dict[str, list[Row]]]:
+    """Return a figure with a panel for each metric, and the rows of each."""
+    panels = {metric: [row for row in rows if row["metric"] == metric] for metric in _names(rows, "metric")}
+    return *_figure(len(panels)), panels
 
 
 def _names(rows: Sequence[Row], column: str) -> list[str]:

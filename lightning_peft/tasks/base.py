@@ -20,7 +20,7 @@ from lightning_peft.data.protocols import Truncated
 from lightning_peft.prompts.virtual_tokens import is_widened
 from lightning_peft.tasks import texts as texts_module
 from lightning_peft.tasks.optimizer import Shapes, adamw, parameter_groups, shapes_of
-from lightning_peft.training.lean import Lean
+from lightning_peft.training.lean import Lean, lean_of
 from lightning_peft.training.loss_by_token import LossByToken
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import MethodMixin
@@ -216,8 +216,7 @@ class Task(MethodMixin, L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Hand the method to the Trainer, and where tokens are counted, what makes a step a mean over its tokens."""
         callbacks = super().configure_callbacks()
-        given = self.attached.callbacks if self.attached is not None else []  # type: ignore[attr-defined]
-        if self.lean and not any(isinstance(callback, Lean) for callback in given):
+        if self.lean and lean_of(self.attached) is None:
             callbacks.append(Lean())
         return callbacks if type(self).counted is Task.counted else [*callbacks, LossByToken()]
 

@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.labels import IGNORED
 from lightning_peft.core.tuning import at_work
 from lightning_peft.tasks.chunked_loss import chunked_cross_entropy
 from lightning_peft.tasks.generation import Generate, WritingTask
-from lightning_peft.tasks.metrics import IGNORED
-from lightning_peft.training.lean import Lean
+from lightning_peft.training.lean import lean_of
 
 
 class CausalLM(WritingTask):
@@ -78,8 +78,8 @@ class CausalLM(WritingTask):
 
     def _lean_chunk(self) -> int | None:
         """Return the size of a chunk that the callback of a Trainer says."""
-        callbacks = self.attached.callbacks if self.attached is not None else []  # type: ignore[attr-defined]
-        return next((callback.loss_chunk for callback in callbacks if isinstance(callback, Lean)), None)
+        lean = lean_of(self.attached)
+        return None if lean is None else lean.loss_chunk
 
     def targets(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the next tokens [B, T - 1], -100 outside of targets."""

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.labels import IGNORED
 from lightning_peft.core.sharded import is_part
 from lightning_peft.core.tracing import is_traced
 
@@ -40,7 +41,7 @@ def chunked_cross_entropy(
     hidden = out.hidden_states[-1]
     if check:
         _check_same(backbone, head, hidden, out.logits)
-    kept = targets != -100
+    kept = targets != IGNORED
     hidden, wanted = hidden[:, :-1][kept], targets[kept]
     if not len(wanted):
         return hidden.float().sum(), kept.sum()

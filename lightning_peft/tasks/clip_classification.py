@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.data.protocols import FeatureStore
 from lightning_peft.tasks.base import Split
 from lightning_peft.tasks.base_to_new import harmonic_mean
@@ -69,11 +70,8 @@ class CLIPClassification(TwoTowerTask):
             raise TuningError(
                 "the method changes the features of images, so they cannot be kept: cache_image_features=False."
             )
-        modes = {module: module.training for module in self.backbone.modules()}
-        self.backbone.eval()
-        data.encode(self._encode)
-        for module, mode in modes.items():
-            module.training = mode
+        with in_eval(self.backbone):
+            data.encode(self._encode)
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the cross-entropy."""

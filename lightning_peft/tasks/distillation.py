@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lightning_peft.core import text_structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.hub import load_model, load_tokenizer, model_without_weights, resolve
+from lightning_peft.core.labels import IGNORED
 from lightning_peft.data.protocols import Truncated
 from lightning_peft.tasks.causal_lm import CausalLM
-from lightning_peft.tasks.metrics import IGNORED
-from lightning_peft.tasks.references import in_eval, without_deltas
+from lightning_peft.tasks.references import without_deltas
 
 Divergence = Literal["forward", "reverse"]
 

@@ -9,10 +9,11 @@ from torchmetrics import MetricCollection
 from torchmetrics.text import CHRFScore, Perplexity, SacreBLEUScore
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.labels import IGNORED
 from lightning_peft.prompting.languages import language_of
 from lightning_peft.prompts.virtual_tokens import real_length
 from lightning_peft.tasks.base import Split, Task
-from lightning_peft.tasks.metrics import IGNORED, CrossEntropy, ExactMatch, Rouge, mean_cross_entropy
+from lightning_peft.tasks.metrics import CrossEntropy, ExactMatch, Rouge, mean_cross_entropy
 
 Generate = Literal["never", "test", "validation and test"]
 

@@ -12,7 +12,6 @@ from transformers import AutoModel
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.gathering import rows_of_all
 from lightning_peft.tasks.base import Split, Task
-from lightning_peft.tasks.gathered import gathered
 from lightning_peft.tasks.retrieval_metrics import CrossRecall
 from lightning_peft.towers import clip
 from lightning_peft.towers.contexts import context_of
@@ -67,7 +66,7 @@ class ImageTextContrast(Task):
         keys = torch.tensor([_key(text) for text in batch["texts"]], device=images.device)
         right = (keys.unsqueeze(1) == rows_of_all(keys)).float()
         right = right / right.sum(1, keepdim=True)
-        every_image, every_text = torch.cat(gathered(self, images)), torch.cat(gathered(self, texts))
+        every_image, every_text = rows_of_all(images), rows_of_all(texts)
         of_images = clip.similarity(self.backbone, images, every_text)
         of_texts = clip.similarity(self.backbone, every_image, texts).t()
         return (F.cross_entropy(of_images, right) + F.cross_entropy(of_texts, right)) / 2

@@ -12,10 +12,10 @@ from torchmetrics.functional.text import rouge_score, squad
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.labels import IGNORED
 from lightning_peft.prompting.languages import Language
 from lightning_peft.tasks.words import answer_scores, words_of
 
-IGNORED = -100
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
 

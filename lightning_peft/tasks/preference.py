@@ -10,8 +10,8 @@ from torchmetrics import Metric
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.labels import IGNORED
 from lightning_peft.tasks.base import Split, Task
-from lightning_peft.tasks.metrics import IGNORED
 from lightning_peft.tasks.references import without_deltas
 
 PreferenceLoss = Literal["dpo", "ipo", "orpo"]

@@ -3,23 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.switching import muted
-
-
-@contextmanager
-def in_eval(model: nn.Module) -> Iterator[None]:
-    """Compute in eval mode and without gradients inside the context; each module then has its mode back."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.gathering import rows_of_each
 from lightning_peft.data.protocols import ScoredPairs
 from lightning_peft.tasks.base import Split
-from lightning_peft.tasks.gathered import gathered
 from lightning_peft.tasks.pooling import Pool, PoolingTask
 from lightning_peft.tasks.retrieval_metrics import Recall, Spearman
 
@@ -87,7 +87,7 @@ class SentenceEmbedding(PoolingTask):
         if self.objective == "cosent":
             return self._cosent((sides[0] * sides[1]).sum(1), batch["scores"])
         rank = self.attached.global_rank if self.attached is not None else 0
-        parts = [gathered(self, side) for side in sides]
+        parts = [rows_of_each(side) for side in sides]
         start = sum(len(part) for part in parts[0][:rank])
         every = [torch.cat(part) for part in parts]
         right = torch.arange(start, start + len(sides[0]), device=sides[0].device)

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from lightning_peft.core import text_structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.data.padding import Padder
 
 if TYPE_CHECKING:
@@ -22,15 +22,9 @@ def predict(task: "Task", texts: Sequence[str], batch_size: int, max_length: int
         raise TuningError(f"batch_size={batch_size} is out of range: take 1 or more.")
     limit = text_structure.max_positions(task.backbone)
     length = min(n for n in (max_length, limit, task.tokenizer.model_max_length) if n is not None)
-    modes = {module: module.training for module in task.modules()}
-    task.eval()
-    try:
-        with torch.no_grad():
-            starts = range(0, len(texts), batch_size)
-            return [row for i in starts for row in _rows(task, texts[i : i + batch_size], length)]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_eval(task):
+        starts = range(0, len(texts), batch_size)
+        return [row for i in starts for row in _rows(task, texts[i : i + batch_size], length)]
 
 
 def _rows(task: "Task", texts: Sequence[str], length: int) -> list[dict[str, Any]]:

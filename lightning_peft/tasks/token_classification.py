@@ -9,9 +9,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForTokenClassification
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.labels import IGNORED
 from lightning_peft.tasks.base import Split, Task
 from lightning_peft.tasks.class_scores import check_names, class_config
-from lightning_peft.tasks.metrics import IGNORED, CrossEntropy, SpanF1, mean_cross_entropy
+from lightning_peft.tasks.metrics import CrossEntropy, SpanF1, mean_cross_entropy
 
 
 class TokenClassification(Task):

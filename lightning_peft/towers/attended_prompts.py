@@ -5,6 +5,7 @@ sharding gathers the blocks one by one; a graft in each attention puts in what t
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core import anatomy, attention, structure
 from lightning_peft.core.attention_probe import Attention
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
 from lightning_peft.towers.vision import tower
@@ -77,14 +79,9 @@ class PromptsByQuery(Graft):
 
     @torch.no_grad()
     def _query(self, forward: Callable[..., Any], host: nn.Module, args: Any, kwargs: Any) -> Tensor:
-        modes = {module: module.training for module in host.modules()} if host.training else {}
-        if modes:
-            host.eval()
-        try:
-            out = forward(*args, **{name: value for name, value in kwargs.items() if not name.startswith("output_")})
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
+        with in_eval(host) if host.training else nullcontext():
+            out = forward(*args, **kwargs)
         found: Tensor = out[0][:, 0]
         return found
 

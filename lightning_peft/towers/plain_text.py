@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core import anatomy, structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.host_copy import send
 from lightning_peft.core.placement import has_values
@@ -104,10 +105,6 @@ def _is_read_at_the_end(tower: PlainText) -> bool:
     ids = torch.zeros(2, tower.positions, dtype=torch.long, device=tower.table.weight.device)
     ids[:, tower.positions // 2] = tower.table.num_embeddings - 1
     ids[1, tower.positions // 2 + 1 :] = 1
-    training = {module: module.training for module in tower.model.modules()}
-    tower.model.eval()
-    with torch.no_grad():
+    with in_eval(tower.model):
         one, other = structure.encoded_texts(tower.model, ids)
-    for module, mode in training.items():
-        module.training = mode
     return torch.allclose(one, other, atol=1e-4, rtol=1e-3)

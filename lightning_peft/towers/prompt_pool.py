@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.host_copy import ask
 from lightning_peft.core.private_torch import times_written
@@ -156,15 +158,11 @@ class PromptPool(Graft):
 
         def run(images: Tensor) -> Tensor:
             inserted.sharing = share and images is pixels
-            modes = {module: module.training for module in host.modules()} if host.training else {}
-            if modes:
-                host.eval()
             try:
-                out = forward(images, *args, **kwargs)
+                with in_eval(host) if host.training else nullcontext():
+                    out = forward(images, *args, **kwargs)
             finally:
                 inserted.sharing = False
-                for module, mode in modes.items():
-                    module.training = mode
             return self._first(host, out)
 
         return run(pixels) if self.cache is None or is_traced() else self.cache.get(pixels, run, host)

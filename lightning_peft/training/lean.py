@@ -83,6 +83,12 @@ class Lean(L.Callback):
             yield Grafted("", backbone, _NAME, attach(backbone, NoCache(), _NAME))
 
 
+def lean_of(trainer: L.Trainer | None) -> Lean | None:
+    """Return the callback of a Trainer, if there are both."""
+    callbacks = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, Lean)), None)
+
+
 def _leave(places: list[Grafted[Any]]) -> None:
     for place in places:
         detach(place.host, place.name)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.gathering import rows_of_all
 from lightning_peft.core.graft import Graft, attach, detach
+from lightning_peft.core.labels import IGNORED
 from lightning_peft.core.placement import device_of
 
 ALIKE = 0.99
@@ -24,7 +26,6 @@ ALIKE = 0.99
 BATCHES = 256
 """How many batches are read at most."""
 _SEED = 42
-IGNORED = -100
 
 
 class Directions:
@@ -127,25 +128,22 @@ def directions(
     found: dict[str, Directions] = {}
     seen: dict[int, tuple[Any, Directions]] = {}
     heard = [attach(layer, Heard(name, count, found, seen), "heard_inputs") for name, (layer, count) in layers.items()]
-    modes, read = {module: module.training for module in backbone.modules()}, 0
-    ranks = {name: count for name, (_, count) in layers.items()}
-    backbone.eval()
+    ranks, read = {name: count for name, (_, count) in layers.items()}, 0
     try:
-        for batch in chain.from_iterable(batches for _ in range(BATCHES)):
-            seen.clear()
-            _read(backbone, heard, batch)
-            read += 1
-            if found.keys() == layers.keys() and all(each.vectors is not None for each in found.values()):
-                ranks = shared_out(found, budget)
-            for each in heard:
-                own = found.get(each.name)
-                most = max(rank for name, rank in ranks.items() if found.get(name) is own)
-                each.done = own is not None and own.vectors is not None and own.found >= most
-            if read == BATCHES or all(each.done for each in heard):
-                break
+        with in_eval(backbone):
+            for batch in chain.from_iterable(batches for _ in range(BATCHES)):
+                seen.clear()
+                _read(backbone, heard, batch)
+                read += 1
+                if found.keys() == layers.keys() and all(each.vectors is not None for each in found.values()):
+                    ranks = shared_out(found, budget)
+                for each in heard:
+                    own = found.get(each.name)
+                    most = max(rank for name, rank in ranks.items() if found.get(name) is own)
+                    each.done = own is not None and own.vectors is not None and own.found >= most
+                if read == BATCHES or all(each.done for each in heard):
+                    break
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for layer, _ in layers.values():
             detach(layer, "heard_inputs")
     return {name: _first(found.get(name), rank, name, layers[name][1], read) for name, rank in ranks.items()}
@@ -171,7 +169,6 @@ def shared_out(found: Mapping[str, Directions], budget: int) -> dict[str, int]:
     return ranks
 
 
-@torch.no_grad()
 def _read(backbone: nn.Module, heard: list[Heard], batch: Mapping[str, Any]) -> None:
     device = device_of(backbone)
     batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}

@@ -7,9 +7,11 @@ from typing import Any
 import peft
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_peft import Method
+from lightning_peft.interop import to_peft
 from tests.contract import shake
 from tests.models import batch, tiny
 
@@ -73,3 +75,20 @@ def nested() -> Nested:
     """Return such a model, the same at each call."""
     torch.manual_seed(0)
     return Nested()
+
+
+def after_three_steps(
+    kind: str, start: Path, model: nn.Module, folder: Path, lr: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors of PEFT's adapter and of ours after three steps of SGD from an adapter that ``model`` has."""
+    other: Any = peft.PeftModel.from_pretrained(tiny(kind), start, is_trainable=True).eval()
+    for each in (other, model.eval()):
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=lr)
+        for _ in range(3):
+            optimizer.zero_grad()
+            each(**plain(kind)).loss.backward()
+            optimizer.step()
+    other.save_pretrained(folder / "their_steps")
+    to_peft(model, folder / "our_steps")
+    theirs, ours = (load_file(folder / name / "adapter_model.safetensors") for name in ("their_steps", "our_steps"))
+    return theirs, ours

@@ -15,7 +15,7 @@ from lightning_peft import IA3, LoRA, TrainableTokens, TuningError, collect
 from lightning_peft.core.tuning import Tuning
 from lightning_peft.interop import from_peft, to_peft
 from tests.contract import assert_near, assert_same, copy_of, shake
-from tests.interop.adapters import logits, plain, saved_by_peft, theirs_from
+from tests.interop.adapters import after_three_steps, logits, plain, saved_by_peft, theirs_from
 from tests.models import tiny
 
 pytestmark = pytest.mark.filterwarnings(
@@ -54,16 +54,7 @@ def test_to_and_from_peft(kind: str, alone: bool, tmp_path: Path) -> None:
 
 def _check_steps(kind: str, start: Path, model: nn.Module, folder: Path) -> None:
     """Check that three steps give the adapter of PEFT; T5 and GPT-2 are tied, so that both uses of a row count."""
-    other: Any = peft.PeftModel.from_pretrained(tiny(kind), start, is_trainable=True).eval()
-    for each in (other, model.eval()):
-        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.05)
-        for _ in range(3):
-            optimizer.zero_grad()
-            each(**plain(kind)).loss.backward()
-            optimizer.step()
-    other.save_pretrained(folder / "their_steps")
-    to_peft(model, folder / "our_steps")
-    theirs, ours = (load_file(folder / n / "adapter_model.safetensors") for n in ("their_steps", "our_steps"))
+    theirs, ours = after_three_steps(kind, start, model, folder, lr=0.05)
     assert_near({key: theirs[key] for key in ours}, ours, 1e-5)
     before = load_file(start / "adapter_model.safetensors")
     moved = [key for key in ours if not torch.equal(before[key], ours[key])]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lightning_peft import collect, merge
 from lightning_peft.interop import from_peft, to_peft
 from tests.contract import assert_near, assert_same, copy_of, shake
-from tests.interop.adapters import logits, plain, saved_by_peft, theirs_from
+from tests.interop.adapters import after_three_steps, logits, saved_by_peft, theirs_from
 from tests.models import tiny
 
 
@@ -41,20 +41,9 @@ def _check_exchange(kind: str, config: peft.PeftConfig, folder: Path) -> None:
 
 def _check_steps(kind: str, folder: Path) -> None:
     """Check that three steps of SGD give the adapter of PEFT."""
-    other: Any = peft.PeftModel.from_pretrained(tiny(kind), folder / "theirs", is_trainable=True).eval()
-    model = tiny(kind)
+    model, start = tiny(kind), load_file(folder / "theirs" / "adapter_model.safetensors")
     from_peft(model, folder / "theirs")
-    for each in (other, model):
-        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.01)
-        for _ in range(3):
-            optimizer.zero_grad()
-            each(**plain(kind)).loss.backward()
-            optimizer.step()
-    other.save_pretrained(folder / "their_steps")
-    to_peft(model, folder / "our_steps")
-    start, theirs, ours = (
-        load_file(folder / name / "adapter_model.safetensors") for name in ("theirs", "their_steps", "our_steps")
-    )
+    theirs, ours = after_three_steps(kind, folder / "theirs", model, folder, lr=0.01)
     assert ours.keys() == theirs.keys()
     assert_near(theirs, ours, 1e-5)
     floats = [key for key in ours if ours[key].is_floating_point()]

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_peft.core.product import Product
+
 _ASKED = frozenset({"device", "dim", "dtype", "is_cuda", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"})
 """Attributes of a tensor that are no use of its values."""
 
@@ -48,6 +50,11 @@ def reads_below(module: nn.Module) -> list[Read]:
         if parameter in dict(owner.named_parameters(recurse=False)):
             found.append(Read(layer, parameter, layer in source.called, whole))
     return found
+
+
+def products_of(module: nn.Module) -> dict[str, Product]:
+    """Return the parameters of a module that its forward pass multiplies its input by in ``torch.einsum``."""
+    return _of_class(type(module)).products
 
 
 def passed_by(root: nn.Module, path: str = "") -> dict[str, tuple[nn.Module, str]]:
@@ -105,11 +112,19 @@ def may_overwrite(root: nn.Module, layer: str) -> bool:
 
 
 class _Source(NamedTuple):
-    """What the forward pass of a class does: the layers it calls, the parameters it reads (whole?), in-place writes."""
+    """What the forward pass of a class does.
+
+    Attributes:
+        called: the layers that it calls.
+        read: the parameters that it reads, by layer and name, and whether as a whole.
+        writes: whether it computes in place.
+        products: its own parameters that are factors of ``torch.einsum``.
+    """
 
     called: frozenset[str]
     read: dict[tuple[str, str], bool]
     writes: bool
+    products: dict[str, Product]
 
 
 _KNOWN: dict[type[nn.Module], _Source] = {}
@@ -124,6 +139,7 @@ def _of_class(kind: type[nn.Module]) -> _Source:
 def _look_at(kind: type[nn.Module]) -> _Source:
     called: set[str] = set()
     read: dict[tuple[str, str], bool] = {}
+    products: dict[str, Product] = {}
     writes, waiting, seen = False, ["forward"], set()
     while waiting:
         name = waiting.pop()
@@ -136,6 +152,8 @@ def _look_at(kind: type[nn.Module]) -> _Source:
             path = _path(node)
             if len(path) == 1 and _is_call_of(node, parent):
                 waiting.append(path[0])
+            elif len(path) == 1 and (product := _einsum(node, parent)) is not None:
+                products[path[0]] = product
             if path and _is_call_of(node, parent):
                 called.add(".".join(path))
             elif path and isinstance(parent, ast.Call) and node in parent.args:  # LayoutLMv3 hands a layer on
@@ -143,7 +161,7 @@ def _look_at(kind: type[nn.Module]) -> _Source:
             if len(path) > 1 and not _is_call_of(node, parent) and _uses(node, parent):
                 key = (".".join(path[:-1]), path[-1])
                 read[key] = read.get(key, False) or not isinstance(parent, ast.Subscript)
-    return _Source(frozenset(called), read, writes)
+    return _Source(frozenset(called), read, writes, products)
 
 
 def _nodes(function: Any) -> list[tuple[ast.AST, ast.AST]]:
@@ -165,6 +183,14 @@ def _path(node: ast.AST) -> tuple[str, ...]:
         names.append(node.attr)
         node = node.value
     return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == "self" else ()
+
+
+def _einsum(node: ast.AST, parent: ast.AST) -> Product | None:
+    """Return how ``torch.einsum("...", x, node)`` multiplies by a node."""
+    if not isinstance(parent, ast.Call) or node not in parent.args or not ast.unparse(parent.func).endswith("einsum"):
+        return None
+    equation = parent.args[0].value if isinstance(parent.args[0], ast.Constant) else None
+    return Product.in_einsum(equation, parent.args.index(node) - 1) if isinstance(equation, str) else None
 
 
 def _writes(node: ast.AST) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import anatomy, structure
+from lightning_peft.core import anatomy
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import foldable, folded_values
 from lightning_peft.core.run import unwrapped
@@ -16,6 +16,7 @@ from lightning_peft.core.tuning import Tuning
 from lightning_peft.deltas.low_rank_sums import part_of
 from lightning_peft.deltas.merging_rules import factors_of_rank
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.updates.layout import Layout
 from lightning_peft.updates.low_rank_layers import GRAFTS
 from lightning_peft.updates.targets import Target, all_targets
 
@@ -112,13 +113,13 @@ def _method(changes: Mapping[str, tuple[Target, Tensor]], r: int, name: str | No
 
 def _limit(target: Target, change: Tensor) -> int:
     """Return the greatest rank that a LoRA may have there; of a convolution that is less than its kernel could."""
-    return min(change.shape[:2] if isinstance(target.host, nn.Conv2d) else change.shape[-2:])
+    return min(change.shape[:2] if isinstance(target.host, nn.Conv2d) else _matrix(target, change).shape[-2:])
 
 
 def _matrix(target: Target, change: Tensor) -> Tensor:
     """Return a change as [..., out, in]; a kernel as [out, in kh kw]."""
     if target.weight is not None:
-        return change.mT if structure.is_transposed(target.host) else change
+        return Layout.of(target.host, target.weight).matrix(change)
     if isinstance(target.host, nn.Conv2d):
         return change.flatten(1)
     return change if isinstance(target.host, nn.Linear) else change.t()

@@ -47,6 +47,7 @@ from lightning_peft.core.reads import may_overwrite
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.explained_variance import directions
+from lightning_peft.updates.layout import Layout
 from lightning_peft.updates.low_rank import LowRank, shape_of
 from lightning_peft.updates.low_rank_init import OF_THE_WEIGHT, Init
 from lightning_peft.updates.low_rank_layers import CONVOLUTIONS, GRAFTS
@@ -256,8 +257,8 @@ LoRAMixin = TunedBy[LoRA]
 def _shape(target: Target) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shape of a matrix or kernel, and the sizes that limit its rank."""
     if target.weight is not None:
-        shape = tuple(target.host.get_parameter(target.weight).shape)
-        return shape, shape[-2:]
+        weight = target.host.get_parameter(target.weight).detach()
+        return tuple(weight.shape), tuple(Layout.of(target.host, target.weight).matrix(weight).shape[-2:])
     shape = shape_of(target.host)
     return shape, (shape[0], math.prod(shape[1:]))
 

@@ -6,19 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
 from lightning_peft.core.folding import Folding
 from lightning_peft.updates import in_place, stacked
 from lightning_peft.updates.factors import Factors, row_ratio
+from lightning_peft.updates.layout import Layout
 
 
 class LowRankWeights(Folding):
     """Changes weights that their host reads without calling a layer, to ``W + s B A``, rescaled with DoRA.
 
-    For ``nn.MultiheadAttention`` (the packed in-projection and the output projection) and for experts stacked in one
-    tensor, each of which gets matrices of its own, and whose tokens are multiplied by these (`stacked`). Elsewhere the
-    gradient goes through the whole weight, so a step costs as many FLOPs as if that weight were trained. Dropout on the
-    input has no place here.
+    For ``nn.MultiheadAttention`` (the packed in-projection and the output projection), for projections [width, heads,
+    d_head] as XLNet's, and for experts stacked in one tensor, each of which gets matrices of its own, and whose tokens
+    are multiplied by these (`stacked`). Elsewhere the gradient goes through the whole weight, so a step costs as many
+    FLOPs as if that weight were trained. Dropout on the input has no place here.
 
     Args:
         host: the module.
@@ -28,10 +28,10 @@ class LowRankWeights(Folding):
     def __init__(self, host: nn.Module, updates: dict[str, dict[str, Any]]) -> None:
         super().__init__()
         self.weights = self.folds = tuple(updates)
-        self.transposed = structure.is_transposed(host)
+        self.layouts = {name: Layout.of(host, name) for name in updates}
         for name, arguments in updates.items():
             weight = host.get_parameter(name)
-            matrix = self.matrix(weight.detach())
+            matrix = self.layouts[name].matrix(weight.detach())
             part = Factors(partial(Tensor.detach, matrix), tuple(matrix.shape), weight.device, **arguments)
             self.register_module(self.part_name(name), part)
 
@@ -39,11 +39,7 @@ class LowRankWeights(Folding):
         """Return zeros for each B, and the norms of the rows of its weight for each m."""
         own, _, leaf = name.rpartition(".")
         weight = next(weight for weight in self.weights if self.part_name(weight) == own)
-        return self.part(weight).neutral_of(leaf, self.matrix(host.get_parameter(weight).detach()))
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return a weight as [..., out, in], a view of it."""
-        return weight.mT if self.transposed else weight
+        return self.part(weight).neutral_of(leaf, self.layouts[weight].matrix(host.get_parameter(weight).detach()))
 
     @classmethod
     def part_name(cls, name: str) -> str:
@@ -61,9 +57,9 @@ class LowRankWeights(Folding):
         """Return the changed weight, computed in fp32, in the dtype of ``w``, or what poses as it for experts."""
         if self.merged:
             return w
-        part = self.part(name)
-        if part.m is None and stacked.changes(w):
-            return stacked.ChangedExperts.of(w, part.factors(), part.scale, self.transposed)
+        part, layout = self.part(name), self.layouts[name]
+        if part.m is None and layout.product is None and stacked.changes(w):
+            return stacked.ChangedExperts.of(w, part.factors(), part.scale, layout.transposed)
         return self._changed(w, name).to(w.dtype)
 
     def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
@@ -71,10 +67,10 @@ class LowRankWeights(Folding):
         return self._changed(value, name)
 
     def _changed(self, w: Tensor, name: str) -> Tensor:
-        part = self.part(name)
+        part, layout = self.part(name), self.layouts[name]
         with in_place.without_autocast(w):
             a, b = part.factors()
-            changed = torch.add(self.matrix(w), b @ a, alpha=part.scale)
+            changed = torch.add(layout.matrix(w), b @ a, alpha=part.scale)
             if part.m is not None:
                 changed = changed * row_ratio(part.m, changed)
-        return self.matrix(changed)
+        return layout.stored(changed, w)

@@ -17,7 +17,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import graft_prefixes
 from lightning_peft.core.quantized import has_quantized_weight
 from lightning_peft.core.reach import reached
-from lightning_peft.core.reads import reads_below
+from lightning_peft.core.reads import products_of, reads_below
 from lightning_peft.updates.low_rank_layers import CONVOLUTIONS
 
 
@@ -144,11 +144,12 @@ def _read(module: nn.Module) -> dict[str, nn.Module | None]:
         return dict.fromkeys([*own, "out_proj.weight"])
     if any(kind.__module__.startswith("torch.nn.modules.") for kind in type(module).__mro__ if kind is not nn.Module):
         return {}  # a layer of torch: its matrices are no plain product, or (LSTM) are read from elsewhere
+    products = products_of(module)  # such as XLNet's; else a matrix of three dimensions has one for each expert
     found: dict[str, nn.Module | None] = dict.fromkeys(
         name
         for name, p in module.named_parameters(recurse=False)
         if not name.endswith("bias") and min(p.shape[-2:], default=0) > 1
-        if p.dim() == 2 or (p.dim() == 3 and len(p) in structure.experts_of(module))  # one for each expert
+        if p.dim() == 2 or name in products or (p.dim() == 3 and len(p) in structure.experts_of(module))
     )
     for read in reads_below(module):
         layer = module.get_submodule(read.layer)
@@ -185,11 +186,16 @@ def _query_and_value(
     """Return a regex for the projections of known names, or else the names of what is tuned in place of them."""
     lists = anatomy.block_lists(backbone)
     packed = ("in_proj_weight", "q_proj_weight", "v_proj_weight")
-    fused = {n for n in found if n.rpartition(".")[2] in packed and anatomy.block_index(lists, n)}
+    own = {
+        name
+        for name, target in found.items()
+        if target.weight is not None and anatomy.block_index(lists, name)
+        if name.rpartition(".")[2] in packed or select.has_role(name, "query", "value")
+    }
     try:
         return select.by_role(backbone, ["query", "value"], tuple(kind for kind in kinds if kind is not nn.Embedding))
     except TuningError as unknown:
         try:
-            return fused or _every_linear(backbone, found)
+            return own or _every_linear(backbone, found)
         except TuningError:
             raise unknown from None

@@ -150,7 +150,7 @@ SAMPLE: dict[str, Callable[[], Built]] = {
         hf.XLNetForSequenceClassification(
             hf.XLNetConfig(vocab_size=VOCABULARY, d_model=WIDTH, n_layer=2, n_head=2, d_inner=32, num_labels=3)
         ),
-        classes(),
+        classes() | {"token_type_ids": torch.zeros(2, 8, dtype=torch.long)},  # which its tokenizer makes
     ),
     "convnext": lambda: (
         hf.ConvNextForImageClassification(

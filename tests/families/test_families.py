@@ -55,11 +55,6 @@ REFUSED = {
     **{(family, "ladder"): "hidden|stack|shape" for family in ("xlnet", "convnext", "resnet", "pipeline")},
 }  # fmt: skip
 """A family and a method -> what is said where the method cannot be."""
-UNUSED = {
-    ("xlnet", "diff_pruning"): {"r_s_bias", "seg_embed"},
-    ("xlnet", "partial_k"): {"r_s_bias", "seg_embed"},
-}
-"""What of a family no loss depends on without ``token_type_ids``."""
 
 
 def loss(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -90,8 +85,7 @@ def test_a_method_on_a_family(family: str, name: str) -> None:
     error, live = loss(model, batch)
     error.backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    unused = UNUSED.get((family, name), set())
-    assert [n for n, p in trained.items() if p.grad is None and not any(word in n for word in unused)] == []
+    assert [n for n, p in trained.items() if p.grad is None] == []
     assert not torch.allclose(live, before, atol=1e-6)
     model.zero_grad()
     if name in MERGED and not any(place.graft.merged for place in grafts(model)):

@@ -214,6 +214,11 @@ def _tensors(update: Update) -> dict[str, Tensor]:
     a, b = (factor.detach() for factor in update.factors.factors())
     if a.ndim == 3 and update.weight is not None:  # one for each expert: PEFT has them side by side
         a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+    elif update.weight is not None and update.host.get_parameter(update.weight).ndim == 3:
+        raise TuningError(
+            f"PEFT takes a parameter of three dimensions, such as {update.target}, for stacked experts: exclude it, or "
+            "merge the delta and save the model."
+        )
     names = _PARTS[isinstance(update.host, nn.Embedding)]
     tensors = {names["A"]: a, names["B"]: b}
     if update.factors.m is not None:

@@ -6,11 +6,11 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.interop.converters.base import Parts
 from lightning_peft.interop.names import BASE_LAYER, LAYERS, Names
 from lightning_peft.interop.patterns import is_target, selects
+from lightning_peft.updates.layout import Layout
 from lightning_peft.updates.low_rank import shape_of
 from lightning_peft.updates.low_rank_layers import CONVOLUTIONS
 
@@ -28,9 +28,13 @@ def found_in(parts: Parts, names: Names) -> dict[str, tuple[str, tuple[int, ...]
         if depth and isinstance(module, nn.MultiheadAttention):
             own = ["in_proj_weight"]  # which is refused
         for name, key in wrapped_keys(path, module, own).items() if own else ():
-            shape = tuple(module.get_parameter(name).shape)
-            if structure.is_transposed(module):
-                shape = (*shape[:-2], shape[-1], shape[-2])
+            layout = Layout.of(module, name)
+            if layout.product is not None:
+                raise TuningError(
+                    f"{parts.source} has an update of {path}.{name} as of stacked experts, which it is not, so its "
+                    "ranks are of slices: merge it with PEFT, or train it here."
+                )
+            shape = tuple(layout.matrix(module.get_parameter(name).detach()).shape)
             found[f"{path}.{name}"] = (key, shape)
     return found
 

@@ -36,16 +36,18 @@ from lightning_peft import (
     routed,
     save_delta,
 )
+from lightning_peft.bases.merging import MergingMethod
 from lightning_peft.core.delta import metadata
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.tuning import tunings
 from tests import fresh
 from tests.kept import kept_tensors
 from tests.models import HEADS, TWO_TOWERS, batch, tiny
-from tests.modules import Tuned, loader, trainer
+from tests.modules import OfPairs, Tuned, loader, pairs, trainer
 from tests.syncs import Syncs
 
 ON_FEW_BACKBONES = {
+    "test_a_named_backbone_is_known_from_inside_and_outside": 1,
     "test_muted_it_is_the_bare_backbone": 2,
     "test_deltas_of_two_names_are_each_as_alone": 2,
     "test_routed_each_row_is_as_alone": 1,
@@ -68,6 +70,8 @@ class MethodContract:
     method: ClassVar[Method]
     backbones: ClassVar[tuple[str, ...]]
     identity_at_start: ClassVar[bool] = True
+    takes_pairs: ClassVar[bool] = True
+    """Whether it trains on batches that are no mappings."""
     compiled: ClassVar[tuple[str, ...] | None] = None
     """The backbones to compile, which takes seconds; None: the first."""
 
@@ -145,6 +149,21 @@ class MethodContract:
                 again.apply(model)
         assert list(model.state_dict()) == keys
         assert torch.equal(output(model, kind, method), before)
+
+    def test_a_named_backbone_is_known_from_inside_and_outside(self, kind: str) -> None:
+        model = tiny(kind)
+        keys, module = list(model.state_dict()), nn.ModuleDict({"net": model})
+        method = dataclasses.replace(self.method, backbone="net")
+        method.apply(module)
+        assert method.is_applied(module)
+        assert method.is_applied(model)
+        if isinstance(method, MergingMethod):
+            method.merge(model)
+            method.unmerge(module)
+        if method.keeps_originals:
+            method.remove(model)
+            assert list(model.state_dict()) == keys
+            assert not method.is_applied(module)
 
     def test_an_error_changes_nothing(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         class BrokenError(RuntimeError):
@@ -358,11 +377,15 @@ class MethodContract:
     # Its life in a Trainer.
 
     def test_a_fit_trains_the_delta_and_saves_no_more(self, kind: str, tmp_path: Path) -> None:
-        method, module = copy.deepcopy(self.method), Tuned(kind)
+        method, module = (
+            dataclasses.replace(self.method, backbone="model"),
+            (OfPairs if self.takes_pairs else Tuned)(kind),
+        )
         full = ModelCheckpoint(tmp_path, filename="full")
         light = ModelCheckpoint(tmp_path, filename="light", save_weights_only=True, every_n_train_steps=3)
         syncs = Syncs()
-        trainer(tmp_path, syncs, method, syncs.end, full, light).fit(module, loader(kind), loader(kind))
+        rows = pairs(loader(kind)) if self.takes_pairs else loader(kind)
+        trainer(tmp_path, syncs, method, syncs.end, full, light).fit(module, rows, rows)
         assert syncs.found == {}  # a step waits for no GPU
         delta, pristine = collect(module), tiny(kind).state_dict()
         now = module.model.state_dict()

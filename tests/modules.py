@@ -36,6 +36,28 @@ class Tuned(L.LightningModule):
         return getattr(torch.optim, self.hparams.optimizer)(self.parameters(), lr=self.hparams.lr)
 
 
+class OfPairs(Tuned):
+    """As `Tuned`, of batches that are pairs of inputs (a mapping of texts, or images themselves) and labels."""
+
+    def training_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(_named(batch), batch_idx)
+
+    def validation_step(self, batch: tuple[Any, Tensor], batch_idx: int) -> None:
+        super().validation_step(_named(batch), batch_idx)
+
+
+def _named(pair: tuple[Any, Tensor]) -> dict[str, Tensor]:
+    inputs = {"pixel_values": pair[0]} if isinstance(pair[0], Tensor) else pair[0]
+    return {**inputs, "labels": pair[1]}
+
+
+def pairs(batches: DataLoader) -> DataLoader:
+    """Return a loader of the same rows, each a pair of inputs and labels."""
+    rows = [({n: c for n, c in row.items() if n != "labels"}, row["labels"]) for row in batches.dataset]
+    images = [(inputs.get("pixel_values", inputs), labels) for inputs, labels in rows]
+    return DataLoader(images, batches.batch_size)
+
+
 def loader(kind: str, rows: int = 12, size: int = 4, shuffle: bool = False, padded: bool = True) -> DataLoader:
     """Return batches of plain dicts."""
     columns = batch(kind, size=rows, padded=padded, seed=1)

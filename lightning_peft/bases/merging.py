@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import Folding, foldable
 from lightning_peft.core.graft import Grafted, grafts
@@ -40,11 +39,11 @@ class MergingMethod(Method):
     def _places(self, model: nn.Module) -> list[Grafted[Folding]]:
         own = self.own_grafts(model, Folding)
         hosts = {id(place.host): place.path for place in own}
-        for place in grafts(select.backbone_of(model, self.backbone)):
+        for place in grafts(self._tuned(model)):
             if id(place.host) in hosts and place.graft.owner not in (self.key, ""):
                 raise TuningError(
                     f"{place.graft.owner} changes {place.path} as {type(self).__name__} does: fold both for good with "
                     "lightning_peft.merge."
                 )
-        foldable(select.backbone_of(model, self.backbone), owner=self.key)
+        foldable(self._tuned(model), owner=self.key)
         return own

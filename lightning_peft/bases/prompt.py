@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import attention, compatibility, select, structure, text_structure
+from lightning_peft.core import attention, compatibility, structure, text_structure
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
@@ -114,10 +114,11 @@ class PromptMethod(Method):
         """Return the batch with the prompt in every row; one that has virtual tokens already is returned as it is.
 
         Each text of a batch gets it, those of ``pos_input_ids`` and ``input_ids_b`` too, with the tensors of such names
-        that go along. Before the text of a causal model, or the target of sounds and images, it is in no batch.
+        that go along. A batch that shows no text, such as a tuple, is left as it is: the model puts the prompt in where
+        it is called. Before the text of a causal model, or the target of sounds and images, the prompt is in no batch.
 
         Raises:
-            TuningError: the batch is no mapping with ``input_ids``, or with the prompt too long for the positions.
+            TuningError: with the prompt it is too long for the positions.
         """
         if self._before_target:
             self._check_target(batch)
@@ -179,7 +180,7 @@ class PromptMethod(Method):
 
         Source: Lester et al. 2021, arXiv 2104.08691, section 7.
         """
-        backbone = select.backbone_of(model, self.backbone)
+        backbone = self._tuned(model)
         table = next(iter(structure.word_tables(backbone).values()))
         with torch.no_grad():
             words = F.normalize(table.weight.float(), dim=1)  # type: ignore[arg-type]

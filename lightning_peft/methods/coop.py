@@ -18,7 +18,6 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import select
 from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.core.rates import Rates
@@ -98,7 +97,7 @@ class CoOp(Method):
 
         Contexts of classes follow each other.
         """
-        backbone = select.backbone_of(model, self.backbone)
+        backbone = self._tuned(model)
         rows = self.context(backbone).flatten(0, -2)
         (place,) = self.own_grafts(backbone, ContextTokens)  # which hangs on the word table
         table = cast(nn.Embedding, place.host)

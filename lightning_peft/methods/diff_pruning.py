@@ -26,7 +26,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_peft.core import anatomy, select
+from lightning_peft.core import anatomy
 from lightning_peft.core.arguments import bounded, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, grafts
@@ -145,7 +145,7 @@ class DiffPruning(Method):
         Raises:
             TuningError: the method is not applied, or they have been chosen before.
         """
-        backbone = select.backbone_of(model, self.backbone)
+        backbone = self._tuned(model)
         pairs = list(self._differences(backbone))
         if not self.is_dense(backbone):
             raise TuningError("the entries to keep have been chosen already: project once.")
@@ -203,7 +203,7 @@ class DiffPruning(Method):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that the fit has steps after the projection."""
         super().on_train_start(trainer, pl_module)
-        backbone = select.backbone_of(pl_module, self.backbone)
+        backbone = self._tuned(pl_module)
         self._is_dense, self._project_at = self.is_dense(backbone), self._step_of_projection(trainer)
         self._noise(backbone).is_given = True
         total = trainer.estimated_stepping_batches
@@ -220,7 +220,7 @@ class DiffPruning(Method):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not self._is_dense:
             return
-        backbone = select.backbone_of(pl_module, self.backbone)
+        backbone = self._tuned(pl_module)
         if trainer.global_step >= self._project_at:
             self._exchange(trainer, pl_module, backbone)
             return
@@ -229,7 +229,7 @@ class DiffPruning(Method):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let the noise be drawn in the forward pass again, and say so if the fit ended before the projection."""
-        backbone = select.backbone_of(pl_module, self.backbone)
+        backbone = self._tuned(pl_module)
         self._noise(backbone).is_given = False
         if self.is_dense(backbone):
             rank_zero_warn(

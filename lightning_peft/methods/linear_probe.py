@@ -16,7 +16,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft.bases.caching import CachingMethod
-from lightning_peft.core import anatomy, select
+from lightning_peft.core import anatomy
 from lightning_peft.core.arguments import choice
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
@@ -54,16 +54,14 @@ class LinearProbe(CachingMethod):
         """
         super().apply(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            kind = type(select.backbone_of(model, self.backbone)).__name__
+            kind = type(self._tuned(model)).__name__
             self.remove(model)
             raise TuningError(
                 f"{kind} has no head to train: take a classifier, give the module with the head as backbone=, or name "
                 "what to train with also_train= (a regex)."
             )
         if self.head_init != "model":
-            heads.initialise(
-                heads.last_linear(select.backbone_of(model, self.backbone), "LinearProbe")[1], self.head_init
-            )
+            heads.initialise(heads.last_linear(self._tuned(model), "LinearProbe")[1], self.head_init)
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Add nothing, or a BatchNorm before the head, which every method trains."""

@@ -27,7 +27,7 @@ it. A fit reads its own training batches before the first step; without a Traine
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -142,7 +142,7 @@ class LoRA(MergingMethod):
         is_b = last == "B" and self.key in path
         return {"lr_ratio": self.lora_plus_ratio} if is_b and self.lora_plus_ratio is not None else {}
 
-    def initialise(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    def initialise(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, int]:
         """Start from the directions of most variance in the inputs of batches; return the rank of each layer.
 
         Raises:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.bases.caching import CachingMethod
-from lightning_peft.core import select
 from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
@@ -77,7 +76,7 @@ class MLPHead(CachingMethod):
         """Freeze the backbone, add the layers and give the last one its initial values."""
         super().apply(model)
         if self.head_init != "model":
-            heads.initialise(heads.last_linear(select.backbone_of(model, self.backbone), "MLPHead")[1], self.head_init)
+            heads.initialise(heads.last_linear(self._tuned(model), "MLPHead")[1], self.head_init)
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the layers to the one that gives the logits."""

@@ -11,7 +11,7 @@ tasks does not choose it. There a method may train on the first task: fit that f
 Sums are in double precision. Steps of an optimizer move W, until it is scored or saved, or the epoch ends.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.arguments import natural, positive
+from lightning_peft.core.batches import entry_of, inputs_of
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.gathering import rows_of_all
@@ -166,8 +167,8 @@ class RanPAC(Method):
         attach(host, RandomHead(host, self.width, self.ridge), self.key)
         return ()
 
-    def fill(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Add the rows of batches with ``labels`` to the sums, and solve for W.
+    def fill(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        """Add the rows of batches with ``labels``, or of pairs of inputs and labels, to the sums, and solve for W.
 
         Raises:
             TuningError: there are too few to choose lambda by, or no label for each.
@@ -175,9 +176,8 @@ class RanPAC(Method):
         graft, backbone = self._random_head(model), self._tuned(model)
         with in_eval(backbone):
             for batch in batches:
-                inputs = {name: value.to(graft.rows.device) for name, value in batch.items()}
-                graft.labels = inputs["labels"]
-                backbone(**inputs)
+                graft.labels = entry_of(batch, "labels", 1).to(graft.rows.device)
+                backbone(**{name: value.to(graft.rows.device) for name, value in inputs_of(batch, backbone).items()})
         self._solve(model)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -210,7 +210,7 @@ class RanPAC(Method):
         """Tell the head the labels of the batch, once for each row."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if trainer.current_epoch == self._epoch:
-            self._random_head(pl_module).labels = batch["labels"]
+            self._random_head(pl_module).labels = entry_of(batch, "labels", 1)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Solve for W."""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.arguments import natural, positive
+from lightning_peft.core.batches import entry_of
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import attach
@@ -109,8 +110,10 @@ class TipAdapter(Method):
         return ()
 
     @torch.no_grad()
-    def fill(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+    def fill(self, model: nn.Module, batches: Iterable[Any]) -> None:
         """Keep the images of batches with ``labels`` and ``pixel_values``, or ``image_features`` in their place.
+
+        Pairs of images and labels do, too.
 
         Raises:
             TuningError: a label is none of the classes, or a class has more images than there is room for.
@@ -118,7 +121,7 @@ class TipAdapter(Method):
         graft = self._shots(model)
         towers = two_towers(self._tuned(model))
         with in_eval(model):
-            found = [(_features(towers, batch, graft.labels.device), batch["labels"]) for batch in batches]
+            found = [(_features(towers, batch, graft.labels.device), entry_of(batch, "labels", 1)) for batch in batches]
         if not found:
             raise TuningError("there are no images to keep: give batches of them.")
         labels = torch.cat([each.to(graft.labels.device) for _, each in found])
@@ -161,7 +164,7 @@ class TipAdapter(Method):
 TipAdapterMixin = TunedBy[TipAdapter]
 
 
-def _features(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> Tensor:
-    if "image_features" in batch:
+def _features(model: nn.Module, batch: Any, device: torch.device) -> Tensor:
+    if isinstance(batch, Mapping) and "image_features" in batch:
         return clip.adapted(model, batch["image_features"].to(device))
-    return clip.image_features(model, batch["pixel_values"].to(device))
+    return clip.image_features(model, entry_of(batch, "pixel_values", 0).to(device))

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import anatomy, attention, compatibility, select, structure
+from lightning_peft.core import anatomy, attention, compatibility, structure
 from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.eval_mode import in_eval
@@ -112,7 +112,7 @@ class VPT(Method):
         Raises:
             TuningError: the method is not applied, or the output of some prompts goes on to the next block.
         """
-        backbone = select.backbone_of(model, self.backbone)
+        backbone = self._tuned(model)
         self.applied_to(model)
         found = tower(backbone)
         chosen = self._layers(len(found.blocks), type(backbone).__name__)

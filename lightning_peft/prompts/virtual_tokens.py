@@ -172,10 +172,7 @@ def texts_of(batch: Any) -> list[Text]:
     """Return the texts of a batch: that of ``input_ids``, and others such as ``pos_input_ids`` and ``input_ids_b``.
 
     What a decoder reads or writes is none. To each other text belongs what has its name around one of the names that a
-    tokenizer gives.
-
-    Raises:
-        TuningError: the batch is no mapping with a text.
+    tokenizer gives. A batch that is no mapping, or whose texts lie deeper in it, shows none.
     """
     names = [str(name) for name in batch] if isinstance(batch, Mapping) else []
     found = [name.split("input_ids", 1) for name in names if "input_ids" in name and "decoder" not in name]
@@ -187,9 +184,8 @@ def texts_of(batch: Any) -> list[Text]:
             }
             common = {name: batch[name] for name in _OF_ROWS if name in batch}
             texts.append(Text({short: batch[name] for name, short in own.items()} | common, before, behind))
-    if texts and "input_ids" not in names:
+    if "input_ids" not in names:
         return texts
-    _input_ids(batch)
     elsewhere = {name for text in texts for name in text.named(text.entries)}
     return [Text({name: v for name, v in batch.items() if name not in elsewhere} if texts else batch), *texts]
 

@@ -235,6 +235,8 @@ class Method(TuningMethod, L.Callback):
         prepared = batch
         for method in applied:
             prepared = method.prepare(prepared)
+        if prepared is batch:  # it may be no mapping
+            return
         before = {name: batch.get(name) for name in prepared if prepared[name] is not batch.get(name)}
         self._replaced = batch, before
         batch.update({name: prepared[name] for name in before})

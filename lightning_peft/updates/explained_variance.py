@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import structure
+from lightning_peft.core.batches import inputs_of
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.gathering import rows_of_all
@@ -110,14 +110,14 @@ class Heard(Graft):
 
 
 def directions(
-    backbone: nn.Module, layers: Mapping[str, tuple[nn.Module, int]], budget: int, batches: Iterable[Mapping[str, Any]]
+    backbone: nn.Module, layers: Mapping[str, tuple[nn.Module, int]], budget: int, batches: Iterable[Any]
 ) -> dict[str, Tensor]:
     """Return the directions that each layer gets of a budget, [rank, in], by the name of the layer.
 
     A layer takes no more rows in as soon as the directions that it would get now turn no more.
 
     Args:
-        backbone: is called with the entries of a batch that it takes, in eval mode.
+        backbone: is called with what it takes of a batch, in eval mode.
         layers: name -> the layer, and how many directions it may get.
         budget: how many directions there are for all layers.
         batches: are read again from the first where they are too few.
@@ -169,19 +169,13 @@ def shared_out(found: Mapping[str, Directions], budget: int) -> dict[str, int]:
     return ranks
 
 
-def _read(backbone: nn.Module, heard: list[Heard], batch: Mapping[str, Any]) -> None:
+def _read(backbone: nn.Module, heard: list[Heard], batch: Any) -> None:
     device = device_of(backbone)
-    batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-    inputs = {name: value for name, value in batch.items() if name in structure.arguments_of(backbone)}
-    if not inputs:
-        raise TuningError(
-            f"{type(backbone).__name__} takes none of {', '.join(batch) or 'nothing'}, so its layers see no batch: "
-            "call initialise(model, batches) of LoRA before the fit, with batches of its own arguments."
-        )
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
-    kept = None if mask is None else mask.bool()
+    named = batch if isinstance(batch, Mapping) else {}
+    mask, labels = named.get("attention_mask"), named.get("labels")
+    kept = None if mask is None else mask.to(device).bool()
     if kept is not None and labels is not None and labels.shape == kept.shape:
-        kept = kept & (labels != IGNORED)
+        kept = kept & (labels.to(device) != IGNORED)
     for each in heard:
         each.kept = kept
-    backbone(**inputs)
+    backbone(**{name: value.to(device) for name, value in inputs_of(batch, backbone).items()})

@@ -111,6 +111,7 @@ class TestInfix(MethodContract):
     method = PrefixTuning(num_virtual_tokens=P, mid_dim=None, form="infix")
     backbones = ("gpt2", "llama")
     identity_at_start = False
+    takes_pairs = False
     compiled = ("gpt2",)
 
     def count(self, kind: str) -> int:
@@ -479,7 +480,12 @@ def test_two_batches_in_one_backward_pass_under_checkpointing() -> None:
 
 def test_an_infix_without_ids() -> None:
     model = tiny("gpt2")
-    PrefixTuning(num_virtual_tokens=P, mid_dim=None, form="infix").apply(model)
+    method = PrefixTuning(num_virtual_tokens=P, mid_dim=None, form="infix")
+    method.apply(model)
+    with pytest.raises(
+        TuningError, match="mappings with input_ids, this one is a tuple: let the collate function return"
+    ):
+        method.prepare((batch("gpt2")["input_ids"], torch.zeros(4)))
     with pytest.raises(TuningError, match="the infix is not known where there are no input_ids"):
         model(inputs_embeds=torch.zeros(1, 3, HIDDEN))
 

@@ -46,6 +46,11 @@ class CLIPData(DataArguments):
         return self.data.label_names
 
     @property
+    def template(self) -> str | None:
+        """The text of a class, where the images have one of their own."""
+        return self.data.template
+
+    @property
     def test_sets(self) -> dict[str, list[str]]:
         """The sets of classes that the test scores, 'all', or 'base' and 'new', with their names."""
         return {name: data.label_names for name, data in self.tested.items()}

@@ -8,6 +8,8 @@ from datasets import Dataset, load_dataset
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.image_data import ImageData
+from lightning_peft.data.image_lists import SUFFIXES, listed, renamed
+from lightning_peft.data.image_sets import image_set
 from lightning_peft.data.splits import GivenSplits, is_file, reason
 
 
@@ -18,9 +20,11 @@ class ImageClassificationData(GivenSplits, ImageData):
     already: ``train/cat/1.png``. A split that is not there is drawn from ``train``, as many of each class as its share.
 
     Args:
-        dataset: folder or hub id of a dataset; None: the splits are Parquet files.
+        dataset: folder or hub id of a dataset; None: the splits are files. With ``layout``, the folder of all
+            such sets; None: the copy on the hub.
         config: which of the configurations of a hub ``dataset``, if it has several.
-        train: name of the split to train with (``train[:1000]`` is one, too); without ``dataset``, a Parquet file.
+        train: name of the split to train with (``train[:1000]`` is one, too); without ``dataset``, a Parquet file, or a
+            .txt or .json file that lists images with their classes (see `image_lists`).
         validation: the same for validation; None: the split of that name, else a share of ``train``.
         test: the same for the test.
         predict: the same for prediction, needs no labels; None: the images of the test.
@@ -28,6 +32,10 @@ class ImageClassificationData(GivenSplits, ImageData):
         label: column of the class: strings, integers or class labels.
         validation_share: share of ``train`` drawn for validation where that has no images of its own; 0: no validation.
         test_share: share of ``train`` drawn for the test where that has no images of its own; 0: no test.
+        layout: a set whose files lie as its authors have them, such as 'vtab-1k/cifar', 'fgvc/cub' or 'coop/dtd';
+            `image_sets` has the table. Splits that are named are taken in place of its own.
+        images: the folder that the paths of lists begin in; None: that of the list.
+        names: a file of lines ``class name``, where classes have other names than in the rows.
         **kwargs: as in `ImageData`.
     """
 
@@ -45,12 +53,33 @@ class ImageClassificationData(GivenSplits, ImageData):
         label: str = "label",
         validation_share: float = 0.1,
         test_share: float = 0.2,
+        layout: str | None = None,
+        images: str | None = None,
+        names: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.use(dataset, config, (train, validation, test, predict), validation_share, test_share)
+        given = {"train": train, "validation": validation, "test": test}
+        if layout is not None:
+            found = _places(layout, dataset)
+            dataset, images, names = found.get("dataset"), images or found.get("images"), names or found.get("names")
+            given |= {name: found[name] for name, split in given.items() if split in (None, "train") and name in found}
+            self.template = image_set(layout).template
+        self.use(dataset, config, (*given.values(), predict), validation_share, test_share)
         self.image = image
         self.label = label
+        self.folder = images
+        self.names = names
+
+    def rows(self, split: str) -> Dataset | None:
+        """Return the rows of a split, as read or drawn, their classes called as ``names`` says."""
+        rows = super().rows(split)
+        return rows if rows is None or self.names is None else renamed(rows, self.label, self.names)
+
+    def all_classes(self) -> Dataset:
+        """Return the training rows before any have been drawn from them."""
+        rows = super().all_classes()
+        return rows if self.names is None else renamed(rows, self.label, self.names)
 
     def draw(self, rows: Dataset, shares: dict[str, float]) -> dict[str, Dataset]:
         """Draw as many rows of each class as its share, and keep the order of the rows."""
@@ -73,14 +102,26 @@ class ImageClassificationData(GivenSplits, ImageData):
         return super().load(dataset, **options)
 
     def read_file(self, path: str, split: str) -> Dataset:
-        """Return the rows of a Parquet file.
+        """Return the rows of a Parquet file, or of a list of images.
 
         Raises:
             TuningError: there is no such file, or it cannot be read.
         """
+        if Path(path).suffix in SUFFIXES:
+            return listed(path, split, self.folder)
         if Path(path).suffix != ".parquet" or not is_file(path):
-            raise TuningError(f"{split}={path!r} is no Parquet file: give the path of one, or a folder with dataset=.")
+            raise TuningError(
+                f"{split}={path!r} is no Parquet file and no list of images: give the path of one, or dataset=."
+            )
         try:
             return load_dataset("parquet", data_files={split: path}, split=split)
         except Exception as error:  # each builder raises its own
             raise TuningError(f"{split}={path!r} is no readable Parquet file ({reason(error)}): mend it.") from None
+
+
+def _places(layout: str, root: str | None) -> dict[str, str]:
+    """Return where the files of a set are below the folder of all sets, or which is the copy on the hub."""
+    known = image_set(layout)
+    if root is None and not known.hub:
+        raise TuningError(f"layout={layout!r} has no copy on the hub: give dataset=, the folder of the sets.")
+    return known.hub if root is None else known.places(root)

@@ -56,6 +56,8 @@ class ImageData(DataModule):
     """The column of the class."""
     size: int | None = None
     """Height and width where neither a model nor ``image_size`` says them [pixels]."""
+    template: str | None = None
+    """The text of a class for models like CLIP, where the data have one of their own."""
 
     def __init__(
         self,

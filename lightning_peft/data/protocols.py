@@ -90,6 +90,13 @@ class Rows(Protocol):
 
 
 @runtime_checkable
+class Worded(Protocol):
+    """Classes that may have a text of their own, in which ``{}`` stands for the name."""
+
+    template: str | None
+
+
+@runtime_checkable
 class LabelledRows(Rows, Labelled, Protocol):
     """Rows whose column ``label`` holds the class."""
 

@@ -13,10 +13,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModel
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.data.protocols import ClassSets, Labelled
+from lightning_peft.data.protocols import ClassSets, Labelled, Worded
 from lightning_peft.tasks.base import Dtype, Task
 from lightning_peft.towers import clip
 from lightning_peft.towers.contexts import context_of
+
+_TEMPLATE = "a photo of a {}."
 
 
 class TwoTowerTask(Task):
@@ -27,7 +29,8 @@ class TwoTowerTask(Task):
     Args:
         model: folder or hub id of the two-tower model.
         labels: names of the classes; None: those of the data.
-        template: the text of a class where no method says otherwise; ``{}`` stands for its name.
+        template: the text of a class where no method says otherwise; ``{}`` stands for its name. None: that of the
+            data, else "a photo of a {}.".
         lr: learning rate.
         momentum: of SGD.
         weight_decay: of all that is trained.
@@ -44,7 +47,7 @@ class TwoTowerTask(Task):
         self,
         model: str,
         labels: list[str] | None = None,
-        template: str = "a photo of a {}.",
+        template: str | None = None,
         lr: float = 2e-3,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
@@ -53,8 +56,8 @@ class TwoTowerTask(Task):
         dtype: Dtype = "float32",
     ) -> None:
         super().__init__(model, lr=lr, weight_decay=weight_decay, dtype=dtype)
-        clip.class_texts([], template)
-        self.template = template
+        self.template = template if template is not None else _TEMPLATE
+        clip.class_texts([], self.template)
         self.momentum = momentum
         self.warmup_epochs = warmup_epochs
         self.warmup_lr = warmup_lr
@@ -87,6 +90,8 @@ class TwoTowerTask(Task):
                 f"{type(self).__name__} knows classes by their names, and the data name none: give labels=."
             )
         self.labels = list(known[0])
+        if self.hparams.get("template") is None and isinstance(data, Worded):
+            self.template = data.template or _TEMPLATE
         self._ids.clear()
         TwoTowerTask.on_validation_end(self)
         for classes in self.sets(data).values():

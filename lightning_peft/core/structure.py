@@ -85,16 +85,6 @@ def encoder_of(backbone: nn.Module) -> nn.Module | None:
     return encoder if isinstance(encoder, nn.Module) and is_pretrained(encoder) else None
 
 
-def encodes_pairs(model: nn.Module) -> bool:
-    """Tell whether a model encodes texts and images by methods of open_clip's names."""
-    return hasattr(model, "encode_text") and hasattr(model, "encode_image")
-
-
-def encoded_texts(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Return the features of texts, [C, p], by the model's own method."""
-    return model.encode_text(ids)  # type: ignore[operator]
-
-
 def is_encoder(backbone: nn.Module) -> bool:
     """Tell whether a transformers model is an encoder whose first token ([CLS]) may be pooled."""
     config = config_of(backbone)

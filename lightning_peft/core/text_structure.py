@@ -5,7 +5,7 @@ As in `structure`, nothing is changed, and no table lists architectures.
 
 import re
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.core import structure
 
@@ -90,3 +90,22 @@ def max_positions(backbone: nn.Module) -> int | None:
         offset = table.padding_idx + 1 if table.padding_idx is not None else getattr(table, "offset", 0)
         return table.num_embeddings - offset
     return None
+
+
+def encodes_pairs(model: nn.Module) -> bool:
+    """Tell whether a model encodes texts and images by methods of open_clip's names."""
+    return hasattr(model, "encode_text") and hasattr(model, "encode_image")
+
+
+def encoded_texts(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the features of texts, [C, p], by the model's own method."""
+    return model.encode_text(ids)  # type: ignore[operator]
+
+
+def projected_text(owner: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the features of texts by the tokens at their ends, [C, p]: open_clip's projection is a matrix or layer."""
+    projection = getattr(owner, "text_projection", None)
+    if isinstance(projection, nn.Module):
+        features: Tensor = projection(tokens)
+        return features
+    return tokens if projection is None else tokens @ projection.to(tokens.dtype)

@@ -23,7 +23,7 @@ from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.core.rates import Rates
 from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
 from lightning_peft.towers.contexts import Position, TextContext, check_classes, graft_context, plain_layout
-from lightning_peft.towers.plain_text import PlainContext, graft_plain, plain_text
+from lightning_peft.towers.plain_text import MovedBack, PlainContext, PlainText, graft_plain, plain_text
 from lightning_peft.towers.text_towers import initial_rows, nearest_words, text_tower, word_table
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -64,8 +64,7 @@ class CoOp(Method):
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the context to the text tower."""
         check_classes(self.class_specific, self.num_classes)
-        own_way = type(self).text_context is not CoOp.text_context
-        plain, call = None if own_way else plain_text(backbone), ContextCall()
+        plain, call = plain_text(backbone), ContextCall()
         tower = text_tower(backbone, type(self).__name__) if plain is None else plain.model
         table = word_table(tower) if plain is None else plain.table
         rows = initial_rows(backbone, table, self.num_virtual_tokens, self.init, self.tokenizer, DEFAULT_LENGTH)
@@ -76,12 +75,19 @@ class CoOp(Method):
         if plain is None:
             graft_context(tower, tokens, self.text_context(backbone, layout, call), self.key)
         else:
-            graft_plain(plain, tokens, PlainContext(layout, call, self.position), self.key)
+            graft_plain(plain, tokens, *self.plain_context(backbone, plain, layout, call), self.key)
         return ()
 
     def text_context(self, backbone: nn.Module, layout: Tensor, call: ContextCall) -> TextContext:
         """Return the graft that puts the context into texts; a method that reads them in another way has its own."""
         return TextContext(layout, call, self.position, self.share_prefix)
+
+    def plain_context(
+        self, backbone: nn.Module, tower: PlainText, layout: Tensor, call: ContextCall
+    ) -> tuple[PlainContext, MovedBack]:
+        """Return the grafts at both ends of a text tower that is none of transformers."""
+        context = PlainContext(layout, call, self.position)
+        return context, MovedBack(context)
 
     def context(self, model: nn.Module) -> Tensor:
         """Return the context, [M, d], or that of each class, [C, M, d].

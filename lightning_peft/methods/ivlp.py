@@ -14,15 +14,8 @@ from torch import nn
 
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.rates import Rates
-from lightning_peft.towers.deep_prompts import (
-    Prompts,
-    check_depth,
-    device_of,
-    graft_prompts,
-    random_prompt,
-    vision_tower,
-)
-from lightning_peft.towers.text_towers import initial_rows, text_tower, two_towers, word_table
+from lightning_peft.towers.deep_prompts import Prompts, graft_prompts, image_side, text_side
+from lightning_peft.towers.text_towers import initial_rows
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
@@ -60,17 +53,14 @@ class IVLP(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the prompts to both towers."""
-        text, images = text_tower(backbone, type(self).__name__), vision_tower(backbone, type(self).__name__)
+        text, images = text_side(backbone, type(self).__name__), image_side(backbone, type(self).__name__)
         image_depth = self.depth if self.image_depth is None else self.image_depth
-        check_depth(text, self.depth, "depth")
-        check_depth(images, image_depth, "depth" if self.image_depth is None else "image_depth")
-        rows = initial_rows(
-            backbone, word_table(text), self.num_virtual_tokens, self.init, self.tokenizer, DEFAULT_LENGTH
-        )
-        first = nn.Parameter(rows.to(device_of(text)))
-        texts = [first, *(random_prompt(text, len(rows)) for _ in range(self.depth - 1))]
-        prompts = Prompts(texts, [random_prompt(images, self.num_image_tokens) for _ in range(image_depth)])
-        graft_prompts(two_towers(backbone), prompts, self.key, "{}.", self.share_prefix)
+        text.check_depth(self.depth, "depth")
+        images.check_depth(image_depth, "depth" if self.image_depth is None else "image_depth")
+        rows = initial_rows(backbone, text.table, self.num_virtual_tokens, self.init, self.tokenizer, DEFAULT_LENGTH)
+        texts = [nn.Parameter(rows.to(text.device)), *(text.random_prompt(len(rows)) for _ in range(self.depth - 1))]
+        prompts = Prompts(texts, [images.random_prompt(self.num_image_tokens) for _ in range(image_depth)])
+        graft_prompts(backbone, prompts, self.key, "{}.", self.share_prefix)
         return ()
 
 

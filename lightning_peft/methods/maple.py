@@ -19,22 +19,8 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.core.rates import Rates
 from lightning_peft.prompts.virtual_tokens import word_rows
-from lightning_peft.towers.deep_prompts import (
-    Prompts,
-    check_depth,
-    device_of,
-    graft_prompts,
-    random_prompt,
-    tower_width,
-    vision_tower,
-)
-from lightning_peft.towers.text_towers import (
-    ids_of,
-    initial_rows,
-    text_tower,
-    two_towers,
-    word_table,
-)
+from lightning_peft.towers.deep_prompts import Prompts, graft_prompts, image_side, text_side
+from lightning_peft.towers.text_towers import ids_of, initial_rows
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
@@ -66,19 +52,19 @@ class MaPLe(Method):
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the prompts to both towers."""
-        model, count = two_towers(backbone), self.num_virtual_tokens
-        text, images = text_tower(backbone, type(self).__name__), vision_tower(backbone, type(self).__name__)
-        for tower in (text, images):
-            check_depth(tower, self.depth, "depth")
+        count = self.num_virtual_tokens
+        text, images = text_side(backbone, type(self).__name__), image_side(backbone, type(self).__name__)
+        for side in (text, images):
+            side.check_depth(self.depth, "depth")
         if self.init is None:
-            rows, template = initial_rows(backbone, word_table(text), count, None, None, count), "{}."
+            rows, template = initial_rows(backbone, text.table, count, None, None, count), "{}."
         else:
             tokenizer = tokenizer_of(backbone, self.tokenizer, f"init={self.init!r}")
             first, template = split_words(tokenizer, self.init, count)
-            rows = word_rows(word_table(text), first)
-        weights = [nn.Parameter(rows.to(device_of(text))), *(random_prompt(text, count) for _ in range(self.depth - 1))]
-        maps = [nn.Linear(tower_width(text), tower_width(images)).to(device_of(images)) for _ in range(self.depth)]
-        graft_prompts(model, Prompts(weights, projections=maps), self.key, template, self.share_prefix)
+            rows = word_rows(text.table, first)
+        weights = [nn.Parameter(rows.to(text.device)), *(text.random_prompt(count) for _ in range(self.depth - 1))]
+        maps = [nn.Linear(text.width, images.width).to(images.device) for _ in range(self.depth)]
+        graft_prompts(backbone, Prompts(weights, projections=maps), self.key, template, self.share_prefix)
         return ()
 
 

@@ -7,6 +7,7 @@ tokens sees the image alone.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from lightning_peft.core import placement, structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
+from lightning_peft.towers import vision
 from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
 from lightning_peft.towers.contexts import TextContext, graft_context, plain_layout
-from lightning_peft.towers.text_towers import STANDARD_DEVIATION, reads_end, text_tower, two_towers
+from lightning_peft.towers.plain_text import MovedBack, PlainContext, graft_plain, plain_text, text_blocks
+from lightning_peft.towers.text_towers import STANDARD_DEVIATION, reads_end, text_tower, two_towers, word_table
 
 Tower = Literal["text", "images"]
 
@@ -100,6 +103,18 @@ class ImagePrompt(Graft):
         return torch.cat([out, _of_batch(rows_in(self.call, "images", 0), out)], dim=1) if self.call.active else out
 
 
+class EnteringPrompt(ImagePrompt):
+    """Appends the rows of the first layer to the tokens of an image that go into its host."""
+
+    def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the tokens with the prompt, [B, T + n, d]."""
+        return super().after(x, host)
+
+    def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what the host gives."""
+        return out
+
+
 class WithoutPrompt(Graft):
     """Removes the last ``count`` tokens from the output of its host, the last block of a vision tower."""
 
@@ -111,22 +126,6 @@ class WithoutPrompt(Graft):
     def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Return the tokens without the prompt, [B, T, d]."""
         return out[:, : -self.count] if self.call.active else out
-
-
-def blocks_of(tower: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a tower."""
-    return list(tower.encoder.layers)  # type: ignore[union-attr, arg-type]
-
-
-def check_depth(tower: nn.Module, depth: int, argument: str) -> None:
-    """Check that a tower is as deep as its prompts.
-
-    Raises:
-        TuningError: it is not.
-    """
-    layers = len(blocks_of(tower))
-    if not 1 <= depth <= layers:
-        raise TuningError(f"{argument}={depth} is out of range: {type(tower).__name__} has {layers} layers.")
 
 
 def vision_tower(backbone: nn.Module, method: str) -> nn.Module:
@@ -145,36 +144,102 @@ def vision_tower(backbone: nn.Module, method: str) -> nn.Module:
     return tower
 
 
-def tower_width(tower: nn.Module) -> int:
-    """Return the hidden size of a tower."""
-    return tower.config.hidden_size  # type: ignore[union-attr, return-value]
+@dataclass(frozen=True)
+class Side:
+    """One of two towers.
+
+    Attributes:
+        module: the tower, or the model that it is in.
+        blocks: its blocks, in their order.
+        width: of its tokens.
+    """
+
+    module: nn.Module
+    blocks: tuple[nn.Module, ...]
+    width: int
+
+    def check_depth(self, depth: int, argument: str) -> None:
+        """Check that the tower is as deep as its prompts.
+
+        Raises:
+            TuningError: it is not.
+        """
+        layers = len(self.blocks)
+        if not 1 <= depth <= layers:
+            raise TuningError(f"{argument}={depth} is out of range: {type(self.module).__name__} has {layers} layers.")
+
+    def random_prompt(self, count: int) -> nn.Parameter:
+        """Return rows drawn from N(0, 0.02²), [n, d]."""
+        rows = torch.empty(count, self.width, dtype=torch.float32).normal_(std=STANDARD_DEVIATION)
+        return nn.Parameter(rows.to(self.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tower is."""
+        return placement.device_of(self.module)
 
 
-def random_prompt(tower: nn.Module, count: int) -> nn.Parameter:
-    """Return rows drawn from N(0, 0.02²) for a tower, [n, d]."""
-    rows = torch.empty(count, tower_width(tower), dtype=torch.float32).normal_(std=STANDARD_DEVIATION)
-    return nn.Parameter(rows.to(device_of(tower)))
+@dataclass(frozen=True)
+class TextSide(Side):
+    """The tower of texts, with its word table."""
+
+    table: nn.Embedding
 
 
-def device_of(tower: nn.Module) -> torch.device:
-    """Return where a tower is."""
-    return placement.device_of(tower)
+def text_side(backbone: nn.Module, method: str) -> TextSide:
+    """Return the tower of texts.
+
+    Raises:
+        TuningError: there is none.
+    """
+    plain = plain_text(backbone)
+    if plain is not None:
+        return TextSide(plain.model, text_blocks(plain), plain.table.embedding_dim, plain.table)
+    tower = text_tower(backbone, method)
+    return TextSide(tower, _blocks_of(tower), _width_of(tower), word_table(tower))
 
 
-def graft_prompts(model: nn.Module, prompts: Prompts, name: str, template: str, share_prefix: bool) -> None:
+def image_side(backbone: nn.Module, method: str) -> Side:
+    """Return the tower of images.
+
+    Raises:
+        TuningError: there is none of patch embeddings and blocks.
+    """
+    if plain_text(backbone) is not None:
+        found = vision.tower(backbone)
+        return Side(found.module, found.blocks, found.dim)
+    tower = vision_tower(backbone, method)
+    return Side(tower, _blocks_of(tower), _width_of(tower))
+
+
+def graft_prompts(backbone: nn.Module, prompts: Prompts, name: str, template: str, share_prefix: bool) -> None:
     """Attach the prompts and the grafts that put them into the layers of a two-tower model."""
-    call = attach(model, prompts, name).call
-    text, images = text_tower(model, name), vision_tower(model, name)
-    count = len(prompts.rows("text", 0))
-    context = TextContext(plain_layout(count), call, share_prefix=share_prefix, template=template)
-    graft_context(text, PromptTokens(call), context, name)
-    start = 1 if reads_end(text) else 0
+    plain = plain_text(backbone)
+    call = attach(two_towers(backbone) if plain is None else plain.model, prompts, name).call
+    text, images = text_side(backbone, name), image_side(backbone, name)
+    layout, start = plain_layout(len(prompts.rows("text", 0))), 1
+    if plain is None:
+        context = TextContext(layout, call, share_prefix=share_prefix, template=template)
+        graft_context(text.module, PromptTokens(call), context, name)
+        start = 1 if reads_end(text.module) else 0
+        attach(images.module.embeddings, ImagePrompt(call), name)  # type: ignore[arg-type]
+    else:
+        begun = PlainContext(layout, call)
+        graft_plain(plain, PromptTokens(call), begun, MovedBack(begun), name)
+        attach(vision.tower(backbone).embeddings, EnteringPrompt(call), f"{name}_start")
     for layer in range(1, len(prompts.text)):
-        attach(blocks_of(text)[layer], DeepPrompt(call, "text", layer, start), name)
-    attach(images.embeddings, ImagePrompt(call), name)  # type: ignore[arg-type]
+        attach(text.blocks[layer], DeepPrompt(call, "text", layer, start), name)
     for layer in range(1, len(prompts.projections) or len(prompts.images)):
-        attach(blocks_of(images)[layer], DeepPrompt(call, "images", layer), name)
-    attach(blocks_of(images)[-1], WithoutPrompt(len(prompts.rows("images", 0)), call), f"{name}_end")
+        attach(images.blocks[layer], DeepPrompt(call, "images", layer), name)
+    attach(images.blocks[-1], WithoutPrompt(len(prompts.rows("images", 0)), call), f"{name}_end")
+
+
+def _blocks_of(tower: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple(tower.encoder.layers)  # type: ignore[union-attr, arg-type]
+
+
+def _width_of(tower: nn.Module) -> int:
+    return tower.config.hidden_size  # type: ignore[union-attr, return-value]
 
 
 def rows_in(call: ContextCall, tower: Tower, layer: int) -> Tensor:

@@ -5,25 +5,37 @@ mask, and a norm of that width. What reads the end of a text looks for it in the
 norm the tokens are moved back by the length of the context that went in at the table.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core import anatomy, structure
+from lightning_peft.core import anatomy, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.host_copy import send
+from lightning_peft.core.meta_run import ran
 from lightning_peft.core.placement import has_values
 from lightning_peft.towers.context_tokens import ContextTokens
 from lightning_peft.towers.contexts import PlacedContext
+from lightning_peft.towers.plain_vision import noting, stacks
 
 
 class PlainText(NamedTuple):
-    """A text tower: the model that encodes texts by it, its word table, the norm at its end and its positions."""
+    """A text tower: the model that encodes texts by it, the module with its parts, and these.
+
+    Attributes:
+        model: encodes texts.
+        owner: has the word table, and what the features are projected by.
+        table: the word table.
+        norm: the last norm.
+        positions: how many there are.
+    """
 
     model: nn.Module
+    owner: nn.Module
     table: nn.Embedding
     norm: nn.LayerNorm
     positions: int
@@ -31,7 +43,7 @@ class PlainText(NamedTuple):
 
 def plain_text(backbone: nn.Module) -> PlainText | None:
     """Return the text tower in a model that is none of transformers, or None."""
-    models = [module for module in anatomy.without_grafts(backbone).values() if structure.encodes_pairs(module)]
+    models = [module for module in anatomy.without_grafts(backbone).values() if text_structure.encodes_pairs(module)]
     if not models:
         return None
     for owner in anatomy.without_grafts(models[-1]).values():
@@ -45,8 +57,40 @@ def plain_text(backbone: nn.Module) -> PlainText | None:
             norms = [child for child in children if isinstance(child, nn.LayerNorm)]
             norms = [norm for norm in norms if tuple(norm.normalized_shape) == (width,)]
             if positions and norms:
-                return PlainText(models[-1], table, norms[-1], positions[0])
+                return PlainText(models[-1], owner, table, norms[-1], positions[0])
     return None
+
+
+def text_blocks(tower: PlainText) -> tuple[nn.Module, ...]:
+    """Return the blocks that the tokens of a text go through, found by a run without numbers.
+
+    Raises:
+        TuningError: there are none whose input is [C, T, d].
+    """
+    calls: list[tuple[nn.Module, torch.Size]] = []
+    texts = torch.empty(2, tower.positions, dtype=torch.long, device="meta")
+    ran(_Texts(tower.model), texts, each=partial(noting, calls))
+    shape = (2, tower.positions, tower.table.embedding_dim)
+    seen = {module for module, given in calls if given == shape}
+    for blocks in stacks(tower.model):
+        if seen.issuperset(blocks):
+            return blocks
+    raise TuningError(
+        f"{type(tower.model).__name__} has no equal blocks that take the tokens of texts as [texts, tokens, width]: "
+        "take CoOp, which needs none."
+    )
+
+
+class _Texts(nn.Module):
+    """A model that is asked for the features of texts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, texts: Tensor) -> Tensor:
+        """Return the features, [C, p]."""
+        return text_structure.encoded_texts(self.model, texts)
 
 
 class PlainContext(PlacedContext):
@@ -75,14 +119,16 @@ class MovedBack(Graft):
 
     def __init__(self, context: PlainContext) -> None:
         super().__init__()
-        self.call, self.count = context.call, context.count
+        self.refer(context=context)
+
+    context: PlainContext
 
     def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Return the tokens moved to the left, [C, T, d]."""
-        return out.roll(-self.count, 1) if self.call.active else out
+        return out.roll(-self.context.count, 1) if self.context.call.active else out
 
 
-def graft_plain(tower: PlainText, tokens: ContextTokens, context: PlainContext, name: str) -> None:
+def graft_plain(tower: PlainText, tokens: ContextTokens, context: PlainContext, moved: MovedBack, name: str) -> None:
     """Attach the grafts of a context to a text tower.
 
     Raises:
@@ -97,7 +143,7 @@ def graft_plain(tower: PlainText, tokens: ContextTokens, context: PlainContext, 
     device = tower.table.weight.device
     attach(tower.table, context.to(device), f"{name}_text")
     attach(tower.table, tokens.to(device), name)
-    attach(tower.norm, MovedBack(context), name)
+    attach(tower.norm, moved, name)
 
 
 def _is_read_at_the_end(tower: PlainText) -> bool:
@@ -106,5 +152,5 @@ def _is_read_at_the_end(tower: PlainText) -> bool:
     ids[:, tower.positions // 2] = tower.table.num_embeddings - 1
     ids[1, tower.positions // 2 + 1 :] = 1
     with in_eval(tower.model):
-        one, other = structure.encoded_texts(tower.model, ids)
+        one, other = text_structure.encoded_texts(tower.model, ids)
     return torch.allclose(one, other, atol=1e-4, rtol=1e-3)

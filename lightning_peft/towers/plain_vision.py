@@ -38,7 +38,7 @@ class PlainTower(NamedTuple):
 def plain_tower(backbone: nn.Module) -> PlainTower | None:
     """Return the vision transformer in a backbone, or None."""
     modules = anatomy.without_grafts(backbone)
-    in_blocks = {module for blocks in _stacks(backbone) for block in blocks for module in block.modules()}
+    in_blocks = {module for blocks in stacks(backbone) for block in blocks for module in block.modules()}
     for path, conv in modules.items():
         if not isinstance(conv, (nn.Conv2d, nn.Conv3d)) or conv in in_blocks or conv.kernel_size[0] < 2:
             continue
@@ -68,7 +68,7 @@ def _of(owner: nn.Module, conv: nn.Conv2d | nn.Conv3d) -> PlainTower | None:
         return None
     tokens = math.prod(length // step for length, step in zip(size, conv.stride, strict=True))
     size = (conv.in_channels, *size) if frames is None else (frames, conv.in_channels, *size[1:])
-    for blocks in sorted(_stacks(owner), key=len, reverse=True):
+    for blocks in sorted(stacks(owner), key=len, reverse=True):
         calls: list[tuple[nn.Module, torch.Size]] = []
         image = torch.empty(2, *size, dtype=conv.weight.dtype, device="meta")
         ran(owner, image, each=partial(noting, calls))
@@ -86,7 +86,7 @@ def _of(owner: nn.Module, conv: nn.Conv2d | nn.Conv3d) -> PlainTower | None:
     return None
 
 
-def _stacks(module: nn.Module) -> list[tuple[nn.Module, ...]]:
+def stacks(module: nn.Module) -> list[tuple[nn.Module, ...]]:
     """Return the outermost rows of equal modules that attend."""
     found: dict[str, tuple[nn.Module, ...]] = {}
     for name, row in anatomy.without_grafts(module).items():

@@ -1,4 +1,4 @@
-"""CoOp in a two-tower model of open_clip's structure is what it is in transformers' CLIP of the same weights."""
+"""CoOp, KgCoOp, MaPLe and IVLP in a model of open_clip's structure are what they are in transformers' CLIP."""
 
 import copy
 
@@ -6,59 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import CoOp, KgCoOp, TuningError, collect, muted
+from lightning_peft import IVLP, CoOp, KgCoOp, MaPLe, Method, TuningError, collect, muted
 from lightning_peft.core.graft import grafts
 from lightning_peft.towers.plain_text import plain_text
 from tests.models import tiny
+from tests.towers.open_clip import OpenCLIP
 from tests.two_towers import written
 
 M = 3
-
-
-class Block(nn.Module):
-    """A block as open_clip writes it, with torch's own attention."""
-
-    def __init__(self, layer: nn.Module, dim: int, heads: int) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2, self.mlp = layer.layer_norm1, layer.layer_norm2, layer.mlp
-        self.attn, own = nn.MultiheadAttention(dim, heads, batch_first=True), layer.self_attn
-        with torch.no_grad():
-            for kind in ("weight", "bias"):
-                parts = [getattr(part, kind) for part in (own.q_proj, own.k_proj, own.v_proj)]
-                getattr(self.attn, f"in_proj_{kind}").copy_(torch.cat(parts))
-                getattr(self.attn.out_proj, kind).copy_(getattr(own.out_proj, kind))
-
-    def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False, attn_mask=attn_mask)[0]
-        return x + self.mlp(self.ln_2(x))
-
-
-class OpenCLIP(nn.Module):
-    """The text side of open_clip's ``CLIP``, with its names: https://github.com/mlfoundations/open_clip."""
-
-    def __init__(self, clip: nn.Module, pool: str = "argmax") -> None:
-        super().__init__()
-        text = copy.deepcopy(clip.text_model)
-        count, self.pool = clip.config.text_config.max_position_embeddings, pool
-        heads, dim = clip.config.text_config.num_attention_heads, clip.config.text_config.hidden_size
-        self.token_embedding, self.ln_final = text.embeddings.token_embedding, text.final_layer_norm
-        self.positional_embedding = nn.Parameter(text.embeddings.position_embedding.weight.detach().clone())
-        self.resblocks = nn.ModuleList(Block(layer, dim, heads) for layer in text.encoder.layers)
-        self.text_projection = nn.Parameter(clip.text_projection.weight.detach().t().clone())
-        self.logit_scale = nn.Parameter(clip.logit_scale.detach().clone())
-        self.register_buffer("attn_mask", torch.full((count, count), float("-inf")).triu(1), persistent=False)
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def encode_text(self, text: Tensor) -> Tensor:
-        x = self.token_embedding(text) + self.positional_embedding
-        for block in self.resblocks:
-            x = block(x, self.attn_mask)
-        x = self.ln_final(x)
-        x = x[torch.arange(len(x)), text.argmax(-1)] if self.pool == "argmax" else x[:, -1]
-        return x @ self.text_projection
 
 
 def models() -> tuple[nn.Module, OpenCLIP, Tensor]:
@@ -109,12 +64,62 @@ def test_it_is_found_below_a_module_and_has_room_for_so_much() -> None:
         own.encode_text(texts)
 
 
-@pytest.mark.parametrize(("method", "message"), [
-    (CoOp(), "does not read a text at its end"), (KgCoOp(), "no text tower like that of CLIP or SigLIP"),
-])  # fmt: skip
-def test_what_does_not_fit_is_refused(method: CoOp, message: str) -> None:
-    own = OpenCLIP(models()[0], pool="last" if type(method) is CoOp else "argmax")
-    with pytest.raises(TuningError, match=message):
+PROMPTS = (
+    MaPLe(init=None, depth=2),
+    MaPLe(init=None, depth=1, num_virtual_tokens=3),
+    IVLP(init=None, depth=2, image_depth=1),
+    KgCoOp(init=None, num_virtual_tokens=M, words=[10, 11]),
+)
+
+
+@pytest.mark.parametrize("method", PROMPTS, ids=lambda method: type(method).__name__)
+def test_prompts_in_both_towers_and_a_pulled_context_are_those_in_transformers(method: Method) -> None:
+    clip, own, texts = models()
+    image = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    twins = [copy.deepcopy(method), copy.deepcopy(method)]
+    with torch.no_grad():
+        before = own.encode_text(texts), own.encode_image(image)
+    for twin, model in zip(twins, (clip, own), strict=True):
+        twin.apply(model)
+    trained = [[p for p in model.parameters() if p.requires_grad] for model in (clip, own)]
+    errors = []
+    with torch.no_grad():
+        for one, other in zip(*trained, strict=True):
+            other.copy_(one.normal_())
+    expected = clip.get_text_features(texts).pooler_output, clip.get_image_features(image).pooler_output
+    found = own.encode_text(texts), own.encode_image(image)
+    for twin, model, features in zip(twins, (clip, own), (expected, found), strict=True):
+        penalty = twin.penalty(model)
+        errors.append(features[0].sum() + features[1].sum() + (0.0 if penalty is None else penalty))
+        errors[-1].backward()
+    torch.testing.assert_close([*found, errors[1]], [*expected, errors[0]], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found[0], before[0], atol=1e-2)
+    torch.testing.assert_close([p.grad for p in trained[1]], [p.grad for p in trained[0]], atol=1e-5, rtol=1e-4)
+    twins[1].remove(own)
+    with torch.no_grad():
+        assert torch.equal(own.encode_text(texts), before[0])
+        assert torch.equal(own.encode_image(image), before[1])
+
+
+class OtherProjection(OpenCLIP):
+    """Its features of texts go through one thing more."""
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        return super().encode_text(text).cumsum(-1)
+
+
+def test_a_pull_of_features_that_nobody_knows_is_refused_and_coop_is_not() -> None:
+    own = OtherProjection(models()[0]).eval()
+    with pytest.raises(TuningError, match=r"something else than a text_projection.* take CoOp"):
+        KgCoOp(init=None, num_virtual_tokens=M, words=[10]).apply(own)
+    assert not list(grafts(own))
+    CoOp(num_virtual_tokens=M).apply(own)
+
+
+@pytest.mark.parametrize("method", [CoOp(), MaPLe(init=None, depth=1)], ids=lambda method: type(method).__name__)
+def test_what_does_not_fit_is_refused(method: Method) -> None:
+    own = OpenCLIP(models()[0], pool="last")
+    with pytest.raises(TuningError, match="does not read a text at its end"):
         method.apply(own)
     assert not list(grafts(own))
     assert own.training

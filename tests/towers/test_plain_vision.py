@@ -8,6 +8,7 @@ from lightning_peft import L2P, VPT, TuningError
 from lightning_peft.core.meta_run import ran
 from lightning_peft.towers.plain_vision import plain_tower
 from tests.models import tiny
+from tests.towers.open_clip import OfImages
 
 P = 3
 
@@ -62,52 +63,6 @@ class PlainViT(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
-class OfPairs(nn.Module):
-    """The image side of CLIP with open_clip's names and torch's own attention."""
-
-    def __init__(self, vision: nn.Module) -> None:
-        super().__init__()
-        config = vision.config
-        dim = config.hidden_size
-        self.image_size = (config.image_size, config.image_size)
-        self.conv1 = nn.Conv2d(3, dim, config.patch_size, config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(vision.embeddings.class_embedding.detach().clone())
-        self.positional_embedding = nn.Parameter(vision.embeddings.position_embedding.weight.detach().clone())
-        self.ln_pre, self.ln_post = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.resblocks = nn.ModuleList(
-            Residual(layer, dim, config.num_attention_heads) for layer in vision.encoder.layers
-        )
-        self.conv1.load_state_dict(vision.embeddings.patch_embedding.state_dict())
-        self.ln_pre.load_state_dict(vision.pre_layrnorm.state_dict())
-        self.ln_post.load_state_dict(vision.post_layernorm.state_dict())
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x).flatten(2).transpose(1, 2)
-        x = torch.cat((self.class_embedding.expand(len(x), 1, -1), x), 1) + self.positional_embedding
-        x = self.ln_pre(x)
-        for block in self.resblocks:
-            x = block(x)
-        return self.ln_post(x[:, 0])
-
-
-class Residual(nn.Module):
-    def __init__(self, layer: nn.Module, dim: int, heads: int) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2, self.mlp, self.attn = layer.layer_norm1, layer.layer_norm2, layer.mlp, None
-        self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
-        own = layer.self_attn
-        with torch.no_grad():
-            for kind in ("weight", "bias"):
-                parts = [getattr(part, kind) for part in (own.q_proj, own.k_proj, own.v_proj)]
-                getattr(self.attn, f"in_proj_{kind}").copy_(torch.cat(parts))
-                getattr(self.attn.out_proj, kind).copy_(getattr(own.out_proj, kind))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.ln_2(x))
-
-
 def of_same_weights() -> tuple[nn.Module, PlainViT]:
     theirs, own = tiny("vit"), PlainViT(patch=tiny("vit").config.patch_size).eval()
     given = {f"vit.{n}": p for n, p in theirs.vit.named_parameters()} | dict(theirs.classifier.named_parameters())
@@ -153,7 +108,7 @@ def test_prompts_in_a_model_of_ones_own_are_those_in_transformers(arguments: dic
 def test_prompts_in_a_clip_of_other_names_are_those_in_transformers(deep: bool) -> None:
     """They go in before the first norm, as there."""
     theirs = tiny("clip").base_model
-    own = OfPairs(tiny("clip").base_model.vision_model).eval()
+    own = OfImages(tiny("clip").base_model.vision_model).eval()
     image = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         with_equal_prompts(theirs, own, deep=deep)

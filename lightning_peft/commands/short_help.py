@@ -50,6 +50,8 @@ def _lines(command: str, chosen: dict[str, str]) -> Iterator[str]:
     yield from _entry("--method METHOD", ", ".join(kinds["method"]))
     yield from _entry("--ckpt_path FILE", "the checkpoint to go on from" if command == "fit" else "the delta")
     yield from _entry("--seed_everything N", "of all that is random; 0")
+    if command == "fit":
+        yield from _entry("--lr_find true", "look for the factor of the learning rates first, on a copy of the model")
     for place, name in chosen.items():
         yield f"\nthe {_PLACES[place]} {name}, each as --{place}.NAME VALUE:"
         yield _wrapped(_with_defaults(name))

@@ -18,6 +18,7 @@ import lightning_peft
 from lightning_peft.commands import agreement, fail, lightning_words, refusal, sentence
 from lightning_peft.commands.config_files import ConfigFile
 from lightning_peft.commands.known_names import known_names, missing, names_at_hand
+from lightning_peft.commands.rate_finding import find_rates
 from lightning_peft.commands.values import check_seed, check_values
 from lightning_peft.commands.wording import one_sentence, unknown_word
 from lightning_peft.commands.yaml_check import is_file
@@ -87,6 +88,8 @@ class TuningCLI(LightningCLI):
         """Add the method, and the links between data and task."""
         self.callback_keys = parser.callback_keys
         parser.add_lightning_class_args(Method, "method", subclass_mode=True, required=False)
+        what = "of fit: try a hundred factors of the learning rates on a copy of the model first, and take the best"
+        parser.add_argument("--lr_find", type=bool, default=False, help=what)
         parser.link_arguments("model.init_args.model", "data.init_args.tokenizer")
         parser.link_arguments("model.init_args.model", "data.init_args.data.init_args.tokenizer")
         parser.link_arguments("model.init_args.model", "data.init_args.processor")
@@ -117,6 +120,17 @@ class TuningCLI(LightningCLI):
                 said = f"a class that is asked for cannot be built ({_reason(error)}): change its arguments, or install"
                 raise TuningError(lightning_words.said(error) or f"{said} what it needs.") from error
             raise
+
+    def before_fit(self) -> None:
+        """Look for learning rates, if that is asked for."""
+        if self.argument(self.config, "lr_find"):
+            find_rates(self.model, self.datamodule, self.trainer, self._sweeper)
+
+    def _sweeper(self, callbacks: list[Any], **own: Any) -> L.Trainer:
+        """Build another Trainer as the configuration says, with other callbacks and limits."""
+        given = {**self.argument(self.config_init, "trainer", default={}), **self._places()}  # a strategy is of one
+        with building():
+            return self.trainer_class(**{**given, **own, "callbacks": callbacks})
 
     def argument(self, config: Namespace, name: str, default: Any = None) -> Any:
         """Return an argument, whether or not it was given to a subcommand."""

@@ -73,7 +73,8 @@ def learning_rates(trainer: L.Trainer, module: L.LightningModule) -> dict[str, s
         methods = [m for _, _, tuning in tunings(module) for m in tuning.methods.values()]
         sources = "; ".join(f"{type(m).__name__}, {m.advised.source}" for m in methods) or EVERYTHING.source
         for part, given in (("delta", module.lr), ("head", module.head_lr)):
-            said[part] = f" (recommended: {sources})" if given is None else " (given)"
+            times = f", times {module.rate_scale:.2g} as found" if module.rate_scale != 1 else ""
+            said[part] = f" (recommended: {sources}{times})" if given is None else f" (given{times})"
     return {
         name: f"{rate:g}{said.get(name.partition(' at ')[0], '')}"
         for name, rate in rates_in(trainer.optimizers).items()

@@ -1,4 +1,4 @@
-"""Methods that change chosen linear layers, each by a graft of its own: such a method is a graft and its arguments."""
+"""Methods that change chosen layers, most of them linear, by grafts: such a method is a graft and its arguments."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,6 +33,8 @@ class LayerMethod(MergingMethod):
     layers: list[int] | None = None
 
     kind: ClassVar[str] = "weights"
+    hosts: ClassVar[tuple[type[nn.Module], ...]] = LINEAR
+    """The layers that patterns can name; those that are chosen without a name are linear."""
 
     def update(self, name: str, host: nn.Module) -> LayerUpdate:
         """Return the graft for a layer of this name.
@@ -45,7 +47,8 @@ class LayerMethod(MergingMethod):
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach an update to each chosen layer, or to the module that reads its weight without a call."""
         patterns = _query_and_value(backbone) if self.target_modules is None else self.target_modules
-        chosen = self.without_excluded(select.hosts(backbone, LINEAR, patterns, self.layers))
+        kinds = LINEAR if self.target_modules is None else self.hosts
+        chosen = self.without_excluded(select.hosts(backbone, kinds, patterns, self.layers))
         if not chosen:
             raise TuningError(
                 f"{type(self).__name__} is left no layer by target_modules={self.target_modules!r} and "

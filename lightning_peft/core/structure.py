@@ -208,6 +208,11 @@ def bias_of(module: nn.Module) -> Any:
     return getattr(module, "bias", None)
 
 
+def row_scale_of(table: nn.Module) -> Any:
+    """Return by what an embedding multiplies its rows: ``embed_scale`` of Gemma or BART in transformers, else 1."""
+    return getattr(table, "embed_scale", 1)
+
+
 def experts_of(module: nn.Module) -> set[int]:
     """Return how many experts a module may have by what it says: those of transformers have a ``num_experts``."""
     return {value for name, value in vars(module).items() if "expert" in name and type(value) is int}

@@ -34,7 +34,7 @@ class Part(NamedTuple):
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Return A [..., r, in] and B [..., out, r], with the scale in B; kernels are flattened."""
         a, b = (factor.detach() for factor in self.factors.factors())
-        if a.dim() == 4:
+        if self.factors.of_kernels:
             a, b = a.flatten(1), b.flatten(1)
         return a, b * self.factors.scale
 
@@ -98,10 +98,18 @@ def new_method(methods: Sequence[LoRA], parts: Mapping[str, list[Part]], rule: R
         alpha_pattern={name: float(rank) for name, rank in others.items()},
         target_modules="|".join(map(re.escape, parts)),
         layers=None,
-        exclude=None,
+        exclude=_excluded(methods),
         init="kaiming",
         svd_iterations=None,
     )
+
+
+def _excluded(methods: Sequence[LoRA]) -> str | None:
+    """Return a pattern of what each of the methods leaves out, as they may the head."""
+    patterns = list(dict.fromkeys(method.exclude for method in methods))
+    if None in patterns:
+        return None
+    return patterns[0] if len(patterns) == 1 else "".join(rf"(?=(?:{each})\Z)" for each in patterns) + ".*"
 
 
 @torch.no_grad()
@@ -111,7 +119,7 @@ def fill(new: Factors, parts: Sequence[Part], rule: Rule) -> float:
     if rule.how == "linear":
         _fill_with_means(new, parts)
         return 0.0
-    rank = new.A.shape[-2] if new.A.dim() < 4 else new.A.shape[0]
+    rank = new.rank
     if rule.is_sum:
         a, b = side_by_side([part.matrices() for part in parts], weights)
         matrix = None if a.shape[-2] <= rank else b @ a
@@ -138,9 +146,9 @@ def _fill_with_means(new: Factors, parts: Sequence[Part]) -> None:
 
 def _put(new: Factors, a: Tensor, b: Tensor) -> None:
     rank = a.shape[-2]
-    if new.A.dim() == 4:
+    if new.of_kernels:
         new.A[:rank] = a.view(rank, *new.A.shape[1:])
-        new.B.zero_()[:, :rank] = b.view(*b.shape, 1, 1) / new.scale
+        new.B.zero_()[:, :rank] = b.view(*b.shape, *[1] * (new.B.dim() - 2)) / new.scale
         return
     new.A[..., :rank, :] = a
     new.B.zero_()[..., :rank] = b / new.scale
@@ -150,7 +158,8 @@ def _rank(name: str, parts: Sequence[Part], rule: Rule, starts: bool) -> int:
     """Return the rank of what comes out for a matrix."""
     ranks = [part.rank for part in parts]
     a, b = parts[0].factors.A, parts[0].factors.B
-    limit = min(a.shape[1], b.shape[0]) if a.dim() == 4 else min(a.shape[-1], b.shape[-2])
+    kernels = parts[0].factors.of_kernels
+    limit = min(a.shape[1], b.shape[0]) if kernels else min(a.shape[-1], b.shape[-2])
     if rule.how == "linear":
         if len(set(ranks)) > 1 or starts:
             why = (
@@ -160,6 +169,11 @@ def _rank(name: str, parts: Sequence[Part], rule: Rule, starts: bool) -> int:
             )
             raise TuningError(f"{why} have no mean: take how='cat', which is the exact sum, or 'svd'.")
         return ranks[0]
+    if kernels and b.shape[1] != a.shape[0]:
+        raise TuningError(
+            f"{name} is a convolution of several groups, whose update is no matrix product, so there is no sum of rank "
+            "r: take how='linear', or leave one delta out."
+        )
     return min(limit, sum(ranks) if rule.how == "cat" else rule.r or max(ranks))
 
 

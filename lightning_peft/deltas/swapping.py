@@ -155,12 +155,9 @@ def _check(old: dict[str, Tensor], new: Factors, is_there: bool, where: str) -> 
         return
     if any(not tensor.isfinite().all() for tensor in old.values()):
         raise TuningError(f"{where} has NaN or infinity: its run diverged, so take an earlier file.")
-    dim = 0 if new.A.dim() == 4 else -2
-    rank = old["A"].shape[dim] * (2 if "A0" in old else 1)
-    if rank > new.A.shape[dim]:
-        raise TuningError(
-            f"{where} has rank {rank}, there is room for {new.A.shape[dim]}: load the first with max_r={rank}."
-        )
+    rank = old["A"].shape[new.rank_axes[0]] * (2 if "A0" in old else 1)
+    if rank > new.rank:
+        raise TuningError(f"{where} has rank {rank}, there is room for {new.rank}: load the first with max_r={rank}.")
 
 
 def _write(new: Factors, old: dict[str, Tensor], scale: float, target: Target, key: str) -> Callable[[], None]:
@@ -171,7 +168,7 @@ def _write(new: Factors, old: dict[str, Tensor], scale: float, target: Target, k
             new.m.copy_(like(new.m, old.get("m", neutral)))
         if old:
             a, b = old["A"], old["B"]
-            first, last = (0, 1) if a.dim() == 4 else (-2, -1)
+            first, last = new.rank_axes
             if "A0" in old:
                 a = torch.cat([a, a - old["A0"]], first)
                 b = torch.cat([b - old["B0"], old["B0"]], last)

@@ -17,7 +17,7 @@ from lightning_peft.deltas.low_rank_sums import part_of
 from lightning_peft.deltas.merging_rules import factors_of_rank
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.updates.layout import Layout
-from lightning_peft.updates.low_rank_layers import GRAFTS
+from lightning_peft.updates.low_rank_layers import CONVOLUTIONS, GRAFTS
 from lightning_peft.updates.targets import Target, all_targets
 
 
@@ -113,14 +113,14 @@ def _method(changes: Mapping[str, tuple[Target, Tensor]], r: int, name: str | No
 
 def _limit(target: Target, change: Tensor) -> int:
     """Return the greatest rank that a LoRA may have there; of a convolution that is less than its kernel could."""
-    return min(change.shape[:2] if isinstance(target.host, nn.Conv2d) else _matrix(target, change).shape[-2:])
+    return min(change.shape[:2] if isinstance(target.host, CONVOLUTIONS) else _matrix(target, change).shape[-2:])
 
 
 def _matrix(target: Target, change: Tensor) -> Tensor:
-    """Return a change as [..., out, in]; a kernel as [out, in kh kw]."""
+    """Return a change as [..., out, in]; a kernel as [out, in * prod(kernel)]."""
     if target.weight is not None:
         return Layout.of(target.host, target.weight).matrix(change)
-    if isinstance(target.host, nn.Conv2d):
+    if isinstance(target.host, CONVOLUTIONS):
         return change.flatten(1)
     return change if isinstance(target.host, nn.Linear) else change.t()
 
@@ -128,8 +128,7 @@ def _matrix(target: Target, change: Tensor) -> Tensor:
 def _put(target: Target, change: Tensor, key: str) -> float:
     """Give an update the values nearest to a change; return the share of the change that is lost."""
     new, matrix = part_of(target, key), _matrix(target, change).float()
-    rank = new.A.shape[0] if new.A.dim() == 4 else new.A.shape[-2]
-    a, b = factors_of_rank(matrix, rank)
+    a, b = factors_of_rank(matrix, new.rank)
     new.A.copy_(a.view(new.A.shape))
     new.B.copy_((b / new.scale).view(new.B.shape))
     return float((matrix - b @ a).norm() / matrix.norm())

@@ -18,4 +18,8 @@ def kinds_of(peft_type: str) -> dict[str, tuple[Kind, ...]]:
         return {}
     twin = TWINS[peft_type][1]
     plain: dict[str, Any] = {key: value for key, value in twin.defaults.items() if type(value) in BY_TYPE}
-    return {key: (BY_TYPE[type(plain[key])],) if key in twin.arguments.values() else () for key in plain}
+    words = {key: [word for _, word in twin.words.get(name, ())] for name, key in twin.arguments.items()}
+    return {
+        key: tuple(BY_TYPE[kind] for kind in dict.fromkeys(map(type, [value, *words[key]]))) if key in words else ()
+        for key, value in plain.items()
+    }

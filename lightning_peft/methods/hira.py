@@ -3,6 +3,9 @@
 A [r, in] is drawn and B [out, r] is zero at the start. Since W has full rank, so may have the update, though it has the
 parameters of a LoRA: rank(W ∘ B A) is up to rank(W) r.
 
+Where they are named, the rows of an embedding and the kernels of a convolution are multiplied in the same way: a row is
+a column of the matrix, as in HF PEFT, and a kernel a row of its entries.
+
 Source: Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR
 2025, section 3, https://openreview.net/forum?id=TwJrTz9cRS; there is no factor before the update.
 """
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.bases.layers import LayerMethod
+from lightning_peft.core import structure
 from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.quantized import dense
@@ -23,9 +27,10 @@ from lightning_peft.core.twin import Twin
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.in_place import without_autocast
-from lightning_peft.updates.layer_update import LayerUpdate
+from lightning_peft.updates.layer_update import LINEAR, LayerUpdate
 from lightning_peft.updates.low_rank import shape_of
 from lightning_peft.updates.low_rank_init import zero_update
+from lightning_peft.updates.low_rank_layers import CONVOLUTIONS
 
 Init = Literal["kaiming", "gaussian"]
 
@@ -44,11 +49,15 @@ class Hadamard(LayerUpdate):
 
     def __init__(self, host: nn.Module, r: int, dropout: float, init: Init) -> None:
         super().__init__(host)
-        out, inside = shape_of(host)
+        out, inside, *kernel = shape_of(host)
         self.dropout = dropout
-        self.A = nn.Parameter(torch.empty(r, inside, device=device_of(host)))
-        self.B = nn.Parameter(torch.empty(out, r, device=device_of(host)))
-        zero_update(init, self.A, self.B, inside)
+        self.A = nn.Parameter(torch.empty(r, inside, *kernel, device=device_of(host)))
+        self.B = nn.Parameter(torch.empty(out, r, *[1] * len(kernel), device=device_of(host)))
+        self.reset_parameters(init)
+
+    def reset_parameters(self, init: Init) -> None:
+        """Draw A and set B to zero."""
+        zero_update(init, self.A, self.B, self.A[0].numel(), len(self.A))
 
     def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
         """Return the output with the update, [..., out], in whose dtype the sum is rounded."""
@@ -70,6 +79,62 @@ class Hadamard(LayerUpdate):
         return torch.zeros_like(self.B) if name == "B" else None
 
 
+class HadamardConv(Hadamard):
+    """Adds the convolution with ``W ∘ (B A)``: A [r, in, *kernel], B [out, r, 1 ...]."""
+
+    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        """Return the output with the update, [..., out, *space]."""
+        if self.merged:
+            return out
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
+        assert isinstance(host, CONVOLUTIONS)
+        with without_autocast(self.A):
+            change = (host.weight * self._factors()).to(x.dtype)
+        # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/conv.py
+        return out + host._conv_forward(x, change, None).to(out.dtype)
+
+    def changed(self, weight: Tensor) -> Tensor:
+        """Return the kernels ``W ∘ (1 + B A)``."""
+        return weight * (1 + self._factors())
+
+    def _factors(self) -> Tensor:
+        """Return ``B A``, [out, in, *kernel]."""
+        return (self.B.flatten(1) @ self.A.flatten(1)).unflatten(1, self.A.shape[1:])
+
+
+class HadamardEmbedding(Hadamard):
+    """Multiplies the row of each id by ``1 + B A[:, id]``: A [r, num_embeddings], B [dim, r]."""
+
+    def reset_parameters(self, init: Init) -> None:
+        """Set A to zero and draw B from N(0, 1), whatever the init, as in HF PEFT."""
+        nn.init.zeros_(self.A)
+        nn.init.normal_(self.B)
+
+    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        """Return the rows with the update, [..., dim]; there is no input to drop."""
+        if self.merged:
+            return out
+        with without_autocast(self.A):
+            change = out * F.linear(F.embedding(x, self.A.t()), self.B)  # also where the table scales what it gives
+        return out + change.to(out.dtype)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the table as [dim, num_embeddings], and back."""
+        return weight.t()
+
+
+def _differs(host: nn.Module) -> str | None:
+    """Say why HF PEFT would compute something else for a layer."""
+    if isinstance(host, nn.Embedding) and structure.row_scale_of(host) != 1:
+        return "scales its rows, and PEFT leaves the update as it is"
+    if isinstance(host, CONVOLUTIONS) and host.groups > 1:
+        return f"has {host.groups} groups, and PEFT has it of one alone"
+    if isinstance(host, CONVOLUTIONS) and host.padding_mode != "zeros" and set(host.padding) != {0}:
+        return f"pads by {host.padding_mode!r}, and PEFT pads the update by zeros until it is merged"
+    return None
+
+
 @dataclass(eq=False, kw_only=True)
 class HiRA(LayerMethod):
     """Train a low-rank matrix for each chosen layer, by which its weight is multiplied entry by entry.
@@ -84,6 +149,7 @@ class HiRA(LayerMethod):
     dropout: float = rate(0.0)
     init: Init = choice("kaiming", "is no initial value of A")
 
+    hosts: ClassVar[tuple[type[nn.Module], ...]] = (*LINEAR, nn.Embedding, *CONVOLUTIONS)
     trains: ClassVar[str] = "low-rank factors of the entries of weight matrices, an update of high rank"
     paper: ClassVar[str] = "Huang et al. 2025, ICLR"
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout", "init"}
@@ -103,12 +169,19 @@ class HiRA(LayerMethod):
             "target_modules": None,
         },
         free=frozenset({"init_weights"}),
-        kinds=(nn.Linear, Conv1D),
+        kinds=(nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS),
+        parts={nn.Embedding: {"A": "hira_embedding_A", "B": "hira_embedding_B"}},
+        differs=_differs,
     )
 
     def update(self, name: str, host: nn.Module) -> Hadamard:
         """Return the factors of a layer."""
-        return Hadamard(host, self.r, self.dropout, self.init)
+        graft = Hadamard
+        if isinstance(host, nn.Embedding):
+            graft = HadamardEmbedding
+        elif isinstance(host, CONVOLUTIONS):
+            graft = HadamardConv
+        return graft(host, self.r, self.dropout, self.init)
 
 
 HiRAMixin = TunedBy[HiRA]

@@ -6,7 +6,8 @@ Source: Liu et al. 2022, arXiv 2205.05638, section 3.3. With a gated feed-forwar
 ``configs/ia3.json``) scales the linear branch ``wi_1``; we scale the input of W₂, which is the product of the branches
 and so the same, and which networks without a gate have as well. Of a fused projection only the keys and values are
 scaled (HF PEFT scales the queries of GPT-2 too); where its name does not tell their order (BLOOM, GPT-NeoX) all of it
-is, as by HF PEFT: a scaled query is a scaled key. Weight decay would pull l to 0, so it has none.
+is, as by HF PEFT: a scaled query is a scaled key. Weight decay would pull l to 0, so it has none. Channels of
+convolutions are scaled where these are named.
 """
 
 import re
@@ -29,15 +30,18 @@ from lightning_peft.core.reach import reached
 from lightning_peft.core.reads import may_overwrite, passed_by
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates import in_place
+from lightning_peft.updates.layer_update import LINEAR
+from lightning_peft.updates.low_rank_layers import CONVOLUTIONS
 from lightning_peft.updates.read_layer import ReadLayer
 
-_LINEAR = (nn.Linear, Conv1D)
+LAYERS = (*LINEAR, *CONVOLUTIONS)
+"""What patterns can name; the layers that are chosen without a name are linear."""
 _IN_ORDER = r"(?:.*\.)?(?:c_attn|qkv|Wqkv|qkv_proj|qkv_lin)"
 _QUERIES_APART = rf"q_attn|{select.ROLES['query']}"
 
 
 class Scaled(Folding):
-    """Multiplies features of a linear layer by a vector l, which is 1 at the start.
+    """Multiplies features of a layer, or channels of a convolution, by a vector l, which is 1 at the start.
 
     Args:
         size: number of features.
@@ -69,9 +73,11 @@ class ScaledOutput(Scaled):
         self.first, self.keeps_output = first, keeps_output
 
     def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the scaled output, [..., out]."""
+        """Return the scaled output, [..., out], of a convolution [..., out, *space]."""
         if self.merged:
             return out
+        if isinstance(host, CONVOLUTIONS):
+            return (out * _along(self.l, host)).to(out.dtype)
         if self.keeps_output and in_place.is_free(out, host, self, self.l):
             return in_place.rescale(out, None, self._whole(), None)
         return (out * self._whole()).to(out.dtype)
@@ -83,7 +89,7 @@ class ScaledOutput(Scaled):
     def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
         """Return the rows of the weight, or the bias, times l."""
         l = self._whole().to(value.dtype)  # noqa: E741
-        return value.mul_(l if name == "bias" or isinstance(host, Conv1D) else l[:, None])
+        return value.mul_(l if name == "bias" or isinstance(host, Conv1D) else l.view(-1, *[1] * (value.dim() - 1)))
 
 
 class ScaledInput(Scaled):
@@ -93,12 +99,15 @@ class ScaledInput(Scaled):
         super().__init__(_features(host)[1], device_of(host))
 
     def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the scaled input, [..., in], computed in fp32 and in the dtype of x."""
-        return x if self.merged else (x * self.l).to(x.dtype)
+        """Return the scaled input, [..., in] or [..., in, *space], computed in fp32 and in the dtype of x."""
+        return x if self.merged else (x * _along(self.l, host)).to(x.dtype)
 
     def fold(self, name: str, value: Tensor, host: nn.Module) -> Tensor:
         """Return the columns of the weight times l."""
         l = self.l.to(value.dtype)  # noqa: E741
+        if isinstance(host, CONVOLUTIONS):  # the outputs of each group see the inputs of theirs
+            rows = l.view(host.groups, -1).repeat_interleave(host.out_channels // host.groups, 0)
+            return value.mul_(rows.view(*rows.shape, *[1] * len(host.kernel_size)))
         return value.mul_(l[:, None] if isinstance(host, Conv1D) else l)
 
 
@@ -107,9 +116,9 @@ class IA3(MergingMethod):
     """Train vectors that rescale keys, values and the hidden layer of the feed-forward network.
 
     Args:
-        target_modules: linear layers whose output is scaled: suffixes of module names, or one regex for the whole name;
-            None: the key and value projections, or the keys and values of the fused one.
-        feedforward_modules: linear layers whose input is scaled; None: the second of each feed-forward network.
+        target_modules: layers, linear or convolutions, whose output is scaled: suffixes of module names, or one regex
+            for the whole name; None: the key and value projections, or the keys and values of the fused one.
+        feedforward_modules: layers whose input is scaled; None: the second of each feed-forward network.
         layers: indices of the blocks to tune, negative ones from the end; None: all.
         backbone_mode: whether dropout of the frozen backbone is active in training.
     """
@@ -134,7 +143,7 @@ class IA3(MergingMethod):
             inputs = {name: host for name, host in inputs.items() if name in kept}
         if not outputs and not inputs:
             if self.target_modules is None and self.exclude is None:
-                select.by_role(backbone, ["key", "value"], _LINEAR)  # says what is missing
+                select.by_role(backbone, ["key", "value"], LINEAR)  # says what is missing
             raise TuningError(
                 "IA3 is left nothing to scale: name target_modules or feedforward_modules, or exclude less."
             )
@@ -168,23 +177,23 @@ class IA3(MergingMethod):
     def _keys_and_values(self, backbone: nn.Module) -> dict[str, nn.Module]:
         if self.target_modules == []:
             return {}
-        patterns = self.target_modules
-        if patterns is None:
-            try:
-                patterns = select.by_role(backbone, ["key", "value"], _LINEAR)
-            except TuningError:  # a network without attention
-                return {}
-        return self.without_excluded(select.hosts(backbone, _LINEAR, patterns, self.layers))
+        if self.target_modules is not None:
+            return self.without_excluded(select.hosts(backbone, LAYERS, self.target_modules, self.layers))
+        try:
+            patterns = select.by_role(backbone, ["key", "value"], LINEAR)
+        except TuningError:  # a network without attention
+            return {}
+        return self.without_excluded(select.hosts(backbone, LINEAR, patterns, self.layers))
 
     def _feed_forward(self, backbone: nn.Module) -> dict[str, nn.Module]:
         if self.feedforward_modules == []:
             return {}
         if self.feedforward_modules is not None:
-            return self.without_excluded(select.hosts(backbone, _LINEAR, self.feedforward_modules, self.layers))
+            return self.without_excluded(select.hosts(backbone, LAYERS, self.feedforward_modules, self.layers))
         blocks = [name for entries in anatomy.blocks(backbone).values() for name, _ in entries]
         ends = [place.name for block in blocks for place in sublayers.ends(backbone, block, "ffn", read=True)]
         try:
-            every = select.hosts(backbone, _LINEAR, "all-linear", self.layers)
+            every = select.hosts(backbone, LINEAR, "all-linear", self.layers)
         except TuningError:  # none are linear
             return {}
         return self.without_excluded({name: every[name] for name in ends if name in every})
@@ -193,10 +202,17 @@ class IA3(MergingMethod):
 IA3Mixin = TunedBy[IA3]
 
 
+def _along(scale: Tensor, host: nn.Module) -> Tensor:
+    """Return factors in a shape that the input or output of a layer broadcasts."""
+    return scale.view(-1, *[1] * len(host.kernel_size)) if isinstance(host, CONVOLUTIONS) else scale
+
+
 def _features(host: nn.Module) -> tuple[int, int]:
-    """Return (out, in); the weight of a quantised layer may be packed."""
+    """Return (out, in), of features or channels; the weight of a quantised layer may be packed."""
     if isinstance(host, nn.Linear):
         return host.out_features, host.in_features
+    if isinstance(host, CONVOLUTIONS):
+        return host.out_channels, host.in_channels
     inside, out = host.weight.shape  # type: ignore[misc]
     return out, inside
 

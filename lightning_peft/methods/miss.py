@@ -5,10 +5,13 @@ shared by all of them. So ``W' = W + [Dᵀ Dᵀ ...]``: the update has rank r, o
 
 Source: Kang & Yin 2024, arXiv 2409.15371, section 3 (called Bone in its first versions). Where r does not divide the
 input HF PEFT pads it; here it is refused, since the last features would then share their rows with fewer others.
+
+With ``form="bat"``, the authors' block affine transformation, W is cut into r by r blocks W_ij, each of which becomes
+``W_ij + W_ij D_i + D_i``: D [out / r, r, r] has as many entries, and the update depends on W and may have full rank.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +19,13 @@ from torch import Tensor, nn
 
 from lightning_peft.bases.layers import LayerMethod, check_divides
 from lightning_peft.core.arguments import natural, rate
+from lightning_peft.core.errors import TuningError
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.quantized import dense
 from lightning_peft.core.twin import Twin
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
+from lightning_peft.updates.in_place import without_autocast
 from lightning_peft.updates.layer_update import LayerUpdate
 from lightning_peft.updates.low_rank import shape_of
 
@@ -56,16 +62,57 @@ class Shards(LayerUpdate):
         return torch.zeros_like(self.D)
 
 
+class Blocks(LayerUpdate):
+    """Changes each block of r by r numbers of a weight: ``W_ij + W_ij D_i + D_i``.
+
+    Args:
+        host: the layer.
+        r: size of a block [features].
+    """
+
+    comes_first = True  # what is added before it is no part of the weight that it multiplies, but would be once folded
+
+    def __init__(self, host: nn.Module, r: int) -> None:
+        super().__init__(host)
+        self.D = nn.Parameter(torch.zeros(shape_of(host)[0] // r, r, r, device=device_of(host)))
+
+    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        """Return the output with the update, [..., out], in whose dtype the sum is rounded."""
+        if self.merged:
+            return out
+        with without_autocast(self.D):
+            change = self._change(self.matrix(dense(host)))
+        return out + F.linear(x, change.to(x.dtype)).to(out.dtype)
+
+    def changed(self, weight: Tensor) -> Tensor:
+        """Return the weight with each of its blocks changed."""
+        return weight + self._change(weight)
+
+    def neutral(self, host: nn.Module, name: str) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(self.D)
+
+    def _change(self, weight: Tensor) -> Tensor:
+        """Return ``W_ij D_i + D_i`` for the blocks of a weight [out, in], in fp32 or more."""
+        r = self.D.shape[-1]
+        blocks = weight.unflatten(0, (-1, r)).unflatten(2, (-1, r)).transpose(1, 2)  # [out / r, in / r, r, r]
+        wide = self.D.to(torch.promote_types(weight.dtype, torch.float32)).unsqueeze(1)
+        return (blocks.to(wide.dtype) @ wide + wide).transpose(1, 2).reshape(weight.shape)
+
+
 @dataclass(eq=False, kw_only=True)
 class MiSS(LayerMethod):
     """Train one matrix for each chosen layer, which all shards of its input share.
 
     Args:
         r: size of a shard [features], which must divide the input of each layer; also the rank of the update.
+        form: 'shards', or 'bat': r by r blocks of the weight, times and plus a matrix, for which r must divide the
+            output of each layer, too.
         dropout: dropout rate on the input of the update.
     """
 
     r: int = natural(64)
+    form: Literal["shards", "bat"] = "shards"
     dropout: float = rate(0.0)
 
     trains: ClassVar[str] = "one matrix for each layer, which shards of its input share"
@@ -74,7 +121,7 @@ class MiSS(LayerMethod):
     twin: ClassVar[Twin | None] = Twin(
         peft_type="MISS",
         tensors={"D": "miss_block"},
-        arguments={"r": "r", "dropout": "miss_dropout"},
+        arguments={"r": "r", "form": "init_weights", "dropout": "miss_dropout"},
         defaults={
             "bias": "none",
             "exclude_modules": None,
@@ -86,12 +133,22 @@ class MiSS(LayerMethod):
             "r": 64,
             "target_modules": None,
         },
+        words={"form": (("shards", True), ("shards", False), ("bat", "bat"))},
     )
 
-    def update(self, name: str, host: nn.Module) -> Shards:
-        """Return the shared matrix of a layer."""
-        check_divides("r", self.r, shape_of(host)[1], f"is the input of {name}")
-        return Shards(host, self.r, self.dropout)
+    def update(self, name: str, host: nn.Module) -> Shards | Blocks:
+        """Return the shared matrix of a layer, or those of its blocks."""
+        out, inside = shape_of(host)
+        check_divides("r", self.r, inside, f"is the input of {name}")
+        if self.form == "shards":
+            return Shards(host, self.r, self.dropout)
+        check_divides("r", self.r, out, f"is the output of {name}")
+        if self.dropout:
+            raise TuningError(
+                f"dropout={self.dropout} drops the input of an update, and form='bat' changes the weight itself: take "
+                "dropout=0.0."
+            )
+        return Blocks(host, self.r)
 
 
 MiSSMixin = TunedBy[MiSS]

@@ -8,6 +8,8 @@ Source: Qiu et al. 2023, arXiv 2306.07280, section 4, which turns the output; Qi
 section 4, which turns the input, so that a step multiplies vectors by matrices and no matrices by each other, and takes
 the first terms of the Neumann series in place of the inverse (``use_cayley_neumann``), by which R is nearly orthogonal;
 as in their code and in HF PEFT, Q has the other sign there.
+An embedding that is named has its rows turned, as in HF PEFT. With ``coft`` (constrained OFT, section 4) a Q of a norm
+above ``eps / sqrt(blocks)`` is scaled to it before it is used and, in training, for good, as in HF PEFT.
 What is computed is ``x + (R - I) x``, so that a small turn is not lost in the rounding of R.
 """
 
@@ -18,37 +20,41 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.bases.layers import LayerMethod, check_divides
-from lightning_peft.core.arguments import bounded
+from lightning_peft.core.arguments import bounded, natural, positive
+from lightning_peft.core.errors import TuningError
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.twin import Twin
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.in_place import without_autocast
-from lightning_peft.updates.layer_update import LayerUpdate
+from lightning_peft.updates.layer_update import LINEAR, LayerUpdate
 from lightning_peft.updates.low_rank import shape_of
 
 
-class Rotation(LayerUpdate):
-    """Turns the input of a layer, block by block.
+class Turn(LayerUpdate):
+    """An orthogonal matrix of blocks.
 
     Args:
         host: the layer.
         size: of a block, b [features].
         terms: of the Neumann series; None: the exact inverse.
+        count: how many blocks have a turn of their own; 1: all have the same.
+        most: the greatest norm of Q; None: any.
     """
 
     above: Tensor
 
-    def __init__(self, host: nn.Module, size: int, terms: int | None) -> None:
+    def __init__(self, host: nn.Module, size: int, terms: int | None, count: int, most: float | None = None) -> None:
         super().__init__(host)
-        self.size, self.terms = size, terms
+        self.size, self.terms, self.most = size, terms, most
         device = device_of(host)
         rows, columns = torch.triu_indices(size, size, 1, device=device)
         self.register_buffer("above", rows * size + columns, persistent=False)
-        self.Q = nn.Parameter(torch.zeros(shape_of(host)[1] // size, size * (size - 1) // 2, device=device))
+        self.Q = nn.Parameter(torch.zeros(count, size * (size - 1) // 2, device=device))
 
     def turn(self) -> Tensor:
-        """Return ``R - I`` of each block, [in / b, b, b], by which rows of features are multiplied."""
-        half = self.Q.new_zeros(len(self.Q), self.size**2).index_copy(1, self.above, self.Q)
+        """Return ``R - I`` of each block, [in / b, b, b] or [1, b, b], by which rows of features are multiplied."""
+        entries = self.Q if self.most is None else self._bounded(self.most)
+        half = self.Q.new_zeros(len(self.Q), self.size**2).index_copy(1, self.above, entries)
         half = half.unflatten(1, (self.size, self.size))
         q = half - half.mT
         if self.terms is None:
@@ -59,19 +65,49 @@ class Rotation(LayerUpdate):
             total = total + 2 * power
         return total + power @ q
 
+    def turned(self, x: Tensor) -> Tensor:
+        """Return rows of features that are turned, [..., in]."""
+        with without_autocast(self.Q):
+            blocks = x.unflatten(-1, (-1, self.size))
+            turn = self.turn().to(x.dtype).expand(blocks.shape[-2], -1, -1)
+            return x + torch.einsum("...kb,kbc->...kc", blocks, turn).flatten(-2)
+
+    def _bounded(self, most: float) -> Tensor:
+        """Return the entries of Q scaled to a norm of ``most`` where they have more, in training for good."""
+        trains = torch.is_grad_enabled() and self.Q.requires_grad
+        with torch.no_grad():
+            norm = 2**0.5 * torch.linalg.vector_norm(self.Q, dim=1, keepdim=True)  # each entry stands in Q twice
+            share = (most / norm).clamp(max=1)
+            if not trains:
+                return self.Q * share
+            self.Q.mul_(share)
+        return self.Q
+
+
+class Rotation(Turn):
+    """Turns the input of a layer."""
+
     def before(self, host: nn.Module, x: Tensor) -> Tensor:
         """Return the turned input, [..., in]."""
-        return x if self.merged else self._turned(x).to(x.dtype)
+        return x if self.merged else self.turned(x).to(x.dtype)
 
     def changed(self, weight: Tensor) -> Tensor:
         """Return ``W Rᵀ``."""
         blocks = weight.unflatten(-1, (-1, self.size))
-        return weight + torch.einsum("okc,kbc->okb", blocks, self.turn().to(weight.dtype)).flatten(-2)
+        turn = self.turn().to(weight.dtype).expand(blocks.shape[-2], -1, -1)
+        return weight + torch.einsum("okc,kbc->okb", blocks, turn).flatten(-2)
 
-    def _turned(self, x: Tensor) -> Tensor:
-        with without_autocast(self.Q):
-            blocks, turn = x.unflatten(-1, (-1, self.size)), self.turn()
-            return x + torch.einsum("...kb,kbc->...kc", blocks, turn.to(x.dtype)).flatten(-2)
+
+class RowRotation(Turn):
+    """Turns the rows of an embedding."""
+
+    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        """Return the turned rows, [..., dim]."""
+        return out if self.merged else self.turned(out).to(out.dtype)
+
+    def changed(self, weight: Tensor) -> Tensor:
+        """Return the table with its rows turned, ``W R``."""
+        return self.turned(weight)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -79,23 +115,39 @@ class OFT(LayerMethod):
     """Train an orthogonal matrix of blocks for each chosen layer, by which its input is turned.
 
     Args:
-        block_size: size b of a block [features], which must divide the input of each layer.
+        block_size: size b of a block [features], which must divide the input of each layer; None: what num_blocks says.
+        num_blocks: how many blocks each layer has, which must divide its input; None: what block_size says.
+        block_share: whether the blocks of a layer have one turn together.
+        coft: whether Q is kept small, so that nothing turns far.
+        eps: how small.
         use_cayley_neumann: invert by the first terms of a series, which is faster where blocks are large; the matrix is
             then orthogonal up to the rest of the series.
         num_cayley_neumann_terms: how many terms.
     """
 
-    block_size: int = bounded(32, "is no size of a block", at_least=2)
+    block_size: int | None = bounded(32, "is no size of a block", at_least=2)
+    num_blocks: int | None = natural(None)
+    block_share: bool = False
+    coft: bool = False
+    eps: float = positive(6e-5)
     use_cayley_neumann: bool = False
     num_cayley_neumann_terms: int = bounded(5, at_least=4)
 
+    hosts: ClassVar[tuple[type[nn.Module], ...]] = (*LINEAR, nn.Embedding)
     trains: ClassVar[str] = "orthogonal matrices that turn the inputs of layers"
     paper: ClassVar[str] = "Qiu et al. 2023, arXiv 2306.07280; 2025, arXiv 2506.19847"
     twin: ClassVar[Twin | None] = Twin(
         peft_type="OFT",
         tensors={"Q": "oft_R.weight"},
+        parts={nn.Embedding: {"Q": "oft_embedding_R.weight"}},
+        kinds=(nn.Linear, nn.Embedding),
+        words={"block_size": ((None, 0),), "num_blocks": ((None, 0),)},
         arguments={
             "block_size": "oft_block_size",
+            "num_blocks": "r",
+            "block_share": "block_share",
+            "coft": "coft",
+            "eps": "eps",
             "use_cayley_neumann": "use_cayley_neumann",
             "num_cayley_neumann_terms": "num_cayley_neumann_terms",
         },
@@ -116,13 +168,33 @@ class OFT(LayerMethod):
             "target_modules": None,
             "use_cayley_neumann": True,
         },
-        free=frozenset({"eps", "init_weights"}),
+        free=frozenset({"init_weights", "module_dropout"}),  # PEFT 0.21 drops no block
     )
 
-    def update(self, name: str, host: nn.Module) -> Rotation:
-        """Return the turn of a layer's input."""
-        check_divides("block_size", self.block_size, shape_of(host)[1], f"is the input of {name}")
-        return Rotation(host, self.block_size, self.num_cayley_neumann_terms if self.use_cayley_neumann else None)
+    def update(self, name: str, host: nn.Module) -> Turn:
+        """Return the turn of a layer's input, or of the rows of an embedding."""
+        embeds = isinstance(host, nn.Embedding)
+        width = shape_of(host)[0 if embeds else 1]
+        size = self._size(width, f"is the {'width' if embeds else 'input'} of {name}")
+        count = 1 if self.block_share else width // size
+        terms = self.num_cayley_neumann_terms if self.use_cayley_neumann else None
+        return (RowRotation if embeds else Rotation)(
+            host, size, terms, count, self.eps / count**0.5 if self.coft else None
+        )
+
+    def _size(self, width: int, whose: str) -> int:
+        """Return the size of a block of so many features."""
+        if (self.block_size is None) is (self.num_blocks is None):
+            raise TuningError(
+                f"block_size={self.block_size} and num_blocks={self.num_blocks} say how large a block is: give one of "
+                "them, and None for the other."
+            )
+        if self.block_size is not None:
+            check_divides("block_size", self.block_size, width, whose)
+            return self.block_size
+        assert self.num_blocks is not None
+        check_divides("num_blocks", self.num_blocks, width, whose)
+        return width // self.num_blocks
 
 
 OFTMixin = TunedBy[OFT]

@@ -43,7 +43,7 @@ class TokenRows(Graft):
     def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
         """Return the embeddings, [..., d]."""
         place = torch.searchsorted(self.ids, x.contiguous()).clamp(max=len(self.ids) - 1)
-        rows = F.embedding(place, self.rows).to(out.dtype) * getattr(host, "embed_scale", 1)
+        rows = F.embedding(place, self.rows).to(out.dtype) * structure.row_scale_of(host)
         return torch.where((self.ids[place] == x).unsqueeze(-1), rows, out)
 
     def neutral(self, host: nn.Module, name: str) -> Tensor:

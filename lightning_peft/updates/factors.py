@@ -77,7 +77,7 @@ class Factors(Movable):
 
     def reset_parameters(self, init: Init) -> None:
         """Give A and B values whose product is zero."""
-        zero_update(init, self.A, self.B, self.A.shape[-1])
+        zero_update(init, self.A, self.B, self.A.shape[-1], self.rank)
 
     @torch.no_grad()
     def begin(self, rows: Tensor) -> None:
@@ -93,6 +93,16 @@ class Factors(Movable):
             return self.A, self.B
         along_a, along_b = self.rank_axes
         return torch.cat([self.A, self.A - self.A0], along_a), torch.cat([self.B - self.B0, self.B0], along_b)
+
+    @property
+    def rank(self) -> int:
+        """The rank of A and B."""
+        return int(self.A.shape[self.rank_axes[0]])
+
+    @property
+    def of_kernels(self) -> bool:
+        """Whether the update is one of a convolution's kernels."""
+        return self.rank_axes == (0, 1)
 
     def neutral_of(self, name: str, weight: Tensor) -> Tensor | None:
         """Return zeros for B and B₀, the norms of the rows of the weight for m, and None for A and A₀."""

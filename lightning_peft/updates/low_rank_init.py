@@ -12,18 +12,19 @@ OF_THE_WEIGHT = ("pissa", "olora")
 
 
 @torch.no_grad()
-def zero_update(kind: Init, a: Tensor, b: Tensor, fan_in: int) -> None:
+def zero_update(kind: Init, a: Tensor, b: Tensor, fan_in: int, r: int) -> None:
     """Draw A and set B to zero.
 
     Args:
         kind: ``gaussian``: A from N(0, 1/r²), as in HF PEFT; else A from U(-1/sqrt(in), 1/sqrt(in)), which those of
             data replace.
-        a: [..., r, in].
-        b: [..., out, r].
+        a: [..., r, in], of kernels [r, in, *kernel].
+        b: [..., out, r], of kernels [out, r, 1 ...].
         fan_in: size of the input of A.
+        r: rank of the update.
     """
     if kind == "gaussian":
-        a.normal_(std=1 / b.shape[-1] if b.dim() < 4 else 1 / b.shape[1])
+        a.normal_(std=1 / r)
     else:
         a.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
     b.zero_()

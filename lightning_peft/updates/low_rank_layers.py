@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.core import structure
 from lightning_peft.updates.factors import row_ratio
 from lightning_peft.updates.low_rank import LowRank
 from lightning_peft.updates.low_rank_init import Init, zero_update
@@ -20,7 +21,7 @@ _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.co
 class LowRankEmbedding(LowRank):
     """Adds ``scale * B A[:, id]`` to the output of an embedding: A [r, num_embeddings], B [dim, r].
 
-    An embedding that scales its rows (``embed_scale`` of Gemma or BART in transformers) scales the update alike.
+    An embedding that scales its rows scales the update alike.
     """
 
     splits: Mapping[int, Mapping[str, int]] = {}
@@ -35,7 +36,7 @@ class LowRankEmbedding(LowRank):
         a, b = self.factors()
         assert isinstance(host, nn.Embedding)
         padding = host.padding_idx  # its row has no gradient in the table either
-        return F.linear(F.embedding(x, a.t(), padding), b) * getattr(host, "embed_scale", 1)
+        return F.linear(F.embedding(x, a.t(), padding), b) * structure.row_scale_of(host)
 
     def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor) -> bool:
         return False
@@ -75,7 +76,7 @@ class LowRankConv(LowRank):
 
     def reset_parameters(self, init: Init) -> None:
         """Give A and B values whose product is zero."""
-        zero_update(init, self.A, self.B, self.A[0].numel())
+        zero_update(init, self.A, self.B, self.A[0].numel(), self.rank)
 
     def added(self, x: Tensor, host: nn.Module) -> Tensor:
         """Return the convolution with A, at the host's stride, padding and dilation, and then with B."""

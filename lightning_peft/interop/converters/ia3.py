@@ -1,5 +1,9 @@
-"""IA3: ``ia3_l`` of each layer, [out, 1] where its output is scaled and [1, in] where its input is."""
+"""IA3: ``ia3_l`` of each layer, [out, 1] where its output is scaled and [1, in] where its input is.
 
+Of a convolution it is [1, channels, 1 ...] in both cases, and the configuration alone says which.
+"""
+
+import math
 import re
 from typing import Any, ClassVar
 
@@ -9,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.core import anatomy
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.pattern import pattern
 from lightning_peft.interop.converters.base import (
     Converter,
     Exported,
@@ -20,10 +25,12 @@ from lightning_peft.interop.converters.base import (
 )
 from lightning_peft.interop.names import Names, selection
 from lightning_peft.methods.ia3 import ScaledOutput
+from lightning_peft.updates.layer_update import LINEAR
 from lightning_peft.updates.low_rank import shape_of
 
 PART = "ia3_l"
-_KINDS = (nn.Linear, Conv1D)
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+_KINDS = (*LINEAR, *_CONVOLUTIONS)
 
 
 class IA3Converter(Converter):
@@ -38,13 +45,17 @@ class IA3Converter(Converter):
         inputs = []
         for place in places(model, method):
             l = place.graft.get_parameter("l").detach()  # noqa: E741
-            out, inside = shape_of(place.host)
-            if isinstance(place.graft, ScaledOutput):
-                vector = torch.cat([l.new_ones(out - len(l)), l]).view(out, 1)
-            else:
+            outward = isinstance(place.graft, ScaledOutput)
+            shape = _shape(place.host, outward)
+            if shape is None:
+                raise TuningError(
+                    f"PEFT has IA3 of linear layers and of Conv2d and Conv3d, and {place.path} is a "
+                    f"{type(place.host).__name__}: exclude it, or merge."
+                )
+            if not outward:
                 inputs.append(place.path)
-                vector = l.view(1, inside)
-            exported.layers[place.path] = {PART: vector}
+            missing = math.prod(shape) - len(l)  # the queries of a fused projection
+            exported.layers[place.path] = {PART: torch.cat([l.new_ones(missing), l]).view(shape)}
             exported.delta |= graft_tensors(place)
         targets, ends = selection(exported.layers, names.modules), selection(inputs, names.modules)
         found = [name for name in exported.layers if name.endswith(tuple(ends))]  # as PEFT does, and no whole parts
@@ -58,21 +69,26 @@ class IA3Converter(Converter):
         return exported
 
     def arguments(self, parts: Parts, names: Names) -> dict[str, Any]:
-        """Return the layers whose outputs and whose inputs are scaled, by the shapes of the vectors."""
+        """Return the layers whose outputs and whose inputs are scaled."""
         outputs: list[str] = []
         inputs: list[str] = []
         for name, tensors in parts.layers.items():
             host = names.modules.get(name)
             if not isinstance(host, _KINDS) or tensors.keys() != {PART}:
-                raise TuningError(f"{parts.source} has {', '.join(tensors)} of {name}: IA3 here scales linear layers.")
-            out, inside = shape_of(host)
-            shape = list(tensors[PART].shape)
-            if shape not in ([out, 1], [1, inside]):
                 raise TuningError(
-                    f"{parts.source} has {PART} of {name} in shape {shape}, and this layer makes it {[out, 1]} or "
-                    f"{[1, inside]}: it was made for another base."
+                    f"{parts.source} has {', '.join(tensors)} of {name}: a layer of IA3 is linear or a convolution and "
+                    f"has {PART}."
                 )
-            (outputs if shape == [out, 1] else inputs).append(name)
+            shape = list(tensors[PART].shape)
+            convolves = isinstance(host, _CONVOLUTIONS)
+            outward = not _is_inward(parts, name) if convolves else shape == _shape(host, True)
+            if shape != _shape(host, outward):
+                both = dict.fromkeys(str(_shape(host, way)) for way in ((outward,) if convolves else (True, False)))
+                raise TuningError(
+                    f"{parts.source} has {PART} of {name} in shape {shape}, and this layer makes it "
+                    f"{' or '.join(both)}: it was made for another base."
+                )
+            (outputs if outward else inputs).append(name)
         if not parts.layers:
             raise TuningError(f"{parts.source} has no tensor of IA3: take another copy of the adapter.")
         check_complete(parts, names, _KINDS)
@@ -83,3 +99,19 @@ class IA3Converter(Converter):
     def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
         """Return the vectors by the names of the grafts."""
         return {delta_name(place, "l"): parts.layers[place.path][PART].flatten() for place in places(model, method)}
+
+
+def _shape(host: nn.Module, outward: bool) -> list[int] | None:
+    """Return the shape of the vector that scales the output of a layer, or its input; None: PEFT has none."""
+    if isinstance(host, _CONVOLUTIONS):
+        return [1, host.out_channels if outward else host.in_channels, *[1] * len(host.kernel_size)]
+    if not isinstance(host, LINEAR):
+        return None
+    out, inside = shape_of(host)
+    return [out, 1] if outward else [1, inside]
+
+
+def _is_inward(parts: Parts, name: str) -> bool:
+    """Tell whether PEFT scales the input of a layer: the ends of names, as there, and no whole parts."""
+    ends, called = parts.config["feedforward_modules"] or [], parts.called.get(name, name)
+    return pattern(ends).fullmatch(called) if isinstance(ends, str) else called.endswith(tuple(ends))

@@ -12,6 +12,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Grafted
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, places, refuse
 from lightning_peft.interop.converters.lora_targets import (
+    add_biases,
     called_in,
     check_layers,
     check_parts,
@@ -28,7 +29,7 @@ from lightning_peft.updates.low_rank_weights import LowRankWeights
 
 _WITHOUT_TWIN = (
     *("layer_replication", "alora_invocation_tokens", "use_bdlora"),
-    *("use_qalora", "lora_bias", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+    *("use_qalora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
     "megatron_config",
 )
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -121,6 +122,9 @@ class LoRAConverter(Converter):
         called = {target: called_in(parts, target, names.modules.get(target)) for target in found}
         ranks = {target: value_of(config["rank_pattern"], called[target], config["r"]) for target in found}
         alphas = {t: value_of(config["alpha_pattern"], called[t], config["lora_alpha"]) for t in found}
+        if config["lora_bias"]:
+            scale = {t: alphas[t] / (math.sqrt(ranks[t]) if config["use_rslora"] else ranks[t]) for t in found}
+            add_biases(parts, names, {key: scale[target] for target, (key, _) in found.items()})
         for target, (key, shape) in found.items():
             check_parts(parts, key, file_shapes(shape, ranks[target], config["use_dora"]), ranks[target])
         candidates = [n for n in {*names.modules, *names.tensors} if n not in head and f"{n}.weight" not in head]
@@ -138,6 +142,8 @@ class LoRAConverter(Converter):
         own = {f"{target}.bias" for target in found}
         if any(name in own or (config["bias"] == "all" and name.endswith(".bias")) for name in names.tensors):
             arguments["bias"] = config["bias"]  # of which PEFT says nothing where there are none
+            if config["lora_bias"] and config["bias"] == "none":
+                arguments["bias"] = "lora_only"
         return arguments
 
     def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:

@@ -121,6 +121,30 @@ def check_parts(parts: Parts, key: str, shapes: Mapping[str, tuple[int, ...]], r
             )
 
 
+def add_biases(parts: Parts, names: Names, scales: Mapping[str, float]) -> None:
+    """Add the biases of updates (``lora_bias``) to those of their layers, which is what they compute.
+
+    Args:
+        parts: the adapter, in which the biases of the layers become tensors that it replaces.
+        names: of the model.
+        scales: layer -> by what its update is multiplied.
+
+    Raises:
+        TuningError: a layer has none, or one of another shape.
+    """
+    for layer, scale in scales.items():
+        change = parts.layers.get(layer, {}).pop("lora_B.bias", None)
+        own = names.tensors.get(f"{layer}.bias")
+        if change is None or own is None or change.shape != own.shape:
+            shapes = [None if tensor is None else list(tensor.shape) for tensor in (change, own)]
+            raise TuningError(
+                f"{parts.source} uses lora_bias=True, and the update of {layer} has a bias of shape {shapes[0]}, the "
+                f"layer one of {shapes[1]}, to which it would be added here: train it without."
+            )
+        name = names.first[id(own)]
+        parts.in_place[name] = parts.in_place.get(name, own.detach().cpu()) + scale * change
+
+
 def _shape(host: nn.Module) -> tuple[int, ...]:
     """Return the shape of a layer's weight, with a mark before that of an embedding or a convolution."""
     if isinstance(host, nn.Embedding):

@@ -48,9 +48,11 @@ class TwinConverter(Converter):
                     f"{place.path} ({type(place.host).__name__}) is not: exclude it, or merge."
                 )
             tensors = place.graft.state_dict()
-            exported.layers[place.path] = {part: tensors[name] for name, part in self.twin.tensors.items()}
+            _check_equal(self.twin, place.path, place.host)
+            parts = self.twin.parts_of(place.host)
+            exported.layers[place.path] = {part: tensors[name] for name, part in parts.items()}
             exported.delta |= graft_tensors(place)
-        exported.config = {key: vars(method)[name] for name, key in self.twin.arguments.items()}
+        exported.config = {key: self.twin.theirs(name, vars(method)[name]) for name, key in self.twin.arguments.items()}
         exported.config["target_modules"] = selection(exported.layers, names.modules)
         if "fan_in_fan_out" in self.twin.defaults:
             exported.config["fan_in_fan_out"] = any(isinstance(place.host, Conv1D) for place in places(model, method))
@@ -65,30 +67,46 @@ class TwinConverter(Converter):
                     f"{parts.source} uses {key}={config[key]!r}, which has no twin here: train it with "
                     f"{key}={default!r}, or merge it with PEFT."
                 )
-        wanted = set(twin.tensors.values())
         for name, tensors in parts.layers.items():
-            if not isinstance(names.modules.get(name), twin.kinds) or tensors.keys() != wanted:
+            host = names.modules.get(name)
+            wanted = set(twin.parts_of(host).values())
+            if not isinstance(host, twin.kinds) or tensors.keys() != wanted:
                 raise TuningError(
                     f"{parts.source} has {', '.join(tensors)} of {name}: a layer of {self.peft_type} is "
                     f"{' or '.join(kind.__name__ for kind in twin.kinds)} and has {', '.join(sorted(wanted))}."
                 )
+            _check_equal(twin, name, host)
         if not parts.layers:
             raise TuningError(f"{parts.source} has no tensor of {self.peft_type}: take another copy of the adapter.")
         check_complete(parts, names, twin.kinds)
         head = set(anatomy.said_head_names(names.model) or [])
-        linear = [n for n, m in names.modules.items() if isinstance(m, LINEAR) and f"{n}.weight" not in head]
-        arguments = {name: config[key] for name, key in twin.arguments.items()}
-        return arguments | {"target_modules": selection(parts.layers, linear)}
+        kinds = (*LINEAR, *twin.kinds)
+        layers = [n for n, m in names.modules.items() if isinstance(m, kinds) and f"{n}.weight" not in head]
+        arguments = {name: twin.ours(name, config[key]) for name, key in twin.arguments.items()}
+        return arguments | {"target_modules": selection(parts.layers, layers)}
 
     def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
         """Return the tensors by the names of the grafts."""
         filled = {
             delta_name(place, name): parts.layers[place.path][part]
             for place in places(model, method)
-            for name, part in self.twin.tensors.items()
+            for name, part in self.twin.parts_of(place.host).items()
         }
         method.expect(model, filled)
         return filled
+
+
+def _check_equal(twin: Twin, name: str, host: nn.Module) -> None:
+    """Check that PEFT computes the same for a layer.
+
+    Raises:
+        TuningError: it does not.
+    """
+    why = twin.differs(host)
+    if why is not None:
+        raise TuningError(
+            f"{name} ({type(host).__name__}) {why}, so {twin.peft_type} of it differs: exclude it, or merge."
+        )
 
 
 def twin_converters() -> tuple[Converter, ...]:

@@ -30,7 +30,7 @@ from lightning_peft.updates.in_place import without_autocast
 from lightning_peft.updates.layer_update import LINEAR, LayerUpdate
 from lightning_peft.updates.low_rank import shape_of
 from lightning_peft.updates.low_rank_init import zero_update
-from lightning_peft.updates.low_rank_layers import CONVOLUTIONS
+from lightning_peft.updates.low_rank_layers import CONVOLUTIONS, through
 
 Init = Literal["kaiming", "gaussian"]
 
@@ -91,8 +91,7 @@ class HadamardConv(Hadamard):
         assert isinstance(host, CONVOLUTIONS)
         with without_autocast(self.A):
             change = (host.weight * self._factors()).to(x.dtype)
-        # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/conv.py
-        return out + host._conv_forward(x, change, None).to(out.dtype)
+        return out + through(host, x, change).to(out.dtype)
 
     def changed(self, weight: Tensor) -> Tensor:
         """Return the kernels ``W ∘ (1 + B A)``."""

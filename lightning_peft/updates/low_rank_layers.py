@@ -84,8 +84,7 @@ class LowRankConv(LowRank):
         a, b = (factor.to(x.dtype) for factor in self.factors())
         convolve = _CONVOLVE[a.dim() - 2]
         if self.groups == 1:
-            # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/conv.py
-            return convolve(host._conv_forward(x, a, None), b)
+            return convolve(through(host, x, a), b)
         padding = host.padding
         if host.padding_mode != "zeros":
             x = F.pad(x, _sides(host), mode=host.padding_mode)
@@ -113,6 +112,12 @@ class LowRankConv(LowRank):
         if self.m is None:
             return value
         return value.mul_(row_ratio(self.m.flatten(), value.flatten(1)).view(-1, *[1] * (value.dim() - 1)))
+
+
+def through(host: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, kernel: Tensor) -> Tensor:
+    """Return what a convolution would give with another kernel and without a bias."""
+    # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/conv.py
+    return host._conv_forward(x, kernel, None)
 
 
 def _sides(host: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import datasets
 import transformers
 from rich.console import Console
 
-from lightning_peft.commands import controls, fail, fitting
+from lightning_peft.commands import controls, fail, fitting, grid
 from lightning_peft.commands.method_words import name_of
 from lightning_peft.commands.trials import Result, Trial, Trials, best_scale, scales_of
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.storage import atomic
-from lightning_peft.reports import comparison
+from lightning_peft.reports import comparison, overview
 from lightning_peft.reports.page import page
 from lightning_peft.reports.plots import plot
 from lightning_peft.reports.rows import write_rows
@@ -50,21 +50,43 @@ def parser() -> Words:
         allow_abbrev=False,
     )
     words.add_argument("--methods", nargs="+", required=True, help="LoRA, 'LoRA(r=4)', 'LoRA + BitFit' ...")
+    words.add_argument("--models", nargs="+", help="a comparison with each of these models, and scores by their size")
+    words.add_argument("--over", nargs="+", help="an argument and its values, each with a comparison: data.seed 1 2")
     words.add_argument("--seeds", type=int, default=3, help="how many seeds each method is scored with")
     words.add_argument("--rates", type=int, default=3, help="how many learning rates each method may choose from")
     words.add_argument("--budget", default=None, help="the time that all runs may take together: 90m, 2h")
     words.add_argument("--folder", type=Path, default=Path("runs/compare"), help="where runs and tables are kept")
     words.add_argument("--controls", action="store_true", help="add each method on random weights, on shuffled labels")
     words.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
+    words.set_defaults(trials=None)
     return words
 
 
 def compare(arguments: Sequence[str]) -> None:
-    """Run what is missing, and write the table."""
+    """Run what is missing, and write the table; of a grid, one for each point and one over all."""
     given, words = parser().parse_known_args(list(arguments))
     for name in ("seeds", "rates", "jobs"):
         if vars(given)[name] < 1:
             raise TuningError(f"--{name} {vars(given)[name]} is out of range: take 1 or more.")
+    given.trials = given.folder / "trials"
+    points = grid.points(given)
+    if not points:
+        compare_at(given, words)
+        return
+    be_silent()
+    columns = []
+    for point in points:
+        own = argparse.Namespace(**vars(given) | {"folder": point.folder(given.folder)})
+        here = [*words, *point.words]
+        columns.append(point.column(fitting.size_of(here)))
+        columns[-1].entries, metric = compare_at(own, here)
+    told = overview.write(given.folder, columns)
+    Console(soft_wrap=True, highlight=False, markup=False).print(told, end="")
+    draw(given.folder, overview.result_rows(columns, metric))
+
+
+def compare_at(given: argparse.Namespace, words: Sequence[str]) -> tuple[list[comparison.Entry], str]:
+    """Run what is missing with one configuration, write its table, and return its entries and the score that counts."""
     spawn = multiprocessing.get_context("spawn")
     others = [spawn.Process(target=runs, args=(given, words)) for _ in range(given.jobs - 1)]
     for other in others:
@@ -77,16 +99,22 @@ def compare(arguments: Sequence[str]) -> None:
     entries = comparison.entries_of(results, fitting.higher_is_better(monitor))
     metric = monitor.removeprefix("val_")
     comparison.write(given.folder, entries, given.seeds, {"metric": metric, "seeds": given.seeds})
-    file = given.folder / "results.csv"
-    file.unlink(missing_ok=True)
-    write_rows(file, comparison.result_rows(entries, metric))
+    pictures = draw(given.folder, comparison.result_rows(entries, metric))
     if entries:
-        pictures = plot(str(file), str(given.folder / "pictures")) if find_spec("matplotlib") else []
         with atomic(given.folder / "page.html") as temporary:
             temporary.write_text(page(comparison.rows_of(entries, given.seeds), metric, pictures), encoding="utf-8")
     _say(given.folder, entries, given.seeds, metric, [name for name, own in results.items() if not own])
     for sentence in controls.findings(results):
         Console(soft_wrap=True, highlight=False, markup=False).print(sentence)
+    return entries, metric
+
+
+def draw(folder: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
+    """Write rows of results anew, and draw their pictures if there is something to draw with."""
+    file = folder / "results.csv"
+    file.unlink(missing_ok=True)
+    write_rows(file, rows)
+    return plot(str(file), str(folder / "pictures")) if rows and find_spec("matplotlib") else []
 
 
 def runs(given: argparse.Namespace, words: Sequence[str]) -> tuple[dict[str, list[Result]], str]:
@@ -100,7 +128,7 @@ def runs(given: argparse.Namespace, words: Sequence[str]) -> tuple[dict[str, lis
     if isinstance(task, HeadClassification) and not any(method.startswith("LinearProbe") for method in methods):
         methods.append(name_of(PROBE))
     identity = hashlib.sha256(text.encode()).hexdigest()
-    trials = Trials(given.folder / "trials", identity, partial(_told, words, task.monitor), budget)
+    trials = Trials(given.trials or given.folder / "trials", identity, partial(_told, words, task.monitor), budget)
     higher = fitting.higher_is_better(task.monitor)
     results = {name: trials.all_of([Trial(name, 1.0, 0, 1.0, True)]) or [] for name in fitting.untrained(task)}
     for method in methods:

@@ -122,6 +122,11 @@ def describe(words: Sequence[str]) -> tuple[Task, str]:
     return cli.model, cli.parser.dump(cli.config, skip_none=False)
 
 
+def size_of(words: Sequence[str]) -> int:
+    """Return how many parameters the model of a configuration has, before any method."""
+    return sum(parameter.numel() for parameter in describe(words)[0].backbone.parameters())
+
+
 def untrained(task: Task) -> list[str]:
     """Return the rows of a table that train nothing, for a task."""
     return [NEAREST] if isinstance(task, TextClassification) else [ZERO_SHOT] if isinstance(task, TwoTowerTask) else []

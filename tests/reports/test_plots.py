@@ -67,6 +67,12 @@ EXAMPLES: dict[str, Rows] = {
     "accuracy_against_depth": [
         {"method": "VPT", "metric": "accuracy", "prompt_depth": n, "value": 0.5 + n / 100} for n in (1, 2, 3)
     ],
+    "score_against_size": [
+        {"method": m, "seed": s, "metric": "f1", "backbone_parameters": n, "value": v + n / 1e7 + s / 10}
+        for m, v in (("LoRA", 0.6), ("BitFit", 0.3))
+        for s in (0, 1)
+        for n in (100_000, 1_000_000)
+    ],
     "coverage": [{"method": "DAPL", "metric": "coverage", "epoch": e, "value": e / 4} for e in range(4)],
     **{
         f"score_against_{name}": [
@@ -168,6 +174,15 @@ def test_a_method_stands_at_its_mean_score_and_cost(tmp_path: Path, figures: lis
     assert axis.get_ylabel() == "f1"
     points = [(bars[0].get_xdata()[0], round(bars[0].get_ydata()[0], 6)) for bars in axis.containers]
     assert points == [(500, 0.65), (0, 0.35)]
+
+
+def test_any_score_is_drawn_along_the_sizes_of_models(tmp_path: Path, figures: list[Figure]) -> None:
+    rows = [*EXAMPLES["score_against_size"], {"metric": "val_f1", "value": 0.1, "epoch": 0, "backbone_parameters": 7}]
+    plot(str(write_rows(tmp_path / "rows.csv", rows)), str(tmp_path))
+    axis = figures[0].axes[0]
+    assert (axis.get_ylabel(), axis.get_xscale()) == ("f1", "log")
+    assert lines(axis) == {"LoRA": [0.66, 0.75], "BitFit": [0.36, 0.45]}
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["0.1", "1"]
 
 
 def test_bars_are_as_high_as_the_accuracies(tmp_path: Path, figures: list[Figure]) -> None:

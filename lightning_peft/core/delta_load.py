@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,18 @@ def load_delta(module: nn.Module, path: str | Path, allow_other_backbone: bool =
     Raises:
         TuningError: the file is no whole delta, or was made for another backbone, method or set of tensors.
     """
-    module = unwrapped(module)
-    tensors, meta = read_delta(path)
-    tensors = fitted(module, tensors, meta, str(path), allow_other_backbone)
+    fill(unwrapped(module), *read_delta(path), str(path), allow_other_backbone)
+
+
+def fill(
+    module: nn.Module, tensors: dict[str, Tensor], meta: dict[str, Any], source: str, allow_other_backbone: bool = False
+) -> None:
+    """Put what was read of a file into a module, after all checks.
+
+    Raises:
+        TuningError: it was made for another backbone, method or set of tensors.
+    """
+    tensors = fitted(module, tensors, meta, source, allow_other_backbone)
     live = {canonical(name): tensor for name, tensor in module.state_dict().items()}
     with torch.no_grad():
         for name, tensor in tensors.items():

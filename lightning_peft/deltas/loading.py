@@ -1,7 +1,10 @@
 """Loads a delta file under a name beside other deltas, with its methods, and swaps one for another."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +16,11 @@ from lightning_peft.core.delta_fit import check_backbones, fitted
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.run import canonical, selected, unwrapped
 from lightning_peft.core.sharded import like
-from lightning_peft.core.tuning import Tuning
+from lightning_peft.core.tuning import Tuning, tunings
 from lightning_peft.deltas.named_files import Content, content_of, renamed, with_stand_ins
 from lightning_peft.deltas.newcomer import newcomer
 from lightning_peft.deltas.swapping import fits, slot, swap
+from lightning_peft.training.method import Method
 from lightning_peft.training.rebuild import methods_of
 
 
@@ -29,8 +33,8 @@ def load_delta(
 ) -> None:
     """Load a delta file (safetensors or a checkpoint) into ``module``.
 
-    Without a name the methods of the module must be those of the file. Under a name that the backbone does not have,
-    the file brings its methods along; the delta computes from then on, alone: `activate` lets others compute with it.
+    Without a name the methods of the module must be those of the file; a module without any gets them. So does a
+    backbone under a name that it does not have: that delta computes from then on, alone; `activate` lets others, too.
     Under a name that is there, it takes the place of that delta, in the same tensors, so that a compiled model runs on:
     a LoRA may have another scale, a lower rank and fewer layers than it finds there. All is checked before any changes.
 
@@ -44,23 +48,41 @@ def load_delta(
     Raises:
         TuningError: the file is no whole delta, or was made for another backbone, method or set of tensors.
     """
-    if name is None:
-        if max_r is not None:
-            raise TuningError(f"max_r={max_r} is for a delta under a name: give name=, too.")
-        delta_load.load_delta(module, path, allow_other_backbone)
-        return
+    if name is None and max_r is not None:
+        raise TuningError(f"max_r={max_r} is for a delta under a name: give name=, too.")
     module = unwrapped(module)
     tensors, meta = read_delta(path)
+    if name is None:
+        with _with_methods(module, meta):
+            delta_load.fill(module, tensors, meta, str(path), allow_other_backbone)
+        return
     content = renamed(content_of(tensors, meta, name, str(path)), name)
     backbone = select.backbone_of(module, None)
     tuning = Tuning.of(backbone)
-    if tuning is not None and tuning.of_delta(name):
-        _fill(module, backbone, content, name, str(path), allow_other_backbone)
-        return
-    with newcomer(backbone, name):
-        for method in methods_of({"methods": [entry | {"backbone": ""} for entry in content.meta["methods"]]}):
+    is_there = tuning is not None and tuning.of_delta(name)
+    with nullcontext() if is_there else newcomer(backbone, name):
+        entries = [] if is_there else [entry | {"backbone": ""} for entry in content.meta["methods"]]
+        for method in methods_of({"methods": entries}):
             (method if max_r is None else slot(method, max_r)).apply(module)
         _fill(module, backbone, content, name, str(path), allow_other_backbone)
+
+
+@contextmanager
+def _with_methods(module: nn.Module, meta: Mapping[str, Any]) -> Iterator[None]:
+    """Give a module that has no methods those of a file; on any error they are gone again."""
+    done: list[Method] = []
+    try:
+        if next(tunings(module), None) is None:
+            paths = dict(module.named_modules())
+            for method in methods_of(meta):
+                method.backbone = method.backbone if method.backbone in paths else None
+                method.apply(module)
+                done.append(method)
+        yield
+    except BaseException:
+        for method in reversed(done):
+            method.remove(module)
+        raise
 
 
 def _fill(

@@ -113,8 +113,13 @@ class Adapter(Method):
     def _indices(self, backbone: nn.Module) -> dict[str, int]:
         """Return the name of each block that gets an adapter with its index in its list."""
         lists = anatomy.blocks(backbone)
+        if not lists and self.target_modules is not None and not self.leave_out and isinstance(self.bottleneck, int):
+            return {}
         if not lists:
-            raise TuningError(f"{type(backbone).__name__} has no list of blocks, so there is no place for adapters.")
+            raise TuningError(
+                f"{type(backbone).__name__} has no list of blocks to find the places of adapters in: name linear "
+                "layers with target_modules=, and leave leave_out= and a list of bottleneck= out."
+            )
         longest = max(len(entries) for entries in lists.values())
         for layer in self.leave_out:
             if not -longest <= layer < longest:
@@ -154,7 +159,7 @@ class Adapter(Method):
         inside = {
             name: module
             for name, module in anatomy.without_grafts(backbone).items()
-            if _block_of(indices, name) is not None
+            if (not indices or _block_of(indices, name) is not None)
             and (self.cross_attention or not any(select.has_role(p, "cross_attention") for p in _parts(name)))
         }
         if self.target_modules is not None:
@@ -162,7 +167,8 @@ class Adapter(Method):
             for pattern, names in select.match(linears, self.target_modules).items():
                 if not names:
                     raise TuningError(
-                        f"{pattern!r} matches no linear layer in the blocks of {type(backbone).__name__}"
+                        f"{pattern!r} matches no linear layer {'in the blocks ' if indices else ''}of "
+                        f"{type(backbone).__name__}"
                         f"{select.near(pattern, linears)}."
                     )
                 for name in names:

@@ -17,6 +17,7 @@ from lightning_peft import (
     TuningError,
     collect,
     from_delta,
+    list_deltas,
     load_delta,
     merge,
     read_delta,
@@ -26,7 +27,7 @@ from lightning_peft.core.delta_file import FORMAT, META, write_delta
 from lightning_peft.core.delta_load import complete
 from lightning_peft.core.fingerprint import fingerprint, same_weights
 from lightning_peft.core.run import canonical
-from tests.contract import assert_near, assert_same, copy_of, frozen_names, output, shake
+from tests.contract import assert_near, assert_same, copy_of, frozen_names, output, shake, snapshot
 from tests.models import KINDS, tiny
 
 
@@ -185,11 +186,27 @@ def file(tmp_path: Path) -> Path:
         (lambda: tuned(method=LoRA(r=2, use_rslora=True)), "use_rslora=False of LoRA"),
         (lambda: tuned(method=LoRA(r=2, layers=[0])), r"layers=None of LoRA, which is \[0\] here"),
         (lambda: tuned(method=BitFit()), "was trained with LoRA, but BitFit is applied here"),
-        (lambda: tiny("bert"), "was trained with LoRA, but no method is applied here"),
     ],
 )
 def test_another_module_is_refused(file: Path, other, message: str) -> None:
     assert_refused(other(), file, message)
+
+
+def test_a_module_without_a_method_gets_that_of_the_file(file: Path) -> None:
+    model = tiny("bert")
+    load_delta(model, file)
+    assert_same(copy_of(collect(model)), load_file(file))
+    around = nn.ModuleDict({"net": tiny("bert")})
+    load_delta(around, file)
+    assert [(delta.backbone, delta.methods) for delta in list_deltas(around)] == [("net", ("LoRA",))]
+
+
+def test_a_method_of_a_file_that_does_not_fit_is_gone_again(file: Path) -> None:
+    model = tiny("distilbert")
+    before = snapshot(model, "distilbert")
+    with pytest.raises(TuningError, match="not on DistilBert"):
+        load_delta(model, file)
+    assert_same(before, snapshot(model, "distilbert"))
 
 
 def test_another_backbone_may_be_allowed(file: Path) -> None:

@@ -309,3 +309,22 @@ def test_a_feed_forward_sublayer_without_a_module_has_nothing_beside_it() -> Non
     )
     with pytest.raises(TuningError, match="no module around its feed-forward sublayer"):
         Adapter(form="parallel").apply(hf.OPTModel(config))
+
+
+def test_a_module_without_a_list_of_blocks_has_those_that_are_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    with pytest.raises(TuningError, match=r"no list of blocks .*: name linear layers with target_modules="):
+        Adapter().apply(model)
+    with pytest.raises(TuningError, match=r"no list of blocks .*, and leave leave_out= and a list of bottleneck= out"):
+        Adapter(target_modules=["2"], leave_out=[0]).apply(model)
+    with pytest.raises(TuningError, match=r"'1' matches no linear layer of Sequential"):
+        Adapter(target_modules=["1"]).apply(model)
+    x = torch.ones(2, 4)
+    before = model(x)
+    Adapter(target_modules=["0"], bottleneck=M, zero_up=True).apply(model)
+    assert (
+        sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 8 * M + M + 8 + 27
+    )  # and the last layer, the head
+    assert torch.equal(model(x), before)
+    shake(model)
+    assert not torch.equal(model(x), before)

@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_peft.core import computed_weights, generating, placement
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.pipeline import forward_of
-from lightning_peft.core.private_torch import Movable, is_compiled, output_hooks
+from lightning_peft.core.private_torch import Movable, is_compiled, note_last, output_hooks
 from lightning_peft.core.switch import Switch
 
 G = TypeVar("G", bound="Graft")
@@ -190,9 +190,7 @@ class Grafted(NamedTuple, Generic[G]):
 
 
 def attach(host: nn.Module, graft: G, name: str) -> G:
-    """Register ``graft`` as the child ``name`` of ``host``, in the host's mode, and join its computation.
-
-    Inside of `owned_by` the graft belongs to that method.
+    """Register ``graft`` as the child ``name`` of ``host``, in the host's mode, and join its computation (`owned_by`).
 
     Raises:
         TuningError: the host has something of that name, is compiled (and ignores hooks), or lacks a parameter.
@@ -214,6 +212,7 @@ def attach(host: nn.Module, graft: G, name: str) -> G:
     _surround(host)
     if overrides(graft, "after"):
         graft._handles.append(host.register_forward_hook(graft._on_output, with_kwargs=True))
+        note_last(host)
     for child in host.children():  # every `after` sees the weights that the host has run with
         if isinstance(child, Graft) and overrides(child, "weight"):
             child._leave_last(host)

@@ -9,6 +9,8 @@ def stated_image_size(model: nn.Module) -> tuple[int, int] | None:
     """Return the height and width [pixels] of images that some module of a model says it takes."""
     for module in (structure.config_of(model), *model.modules()):
         size = structure.setting(module, "img_size", "image_size", "input_resolution")
+        if size is None and structure.setting(module, "patch_size"):  # as LayoutLMv3's configuration has it
+            size = structure.setting(module, "input_size")
         pair = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
         if len(pair) == 2 and all(isinstance(number, int) for number in pair):
             return pair

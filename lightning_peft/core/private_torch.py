@@ -42,6 +42,17 @@ def drop_hooks(module: nn.Module, keep: Callable[[Callable[..., Any]], bool]) ->
             del hooks[number]
 
 
+def note_last(module: nn.Module) -> None:
+    """Let transformers, which notes outputs from a first run on, note that of a module as all other hooks leave it.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py (``_forward_hooks``).
+    """
+    hooks = module._forward_hooks
+    noting = [n for n, hook in hooks.items() if hook.__module__ == "transformers.utils.output_capturing"]
+    for number in noting:
+        hooks.update({number: hooks.pop(number)})
+
+
 def times_written(tensor: Tensor) -> int:
     """Return how often a tensor has been written to in place.
 

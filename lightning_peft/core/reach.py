@@ -15,10 +15,24 @@ from torch import Tensor, nn
 
 from lightning_peft.core import anatomy, cache_argument, image_structure, placement, structure
 from lightning_peft.core.attention_probe import inputs_on_meta
+from lightning_peft.core.empty_inputs import empty_input_of, patches_of
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.meta_run import depended_on
 
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], frozenset[str]]] = WeakKeyDictionary()
+
+class _Reach(NamedTuple):
+    """Names of parameters that no output depends on, and of those that it depends on by another name alone.
+
+    Attributes:
+        without: of the first.
+        elsewhere: of the second: a module that is not called has them tied to those of one that is, as in Zamba2.
+    """
+
+    without: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] = frozenset()
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], _Reach]] = WeakKeyDictionary()
 _LENGTH = 16
 _MAIN = {"input_ids", "pixel_values", "input_values", "input_features"}
 _NO_RESULT = ("loss", *cache_argument.NAMES, "hidden_states", "attentions")
@@ -30,6 +44,10 @@ def unreached(backbone: nn.Module) -> frozenset[str]:
     What is not run at all counts only where the model has all its main inputs: the tower of images of a model that is
     given a text alone is needed elsewhere. What is found is kept as long as the model has the same modules.
     """
+    return _reach(backbone).without
+
+
+def _reach(backbone: nn.Module) -> _Reach:
     modules = anatomy.without_grafts(backbone)
     known = _KNOWN.get(backbone)
     if known is None or known[0] != tuple(modules):
@@ -37,7 +55,7 @@ def unreached(backbone: nn.Module) -> frozenset[str]:
     return known[1]
 
 
-def _by_a_run(backbone: nn.Module, modules: dict[str, nn.Module]) -> frozenset[str]:
+def _by_a_run(backbone: nn.Module, modules: dict[str, nn.Module]) -> _Reach:
     inputs = _inputs(backbone) if structure.is_pretrained(backbone) else {}
     seen = _Seen({backbone}, set())
     with placement.undispatched(backbone):
@@ -52,28 +70,34 @@ def _by_a_run(backbone: nn.Module, modules: dict[str, nn.Module]) -> frozenset[s
                 used |= {name.removeprefix("model.") for name in features}
                 inputs |= image
     if used is None:
-        return frozenset()
+        return _Reach()
     whole = {*structure.arguments_of(backbone)}.isdisjoint(_MAIN - inputs.keys())
     inside = {module for one in seen.unknown for module in one.modules()}
     reached: set[int] = set()
     names: dict[str, int] = {}
+    idle: set[str] = set()
     for path, module in modules.items():
         for leaf, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{leaf}".lstrip(".")
             names[full] = id(parameter)
             if full in used or module in inside or not (whole or module in seen.called):
                 reached.add(id(parameter))
-    return frozenset(full for full, parameter in names.items() if parameter not in reached)
+            else:
+                idle.add(full)
+    without = frozenset(full for full, parameter in names.items() if parameter not in reached)
+    return _Reach(without, frozenset(idle - without))
 
 
 def reached(backbone: nn.Module, names: Iterable[str]) -> list[str]:
     """Return the names of modules and parameters that an output depends on; all of them where that would be none."""
-    names, out = list(names), unreached(backbone)
-    if not out:
+    names, found = list(names), _reach(backbone)
+    if not found.without and not found.elsewhere:
         return names
     every = [name for name, _ in backbone.named_parameters(remove_duplicate=False)]
     own = {name: [full for full in every if full == name or full.startswith(f"{name}.")] for name in names}
-    return [name for name in names if not own[name] or not out.issuperset(own[name])] or names
+    # What hangs on a module needs its call; a parameter is trained under whatever name.
+    out = {name: found.without if own[name] == [name] else found.without | found.elsewhere for name in names}
+    return [name for name in names if not own[name] or not out[name].issuperset(own[name])] or names
 
 
 def depends_on(backbone: nn.Module, name: str) -> bool | None:
@@ -124,9 +148,10 @@ def _inputs(backbone: nn.Module) -> dict[str, Tensor]:
         found["pixel_values"] = torch.empty(1, channels, *size, device="meta")
     if "input_ids" in found and "token_type_ids" in takes:
         found["token_type_ids"] = torch.empty_like(found["input_ids"])
+    given = patches_of(backbone)
     if structure.main_input_of(backbone) not in found:
-        found |= {name: tensor.to("meta") for name, tensor in structure.empty_input_of(backbone).items()}
-    return found
+        given = given or empty_input_of(backbone)
+    return found | {name: tensor.to("meta") for name, tensor in given.items()}
 
 
 def _watching(called: set[nn.Module], unknown: set[nn.Module], module: nn.Module) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.product import Product
 
 _ASKED = frozenset({"device", "dim", "dtype", "is_cuda", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"})
@@ -49,6 +50,13 @@ def reads_below(module: nn.Module) -> list[Read]:
             continue
         if parameter in dict(owner.named_parameters(recurse=False)):
             found.append(Read(layer, parameter, layer in source.called, whole))
+    for path in sorted(source.called):  # by a method of the layer's own, such as ``self.experts.reduce(x)``
+        layer, _, method = path.rpartition(".")
+        child = structure.part(module, layer) if layer else None
+        if child is not None and method not in dict(child.named_children()):
+            used = _of_class(type(child), method).own
+            own = [name for name, _ in child.named_parameters(recurse=False) if name in used]
+            found += [Read(layer, name, layer in source.called, True) for name in own]
     return found
 
 
@@ -112,35 +120,38 @@ def may_overwrite(root: nn.Module, layer: str) -> bool:
 
 
 class _Source(NamedTuple):
-    """What the forward pass of a class does.
+    """What the forward pass of a class does, or another method of it.
 
     Attributes:
         called: the layers that it calls.
         read: the parameters that it reads, by layer and name, and whether as a whole.
         writes: whether it computes in place.
         products: its own parameters that are factors of ``torch.einsum``.
+        own: the attributes of its own whose values it uses.
     """
 
     called: frozenset[str]
     read: dict[tuple[str, str], bool]
     writes: bool
     products: dict[str, Product]
+    own: frozenset[str]
 
 
-_KNOWN: dict[type[nn.Module], _Source] = {}
+_KNOWN: dict[tuple[type[nn.Module], str], _Source] = {}
 
 
-def _of_class(kind: type[nn.Module]) -> _Source:
-    if kind not in _KNOWN:
-        _KNOWN[kind] = _look_at(kind)
-    return _KNOWN[kind]
+def _of_class(kind: type[nn.Module], method: str = "forward") -> _Source:
+    if (kind, method) not in _KNOWN:
+        _KNOWN[kind, method] = _look_at(kind, method)
+    return _KNOWN[kind, method]
 
 
-def _look_at(kind: type[nn.Module]) -> _Source:
+def _look_at(kind: type[nn.Module], method: str) -> _Source:
     called: set[str] = set()
+    own: set[str] = set()
     read: dict[tuple[str, str], bool] = {}
     products: dict[str, Product] = {}
-    writes, waiting, seen = False, ["forward"], set()
+    writes, waiting, seen = False, [method], set()
     while waiting:
         name = waiting.pop()
         function = getattr(kind, name, None)
@@ -158,10 +169,12 @@ def _look_at(kind: type[nn.Module]) -> _Source:
                 called.add(".".join(path))
             elif path and isinstance(parent, ast.Call) and node in parent.args:  # LayoutLMv3 hands a layer on
                 read |= {(".".join(path), leaf): True for leaf in ("weight", "bias")}
+            if len(path) == 1 and not _is_call_of(node, parent) and _uses(node, parent):
+                own.add(path[0])
             if len(path) > 1 and not _is_call_of(node, parent) and _uses(node, parent):
                 key = (".".join(path[:-1]), path[-1])
                 read[key] = read.get(key, False) or not isinstance(parent, ast.Subscript)
-    return _Source(frozenset(called), read, writes, products)
+    return _Source(frozenset(called), read, writes, products, frozenset(own))
 
 
 def _nodes(function: Any) -> list[tuple[ast.AST, ast.AST]]:

@@ -118,19 +118,6 @@ def image_size(config: Any) -> tuple[int, int] | None:
     return None if size is None else tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
-def empty_input_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return one short text, image or sound of zeros for a transformers model, by the name of its main input."""
-    config, name = config_of(model), main_input_of(model) or ""
-    device = next(model.parameters()).device
-    if name == "input_ids":
-        return {name: torch.full((1, 16), 5, device=device)}
-    if name == "pixel_values":
-        height, width = image_size(config) or (224, 224)
-        return {name: torch.zeros(1, image_channels(config), height, width, device=device)}
-    shape = (1, setting(config, "max_length") or 0, setting(config, "num_mel_bins") or 0)
-    return {name: torch.zeros(shape if all(shape) and name == "input_values" else (1, 4000), device=device)}
-
-
 def image_channels(config: Any) -> int:
     """Return how many channels the images have that a model of this configuration takes; 3 if it does not say."""
     return setting(setting(config, "vision_config") or config, "num_channels") or 3

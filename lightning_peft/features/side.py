@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core import structure, task_class
 from lightning_peft.core.cache_argument import cache_in
+from lightning_peft.core.empty_inputs import empty_input_of
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.reach import depends_on
@@ -99,7 +100,7 @@ def without_effect(network: nn.Module, blend: str) -> list[str]:
     Such are the token of masked patches, or embeddings of entities. Where no input can be made there are none.
     """
     try:
-        inputs = structure.empty_input_of(network)
+        inputs = empty_input_of(network)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             out = network.eval()(**inputs)
             parameters = dict(network.named_parameters())

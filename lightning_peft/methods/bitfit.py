@@ -160,7 +160,7 @@ class BitFit(Method):
                     f"{type(backbone).__name__} has no {role} with a bias: use biases='all', a list of suffixes, or "
                     "add_missing_bias=True."
                 )
-            chosen.extend(found)
+            chosen.extend(reached(backbone, found))
         rest = wanted if isinstance(wanted, str) else [entry for entry in wanted if entry not in ROLES]
         for pattern, matched in select.match(names, rest).items():
             if not matched:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft import Graft, attach, detach
+from lightning_peft import DiffPruning, Graft, attach, detach, merge
+from tests.contract import shake
 from tests.models import batch, tiny
 
 
@@ -150,3 +151,57 @@ def test_compiled_and_checkpointed_give_the_same_gradients(graft: Graft) -> None
     assert "weight" not in vars(host)
     torch._dynamo.reset()
     assert torch.allclose(gradient(torch.compile(model, fullgraph=True, backend="aot_eager")), plain, atol=1e-6)
+
+
+def test_hidden_states_are_noted_as_grafts_leave_them_though_the_model_was_run_before() -> None:
+    """From a first run on, transformers notes the output of each block by a hook of its own."""
+    noted = []
+    for run_before in (False, True):
+        model, inputs = tiny("llama").eval(), batch("llama")
+        if run_before:
+            model(**inputs, output_hidden_states=True)
+        block = next(block for name, block in model.named_modules() if name.endswith("layers.0"))
+        attach(block, Moved(), "moved")
+        noted.append(model(**inputs, output_hidden_states=True).hidden_states)
+    assert all(torch.equal(one, other) for one, other in zip(*noted, strict=True))
+
+
+class Moved(Graft):
+    """Adds one to the output of its host."""
+
+    def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (out[0] + 1, *out[1:]) if isinstance(out, tuple) else out + 1
+
+
+class Tables(nn.Module):
+    """Has no call of its own: its parent asks it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.moved()
+
+    def moved(self) -> Tensor:
+        return self.shift
+
+
+class Asking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables, self.last = Tables(), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.tables.scaled(x))
+
+
+def test_parameters_that_a_parent_reads_by_a_method_are_changed_where_they_are_read() -> None:
+    model, x = Asking().eval(), torch.ones(2, 3)
+    method = DiffPruning()
+    method.apply(model)
+    shake(model, 0.5)
+    live = model(x)
+    live.sum().backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert torch.allclose(merge(model)(x), live, atol=1e-6)

@@ -53,6 +53,67 @@ def without_gradient(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
 
 
+def siglip() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Return a classifier that does not read the pooling head of its tower, and images as rows of patches."""
+    vision = {**IMAGE, "num_patches": 16}
+    config = hf.Siglip2Config(vision_config=vision, text_config=TEXT, num_labels=3)
+    model = hf.Siglip2ForImageClassification(config).eval()
+    return model, {
+        "pixel_values": torch.randn(2, 16, 3 * 8 * 8, generator=torch.Generator().manual_seed(0)),
+        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4]] * 2), "labels": torch.tensor([0, 1]),
+    }  # fmt: skip
+
+
+def layout() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Return a model whose biases by position are computed without gradients."""
+    sizes = {"max_2d_position_embeddings": 16, "coordinate_size": 3, "shape_size": 2, "input_size": 16, "patch_size": 8}
+    return hf.LayoutLMv3ForSequenceClassification(hf.LayoutLMv3Config(**TEXT, **sizes)).eval(), image() | classes()
+
+
+@pytest.mark.parametrize("build", [siglip, layout])
+def test_it_is_so_where_a_model_takes_other_inputs(build: object) -> None:
+    model, batch = build()
+    found = reach.unreached(model)
+    model(**batch).loss.backward()
+    assert found == {name for name, p in model.named_parameters() if p.grad is None} != set()
+
+
+class Shared(hf.PreTrainedModel):
+    """Two blocks with the same weights, each of which calls a layer of its own of the two that both have."""
+
+    config_class = hf.BertConfig
+
+    def __init__(self, config: hf.BertConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(9, 4)
+        self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]) for _ in range(2))
+        for own, first in zip(self.blocks[1], self.blocks[0], strict=True):
+            own.weight, own.bias = first.weight, first.bias
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for i, block in enumerate(self.blocks):
+            x = block[i](x)
+        return x
+
+
+def test_a_layer_that_is_not_called_is_none_to_hang_on_though_its_weights_are_used_elsewhere() -> None:
+    model = Shared(hf.BertConfig())
+    assert reach.unreached(model) == set()
+    assert reach.reached(model, ["blocks.0.0", "blocks.0.1", "blocks.1.1"]) == ["blocks.0.0", "blocks.1.1"]
+    assert reach.reached(model, ["blocks.0.1.bias"]) == ["blocks.0.1.bias"]
+
+
+def test_lora_leaves_projections_that_no_output_depends_on() -> None:
+    """MRA attends by a kernel for GPUs, without which it gives zeros."""
+    model = hf.MraForSequenceClassification(hf.MraConfig(**TEXT)).eval()
+    LoRA(r=2).apply(model)
+    assert without_gradient(model) == set()
+    assert "lora" in dict(model.mra.encoder.layer[0].intermediate.dense.named_children())
+
+
 @pytest.mark.parametrize("build", [big_bird, canine])
 def test_it_is_what_a_loss_gives_no_gradient(build: object) -> None:
     model = build()
@@ -110,7 +171,7 @@ def test_a_tuned_model_is_run_as_it_was_untuned(monkeypatch: pytest.MonkeyPatch)
 def test_a_model_is_run_once_as_long_as_it_has_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     model = big_bird()
     before = reach.unreached(model)
-    monkeypatch.setattr(reach, "_by_a_run", lambda *_: frozenset({"another"}))
+    monkeypatch.setattr(reach, "_by_a_run", lambda *_: reach._Reach(frozenset({"another"})))
     BitFit().apply(model)
     assert reach.unreached(model) == before
     model.dropout = nn.Sequential(nn.Identity())
@@ -122,7 +183,8 @@ def test_a_run_leaves_no_hooks() -> None:
     assert reach.unreached(model) == set()
     called = []
     model.layernorm.register_forward_hook(lambda *_: called.append(1))
-    assert reach._by_a_run(model, dict(model.named_modules())) == set() == set(called)
+    assert reach._by_a_run(model, dict(model.named_modules())) == reach._Reach()
+    assert called == []
     pixels = image()["pixel_values"]
     assert len(model(pixels, output_hidden_states=True).hidden_states) == 3
 

@@ -9,7 +9,7 @@ train the weight with a masked gradient; here the entries alone are parameters, 
 as in HF PEFT.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,6 +24,7 @@ from lightning_peft.core.quantized import dense, has_quantized_weight
 from lightning_peft.core.sharded import whole
 from lightning_peft.core.twin import Twin
 from lightning_peft.training.mixin import TunedBy
+from lightning_peft.updates import entry_gradients
 from lightning_peft.updates.layer_update import LayerUpdate
 from lightning_peft.updates.low_rank import shape_of
 
@@ -41,6 +42,8 @@ class Entries(LayerUpdate):
 
     weights = ("weight",)
     indices: Tensor
+    apart = False
+    """Whether the running call computes the gradients of the values apart from that of the weight."""
 
     def __init__(self, host: nn.Module, count: int, mask: Mask) -> None:
         super().__init__(host)
@@ -55,13 +58,23 @@ class Entries(LayerUpdate):
 
     def weight(self, w: Tensor, name: str) -> Tensor:
         """Return the changed weight, in the dtype of ``w``."""
-        return w if self.merged else self.matrix(self.changed(self.matrix(w)))
+        if self.merged:
+            return w
+        self.apart = entry_gradients.is_worth_it(w, self.values)
+        return self.matrix(self._sum(self.matrix(w), self.values.detach() if self.apart else self.values))
+
+    def around(self, forward: Callable[..., Tensor], host: nn.Module, x: Tensor) -> Tensor:
+        """Return the output, with the gradients of the values where the weight had them as constants."""
+        out = forward(x)
+        return entry_gradients.with_gradients(out, x, self.values, self.indices) if self.apart else out
 
     def changed(self, weight: Tensor) -> Tensor:
         """Return ``W + S``, the sums computed in fp32 or more and rounded once."""
+        return self._sum(weight, self.values)
+
+    def _sum(self, weight: Tensor, values: Tensor) -> Tensor:
         places = tuple(self.indices.long())
-        sums = weight[places] + self.values
-        return weight.index_put(places, sums.to(weight.dtype))
+        return weight.index_put(places, (weight[places] + values).to(weight.dtype))
 
     def neutral(self, host: nn.Module, name: str) -> Tensor:
         """Return zeros."""

@@ -2,15 +2,18 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+from torch import Tensor
+from torch.func import functional_call
 
-from lightning_peft import SHiRA, TuningError, collect, load_delta, merge, save_delta
+from lightning_peft import LoRA, SHiRA, TuningError, collect, load_delta, merge, save_delta
 from lightning_peft.core.graft import grafts
 from tests.contract import MethodContract, assert_near, output
-from tests.interop.twins import check_twin, shaken
+from tests.interop.twins import check_twin, shake, shaken
 from tests.models import tiny
 
 R = 2
@@ -47,6 +50,42 @@ def test_it_is_the_sum_and_the_merged_weight(kind: str, mask: str) -> None:
         assert torch.linalg.matrix_rank(update) > 2 * R
     live = output(model, kind)
     assert_near({"": live}, {"": output(merge(copy.deepcopy(model)), kind)}, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_gradients_are_those_that_the_transforms_of_torch_func_give(kind: str, ordered: bool) -> None:
+    """They run plain operations; twice differentiated, too, and with DoRA behind, which scales the output."""
+    model = shaken(kind, LoRA(r=2, use_dora=True))
+    SHiRA(r=R).apply(model)
+    shake(model)
+    host = next(place.host for place in grafts(model) if place.name == "shira")
+    if not ordered:
+        host.shira.indices.copy_(host.shira.indices.flip(1))
+    host.lora.m.data.mul_(1.5)
+    x = torch.randn(3, 5, host.weight.shape[0 if kind == "gpt2" else 1], requires_grad=True)
+    values = {"shira.values": host.shira.values}
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(host, values, x).tanh().square().sum()
+
+    def steepness(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        ours, of_x = torch.func.grad(loss, (0, 1))(values, x)
+        return ours["shira.values"].square().sum() + of_x.square().sum()
+
+    given = (values["shira.values"], x)
+    own = torch.autograd.grad(loss(values, x), given)
+    assert host.shira.apart
+    assert_near(both(torch.func.grad(loss, (0, 1))(values, x)), both(own), 1e-5)
+    slopes = torch.autograd.grad(loss(values, x), given, create_graph=True)
+    twice = torch.autograd.grad(sum(each.square().sum() for each in slopes), given)
+    assert_near(both(own), both(slopes), 1e-5)
+    assert_near(both(torch.func.grad(steepness, (0, 1))(values, x)), both(twice), 1e-4)
+
+
+def both(gradients: Any) -> dict[str, Tensor]:
+    values, x = gradients
+    return {"values": values["shira.values"] if isinstance(values, dict) else values, "x": x}
 
 
 def test_peft_has_the_same(tmp_path: Path) -> None:

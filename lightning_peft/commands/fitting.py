@@ -26,6 +26,7 @@ from lightning_peft.tasks.nearest_demonstrations import NearestDemonstrations
 from lightning_peft.tasks.optimizer import rates_in
 from lightning_peft.tasks.text_classification import TextClassification
 from lightning_peft.tasks.two_towers import TwoTowerTask
+from lightning_peft.training.method import Method
 
 NEAREST, ZERO_SHOT = "nearest demonstrations", "zero-shot"
 """Rows of a table that train nothing."""
@@ -156,7 +157,9 @@ def _run(words: Sequence[str], monitor: str, trial: Trial, folder: str) -> Resul
     counted = Counted(monitor)
     best = ModelCheckpoint(folder, monitor=monitor, mode=mode, save_weights_only=True)
     method, control = controls.split(trial.method)
-    callbacks: list[Callback] = [counted] if is_frozen else [*methods_of(method), counted, best]
+    methods: list[Method] = [] if is_frozen else methods_of(method)
+    learns = any(each.learns for each in methods)
+    callbacks: list[Callback] = [*methods, counted, *([best] if learns else [])]
     callbacks += [controls.ShuffledLabels(trial.seed)] if control == controls.SHUFFLED else []
     cli = TrialCLI(words, trial.seed, callbacks, trial.share, folder)
     task, data, trainer = cli.model, cli.datamodule, cli.trainer
@@ -165,7 +168,10 @@ def _run(words: Sequence[str], monitor: str, trial: Trial, folder: str) -> Resul
     if trial.method == NEAREST:
         task = NearestDemonstrations(task.model_name, task.labels)
     found: Result = {"validation": None, "rates": {}, "trained": 0, "bytes": 0, "steps": 0, "curve": []}
-    if not is_frozen:
+    if methods and not learns:
+        (scores,) = trainer.validate(task, data, verbose=False)
+        found["validation"] = scores[monitor]
+    if learns:
         task.rate_scale = trial.scale
         trainer.fit(task, data)
         if best.best_model_score is None:
@@ -176,7 +182,7 @@ def _run(words: Sequence[str], monitor: str, trial: Trial, folder: str) -> Resul
     if trial.tests:
         if isinstance(data, TokenData):
             data.bucket = False  # the rows of a test are in one order for every method
-        (scores,) = trainer.test(task, data, ckpt_path=None if is_frozen else "best", verbose=False)
+        (scores,) = trainer.test(task, data, ckpt_path="best" if learns else None, verbose=False)
         found |= {"test": scores[monitor.replace("val_", "test_", 1)], "hits": counted.hits}
         if not is_frozen:
             found["bytes"] = save_delta(task, Path(folder) / "delta.safetensors").stat().st_size

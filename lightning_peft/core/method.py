@@ -100,6 +100,11 @@ class TuningMethod:
         return {}
 
     @property
+    def learns(self) -> bool:
+        """Whether an optimizer trains something of it."""
+        return True
+
+    @property
     def delta(self) -> str:
         """The name of the delta that this method is of."""
         return self.name or type(self).__name__.lower()

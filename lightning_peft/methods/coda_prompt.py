@@ -5,10 +5,10 @@ first half of p goes before the keys of the block, the second before the values.
 of earlier tasks still count, but are trained no more. The penalty ``lambda (‖P Pᵀ - I‖² + ‖K Kᵀ - I‖² + ‖A Aᵀ - I‖²)``,
 means over the entries, keeps components apart.
 
-Source: Smith et al. 2023, arXiv 2211.13218, section 4, with its sizes and its lambda of 0.1. Its released code says
-that the paper started all components orthogonal to each other, as here; it draws those of each task anew when the task
-begins, orthogonal to what the earlier ones have become, and then gives lambda 0; its first release had 1e-7. No image
-of an earlier task is kept.
+Source: Smith et al. 2023, arXiv 2211.13218, section 4, with its sizes and its lambda of 0.1, and its released code,
+which draws the components of each task anew when the task begins, orthogonal to what the earlier ones have become, and
+then gives lambda 0; its first release had 1e-7. The paper, it says, started all of them orthogonal to each other and
+left them so, which is ``redraw=False``. No image of an earlier task is kept.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,9 @@ from lightning_peft.bases.layers import check_divides
 from lightning_peft.core import compatibility
 from lightning_peft.core.arguments import bounded, natural, numbers
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.gathering import of_the_first
 from lightning_peft.core.rates import Rates
+from lightning_peft.core.sharded import like, whole
 from lightning_peft.towers.attended_prompts import PromptsByQuery, attach_by_query, begin_task
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -75,6 +77,20 @@ class Components(PromptsByQuery):
             total = total + (square.sum((1, 2)) / known.sum() ** 2).sum()
         return total
 
+    @torch.no_grad()
+    def redraw(self, task: int) -> None:
+        """Draw the components anew that no task up to now has had, orthogonal to each other and to those that had one.
+
+        Args:
+            task: the number of the one that begins.
+        """
+        begin, end = (int(self.task) + 1) * self.each, (task + 1) * self.each
+        for part in (self.prompts, self.attentions, self.keys):
+            rows = whole(part).clone()
+            for block in rows.flatten(2):
+                block[begin:end] = orthogonal_rows(end - begin, block[:begin])
+            part.copy_(like(part, of_the_first(rows)))
+
     def _known(self) -> tuple[Tensor, Tensor]:
         """Return which components tasks have so far, and which are those of earlier ones, [M] each."""
         number = torch.arange(self.keys.shape[1], device=self.keys.device)
@@ -91,6 +107,7 @@ class CODAPrompt(Method):
         length: L, of a prompt, one half for keys and one for values [tokens].
         layers: numbers of the blocks.
         orthogonality: lambda, the weight of the overlap of components in the loss.
+        redraw: draw the components of a task when it begins, orthogonal to what the earlier ones have become.
     """
 
     num_tasks: int = natural(10)
@@ -98,13 +115,14 @@ class CODAPrompt(Method):
     length: int = bounded(8, "is no length of two halves", at_least=2)
     layers: list[int] = numbers([0, 1, 2, 3, 4])
     orthogonality: float = bounded(0.1, at_least=0)
+    redraw: bool = True
 
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "components of prompts, which images weight by their queries"
     paper: ClassVar[str] = "Smith et al. 2023, arXiv 2211.13218"
     advised: ClassVar[Rates] = Rates(1e-3, 1e-3, "the authors' code, for Adam")
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
-    may_change: ClassVar[frozenset[str]] = Method.may_change | {"orthogonality"}
+    may_change: ClassVar[frozenset[str]] = Method.may_change | {"orthogonality", "redraw"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the components to the vision transformer."""
@@ -132,7 +150,19 @@ class CODAPrompt(Method):
         Raises:
             TuningError: there are none.
         """
-        begin_task(self.own_grafts(pl_module, Components)[0].graft, task, self.num_tasks)
+        graft = self.own_grafts(pl_module, Components)[0].graft
+        if self.redraw and int(graft.task) < task < self.num_tasks:  # not where a run that resumes goes on with it
+            graft.redraw(task)
+        begin_task(graft, task, self.num_tasks)
+
+
+def orthogonal_rows(count: int, others: Tensor) -> Tensor:
+    """Draw orthonormal rows that are orthogonal to all rows of ``others`` [N, d], [count, d]."""
+    basis = torch.linalg.qr(others.t().float()).Q
+    rows = torch.randn(count, others.shape[1], device=others.device)
+    for _ in range(2):  # once more for what rounding leaves
+        rows = torch.linalg.qr((rows - rows @ basis @ basis.t()).t()).Q.t()
+    return rows.to(others.dtype)
 
 
 def _held(part: Tensor, held: Tensor) -> Tensor:

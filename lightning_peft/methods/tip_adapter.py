@@ -7,8 +7,9 @@ once (``cache_image_features`` of the task).
 Source: Zhang et al. 2021, arXiv 2111.03930, sections 3.1 and 3.2, whose alpha and beta these are. The released code
 starts from others for each data set (1.17 and 1 on ImageNet) and then searches both on validation images; its keys are
 means over ten augmented views of an image, and of the trained keys it takes the epoch that is best on the test images.
-Here a key is one view, and both factors are arguments. The cache is filled from the training images when a fit begins,
-or by `fill`. It knows classes by their numbers, and serves the classes that it was filled with alone.
+Here a key is one view, and both factors are arguments. The cache is filled from the training images when a fit begins
+or, without training, when a data module is validated, tested or predicted, or by `fill`. It knows classes by their
+numbers, and serves the classes that it was filled with alone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,10 +25,12 @@ from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.batches import entry_of
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.eval_mode import in_eval
+from lightning_peft.core.gathering import rows_of_all
 from lightning_peft.core.graft import attach
 from lightning_peft.core.host_copy import ask
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.rates import Rates
+from lightning_peft.core.sharded import like
 from lightning_peft.towers import clip
 from lightning_peft.towers.deep_prompts import vision_tower
 from lightning_peft.towers.feature_adapters import FeatureScores
@@ -109,7 +112,11 @@ class TipAdapter(Method):
         attach(two_towers(backbone), Shots(keys, self.num_classes, self.alpha, self.beta, self.train_keys), self.key)
         return ()
 
-    @torch.no_grad()
+    @property
+    def learns(self) -> bool:
+        """Whether the keys are trained."""
+        return self.train_keys
+
     def fill(self, model: nn.Module, batches: Iterable[Any]) -> None:
         """Keep the images of batches with ``labels`` and ``pixel_values``, or ``image_features`` in their place.
 
@@ -118,34 +125,69 @@ class TipAdapter(Method):
         Raises:
             TuningError: a label is none of the classes, or a class has more images than there is room for.
         """
-        graft = self._shots(model)
-        towers = two_towers(self._tuned(model))
+        self._keep(model, *self._read(model, batches))
+
+    @torch.no_grad()
+    def _read(self, model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+        """Return the normalised features of the images, [N, p], and their labels, [N]."""
+        device, towers = self._shots(model).labels.device, two_towers(self._tuned(model))
         with in_eval(model):
-            found = [(_features(towers, batch, graft.labels.device), entry_of(batch, "labels", 1)) for batch in batches]
+            found = [(_features(towers, batch, device).float(), entry_of(batch, "labels", 1)) for batch in batches]
         if not found:
             raise TuningError("there are no images to keep: give batches of them.")
-        labels = torch.cat([each.to(graft.labels.device) for _, each in found])
-        self._check(ask(labels, Tensor.tolist))
-        keys = F.normalize(torch.cat([each.float() for each, _ in found]), dim=-1)
-        graft.labels.fill_(EMPTY)[: len(labels)] = labels
-        graft.keys.zero_()[: len(keys)] = keys
+        features, labels = (torch.cat([part.to(device) for part in each]) for each in zip(*found, strict=True))
+        return F.normalize(features, dim=-1), labels
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fill the cache from the training images, unless it has some.
+    @torch.no_grad()
+    def _keep(self, model: nn.Module, keys: Tensor, labels: Tensor) -> None:
+        graft = self._shots(model)
+        self._check(ask(labels, Tensor.tolist))
+        graft.labels.fill_(EMPTY)[: len(labels)] = labels
+        graft.keys.copy_(like(graft.keys, F.pad(keys, (0, 0, 0, graft.labels.numel() - len(keys)))))
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Apply the method.
 
         Raises:
-            TuningError: several processes would each fill it with images of their own.
+            TuningError: a fit would have nothing to train.
         """
-        super().on_train_start(trainer, pl_module)
-        if not ask(self._shots(pl_module).labels, lambda labels: bool((labels == EMPTY).all())):
-            return
-        if trainer.world_size > 1:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not self.train_keys and not any(p.requires_grad for p in pl_module.parameters()):
             raise TuningError(
-                f"{trainer.world_size} processes see images of their own each: call fill(model, batches) of the method "
-                "before the fit, or fit in one process."
+                "TipAdapter(train_keys=False) leaves nothing to train: validate, test or predict with the data module, "
+                "which fills its cache."
             )
-        loader: Any = trainer.train_dataloader
-        self.fill(pl_module, loader)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fill the cache from the training images of all processes, unless it has some."""
+        super().on_train_start(trainer, pl_module)
+        if self._is_empty(pl_module):
+            loader: Any = trainer.train_dataloader
+            keys, labels = self._read(pl_module, loader)
+            self._keep(pl_module, rows_of_all(keys), rows_of_all(labels))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fill the cache from the training images of the data module, unless it has some or a fit will fill it.
+
+        Raises:
+            TuningError: there is no data module, or there are several processes, which may each see all images or not.
+        """
+        super().on_validation_start(trainer, pl_module)
+        if trainer.state.fn == "fit" or not self._is_empty(pl_module):
+            return
+        data: L.LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
+        if data is None or trainer.world_size > 1:
+            raise TuningError(
+                "the cache has no images, and is filled from a data module in one process alone: call fill(model, "
+                "batches) of the method before."
+            )
+        data.setup("fit")
+        self.fill(pl_module, data.train_dataloader())
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def _is_empty(self, module: nn.Module) -> bool:
+        return ask(self._shots(module).labels, lambda labels: bool((labels == EMPTY).all()))
 
     def _shots(self, model: nn.Module) -> Shots:
         return self.own_grafts(model, Shots)[0].graft

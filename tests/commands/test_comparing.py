@@ -20,7 +20,7 @@ from lightning_peft.commands.method_words import methods_of, name_of
 from lightning_peft.commands.trials import Result, Trial, Trials, best_scale, scales_of
 from lightning_peft.core import anatomy
 from lightning_peft.reports.comparison import entries_of
-from tests import text
+from tests import text, two_towers
 
 CONFIG = """
 model: {class_path: TextClassification, init_args: {model: model}}
@@ -130,6 +130,23 @@ def compared(monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, bytes]:
     monkeypatch.setattr(sys, "argv", ["lightning-peft", "compare", *words])
     main()
     return {name: Path(f"runs/compare/{name}").read_bytes() for name in ("table.md", "table.csv", "table.json")}
+
+
+def test_a_method_without_training_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = str(two_towers.save_model(tmp_path / "clip"))
+    drawn = "colours: [red, blue], shapes: [star], pixels: 16, per_class: 2, test_per_class: 4"
+    shapes = f"{{class_path: ColouredShapes, init_args: {{{drawn}}}}}"
+    method = "TipAdapter(alpha=100.0, num_classes=2, shots=2, train_keys=False)"
+    words = ["--model", "CLIPClassification", "--model.model", model, "--data", "CLIPData", "--data.data", shapes]
+    words += ["--data.processor", model, "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
+    words += ["--methods", method, "--seeds", "1", "--rates", "1", "--folder", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", ["lightning-peft", "compare", *words])
+    main()
+    rows = {row["method"]: row for row in json.loads((tmp_path / "runs/table.json").read_text())["methods"]}
+    assert rows.keys() == {name_of(method), "zero-shot"}
+    assert rows[name_of(method)]["trained"] == 0
+    assert rows[name_of(method)]["bytes"] > 2 * 2 * 32 * 4  # the keys
+    assert rows[name_of(method)]["scores"] > [0.9] > rows["zero-shot"]["scores"]  # they tell red from blue
 
 
 def test_a_killed_comparison_ends_in_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """CODA-Prompt: weighted sums of components written out by hand, the overlap, and what tasks train."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -49,6 +50,7 @@ def test_it_is_the_weighted_sum_of_the_components_so_far(begun: int) -> None:
     model, method, pool = applied(num_tasks=3)
     plain, pixels = tiny("vit"), batch("vit")["pixel_values"]
     plain.classifier.load_state_dict(model.classifier.state_dict())
+    method.redraw = False
     method.on_task_start(None, model, begun - 1)
     query = query_of(plain, pixels)
     prefixes = {layer: sums(pool, query, layer, 2 * begun) for layer in (0, 1)}
@@ -72,6 +74,26 @@ def test_components_start_orthogonal_and_those_of_earlier_tasks_are_left() -> No
     for part in (model.vit.codaprompt.prompts, model.vit.codaprompt.attentions, model.vit.codaprompt.keys):
         moved = part.grad.transpose(0, 1).flatten(1).abs().sum(1) > 0
         assert moved.tolist() == [False, False, True, True, False, False]
+
+
+def test_components_of_a_task_are_drawn_when_it_begins() -> None:
+    """Orthonormal, and orthogonal to what the earlier ones have become; a run that resumes in a task leaves them."""
+    model, method, pool = applied(num_tasks=3)
+    before = copy.deepcopy(pool)
+    method.on_task_start(None, model, 1)
+    for name in ("prompts", "attentions", "keys"):
+        old, new = before.get_parameter(name), pool.get_parameter(name)
+        assert torch.equal(old[:, [0, 1, 4, 5]], new[:, [0, 1, 4, 5]])
+        for block in new.flatten(2):
+            mine = block[2:4]
+            torch.testing.assert_close(mine @ mine.t(), torch.eye(2))
+            assert (mine @ block[:2].t()).abs().max() < 1e-5
+    drawn = copy.deepcopy(pool.state_dict())
+    method.on_task_start(None, model, 1)
+    assert_near(drawn, pool.state_dict(), 0)
+    method.on_task_start(None, model, 2)
+    assert torch.equal(drawn["keys"][:, :4], pool.keys[:, :4])
+    assert not torch.equal(drawn["keys"][:, 4:], pool.keys[:, 4:])
 
 
 @pytest.mark.parametrize(

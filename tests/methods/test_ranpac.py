@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft import ContinualClassification, ContinualData, LoRA, RanPAC, TuningError
-from lightning_peft.methods.ranpac import RIDGES
+from lightning_peft.features.ridge_head import RIDGES
 from tests.contract import MethodContract, assert_near
 from tests.images import save_vit, shapes
 from tests.models import LABELS, batch, tiny

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,3 +94,25 @@ def test_other_classes_are_refused() -> None:
     TipAdapter(num_classes=4).apply(model)
     with pytest.raises(TuningError, match="the cache has images of 4 classes, and there are texts of 3"):
         output(model, "clip")
+
+
+class Rows(L.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return loader("clip")
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def test_without_training_a_data_module_fills_it(tmp_path: Path) -> None:
+    """What is tested is what `fill` gives; a fit would have nothing to do, and batches alone leave it empty."""
+    module, filled = Tuned("clip"), Tuned("clip")
+    arguments = {"num_classes": 3, "shots": SHOTS, "train_keys": False}
+    method = TipAdapter(**arguments)
+    method.apply(filled.model)
+    method.fill(filled.model, loader("clip"))
+    scores = trainer(tmp_path, TipAdapter(**arguments)).test(module, Rows(), verbose=False)
+    assert scores == trainer(tmp_path, method).test(filled, loader("clip"), verbose=False)
+    with pytest.raises(TuningError, match=r"TipAdapter.train_keys=False. leaves nothing to train: validate, test or"):
+        trainer(tmp_path, TipAdapter(**arguments)).fit(Tuned("clip"), Rows())
+    with pytest.raises(TuningError, match=r"the cache has no images, .*: call fill.model, batches. of the method"):
+        trainer(tmp_path, TipAdapter(**arguments)).test(Tuned("clip"), loader("clip"))

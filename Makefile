@@ -111,7 +111,7 @@ timm:  ## make the page of the docs on timm's architectures, in an environment t
 benchmarks: $(INSTALLED)  ## time a step of the methods against HF PEFT and the floor
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.step
 
-compare: $(INSTALLED)  ## make the table of methods on real text: five methods, three seeds
+compare: $(INSTALLED)  ## compare six methods on real text, with three seeds
 	$(OFFLINE) $(BIN)/python examples/compare.py
 
 compare-text: $(INSTALLED)  ## make the tables of text methods on made-up rows, with tiny models that it trains first

@@ -16,7 +16,7 @@ import datasets
 import transformers
 from rich.console import Console
 
-from lightning_peft.commands import controls, fail, fitting, grid
+from lightning_peft.commands import controls, fail, fitting, grid, using
 from lightning_peft.commands.method_words import name_of
 from lightning_peft.commands.trials import Result, Trial, Trials, best_scale, scales_of
 from lightning_peft.core.errors import TuningError
@@ -56,6 +56,7 @@ def parser() -> Words:
     words.add_argument("--rates", type=int, default=3, help="how many learning rates each method may choose from")
     words.add_argument("--budget", default=None, help="the time that all runs may take together: 90m, 2h")
     words.add_argument("--folder", type=Path, default=Path("runs/compare"), help="where runs and tables are kept")
+    words.add_argument("--other", type=Path, help="a file of other texts, one a line: how much each method forgets")
     words.add_argument("--controls", action="store_true", help="add each method on random weights, on shuffled labels")
     words.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
     words.set_defaults(trials=None)
@@ -127,8 +128,10 @@ def runs(given: argparse.Namespace, words: Sequence[str]) -> tuple[dict[str, lis
         controls.check_task(task)
     if isinstance(task, HeadClassification) and not any(method.startswith("LinearProbe") for method in methods):
         methods.append(name_of(PROBE))
-    identity = hashlib.sha256(text.encode()).hexdigest()
-    trials = Trials(given.trials or given.folder / "trials", identity, partial(_told, words, task.monitor), budget)
+    other = using.other_texts(given.other) if given.other else []
+    identity = hashlib.sha256("\n".join([text, *other]).encode()).hexdigest()
+    run = partial(_told, words, task.monitor, other)
+    trials = Trials(given.trials or given.folder / "trials", identity, run, budget)
     higher = fitting.higher_is_better(task.monitor)
     results = {name: trials.all_of([Trial(name, 1.0, 0, 1.0, True)]) or [] for name in fitting.untrained(task)}
     for method in methods:
@@ -173,15 +176,18 @@ def be_silent() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _told(words: Sequence[str], monitor: str, trial: Trial) -> Result:
+def _told(words: Sequence[str], monitor: str, other: Sequence[str], trial: Trial) -> Result:
     what = f"{trial.method}, rates x {trial.scale:g}, seed {trial.seed}" + ("" if trial.tests else " (choosing)")
     Console(stderr=True, soft_wrap=True).print(what, highlight=False, markup=False)
-    return fitting.run(words, monitor, trial)
+    return fitting.run(words, monitor, trial, other)
 
 
 def _say(folder: Path, entries: Sequence[comparison.Entry], seeds: int, metric: str, missing: list[str]) -> None:
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(comparison.markdown(comparison.rows_of(entries, seeds)), end="")
-    console.print(f"{metric} on the test rows; {folder}/table.md, .csv and .json, costs.csv, results.csv, page.html")
+    console = Console(highlight=False, markup=False)
+    for table in comparison.tables(comparison.rows_of(entries, seeds), comparison.costs_of(entries)):
+        console.print(table)
+    said = f"{metric} on the test rows; {folder}/table.md, .csv and .json, costs.csv, results.csv, page.html"
+    console.print(said, soft_wrap=True)
     if missing:
-        console.print(f"the budget ended before {', '.join(missing)}: the same command with a larger --budget goes on")
+        said = f"the budget ended before {', '.join(missing)}: the same command with a larger --budget goes on"
+        console.print(said, soft_wrap=True)

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
-from lightning_peft.commands import controls
+from lightning_peft.commands import controls, using
 from lightning_peft.commands.method_words import methods_of
 from lightning_peft.commands.trainer import TuningCLI
 from lightning_peft.commands.trials import Result, Trial
@@ -138,21 +138,22 @@ def higher_is_better(monitor: str) -> bool:
     return not monitor.endswith(("loss", "perplexity"))
 
 
-def run(words: Sequence[str], monitor: str, trial: Trial) -> Result:
+def run(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str] = ()) -> Result:
     """Run one trial; test rows are looked at only where it says so, after its checkpoint has been chosen.
 
     Args:
         words: the arguments of the configuration.
         monitor: the score that counts.
         trial: what to run.
+        other: texts of another kind, of which it is asked how far their embeddings have moved.
     """
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
-        found = _run(words, monitor, trial, folder)
+        found = _run(words, monitor, trial, other, folder)
     gc.collect()
     return found | {"memory": _peak()}
 
 
-def _run(words: Sequence[str], monitor: str, trial: Trial, folder: str) -> Result:
+def _run(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str], folder: str) -> Result:
     is_frozen, mode = trial.method in (NEAREST, ZERO_SHOT), "max" if higher_is_better(monitor) else "min"
     counted = Counted(monitor)
     best = ModelCheckpoint(folder, monitor=monitor, mode=mode, save_weights_only=True)
@@ -168,6 +169,7 @@ def _run(words: Sequence[str], monitor: str, trial: Trial, folder: str) -> Resul
     if trial.method == NEAREST:
         task = NearestDemonstrations(task.model_name, task.labels)
     found: Result = {"validation": None, "rates": {}, "trained": 0, "bytes": 0, "steps": 0, "curve": []}
+    before = using.embedded(task, other) if other and trial.tests and methods else None
     if methods and not learns:
         (scores,) = trainer.validate(task, data, verbose=False)
         found["validation"] = scores[monitor]
@@ -186,6 +188,9 @@ def _run(words: Sequence[str], monitor: str, trial: Trial, folder: str) -> Resul
         found |= {"test": scores[monitor.replace("val_", "test_", 1)], "hits": counted.hits}
         if not is_frozen:
             found["bytes"] = save_delta(task, Path(folder) / "delta.safetensors").stat().st_size
+            using.ready(task)
+            found["kept"] = None if before is None else using.kept(before, using.embedded(task, other))
+            found["batch"] = using.seconds_a_batch(task, data, trainer.strategy.root_device)
     return found
 
 

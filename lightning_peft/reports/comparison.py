@@ -10,10 +10,20 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from lightning_peft.core.storage import atomic
 
-HEAD = ("method", "score", "behind the best, 95 %", "trained", "delta [bytes]", "learning rates", "seeds")
+KEPT = "kept on other text"
+HEAD = ("method", "score", "behind the best, 95 %", "trained", "delta [bytes]", "learning rates", "seeds", KEPT)
+COSTS = ("method", "seconds a run", "seconds a step", "seconds a batch of the test", "peak GPU memory [bytes]")
+_SHOWN = (
+    ("method", "score", "behind the best, 95 %", "seeds", KEPT),
+    ("method", "trained", "delta [bytes]", "learning rates"),
+)
+"""What stands in which of the tables on a screen."""
+_LONG = 40
+"""How many characters of a method stand in one line of a screen."""
 _RESAMPLES = 2000
 
 
@@ -69,16 +79,40 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 
 
 def rows_of(entries: Sequence[Entry], wanted: int) -> list[dict[str, str]]:
-    """Return the cells of the table; ``wanted`` is how many seeds a trained method is to have."""
-    return [
-        dict(zip(HEAD, _cells(entry, wanted), strict=True)) for entry in entries
-    ]  # fmt: skip
+    """Return the cells of the table; ``wanted`` is how many seeds a trained method is to have.
+
+    What is kept on other text has a column if that was asked for.
+    """
+    rows = [dict(zip(HEAD, _cells(entry, wanted), strict=True)) for entry in entries]
+    is_asked = any(row[KEPT] for row in rows)
+    return [{name: cell for name, cell in row.items() if name != KEPT or is_asked} for row in rows]
+
+
+def costs_of(entries: Sequence[Entry]) -> list[dict[str, str]]:
+    """Return the cells of what was measured with a clock, and of memory."""
+    return [dict(zip(COSTS, _costs(entry), strict=True)) for entry in entries]
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """Return the table as Markdown."""
-    lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    head = list(rows[0]) if rows else HEAD
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row.values())} |" for row in rows)]) + "\n"
+
+
+def tables(rows: Sequence[Mapping[str, str]], costs: Sequence[Mapping[str, str]]) -> list[Table]:
+    """Return what a screen of 80 columns has room for: the scores, what is trained, and what it costs."""
+    parts = [[{name: row[name] for name in names if name in row} for row in rows] for names in _SHOWN]
+    shown = []
+    for part in (*parts, costs):
+        table = Table()
+        longest = max((len(row["method"]) for row in part), default=0)
+        for name in part[0] if part else ():
+            table.add_column(name, overflow="fold", no_wrap=name == "method" and longest <= _LONG)
+        for row in part:
+            table.add_row(*(cell.strip("`") for cell in row.values()))
+        shown.append(table)
+    return shown
 
 
 def write(folder: Path, entries: Sequence[Entry], wanted: int, about: Mapping[str, Any]) -> None:
@@ -91,19 +125,8 @@ def write(folder: Path, entries: Sequence[Entry], wanted: int, about: Mapping[st
         about: what the table is of.
     """
     rows = rows_of(entries, wanted)
-    sheet, costs = io.StringIO(), io.StringIO()
-    writer = csv.DictWriter(sheet, HEAD, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    clock = csv.writer(costs, lineterminator="\n")
-    clock.writerow(["method", "seconds a run", "seconds a step", "peak GPU memory [bytes]"])
-    for entry in entries:
-        seconds = fmean(result["seconds"] for result in entry.results)
-        steps = max(result["steps"] for result in entry.results)
-        memory = max(result["memory"] for result in entry.results)
-        clock.writerow([entry.method, f"{seconds:.1f}", f"{seconds / steps:.3f}" if steps else "", memory])
     whole = {**about, "methods": [_plain(entry) for entry in entries]}
-    texts = {"table.md": markdown(rows), "table.csv": sheet.getvalue(), "costs.csv": costs.getvalue()}
+    texts = {"table.md": markdown(rows), "table.csv": _sheet(rows), "costs.csv": _sheet(costs_of(entries))}
     texts["table.json"] = json.dumps(whole, indent=1, sort_keys=True) + "\n"
     for name, text in texts.items():
         with atomic(folder / name) as temporary:
@@ -129,6 +152,7 @@ def _cells(entry: Entry, wanted: int) -> list[str]:
     behind = "" if entry.behind is None else f"{entry.behind[0]:.3f} to {entry.behind[1]:.3f}"
     seeds = "" if not first["rates"] else str(len(scores)) if len(scores) == wanted else f"{len(scores)} of {wanted}"
     size = f"{first['bytes']:,}" if first["bytes"] else ""
+    kept = [result["kept"] for result in entry.results if result.get("kept") is not None]
     return [
         f"`{entry.method}`",
         f"{fmean(scores):.3f}{spread}",
@@ -137,13 +161,32 @@ def _cells(entry: Entry, wanted: int) -> list[str]:
         size,
         entry.rates,
         seeds,
+        f"{fmean(kept):.3f}" if kept else "",
     ]
+
+
+def _costs(entry: Entry) -> list[str]:
+    seconds = fmean(result["seconds"] for result in entry.results)
+    steps = max(result["steps"] for result in entry.results)
+    memory = max(result["memory"] for result in entry.results)
+    batches = [result["batch"] for result in entry.results if result.get("batch") is not None]
+    own = f"{seconds:.1f}", f"{seconds / steps:.3f}" if steps else "", f"{min(batches):.4f}" if batches else ""
+    return [entry.method, *own, str(memory)]
+
+
+def _sheet(rows: Sequence[Mapping[str, str]]) -> str:
+    sheet = io.StringIO()
+    writer = csv.DictWriter(sheet, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return sheet.getvalue()
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
     first = entry.results[0]
-    kept = {name: first[name] for name in ("trained", "bytes", "rates", "scale")}
-    return {"method": entry.method, "scores": entry.scores, "behind": entry.behind, **kept}
+    own = {name: first[name] for name in ("trained", "bytes", "rates", "scale")}
+    kept = [result.get("kept") for result in entry.results]
+    return {"method": entry.method, "scores": entry.scores, "behind": entry.behind, "kept": kept, **own}
 
 
 def _hits(entry: Entry) -> np.ndarray | None:

@@ -1,7 +1,9 @@
 """``compare``: rates are chosen on validation rows, and a killed comparison ends in the same table to the byte."""
 
+import csv
 import json
 import multiprocessing
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -12,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_peft import CausalLM, TuningError
+from lightning_peft import CausalLM, LoRA, PromptTuning, TextClassification, TuningError
 from lightning_peft.cli import main
-from lightning_peft.commands import controls, fitting
+from lightning_peft.commands import controls, fitting, using
 from lightning_peft.commands.comparing import parser, runs, seconds_of
 from lightning_peft.commands.method_words import methods_of, name_of
 from lightning_peft.commands.trials import Result, Trial, Trials, best_scale, scales_of
 from lightning_peft.core import anatomy
+from lightning_peft.core.graft import grafts
 from lightning_peft.reports.comparison import entries_of
 from tests import text, two_towers
 
@@ -149,40 +152,54 @@ def test_a_method_without_training_is_scored(tmp_path: Path, monkeypatch: pytest
     assert rows[name_of(method)]["scores"] > [0.9] > rows["zero-shot"]["scores"]  # they tell red from blue
 
 
-def test_a_killed_comparison_ends_in_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_comparison_ends_in_the_same_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     text.save_model(tmp_path / "model")
     text.write(tmp_path / "train.csv", text.sentences(60))
     (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "other.txt").write_text("a quite other text\n\nand one more\n")
     monkeypatch.chdir(tmp_path)
     run, ran = fitting.run, []
 
-    def killed(words: Sequence[str], monitor: str, trial: Trial) -> Result:
+    def killed(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str]) -> Result:
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append(trial)
-        return run(words, monitor, trial)
+        return run(words, monitor, trial, other)
 
     monkeypatch.setattr(fitting, "run", killed)
     with pytest.raises(KeyboardInterrupt):
-        compared(monkeypatch)
+        compared(monkeypatch, "--other", "other.txt")
     assert len(list(Path("runs/compare/trials").glob("*.json"))) == 2
     ran.clear()
     monkeypatch.setattr(fitting, "run", lambda *given: ran.append(given) or run(*given))
-    table = compared(monkeypatch)
+    table = compared(monkeypatch, "--other", "other.txt")
     assert len(ran) == 1
-    words, monitor, trial = ran[-1]
+    words, monitor, trial, _ = ran[-1]
     kept = [json.loads(path.read_text()) for path in Path("runs/compare/trials").glob("*.json")]
     (own,) = [one for one in kept if one["method"] == trial.method]
     choosing = run(words, monitor, replace(trial, share=0.5, tests=False))
-    assert choosing.keys() == own.keys() - {"method", "scale", "seed", "share", "tests", "seconds", "test", "hits"}
+    tested = {"test", "hits", "kept", "batch"}
+    assert choosing.keys() == own.keys() - {"method", "scale", "seed", "share", "tests", "seconds"} - tested
     assert 0 < choosing["steps"] < own["steps"]
     assert len(own["hits"]) == 15
     ran.clear()
-    assert compared(monkeypatch) == table
+    capsys.readouterr()
+    assert compared(monkeypatch, "--other", "other.txt") == table
     assert not ran
+    screen = capsys.readouterr().out
+    assert max(map(len, screen[: screen.index("accuracy on the test rows")].splitlines())) <= 80
+    assert screen.count("LinearProbe(cache_features=True)") == 3
     rows = {row["method"]: row for row in json.loads(table["table.json"])["methods"]}
     assert rows.keys() == {"LoRA(r=2)", "LinearProbe(cache_features=True)", "nearest demonstrations"}
     assert len(rows["LoRA(r=2)"]["scores"]) == 1
+    assert rows["LoRA(r=2)"]["kept"][0] < rows["LinearProbe(cache_features=True)"]["kept"][0] == pytest.approx(1.0)
+    assert table["table.csv"].splitlines()[0].endswith(b",kept on other text")
+    costs = csv.DictReader(Path("runs/compare/costs.csv").read_text().splitlines())
+    assert {row["method"]: bool(row["seconds a batch of the test"]) for row in costs} == {
+        "LoRA(r=2)": True, "LinearProbe(cache_features=True)": True, "nearest demonstrations": False
+    }  # fmt: skip
     assert b"| `LoRA(r=2)` | 0." in table["table.md"]
     sent = Path("runs/compare/page.html").read_text()
     assert "<td>LoRA(r=2)</td>" in sent
@@ -190,6 +207,19 @@ def test_a_killed_comparison_ends_in_the_same_table(tmp_path: Path, monkeypatch:
         "score against parameters", "score against seconds", "learning curves",
     ]  # fmt: skip
     assert not re.search(r"https?:|src=\"(?!data:)", sent), "nothing is read from elsewhere"
+
+
+def test_a_method_is_merged_before_its_batches_are_timed(tmp_path: Path) -> None:
+    text.save_model(tmp_path / "model")
+    for method, left in ((LoRA(), False), (PromptTuning(), True)):
+        task = TextClassification(str(tmp_path / "model"), ["a", "b"])
+        before = using.embedded(task, ["one text", "and a longer one"])
+        method.apply(task.backbone)
+        using.ready(task)
+        assert any(True for _ in grafts(task.backbone)) is left
+        assert (using.kept(before, using.embedded(task, ["one text", "and a longer one"])) < 0.999) is left
+    with pytest.raises(TuningError, match=r"--other .* has no line of text: give a file with one text in a line\.$"):
+        using.other_texts(os.devnull)
 
 
 def test_controls_are_trained_at_the_rates_of_their_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +230,7 @@ def test_controls_are_trained_at_the_rates_of_their_method(tmp_path: Path, monke
     ran: list[Trial] = []
     tests = {"": 0.9, controls.RANDOM: 0.6, controls.SHUFFLED: 0.5}
 
-    def run(words: Sequence[str], monitor: str, trial: Trial) -> Result:
+    def run(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str]) -> Result:
         ran.append(trial)
         score = tests[controls.split(trial.method)[1]]
         whole = {"rates": {"delta": 0.1}, "trained": 1, "bytes": 1, "steps": 1, "curve": [], "hits": [], "memory": 0}

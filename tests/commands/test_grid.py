@@ -72,7 +72,7 @@ def test_scores_by_the_size_of_the_model(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     ran: list[tuple[str, Trial]] = []
 
-    def run(words: Sequence[str], monitor: str, trial: Trial) -> Result:
+    def run(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str]) -> Result:
         model = words[words.index("--model.model") + 1]
         ran.append((model, trial))
         whole = {"rates": {"delta": 0.1}, "trained": 1, "bytes": 1, "steps": 1, "curve": [], "hits": [], "memory": 0}

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from lightning_peft.core import structure, text_structure
@@ -79,7 +80,8 @@ def ready(task: Task) -> None:
 def seconds_a_batch(task: Task, data: LightningDataModule, device: torch.device) -> float:
     """Return the seconds that a batch of the test takes, the best of five."""
     task.to(device)
-    batch = task.transfer_batch_to_device(next(iter(data.test_dataloader())), device, 0)
+    batch, _, number = next(iter(CombinedLoader(data.test_dataloader(), "sequential")))  # a task may have several
+    batch = task.transfer_batch_to_device(batch, device, number)
     with in_eval(task), torch.inference_mode():  # as the test was: its metrics hold such tensors
         return min(_timed(lambda: task.score(batch, "test"), device) for _ in range(_TIMES))
 

@@ -46,6 +46,7 @@ from lightning_peft.data.text_regression import TextRegressionData as TextRegres
 from lightning_peft.data.token_classification import TokenClassificationData as TokenClassificationData
 from lightning_peft.deltas.combine import combine as combine, combine_deltas as combine_deltas
 from lightning_peft.deltas.loading import load_delta as load_delta
+from lightning_peft.deltas.per_task import PerTask as PerTask
 from lightning_peft.deltas.population import Population as Population
 from lightning_peft.deltas.scaling import rescale as rescale
 from lightning_peft.deltas.to_lora import to_lora as to_lora

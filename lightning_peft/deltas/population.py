@@ -3,30 +3,27 @@
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import LBFGS
 
 from lightning_peft.core import anatomy, arguments, select
-from lightning_peft.core.delta import save_delta
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.graft import grafts
 from lightning_peft.core.run import below_backbones, trained
 from lightning_peft.core.stand_in import stand_ins
 from lightning_peft.core.streams import Stream
 from lightning_peft.core.tuning import Tuning
 from lightning_peft.deltas.member_steps import MemberSteps
+from lightning_peft.deltas.members import Members
 from lightning_peft.training.method import Method
 from lightning_peft.training.record import Life
 
 
 @dataclass(eq=False)
-class Population(Method):
+class Population(Members):
     """Trains members side by side, each as it would be trained alone: deltas of one method, named NAME_0, NAME_1 ...
 
     In a training step the frozen backbone runs once, for the rows of all members; the head and the loss are computed
@@ -49,19 +46,15 @@ class Population(Method):
         mode: whether the least or the greatest of it is best.
     """
 
-    method: Method
     size: int | None = arguments.natural(None)
     seeds: list[int] | None = None
     vary: dict[str, list[Any]] = field(default_factory=dict)
     monitor: str = "val_loss"
     mode: Literal["min", "max"] = "min"
 
-    shards: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         """Take over where the backbone is, and its mode."""
-        self.backbone, self.backbone_mode = self.method.backbone, self.method.backbone_mode
-        self.keep_fp32 = self.method.keep_fp32
+        super().__post_init__()
         self.best: str | None = None
         self.scores: dict[str, float] = {}
 
@@ -90,75 +83,10 @@ class Population(Method):
         base = self.name or self.method.delta
         return [dataclasses.replace(self.method, name=f"{base}_{i}", **row) for i, row in enumerate(rows)]
 
-    @property
-    def names(self) -> list[str]:
-        """The names of the members."""
-        return [member.delta for member in self.members]
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The names of the methods of the members in the backbone's record."""
-        return frozenset(member.key for member in self.members)
-
     @cached_property
     def streams(self) -> list[Stream]:
         """Where each member draws its random numbers from."""
         return [Stream(seed) for seed in self.seeds or range(len(self.members))]
-
-    def apply(self, model: nn.Module) -> None:
-        """Add the members, each with the initial values of its seed; all rest. On any error nothing has changed.
-
-        Raises:
-            TuningError: the members cannot be trained side by side, or do not fit the backbone.
-        """
-        arguments.check_arguments(self)
-        if isinstance(self.method, Population):
-            raise TuningError("a Population of a Population has no members to train: give it a method, such as LoRA.")
-        backbone = select.backbone_of(model, self.backbone)
-        tuning = Tuning.of(backbone)
-        before = frozenset() if tuning is None else tuning.switch.off
-        done: list[Method] = []
-        try:
-            for member, stream in zip(self.members, self.streams, strict=True):
-                if (tuning := Tuning.of(backbone)) is not None:
-                    tuning.rest(backbone, frozenset(tuning.methods))
-                with stream:
-                    member.apply(model)
-                done.append(member)
-        except BaseException:
-            for member in done:
-                member.remove(model)
-            if (left := Tuning.of(backbone)) is not None:
-                left.rest(backbone, before)
-            raise
-        tuning = Tuning.of(backbone)
-        assert tuning is not None
-        tuning.rest(backbone, before | self.keys)
-        tuning.apart |= self.keys
-
-    def remove(self, model: nn.Module) -> None:
-        """Remove all members."""
-        for member in self.members:
-            member.remove(model)
-
-    def applied(self, module: nn.Module) -> "Population | None":
-        """Return this, if all members are applied."""
-        return self if all(member.is_applied(module) for member in self.members) else None
-
-    def save(self, model: nn.Module, folder: str | Path) -> list[Path]:
-        """Write each member to a file of its name and return the paths."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return [save_delta(model, Path(folder) / f"{name}.safetensors", name) for name in self.names]
-
-    def penalty(self, module: nn.Module) -> Tensor | None:
-        """Return the sum of the members' penalties."""
-        found = [p for member in self.members if (p := member.penalty(module)) is not None]
-        return torch.stack([p.reshape(()) for p in found]).sum() if found else None
-
-    def parameters_of(self, module: nn.Module, member: Method) -> dict[str, nn.Parameter]:
-        """Return what a member trains, by name below the backbone."""
-        places = grafts(self._tuned(module), member.key)
-        return {f"{place.full_name}.{name}": p for place in places for name, p in place.graft.named_parameters()}
 
     def rates(self, module: L.LightningModule) -> dict[nn.Parameter, float]:
         """Return the learning rate of what each member trains, the head left out."""
@@ -176,7 +104,7 @@ class Population(Method):
         tuning = Tuning.of(self._tuned(pl_module)) if self.finds_backbone(pl_module) else None
         if stage != "predict":
             if tuning is not None:
-                tuning.rest(self._tuned(pl_module), tuning.switch.off | self.keys)
+                self.let_compute(pl_module, None)
             MemberSteps(self).install(trainer, pl_module)
         elif tuning is not None and self.keys <= tuning.switch.off:
             raise TuningError(
@@ -213,18 +141,14 @@ class Population(Method):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let the best member compute."""
-        backbone = self._tuned(pl_module)
-        tuning = Tuning.of(backbone)
-        if self.best is not None and tuning is not None:
-            tuning.rest(backbone, (tuning.switch.off | self.keys).difference(tuning.of_delta(self.best)))
+        if self.best is not None:
+            self.let_compute(pl_module, self.members[self.names.index(self.best)])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores, and where the random numbers are."""
-        streams = [stream.state_dict() for stream in self.streams]
-        return {"best": self.best, "scores": self.scores, "streams": streams}
+        return {"best": self.best, "scores": self.scores, **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what `state_dict` has returned."""
         self.best, self.scores = state_dict["best"], state_dict["scores"]
-        for stream, state in zip(self.streams, state_dict["streams"], strict=True):
-            stream.load_state_dict(state)
+        super().load_state_dict(state_dict)

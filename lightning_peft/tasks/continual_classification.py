@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 from lightning_peft.core import anatomy
 from lightning_peft.core.errors import TuningError
 from lightning_peft.data.protocols import TaskSequence
+from lightning_peft.deltas.per_task import PerTask
 from lightning_peft.tasks.base import Split
 from lightning_peft.tasks.class_scores import HeadClassification
 from lightning_peft.tasks.continual_metrics import average_accuracy, backward_transfer, forgetting, learning_accuracy
@@ -81,6 +82,9 @@ class ContinualTask(HeadClassification):
         super().setup(stage)
         self._classes = self._sequence().task_classes
         self.accuracies = nn.ModuleList(MeanMetric() for _ in self._classes)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PerTask):
+                self._check_deltas(callback)
         if stage == "fit":
             self._check_trainer(self._sequence())
             self.matrix = self.matrix or [[0.0] * len(self._classes) for _ in self._classes]
@@ -177,6 +181,18 @@ class ContinualTask(HeadClassification):
         logits: Tensor = self(batch).masked_fill(~self._known(task), float("-inf"))
         self.accuracies[task].update((logits.argmax(1) == batch["labels"]).float())  # type: ignore[operator]
         return logits
+
+    def _check_deltas(self, deltas: PerTask) -> None:
+        if deltas.tasks != len(self._classes):
+            raise TuningError(
+                f"PerTask has {deltas.tasks} deltas, and the data have {len(self._classes)} tasks: give it "
+                f"tasks={len(self._classes)}."
+            )
+        if self.known != "task":
+            raise TuningError(
+                f"PerTask computes a row by the delta of its task, which known={self.known!r} does not tell: give the "
+                "task known='task'."
+            )
 
     def _check_trainer(self, data: TaskSequence) -> None:
         epochs = data.epochs_per_task * len(self._classes)

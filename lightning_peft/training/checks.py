@@ -106,7 +106,7 @@ def note_gradients(module: L.LightningModule, optimizer: Optimizer) -> None:
     life.without_gradient = {name for name in waiting if name in known and known[name].grad is None}
     life.steps += 1
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    late = sorted(name for name in life.without_gradient if id(known[name]) in held)
+    late = sorted(name for name in life.without_gradient if id(known[name]) in held and known[name].requires_grad)
     if first and late:
         rank_zero_warn(
             f"{len(late)} trained parameters got no gradient in the first step, e.g. {late[0]}: it is an error if they "

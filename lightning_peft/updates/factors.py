@@ -49,6 +49,8 @@ class Factors(Movable):
     ) -> None:
         super().__init__()
         self.scale = scale
+        self.use_dora = use_dora
+        self.subtracts_start = init in OF_THE_WEIGHT
         self._kept: dict[str, tuple[tuple[Any, ...], Any, tuple[Tensor, ...]]] = {}
         self.register_load_state_dict_pre_hook(_forget)
         shape_a, shape_b = self.shapes(shape, r)
@@ -57,7 +59,7 @@ class Factors(Movable):
         self.reset_parameters(init)
         self.register_buffer("A0", None)
         self.register_buffer("B0", None)
-        if init in OF_THE_WEIGHT:
+        if self.subtracts_start:
             a, b = factors_of(init, weight(), r, scale, iterations)  # type: ignore[arg-type]
             self.A0, self.B0 = a.reshape(shape_a).contiguous(), b.reshape(shape_b).contiguous()
             with torch.no_grad():
@@ -89,8 +91,10 @@ class Factors(Movable):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B of the whole update ``scale B A``: those of training, or of rank 2r where it has A₀ and B₀."""
-        if self.A0 is None or self.B0 is None:
+        if not self.subtracts_start:
             return self.A, self.B
+        assert self.A0 is not None
+        assert self.B0 is not None
         along_a, along_b = self.rank_axes
         return torch.cat([self.A, self.A - self.A0], along_a), torch.cat([self.B - self.B0, self.B0], along_b)
 

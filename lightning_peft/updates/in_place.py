@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -59,7 +60,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return ``out + scale (x aᵀ) bᵀ`` in the buffer of ``out``, in whose dtype a [r, in] and b [out, r] are used."""
     if torch.is_grad_enabled():
-        return _AddLowRank.apply(out, x, a, b, scale)
+        return _add_low_rank(out, x, a, b, scale)
     _add(out, x, a.to(out.dtype), b.to(out.dtype), scale)
     return out
 
@@ -89,21 +90,20 @@ def scale_(out: Tensor, bias: Tensor | None, ratio: Tensor) -> Tensor:
     return out.copy_(shift + out * ratio)
 
 
-def _scaled(one: Tensor, other: Tensor, scale: float) -> Tensor:
-    """Return ``scale one @ other`` in one kernel."""
-    nothing = torch.empty((), dtype=one.dtype, device=one.device)
-    return torch.addmm(nothing, one, other, beta=0, alpha=scale)
-
-
 def _add(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Do ``out += scale (x aᵀ) bᵀ`` and return ``scale a xᵀ``, [r, n].
+    """Do ``out += scale (x aᵀ) bᵀ`` and return ``a xᵀ``, [r, n].
 
     The skinny products, here and in the gradients, have the rank as their leading dimension: on CPU that is up to
     9 times faster at r = 8 than the same product the other way round.
     """
-    u = _scaled(a, x.reshape(-1, x.shape[-1]).t(), scale)
-    out.view(-1, out.shape[-1]).addmm_(u.t(), b.t())
+    u = F.linear(a, _rows(x))
+    _rows(out).addmm_(u.t(), b.t(), alpha=scale)
     return u
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return [..., d] as [n, d]."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -118,43 +118,58 @@ class _AddLowRank(torch.autograd.Function):
         # copies its gradient twice. A detached tensor is no view, and shares the buffer and its version: whoever has
         # saved ``out`` gets autograd's error and no wrong gradient.
         out = out.detach()
-        half_a, half_b = a.to(out.dtype), b.to(out.dtype)
-        ctx.save_for_backward(x, _add(out, x, half_a, half_b, scale), a, b, half_a, half_b)
         ctx.scale = scale
+        if a.dtype is out.dtype is b.dtype:
+            ctx.save_for_backward(x, _add(out, x, a, b, scale), a, b)
+        else:
+            half_a, half_b = a.to(out.dtype), b.to(out.dtype)
+            ctx.save_for_backward(x, _add(out, x, half_a, half_b, scale), a, b, half_a, half_b)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, wide_a, wide_b, a, b = ctx.saved_tensors
-        rows, d = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        x, u, wide_a, wide_b, *half = ctx.saved_tensors
+        a, b = half or (wide_a, wide_b)
+        rows, d = _rows(x), _rows(grad)
         if torch.is_grad_enabled():  # create_graph=True, and what was computed does not know what from
             a, b = wide_a.to(a.dtype), wide_b.to(b.dtype)
-            u = _scaled(a, rows.t(), ctx.scale)
-        g = _scaled(b.t(), d.t(), ctx.scale)
+            u = F.linear(a, rows)
+        # With beta=0 the first argument is not read: it says the shape of the product, which is scaled in one kernel.
+        g = torch.addmm(u, b.t(), d.t(), beta=0, alpha=ctx.scale)
         _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
-        grad_x = torch.mm(g.t(), a).view(x.shape) if needs_x else None
-        if needs_a and needs_b and a.dtype != wide_a.dtype and not torch.is_grad_enabled():
-            return grad, grad_x, *_products(g, rows, u, d, wide_a.dtype), None
-        grad_a = torch.mm(g, rows).to(wide_a.dtype) if needs_a else None
-        return grad, grad_x, grad_a, _of_b(u, d).to(wide_b.dtype) if needs_b else None, None
+        grad_x = torch.mm(g.t(), a) if needs_x else None
+        if grad_x is not None and rows is not x:
+            grad_x = grad_x.view(x.shape)
+        if half and needs_a and needs_b and not torch.is_grad_enabled():
+            return grad, grad_x, *_products(g, rows, u, d, ctx.scale, wide_a.dtype), None
+        grad_a = torch.mm(g, rows) if needs_a else None
+        grad_b = _of_b(u, d, b, ctx.scale) if needs_b else None
+        if half:
+            grad_a, grad_b = (None if each is None else each.to(wide_a.dtype) for each in (grad_a, grad_b))
+        return grad, grad_x, grad_a, grad_b, None
 
 
-def _products(g: Tensor, rows: Tensor, u: Tensor, d: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+_add_low_rank: Any = super(torch.autograd.Function, _AddLowRank).apply
+"""``apply`` without what torch puts before it for the transforms of ``torch.func``, which `is_free` leaves out."""
+
+
+def _products(g: Tensor, rows: Tensor, u: Tensor, d: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the gradients of A and B, each in the layout of its factor, cast together."""
     shape_a, shape_b = (g.shape[0], rows.shape[1]), (d.shape[1], u.shape[0])
     count = shape_a[0] * shape_a[1]
     both = torch.empty(count + shape_b[0] * shape_b[1], dtype=g.dtype, device=g.device)
+    of_b = both[count:].view(shape_b)
     torch.mm(g, rows, out=both[:count].view(shape_a))
-    torch.mm(d.t(), u.t(), out=both[count:].view(shape_b))
+    torch.addmm(of_b, d.t(), u.t(), beta=0, alpha=scale, out=of_b)
     both = both.to(dtype)
     return both[:count].view(shape_a), both[count:].view(shape_b)
 
 
-def _of_b(u: Tensor, d: Tensor) -> Tensor:
+def _of_b(u: Tensor, d: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return the gradient of B [out, r] in B's own layout, into which autograd would copy it else."""
-    if u.device.type == "cpu" and u.dtype is torch.float32:  # by the faster product, see `_add`
-        return torch.mm(u, d).t().contiguous()
-    return torch.mm(d.t(), u.t())
+    if u.is_cpu and u.dtype is torch.float32:  # by the faster product, see `_add`
+        return torch.addmm(b.t(), u, d, beta=0, alpha=scale).t().contiguous()
+    return torch.addmm(b, d.t(), u.t(), beta=0, alpha=scale)
 
 
 class _Rescale(torch.autograd.Function):

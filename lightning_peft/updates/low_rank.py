@@ -25,6 +25,9 @@ from lightning_peft.updates import in_place
 from lightning_peft.updates.factors import Factors, row_ratio
 from lightning_peft.updates.low_rank_init import OF_THE_WEIGHT, Init
 
+Pair = tuple[Tensor, Tensor]
+"""A and B."""
+
 
 class LowRank(Factors, Folding):
     """Adds ``scale * B A x`` to the output of a linear layer, or of GPT-2's Conv1D; rescales it, with DoRA.
@@ -81,31 +84,32 @@ class LowRank(Factors, Folding):
         """
         if self.merged:
             return out
-        if is_part(self.A) and not is_part(out):  # the layer is split between ranks, whose parts torch keeps account of
-            parts: Any = joined(out, (*x.shape[:-1], shape_of(host)[0]), self.A.device_mesh)  # type: ignore[attr-defined]
-            changed: Any = self._changed(parts, host, x)
+        factors = a, _ = self.factors()
+        if is_part(a) and not is_part(out):  # the layer is split between ranks, whose parts torch keeps account of
+            parts: Any = joined(out, (*x.shape[:-1], shape_of(host)[0]), a.device_mesh)  # type: ignore[attr-defined]
+            changed: Any = self._changed(parts, host, x, factors)
             return changed.redistribute(placements=parts.placements).to_local()
-        return self._changed(out, host, x)
+        return self._changed(out, host, x, factors)
 
-    def _changed(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
-        if self.training and self.dropout:
+    def _changed(self, out: Tensor, host: nn.Module, x: Tensor, factors: Pair) -> Tensor:
+        if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-            if self.m is not None:
-                return self._dropped(out, host, x)
-        free = self._adds_in_place(out, host, x)
+            if self.use_dora:
+                return self._dropped(out, host, x, factors)
+        free = self._adds_in_place(out, host, x, factors[0])
         if free:
-            out = in_place.add_low_rank(out, x, *self.factors(), self.scale)
+            out = in_place.add_low_rank(out, x, *factors, self.scale)
         else:
-            out = torch.add(out, self.added(x, host).to(out.dtype), alpha=self.scale)
-        return out if self.m is None else self._rescaled(out, host, free)
+            out = torch.add(out, self.added(x, host, factors).to(out.dtype), alpha=self.scale)
+        return self._rescaled(out, host, free) if self.use_dora else out
 
-    def added(self, x: Tensor, host: nn.Module) -> Tensor:
+    def added(self, x: Tensor, host: nn.Module, factors: Pair) -> Tensor:
         """Return ``(x Aᵀ) Bᵀ``, before the scale, in the dtype of x."""
-        a, b = self.factors()
+        a, b = factors
         return F.linear(summed(F.linear(x, a.to(x.dtype))), b.to(x.dtype))
 
-    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor) -> bool:
-        return out.dtype == x.dtype and in_place.is_free(out, host, self, self.A)
+    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor, a: Tensor) -> bool:
+        return out.dtype is x.dtype and in_place.is_free(out, host, self, a)
 
     def _rescaled(self, out: Tensor, host: nn.Module, free: bool) -> Tensor:
         """Return ``b + c (out - b)``."""
@@ -119,12 +123,12 @@ class LowRank(Factors, Folding):
         scaled = out * ratio
         return (scaled if bias is None else scaled + self._along(bias * (1 - ratio.flatten()))).to(out.dtype)
 
-    def _dropped(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+    def _dropped(self, out: Tensor, host: nn.Module, x: Tensor, factors: Pair) -> Tensor:
         bias: Tensor | None = structure.bias_of(host)
         ratio = self._ratio(host)
         base = type(host).forward(host, x)
         base = base if bias is None else base - self._along(bias)
-        change = (ratio - 1) * base + ratio * (self.scale * self.added(x, host))
+        change = (ratio - 1) * base + ratio * (self.scale * self.added(x, host, factors))
         return out + change.to(out.dtype)
 
     def _ratio(self, host: nn.Module) -> Tensor:

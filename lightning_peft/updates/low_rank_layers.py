@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.core import structure
 from lightning_peft.updates.factors import row_ratio
-from lightning_peft.updates.low_rank import LowRank
+from lightning_peft.updates.low_rank import LowRank, Pair
 from lightning_peft.updates.low_rank_init import Init, zero_update
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -31,14 +31,14 @@ class LowRankEmbedding(LowRank):
         nn.init.zeros_(self.A)
         nn.init.normal_(self.B)
 
-    def added(self, x: Tensor, host: nn.Module) -> Tensor:
+    def added(self, x: Tensor, host: nn.Module, factors: Pair) -> Tensor:
         """Return ``A[:, x]ᵀ Bᵀ``, [..., dim]."""
-        a, b = self.factors()
+        a, b = factors
         assert isinstance(host, nn.Embedding)
         padding = host.padding_idx  # its row has no gradient in the table either
         return F.linear(F.embedding(x, a.t(), padding), b) * structure.row_scale_of(host)
 
-    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor) -> bool:
+    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor, a: Tensor) -> bool:
         return False
 
     def update(self) -> Tensor:
@@ -78,10 +78,10 @@ class LowRankConv(LowRank):
         """Give A and B values whose product is zero."""
         zero_update(init, self.A, self.B, self.A[0].numel(), self.rank)
 
-    def added(self, x: Tensor, host: nn.Module) -> Tensor:
+    def added(self, x: Tensor, host: nn.Module, factors: Pair) -> Tensor:
         """Return the convolution with A, at the host's stride, padding and dilation, and then with B."""
         assert isinstance(host, CONVOLUTIONS)
-        a, b = (factor.to(x.dtype) for factor in self.factors())
+        a, b = (factor.to(x.dtype) for factor in factors)
         convolve = _CONVOLVE[a.dim() - 2]
         if self.groups == 1:
             return convolve(through(host, x, a), b)
@@ -95,7 +95,7 @@ class LowRankConv(LowRank):
         """Say why no kernel of several groups can take in the update."""
         return None if self.groups == 1 else f"has {self.groups} groups, and the update is none of so many"
 
-    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor) -> bool:
+    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor, a: Tensor) -> bool:
         return False
 
     def _along(self, bias: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class CausalLMData(SourcedData):
         separator: what to put between prompt and target.
         packing: put texts end to end in rows of ``max_length`` tokens, so that nothing is padding. ``position_ids``
             begin anew with each text, by which transformers keeps the texts of a row from seeing each other. Packed
-            rows have no ``references``. It is for training: validation and test are not packed.
+            rows have no ``references``. Training and validation are packed, the test is not.
         **kwargs: as in `SourcedData` and `TokenData`.
     """
 
@@ -128,8 +128,8 @@ class CausalLMData(SourcedData):
             "prefix": self.prefix,
             "separator": self.separator,
         }
-        function = _prompts if split == "predict" else _packed if self.packing and split == "train" else continued
-        return function, arguments
+        packs = self.packing and split in ("train", "validation")
+        return _prompts if split == "predict" else _packed if packs else continued, arguments
 
     def padder(self, split: str) -> Callable[..., dict[str, Any]]:
         """Return what makes a batch of rows: training pads on the right, prompts to go on from end at the right."""

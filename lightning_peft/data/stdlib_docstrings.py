@@ -6,7 +6,7 @@ import platform
 import re
 import sysconfig
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -72,16 +72,33 @@ class StdlibDocstrings(TextData):
 
 def docstrings(library: Path) -> Iterator[tuple[str, str]]:
     """Yield ``(package, text)`` for each first paragraph in the public sources below a folder."""
+    return ((package, text) for package, _, text in documented(library))
+
+
+def documented(library: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield package, full dotted name and first paragraph of what has a docstring in the public sources of a folder."""
     for path in _sources(library):
-        package = path.relative_to(library).with_suffix("").parts[0]
+        parts = path.relative_to(library).with_suffix("").parts
         with warnings.catch_warnings(action="ignore"):  # of escapes in old sources
             try:
                 tree = ast.parse(path.read_bytes())
             except SyntaxError:  # a template, or a source for another version
                 continue
-        for node in ast.walk(tree):
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        for name, node in _named(tree, module or parts[0]):
             if isinstance(node, _DOCUMENTED) and (docstring := ast.get_docstring(node)):
-                yield package, " ".join(re.split(r"\n\s*\n", docstring.strip())[0].split())
+                yield parts[0], name, " ".join(re.split(r"\n\s*\n", docstring.strip())[0].split())
+
+
+def _named(tree: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
+    """Yield all nodes below one, level by level, as ``ast.walk`` does, with the dotted names of what they belong to."""
+    waiting = deque([(name, tree)])
+    while waiting:
+        name, node = waiting.popleft()
+        yield name, node
+        for child in ast.iter_child_nodes(node):
+            own = isinstance(child, _DOCUMENTED) and not isinstance(child, ast.Module)
+            waiting.append((f"{name}.{child.name}" if own else name, child))  # type: ignore[attr-defined]
 
 
 def _sources(library: Path) -> Iterator[Path]:

@@ -105,9 +105,18 @@ class WritingTask(Task):
         return (self.targets(batch) != IGNORED).sum()
 
     def score(self, batch: Mapping[str, Any], split: Split) -> None:
-        """Add the logits of a batch to the metrics, and the texts that the model writes."""
+        """Add the logits of a batch to the metrics, and the texts that the model writes.
+
+        Raises:
+            TuningError: texts are to be written for rows that are packed.
+        """
         logits, tokens = self.predictions(batch)
         scores, *texts = self.metrics(split)
+        if texts and "references" not in batch:
+            raise TuningError(
+                "the model cannot write from packed rows, which hold several texts: set packing=false, or "
+                "generate=test, since the test is not packed."
+            )
         scores.update(logits.float(), tokens)
         for written in texts:
             written.update(self.write(self.prompts(batch)), batch["references"])

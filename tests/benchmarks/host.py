@@ -80,7 +80,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    print("| input | phase | ours [us a layer] | peft [us a layer] | ours / peft (quartiles) |\n|---|---|---:|---:|---:|")
+    print(
+        "| input | phase | ours [us a layer] | peft [us a layer] | ours / peft (quartiles) |\n|---|---|---:|---:|---:|"
+    )
     for shape in SHAPES:
         measure(shape, rounds)
 

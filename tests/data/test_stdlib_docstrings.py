@@ -7,7 +7,7 @@ import pytest
 
 from lightning_peft import TuningError
 from lightning_peft.data import StdlibDocstrings
-from lightning_peft.data.stdlib_docstrings import _rows, docstrings
+from lightning_peft.data.stdlib_docstrings import _rows, docstrings, documented
 
 LIBRARY = {
     "alpha.py": '"""Alpha is a module\nof two lines.\n  \nMore of it."""\nclass A:\n    """A class of alpha."""\n',
@@ -42,6 +42,13 @@ def test_first_paragraphs_of_public_sources(library: Path) -> None:
         *[("beta", "Twice in one package.")] * 2,
         ("gamma", "Common to two packages."),
     ]
+
+
+def test_names_say_what_a_docstring_is_of(library: Path) -> None:
+    found = [(name, text) for _, name, text in documented(library)]
+    assert found[:2] == [("alpha", "Alpha is a module of two lines."), ("alpha.A", "A class of alpha.")]
+    assert ("beta.f.g", "An inner function of beta.") in found
+    assert ("beta.deep.part.f", "Common to two packages.") in found
 
 
 def test_duplicates_and_short_texts_are_left_out(library: Path) -> None:

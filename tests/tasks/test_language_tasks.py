@@ -169,6 +169,24 @@ def test_packed_texts_do_not_see_each_other(kind: str, valley: Valley, tmp_path:
         task({**batch, "input_ids": batch["input_ids"] - 1000})
 
 
+def test_validation_of_packed_rows(valley: Valley, tmp_path: Path) -> None:
+    """Loss and perplexity are those of rows by themselves; from packed rows nothing is written."""
+    path = valley("gpt2")
+    how = {"tokenizer": path, "dataset": "made://descriptions", "prompt": "source", "separator": " = "}
+    scores, rows = [], []
+    for packing in (True, False):
+        data = CausalLMData(**how, target="target", packing=packing, max_length=96)
+        (found,) = trainer(tmp_path).validate(CausalLM(path), data, verbose=False)
+        scores.append(found)
+        rows.append(len(data._encoded["validation"]))
+    assert rows[0] < rows[1]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    with pytest.raises(TuningError, match=r"cannot write from packed rows.*set packing=false, or generate=test"):
+        trainer(tmp_path, limit_val_batches=1).validate(
+            CausalLM(path, generate="validation and test"), CausalLMData(**how, target="target", packing=True)
+        )
+
+
 def test_perplexity(valley: Valley, tmp_path: Path) -> None:
     arguments = {"dataset": "made://descriptions", "prompt": "source", "target": "target"}
     data = CausalLMData(tokenizer=valley("gpt2"), batch_size=16, **arguments)

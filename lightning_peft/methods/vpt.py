@@ -24,7 +24,7 @@ from lightning_peft.core import anatomy, attention, compatibility, structure
 from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.eval_mode import in_eval
-from lightning_peft.core.graft import Graft, attach, detach, owned_by
+from lightning_peft.core.graft import Graft, attach, detach, grafts, owned_by
 from lightning_peft.core.meta_run import ran
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.rates import Rates
@@ -37,6 +37,7 @@ from lightning_peft.towers.token_prompts import (
     MorePrefixTokens,
     Pooled,
     TokenPrompt,
+    WiderMask,
 )
 from lightning_peft.towers.vision import Tower, tower
 from lightning_peft.towers.window_prompts import ImagePrompts, attach_windows
@@ -78,25 +79,34 @@ class VPT(Method):
         """Attach the prompts to the embeddings or blocks of the vision tower."""
         if not self.deep and (self.num_deep_layers is not None or self.deep_from == "top"):
             raise TuningError("deep=False has prompts in the input alone: leave num_deep_layers and deep_from out.")
-        found = tower(backbone)
+        found = tower(backbone, of_patches=True)
         chosen = self._layers(len(found.blocks), type(backbone).__name__)
         self._check_fit(backbone, found)
+        image, named = found.inputs(torch.device("meta"), rows=2)
+        parts = [part for part in (found.module, backbone) if ran(part, *image, **named)]
+        # Prompts that no block hands on can stand aside of what is read between the blocks.
+        ways = (False, True) if len(chosen) == len(found.blocks) and not found.windowed else (False,)
+        for aside in ways[structure.gives_feature_maps(found.module) :]:
+            self._attach(found, chosen, aside)
+            if all(ran(part, *image, **named) for part in parts):
+                return ()
+            for place in list(grafts(backbone, self.key)):
+                detach(place.host, place.name)
+        other = "" if found.windowed or len(ways) > 1 else "take deep=True in all blocks, which then hand on none, or "
+        raise TuningError(
+            f"{type(backbone).__name__} computes from the number or the places of its tokens, which prompts "
+            f"change: {other}tune it by LoRA or BitFit."
+        )
+
+    def _attach(self, found: Tower, chosen: list[int], aside: bool) -> None:
         bound = initial_bound(found, self.projection)
-        image = torch.empty(2, *found.image_size, dtype=found.patches.weight.dtype, device="meta")
-        parts = [part for part in (found.module, backbone) if ran(part, image)]
         if found.windowed:
             weights = {i: self._drawn(bound, _width(found.blocks[i]), found.blocks[i]) for i in chosen}
             attach_windows(found, weights, self._dropout, self.key)
         else:
-            self._attach_tokens(found, chosen, bound)
+            self._attach_tokens(found, chosen, bound, aside)
         if self.pool != "model":
             attach(found.module, Pooled(self.pool, found.prefix), self.key)
-        if not all(ran(part, image) for part in parts):
-            raise TuningError(
-                f"{type(backbone).__name__} computes from the number or the places of its tokens, which prompts "
-                "change: tune it by LoRA or BitFit."
-            )
-        return ()
 
     def prompts(self, model: nn.Module) -> list[Tensor]:
         """Return the trained prompts of each block that has some, [P, d] or, before a projection, [P, dp]."""
@@ -114,7 +124,7 @@ class VPT(Method):
         """
         backbone = self._tuned(model)
         self.applied_to(model)
-        found = tower(backbone)
+        found = tower(backbone, of_patches=True)
         chosen = self._layers(len(found.blocks), type(backbone).__name__)
         if chosen != list(range(chosen[0], len(found.blocks))):
             raise TuningError(
@@ -124,9 +134,9 @@ class VPT(Method):
         prompted = {id(m) for i in chosen for m in found.blocks[i].modules()}
         start = 0 if found.windowed else found.prefix
         attentions = [a for a in attention.join(backbone, self.key) if id(a.module) in prompted]
-        image = found.patches.weight.new_zeros(1, *found.image_size)
+        image, named = found.inputs(device_of(found.patches), rows=1)
         with in_eval(found.module), attention.recorded(attentions) as seen:
-            found.module(image)
+            found.module(*image, **named)
         for place in self.own_grafts(model, Graft):
             if not isinstance(place.graft, Pooled):
                 detach(place.host, place.name)
@@ -151,15 +161,16 @@ class VPT(Method):
 
     def _check_fit(self, backbone: nn.Module, found: Tower) -> None:
         name = type(backbone).__name__
-        if structure.gives_feature_maps(found.module):
+        maps = structure.gives_feature_maps(found.module)
+        if maps and (not self.deep or self.num_deep_layers not in (None, len(found.blocks)) or found.windowed):
             raise TuningError(
-                f"{name} gives the hidden states of its blocks, and prompts would be among them: take the model "
-                "without that (AutoModel), or LoRA."
+                f"{name} gives the hidden states of its blocks, and prompts would be among them: take deep=True in "
+                "all blocks, which then hand on none, the model without that (AutoModel), or LoRA."
             )
         if found.windowed and self.projection is not None:
             raise TuningError(f"the blocks of {name} have several widths: leave projection out.")
-        if self.pool != "model" and found.plain:
-            raise TuningError(f"pool={self.pool!r} is for a transformers classifier: take pool='model'.")
+        if self.pool != "model" and (found.plain or found.given is not None):
+            raise TuningError(f"pool={self.pool!r} is for a transformers classifier of images: take pool='model'.")
         if self.pool == "cls" and not found.has_cls:
             raise TuningError(f"pool='cls', but {name} has no [CLS] token: take pool='mean' or 'model'.")
         if self.pool != "model" and not anatomy.head_names(backbone):
@@ -168,25 +179,28 @@ class VPT(Method):
     def _drawn(self, bound: float, dim: int, host: nn.Module) -> nn.Parameter:
         return nn.Parameter(torch.empty(self.num_virtual_tokens, dim, device=device_of(host)).uniform_(-bound, bound))
 
-    def _attach_tokens(self, found: Tower, chosen: list[int], bound: float) -> None:
+    def _attach_tokens(self, found: Tower, chosen: list[int], bound: float, aside: bool) -> None:
         projection = self._projection(found)
         weights = {i: self._drawn(bound, self.projection or found.dim, found.blocks[i]) for i in chosen}
 
         def prompt(kind: type[TokenPrompt], i: int, own: bool) -> TokenPrompt:
             weight = weights.get(i) if own else None
             shared = projection if weight is not None else None
-            first = i == chosen[0]
-            return kind(weight, shared, self._dropout, found.prefix, self.num_virtual_tokens, first)
+            insert = aside or i == chosen[0]
+            return kind(weight, shared, self._dropout, found.prefix, self.num_virtual_tokens, insert)
 
-        at_block = found.embeddings is found.blocks[0]
+        at_block = aside or found.embeddings is found.blocks[0]
         if 0 in weights and not at_block:
             attach(found.embeddings, prompt(BlockPrompt if found.plain else EmbeddedPrompt, 0, own=True), self.key)
         last = len(found.blocks) - 1
         for i, block in enumerate(found.blocks):
-            if i == last:
+            if aside or i == last:
                 attach(block, prompt(LastBlockPrompt, i, own=i > 0 or at_block), self.key)
             elif i in weights and (i > 0 or at_block):
                 attach(block, prompt(BlockPrompt, i, own=True), self.key)
+        if found.given is not None:
+            for block in found.blocks[chosen[0] :]:
+                attach(block, WiderMask(self.num_virtual_tokens), f"{self.key}_mask")
         for module in counting_prefixes(found.blocks[chosen[0] :]):
             attach(module, MorePrefixTokens(self.num_virtual_tokens), self.key)
 
@@ -200,8 +214,7 @@ class VPT(Method):
 
 def initial_bound(found: Tower, projection: int | None = None) -> float:
     """Return v of the initial values U(-v, v), 0.0625 for ViT-B/16; a projection's prompts have its width."""
-    area = math.prod(found.patches.kernel_size)
-    return math.sqrt(6 / (found.patches.in_channels * area + (projection or found.dim)))
+    return math.sqrt(6 / (found.area + (projection or found.dim)))
 
 
 def _width(block: nn.Module) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.graft import Graft
@@ -72,6 +73,36 @@ class LastBlockPrompt(BlockPrompt):
     def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return the block's output without the prompts."""
         return self.stripped(out)
+
+
+class WiderMask(Graft):
+    """Lets the tokens of a block see the prompts that stand before them, where the block is given a mask.
+
+    Args:
+        width: P.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def around(
+        self,
+        forward: Callable[..., Any],
+        host: nn.Module,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the block with the mask [B, 1, T, T], true or 0 for what is seen, grown by the prompts."""
+        if attention_mask is not None:
+            seen = 1.0 if attention_mask.dtype is torch.bool else 0.0
+            attention_mask = F.pad(attention_mask, (self.width, 0), value=seen)
+            if attention_mask.shape[-2] > 1:  # a prompt sees what the first token sees
+                rows = attention_mask[..., :1, :].expand(*attention_mask.shape[:-2], self.width, -1)
+                attention_mask = torch.cat((rows, attention_mask), dim=-2)
+        return forward(x, attention_mask, *args, **kwargs)
 
 
 class MorePrefixTokens(Graft):

@@ -6,14 +6,17 @@ attend. How many tokens stand before the patches ([CLS], a distillation token, r
 embeddings on an empty image.
 """
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import anatomy, select, structure
+from lightning_peft.core.empty_inputs import patches_of
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.placement import undispatched
 from lightning_peft.towers.plain_vision import plain_tower
@@ -36,12 +39,13 @@ class Tower:
         windowed: whether its blocks attend within windows of a shrinking grid (Swin).
         has_cls: whether the first token is a [CLS].
         plain: whether it is no transformers model.
+        given: what it takes in place of an image, where that is a row of patches (SigLIP 2), without values.
     """
 
     module: nn.Module
     embeddings: nn.Module
     blocks: tuple[nn.Module, ...]
-    patches: nn.Conv2d | nn.Conv3d
+    patches: nn.Conv2d | nn.Conv3d | nn.Linear
     image_size: tuple[int, ...]
     prefix: int
     tokens: int
@@ -49,16 +53,37 @@ class Tower:
     windowed: bool
     has_cls: bool
     plain: bool = False
+    given: Mapping[str, Tensor] | None = None
+
+    @property
+    def area(self) -> int:
+        """The number of values of a patch."""
+        if isinstance(self.patches, nn.Linear):
+            return self.patches.in_features
+        return self.patches.in_channels * math.prod(self.patches.kernel_size)
+
+    def inputs(self, device: torch.device, rows: int) -> tuple[list[Tensor], dict[str, Any]]:
+        """Return what its forward pass takes, by position and by name; images of zeros."""
+        if self.given is None:
+            image = torch.zeros(rows, *self.image_size, dtype=self.patches.weight.dtype, device=device)
+            return [image], {}
+        return [], {name: each.to(device).repeat_interleave(rows, 0) for name, each in self.given.items()}
 
 
-def tower(backbone: nn.Module) -> Tower:
+def tower(backbone: nn.Module, of_patches: bool = False) -> Tower:
     """Return the vision transformer of a backbone; of a CLIP the image side.
+
+    Args:
+        backbone: the model.
+        of_patches: whether one will do that takes rows of patches in place of images.
 
     Raises:
         TuningError: there is none.
     """
     place = _patch_embedding(backbone)
     found = (_of_transformers(backbone, *place) if place is not None else None) or _plain(backbone)
+    if found is None and of_patches:
+        found = _of_rows(backbone)
     if found is None:
         raise TuningError(
             f"{type(backbone).__name__} has no vision transformer (a model that makes a row of tokens of patches and "
@@ -112,6 +137,18 @@ def _plain(backbone: nn.Module) -> Tower | None:
         has_cls=has_cls(names),
         plain=True,
     )
+
+
+def _of_rows(backbone: nn.Module) -> Tower | None:
+    """Return the innermost tower that takes rows of patches, which a linear layer embeds."""
+    for module in reversed([module for module in backbone.modules() if _is_model(module)]):
+        given, patches = patches_of(module), structure.input_embeddings_of(module)
+        if given and isinstance(patches, nn.Linear) and _attending(module):
+            blocks, count = _blocks(module, windowed=False), given["pixel_values"].shape[1]
+            size = tuple(given["pixel_values"].shape[1:])
+            dim = patches.out_features
+            return Tower(module, blocks[0], blocks, patches, size, 0, count, dim, False, False, given=given)
+    return None
 
 
 def has_cls(names: Iterable[str]) -> bool:

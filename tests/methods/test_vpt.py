@@ -369,12 +369,6 @@ def test_pooling_without_a_head_is_refused() -> None:
         VPT(pool="mean").apply(tiny("vit").vit)
 
 
-def test_a_model_of_hidden_states_is_refused() -> None:
-    config = hf.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
-    with pytest.raises(TuningError, match="gives the hidden states of its blocks"):
-        VPT().apply(hf.Dinov2Backbone(config))
-
-
 def test_a_convolutional_model_is_refused() -> None:
     config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     with pytest.raises(TuningError, match="has no vision transformer"):

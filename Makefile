@@ -66,7 +66,7 @@ PEFT_TESTS := .peft-tests
 test-peft: $(INSTALLED)  ## try the configurations of HF PEFT's own tests, from its source distribution, both ways
 	test -d $(PEFT_TESTS)/peft-*/tests || { $(BIN)/python -m pip download --quiet --no-deps --no-binary peft --dest $(PEFT_TESTS) \
 	    peft==$$($(BIN)/python -c 'import peft; print(peft.__version__)') && tar -xzf $(PEFT_TESTS)/peft-*.tar.gz -C $(PEFT_TESTS); }
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m tests.interop.peft_suite $(PEFT_TESTS)/peft-*/
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m tests.interop.peft_suite $(PEFT_TESTS)/peft-*/ docs/interop.md
 
 test-slow: $(QUANTIZED) $(DOCS)  ## run the tests that take minutes (the site is read by chromium, installed if missing)
 	command -v chromium > /dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }

@@ -1,6 +1,7 @@
 """What PEFT has of embeddings and convolutions, and forms of a method: equal both ways, in steps, and once merged."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_peft import OFT, HiRA, LoRA, MiSS, TuningError, merge
+from lightning_peft import IA3, OFT, HiRA, LoRA, MiSS, TuningError, merge
 from lightning_peft.core.graft import grafts
 from lightning_peft.interop import from_peft, to_peft
 from tests.contract import assert_near, shake
 from tests.interop.exchange import computed, exchange
+from tests.interop.stand_ins import call as stand_in_call
+from tests.interop.stand_ins import rows, stand_in
 
 # PEFT takes the bias of an update for a matrix that was not gathered.
-pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor:peft.utils.warning.PeftWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Adapter 'default'. . LoRA tensor:peft.utils.warning.PeftWarning",
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+)
 IDS = torch.arange(2 * 12).view(2, 12) % 20
 
 
@@ -150,3 +156,45 @@ def test_a_bias_of_an_update_needs_one_of_the_layer(tmp_path: Path) -> None:
     assert "lin0 has a bias of shape [8], the layer one of None" in why
     model = layers()
     LoRA(r=2, target_modules=["lin0"], bias="lora_only").apply(model)
+
+
+def test_of_what_torchs_attention_reads_peft_would_compute_nothing(tmp_path: Path) -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mha, self.lin = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 4)
+            self.config = hf.PreTrainedConfig()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = nn.functional.one_hot(ids % 8, 8).float()
+            return self.lin(self.mha(x, x, x)[0])
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Attending()
+
+    for method, config in (
+        (HiRA(r=2, target_modules=["out_proj"]), peft.HiraConfig(r=2, target_modules=["out_proj"])),
+        (
+            IA3(target_modules=["out_proj"], feedforward_modules=[]),
+            peft.IA3Config(target_modules=["out_proj"], feedforward_modules=[]),
+        ),
+    ):
+        why = r"nn\.MultiheadAttention reads its weight alone, so that .* would do nothing there: exclude it, or merge"
+        model = build()
+        method.apply(model)
+        shake(model)
+        with pytest.raises(TuningError, match=why):
+            to_peft(model, tmp_path / "ours")
+        assert torch.isfinite(computed(call, merge(model))).all()
+        ((_, said),) = exchange(build, config, call, tmp_path / type(method).__name__)
+        assert "nn.MultiheadAttention reads its weight alone" in said
+
+
+def test_a_layer_that_is_called_and_read_has_its_own_place(tmp_path: Path) -> None:
+    """DeBERTa's ``in_proj``."""
+    build = partial(stand_in, "x/tiny-random-DebertaModel", hf.AutoModel)
+    inputs = rows(build())
+    config = peft.MissConfig(r=2, target_modules=["in_proj"])
+    said = dict(exchange(build, config, lambda model, method: stand_in_call(model, inputs, method), tmp_path))
+    assert said == dict.fromkeys(("import", "export", "steps"), "equal")

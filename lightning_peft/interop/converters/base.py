@@ -3,15 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.graft import Grafted, grafts
+from lightning_peft.core.graft import Graft, Grafted, grafts
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.interop.names import Names
 from lightning_peft.interop.patterns import is_target
+from lightning_peft.updates.read_layer import ReadLayer
 
 
 @dataclass
@@ -100,6 +101,46 @@ def places(model: nn.Module, method: TuningMethod) -> list[Grafted[Any]]:
 def delta_name(place: Grafted[Any], parameter: str) -> str:
     """Return the name in the delta of a parameter of a graft."""
     return f"{place.full_name}.{parameter}"
+
+
+class Changed(NamedTuple):
+    """A layer that a graft changes.
+
+    Attributes:
+        path: its name.
+        layer: the layer.
+        graft: what changes it.
+        start: of the names in the delta of the graft's tensors.
+    """
+
+    path: str
+    layer: nn.Module
+    graft: Graft
+    start: str
+
+
+def changed(place: Grafted[Any]) -> Changed:
+    """Return the layer that a graft changes, its host or one that the host reads."""
+    graft = place.graft
+    if isinstance(graft, ReadLayer):
+        return Changed(
+            f"{place.path}.{graft.layer}".lstrip("."), graft.host_layer, graft.inner, delta_name(place, "inner.")
+        )
+    return Changed(place.path, place.host, graft, delta_name(place, ""))
+
+
+def check_called(model: nn.Module, path: str, what: str) -> None:
+    """Check that a layer is called where PEFT changes what it gives.
+
+    Raises:
+        TuningError: it is the out-projection of torch's own attention.
+    """
+    owner = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(owner, nn.MultiheadAttention):
+        raise TuningError(
+            f"PEFT changes what {path} gives when it is called, and nn.MultiheadAttention reads its weight alone, so "
+            f"that {what} would do nothing there: exclude it, or merge."
+        )
 
 
 def graft_tensors(place: Grafted[Any]) -> set[str]:

@@ -18,8 +18,9 @@ from lightning_peft.interop.converters.base import (
     Converter,
     Exported,
     Parts,
+    changed,
+    check_called,
     check_complete,
-    delta_name,
     graft_tensors,
     places,
 )
@@ -44,25 +45,27 @@ class IA3Converter(Converter):
         exported = Exported({})
         inputs = []
         for place in places(model, method):
-            l = place.graft.get_parameter("l").detach()  # noqa: E741
-            outward = isinstance(place.graft, ScaledOutput)
-            shape = _shape(place.host, outward)
+            path, layer, graft, _ = changed(place)
+            l = graft.get_parameter("l").detach()  # noqa: E741
+            outward = isinstance(graft, ScaledOutput)
+            shape = _shape(layer, outward)
             if shape is None:
                 raise TuningError(
-                    f"PEFT has IA3 of linear layers and of Conv2d and Conv3d, and {place.path} is a "
-                    f"{type(place.host).__name__}: exclude it, or merge."
+                    f"PEFT has IA3 of linear layers and of Conv2d and Conv3d, and {path} is a "
+                    f"{type(layer).__name__}: exclude it, or merge."
                 )
+            check_called(model, path, "IA3")
             if not outward:
-                inputs.append(place.path)
+                inputs.append(path)
             missing = math.prod(shape) - len(l)  # the queries of a fused projection
-            exported.layers[place.path] = {PART: torch.cat([l.new_ones(missing), l]).view(shape)}
+            exported.layers[path] = {PART: torch.cat([l.new_ones(missing), l]).view(shape)}
             exported.delta |= graft_tensors(place)
         targets, ends = selection(exported.layers, names.modules), selection(inputs, names.modules)
         found = [name for name in exported.layers if name.endswith(tuple(ends))]  # as PEFT does, and no whole parts
         if isinstance(ends, list) and (found != inputs or not (isinstance(targets, str) or set(ends) <= set(targets))):
             ends = "|".join(map(re.escape, inputs))  # of lists, PEFT wants one to be in the other
         exported.config = {
-            "fan_in_fan_out": any(isinstance(place.host, Conv1D) for place in places(model, method)),
+            "fan_in_fan_out": any(isinstance(changed(place).layer, Conv1D) for place in places(model, method)),
             "feedforward_modules": ends,
             "target_modules": targets,
         }
@@ -79,6 +82,7 @@ class IA3Converter(Converter):
                     f"{parts.source} has {', '.join(tensors)} of {name}: a layer of IA3 is linear or a convolution and "
                     f"has {PART}."
                 )
+            check_called(names.model, name, "IA3")
             shape = list(tensors[PART].shape)
             convolves = isinstance(host, _CONVOLUTIONS)
             outward = not _is_inward(parts, name) if convolves else shape == _shape(host, True)
@@ -98,7 +102,8 @@ class IA3Converter(Converter):
 
     def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
         """Return the vectors by the names of the grafts."""
-        return {delta_name(place, "l"): parts.layers[place.path][PART].flatten() for place in places(model, method)}
+        layers = map(changed, places(model, method))
+        return {f"{start}l": parts.layers[path][PART].flatten() for path, _, _, start in layers}
 
 
 def _shape(host: nn.Module, outward: bool) -> list[int] | None:

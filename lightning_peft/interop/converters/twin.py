@@ -12,15 +12,15 @@ from lightning_peft.interop.converters.base import (
     Converter,
     Exported,
     Parts,
+    changed,
+    check_called,
     check_complete,
-    delta_name,
     graft_tensors,
     places,
 )
 from lightning_peft.interop.names import Names, selection
 from lightning_peft.interop.twins import TWINS
 from lightning_peft.updates.layer_update import LINEAR
-from lightning_peft.updates.read_layer import ReadLayer
 
 _WHERE = frozenset(
     {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out"}
@@ -41,21 +41,22 @@ class TwinConverter(Converter):
         """
         exported = Exported({})
         for place in places(model, method):
-            if isinstance(place.graft, ReadLayer) or not isinstance(place.host, self.twin.kinds):
+            path, layer, graft, _ = changed(place)
+            if not isinstance(layer, self.twin.kinds):
                 kind = " or ".join(kind.__name__ for kind in self.twin.kinds)
                 raise TuningError(
-                    f"PEFT has {self.peft_type} of layers that are called and are {kind}, which "
-                    f"{place.path} ({type(place.host).__name__}) is not: exclude it, or merge."
+                    f"PEFT has {self.peft_type} of layers that are {kind}, which {path} ({type(layer).__name__}) is "
+                    "not: exclude it, or merge."
                 )
-            tensors = place.graft.state_dict()
-            _check_equal(self.twin, place.path, place.host)
-            parts = self.twin.parts_of(place.host)
-            exported.layers[place.path] = {part: tensors[name] for name, part in parts.items()}
+            _check_equal(self.twin, model, path, layer)
+            tensors = graft.state_dict()
+            exported.layers[path] = {part: tensors[name] for name, part in self.twin.parts_of(layer).items()}
             exported.delta |= graft_tensors(place)
         exported.config = {key: self.twin.theirs(name, vars(method)[name]) for name, key in self.twin.arguments.items()}
         exported.config["target_modules"] = selection(exported.layers, names.modules)
         if "fan_in_fan_out" in self.twin.defaults:
-            exported.config["fan_in_fan_out"] = any(isinstance(place.host, Conv1D) for place in places(model, method))
+            transposed = [isinstance(changed(place).layer, Conv1D) for place in places(model, method)]
+            exported.config["fan_in_fan_out"] = any(transposed)
         return exported
 
     def arguments(self, parts: Parts, names: Names) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class TwinConverter(Converter):
                     f"{parts.source} has {', '.join(tensors)} of {name}: a layer of {self.peft_type} is "
                     f"{' or '.join(kind.__name__ for kind in twin.kinds)} and has {', '.join(sorted(wanted))}."
                 )
-            _check_equal(twin, name, host)
+            _check_equal(twin, names.model, name, host)
         if not parts.layers:
             raise TuningError(f"{parts.source} has no tensor of {self.peft_type}: take another copy of the adapter.")
         check_complete(parts, names, twin.kinds)
@@ -88,20 +89,21 @@ class TwinConverter(Converter):
     def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
         """Return the tensors by the names of the grafts."""
         filled = {
-            delta_name(place, name): parts.layers[place.path][part]
-            for place in places(model, method)
-            for name, part in self.twin.parts_of(place.host).items()
+            f"{start}{name}": parts.layers[path][part]
+            for path, layer, _, start in map(changed, places(model, method))
+            for name, part in self.twin.parts_of(layer).items()
         }
         method.expect(model, filled)
         return filled
 
 
-def _check_equal(twin: Twin, name: str, host: nn.Module) -> None:
+def _check_equal(twin: Twin, model: nn.Module, name: str, host: nn.Module) -> None:
     """Check that PEFT computes the same for a layer.
 
     Raises:
         TuningError: it does not.
     """
+    check_called(model, name, twin.peft_type)
     why = twin.differs(host)
     if why is not None:
         raise TuningError(

@@ -85,7 +85,8 @@ def run() -> None:
     """Run the command of ``sys.argv``."""
     # lightning 2.6 with torch 2.13: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    check_words(sys.argv[2:])
+    words = sys.argv[1:]
+    check_words(words[1:])
     sys.argv[1:] = _torch_first(sys.argv[1:])
     own: dict[str, tuple[type[TuningCLI], type[L.Trainer]]] = {
         "check": (CheckingCLI, Preflight),
@@ -99,7 +100,7 @@ def run() -> None:
         seed_everything_default=0,
         trainer_defaults={
             "enable_model_summary": False,
-            "callbacks": [TuningReport(command=sys.argv[0]), PredictionWriter()],
+            "callbacks": [TuningReport(command=sys.argv[0], words=words), PredictionWriter()],
         },
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_peft.core.delta_file import CLASS_PATH, META, read_delta
 from lightning_peft.core.storage import is_safetensors, read_torch
+from lightning_peft.reports.tuning_report import COMMAND
 from lightning_peft.tasks.optimizer import rates_of_groups
 
 
@@ -52,10 +53,10 @@ class Facts:
             rates=rates_of_groups(groups),
             epochs=checkpoint["epoch"] + 1 if "epoch" in checkpoint else None,
         )
+        facts.command = checkpoint.get(COMMAND)
         for folder in delta.resolve().parents[:2]:  # Lightning keeps checkpoints in a folder below the one of the run
-            if (folder / "config.yaml").is_file():
+            if facts.command is None and (folder / "config.yaml").is_file():
                 facts.command = shlex.join(["lightning-peft", "fit", "--config", "config.yaml"])
-                break
         return facts
 
     def as_plain(self) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Prints a summary of a run before and after training."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,10 +13,14 @@ from rich.table import Table
 
 from lightning_peft.core.rates import EVERYTHING
 from lightning_peft.core.tuning import tunings
+from lightning_peft.reports.command_line import shareable
 from lightning_peft.reports.confusion import confusion_table
 from lightning_peft.reports.parameters import parameter_table, size
 from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.optimizer import rates_in
+
+COMMAND = "command_line"
+"""Where a checkpoint keeps the command that made it."""
 
 
 class TuningReport(L.Callback):
@@ -22,10 +28,17 @@ class TuningReport(L.Callback):
 
     Args:
         command: the console script, for the line that says how to test the delta; None: leave that line out.
+        words: its arguments, which a checkpoint keeps for the card of an export.
     """
 
-    def __init__(self, command: str | None = None) -> None:
+    def __init__(self, command: str | None = None, words: Sequence[str] = ()) -> None:
         self.command = command
+        self.words = words
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the command line, as one may show it."""
+        if self.command is not None and self.words:
+            checkpoint[COMMAND] = shareable([Path(self.command).name, *self.words])
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print what is trained and what is frozen."""

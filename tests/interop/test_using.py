@@ -20,6 +20,7 @@ from lightning_peft.interop import Facts, to_peft
 from lightning_peft.interop.check import check_adapter
 from lightning_peft.interop.folder import read_adapter
 from lightning_peft.interop.programs import write_program
+from lightning_peft.reports.tuning_report import TuningReport
 from tests import text
 from tests.interop import hub
 from tests.interop.adapters import tuned
@@ -44,7 +45,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "id2label"}))
     best = ModelCheckpoint(folder / "run", monitor="val_accuracy", mode="max", filename="best")
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    trainer = L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[LoRA(r=2), best], **quiet)  # type: ignore[arg-type]
+    report = TuningReport(
+        "/usr/bin/lightning-peft", ["fit", "--data.train", str(folder / "train.jsonl"), "--method", "LoRA"]
+    )
+    callbacks: list[L.Callback] = [LoRA(r=2), best, report]
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", callbacks=callbacks, **quiet)  # type: ignore[arg-type]
     trainer.fit(text.task(model), text.data(model, folder, train=8, other=6))
     return folder / "run/best.ckpt"
 
@@ -58,7 +63,8 @@ def test_an_export_says_what_is_known_and_no_path(
     assert printed.index("peft computes the same logits") < printed.index("adapter written to")
     card, known = (tmp_path / "adapter/README.md").read_text(), read_adapter(tmp_path / "adapter").header["training"]
     for line in ("| classes | nature, people, sound |", "| learning rates | delta 0.002, head 0.03 |", "| epochs | 1 |",
-                 "| base | a folder `model` |", 'train="train.jsonl"'):  # fmt: skip
+                 "| base | a folder `model` |", 'train="train.jsonl"',
+                 "lightning-peft fit --data.train train.jsonl --method LoRA"):  # fmt: skip
         assert line in card
     assert str(trained.parents[1]) not in card + json.dumps(known)
     assert known["classes"] == text.NAMES

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 _PATH = re.compile(r"(?:file://|(?<![\w.:/~]))/(?:[^\s/'\",:\]}]+/)*([^\s/'\",:\]}]+)")
-_SECRET = re.compile(r"(api_?key|password|secret|(?<!add)_token)$")
+_SECRET = re.compile(r"(api_?key|password|secret|\wtoken)$")
 
 
 def shareable(words: Sequence[str]) -> str:

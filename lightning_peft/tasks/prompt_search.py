@@ -9,6 +9,7 @@ paraphrase   one word of the template in other words, from a file ``word: other,
 edits        words are deleted, swapped, paraphrased and added again, the best so far going on (GrIPS, 2203.07281)
 gradient     words are replaced by those that the gradient of the loss points to (AutoPrompt, 2010.15980)
 write        the model itself writes instructions from solved rows (APE, 2211.01910)
+gepa         a model reads what went wrong and writes better instructions, the best going on (GEPA, 2507.19457)
 ============ =========================================================================================================
 
 All have one trace: a row for each candidate, with its score and what it came from. What the test rows say of the winner
@@ -19,7 +20,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import yaml  # type: ignore[import-untyped]
@@ -30,11 +31,12 @@ from lightning_peft.prompting.candidates import Editor, lines_of, listed, mined,
 from lightning_peft.prompting.template import Template
 from lightning_peft.tasks.prompted import PromptedTask
 from lightning_peft.tasks.prompted_classification import PromptedClassification
+from lightning_peft.tasks.reflective_search import Writer, evolved
 from lightning_peft.tasks.trigger_search import better_words
 from lightning_peft.tasks.written_prompts import solved_rows, written_prompts
 
-How = Literal["file", "mine", "paraphrase", "edits", "gradient", "write"]
-HOW: tuple[How, ...] = ("file", "mine", "paraphrase", "edits", "gradient", "write")
+How = Literal["file", "mine", "paraphrase", "edits", "gradient", "write", "gepa"]
+HOW: tuple[How, ...] = get_args(How)
 
 
 @dataclass(frozen=True)
@@ -96,19 +98,22 @@ def search_prompts(
     width: int = 5,
     seed: int = 0,
     trainer: L.Trainer | None = None,
+    writer: Writer | str | None = None,
 ) -> Found:
     """Return what a search for a better template found; the task asks by the best one afterwards.
 
     Args:
         task: a `PromptedClassification` or `PromptedGeneration`; the search begins with its first template.
-        data: has validation rows, on which candidates are compared, and training rows, which 'mine', 'gradient' and
-            'write' read.
+        data: has validation rows, on which candidates are compared, and training rows, which 'mine', 'gradient',
+            'write' and 'gepa' read.
         how: where candidates come from.
         budget: how many candidates are asked, that of the task among them.
         file: the templates of 'file', the text of 'mine', the paraphrases of 'paraphrase' and, if given, of 'edits'.
         width: how many edits of the best are asked at a time.
         seed: of what is drawn.
         trainer: runs the validations; None: one that logs nothing.
+        writer: of 'gepa', what writes instructions: a function from a text to what follows it, or the name of a model
+            that litellm knows; None: the model of the task itself.
 
     Raises:
         TuningError: an argument is out of range or missing, or there are no candidates.
@@ -118,7 +123,7 @@ def search_prompts(
     if budget < 2 or width < 1:
         raise TuningError(f"budget={budget} and width={width} leave nothing to compare: take 2 and 1 or more.")
     search = _Search(task, data, budget, width, seed, trainer or _quiet_trainer())
-    search.run(how, file)
+    search.run(how, file, writer)
     task.use_templates(search.found.best.template)
     return search.found
 
@@ -138,7 +143,7 @@ class _Search:
         """How many candidates may still be asked."""
         return self.budget - len(self.found.tried)
 
-    def run(self, how: How, file: str | None) -> None:
+    def run(self, how: How, file: str | None, writer: Writer | str | None) -> None:
         """Ask the task's own template, then what the search makes of it.
 
         Raises:
@@ -150,6 +155,9 @@ class _Search:
             self.edit(Editor(self.seed, synonyms_of(file) if file else {}))
         elif how == "gradient":
             self.replace_words()
+        elif how == "gepa":
+            for one in evolved(self.task, self.data, begin, self.left, self.seed, writer):
+                self.found.tried.append(Tried(one.template, one.score, how, one.parent))
         else:
             texts = _candidates(self.task, self.data, how, file, begin, self.left, self.seed)
             if not texts:

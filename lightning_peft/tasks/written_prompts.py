@@ -60,15 +60,24 @@ def written_prompts(task: PromptedTask, data: L.LightningDataModule, template: s
     fields = Template(template).fields
     inputs = [" ".join(str(row[name]) for name in fields) for row, _ in shown]
     told = "\n\n".join(f"Input: {one}\nOutput: {two}" for one, (_, two) in zip(inputs, shown, strict=True))
+    texts = (text.splitlines() for text in write_after(task, _ASKED.replace("{pairs}", told), most, _LONGEST, seed))
+    said = dict.fromkeys(lines[0].strip().replace("{", "{{").replace("}", "}}") for lines in texts if lines)
+    return [f"{instruction}\n{template}" for instruction in said if instruction]
+
+
+def write_after(task: PromptedTask, text: str, most: int, longest: int, seed: int) -> list[str]:
+    """Return what the model of a task writes behind a text, so many times, of at most ``longest`` tokens.
+
+    Of a text that leaves no room the beginning is left out.
+    """
+    longest = min(longest, task.room // 2)
     opening, closing = special_ids(task.tokenizer)
-    ids = text_ids(task.tokenizer, _ASKED.replace("{pairs}", told))[-(task.room - _LONGEST - 8) :]
+    ids = text_ids(task.tokenizer, text)[-(task.room - longest - 8) :]
     prompt = padded(task.tokenizer, task.lm, [[*opening, *ids, *(closing if task.lm == "seq2seq" else [])]])
     device = next(task.backbone.parameters()).device
     sampler = Sampler(task.tokenizer, task.lm, 0.9, 0, 0.9, 1.0, None)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         asked = prompt["input_ids"].to(device), prompt["attention_mask"].to(device)
-        paths = sampler.write(task.backbone.eval(), *asked, _LONGEST, most)
-    texts = (sampler.text(path).strip().splitlines() for path in paths)
-    said = dict.fromkeys(lines[0].strip().replace("{", "{{").replace("}", "}}") for lines in texts if lines)
-    return [f"{instruction}\n{template}" for instruction in said if instruction]
+        paths = sampler.write(task.backbone.eval(), *asked, longest, most)
+    return [sampler.text(path).strip() for path in paths]

@@ -28,10 +28,10 @@ __all__ = ["path"]
     "method",
     [
         LoRA(r=2),
-        BitFit(),
-        Adapter(bottleneck=4),
         PromptTuning(num_virtual_tokens=2),
-        PrefixTuning(num_virtual_tokens=2),
+        pytest.param(BitFit(), marks=pytest.mark.slow),
+        pytest.param(Adapter(bottleneck=4), marks=pytest.mark.slow),
+        pytest.param(PrefixTuning(num_virtual_tokens=2), marks=pytest.mark.slow),
     ],
     ids=lambda method: type(method).__name__,
 )

@@ -12,6 +12,7 @@ from lightning_peft.core import anatomy, arguments, compatibility, master_weight
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import Graft, Grafted, grafts, owned_by
+from lightning_peft.core.nested import pad_rows
 from lightning_peft.core.pattern import matcher, matches_noted
 from lightning_peft.core.private_torch import is_compiled
 from lightning_peft.core.rates import ADDED, Rates
@@ -149,6 +150,7 @@ class TuningMethod:
             with owned_by(self.key, tuning.switch), matches_noted() as matched:
                 self._check_exclude(backbone)
                 own = set(self.graft(backbone))
+                pad_rows(backbone, self.key)
                 trained = self._kept({*own, *self._head(backbone), *self._also(backbone)})
                 placement.check_trainable(backbone, trained)
                 for place in grafts(backbone, owner=self.key):

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_peft import __version__
+from lightning_peft.core import verified
 from lightning_peft.core.checksums import checksum, has_parts
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.name_lists import is_packed
@@ -207,6 +208,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TuningError(f"{path} is no file: give the path of a delta.")
     try:
+        opened = verified.stamp(path)
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -215,7 +217,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise TuningError(f"{path} is truncated or no safetensors file ({error}): take another copy.") from None
     if meta is None:
         raise TuningError(f"{path} is a safetensors file but no delta of lightning_peft: its header lacks {META!r}.")
-    return _checked({"state_dict": tensors, META: meta}, path)
+    checkpoint = {"state_dict": tensors, META: meta}
+    if verified.is_whole(path, opened):
+        return checkpoint | {META: meta | {_CHECKED: True}}
+    checkpoint = _checked(checkpoint, path)
+    verified.remember(path, opened)
+    return checkpoint
 
 
 def plain(value: Any) -> Any:

@@ -225,9 +225,11 @@ def pretrained_models(module: nn.Module) -> dict[str, nn.Module]:
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None:
         return {}
+    if isinstance(module, modeling.PreTrainedModel):
+        return {"": module}
     found: dict[str, nn.Module] = {}
     for name, child in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") or outer == "" for outer in found)
+        inside = any(name.startswith(f"{outer}.") for outer in found)
         if isinstance(child, modeling.PreTrainedModel) and not inside:
             found[name] = child
     return found

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import nn
 
 from lightning_peft.core import delta_load, select
-from lightning_peft.core.delta import identity_of
+from lightning_peft.core.delta import identity_of, not_frozen
 from lightning_peft.core.delta_file import read_delta
 from lightning_peft.core.delta_fit import check_backbones, fitted
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.fingerprint import fingerprint_of, same_weights
 from lightning_peft.core.run import canonical, selected, unwrapped
 from lightning_peft.core.sharded import like
 from lightning_peft.core.tuning import Tuning, tunings
@@ -110,6 +112,7 @@ def _check_backbone(backbone: nn.Module, tuning: Tuning, content: Content, sourc
     names = {name.replace(".", "_"): name for name, _ in backbone.named_parameters()} if content.changed else {}
     changed = {names.get(name.replace(".", "_"), name) for name in content.changed}
     view = replace(tuning, trains={}, replaces={"": changed})
-    mine = identity_of(backbone, view)
     (theirs,) = content.meta["backbones"].values()
-    check_backbones({"": theirs}, {"": mine}, source)
+    mine = fingerprint_of(backbone, view, partial(not_frozen, backbone, view))
+    if not same_weights(mine, theirs["fingerprint"]):
+        check_backbones({"": theirs}, {"": identity_of(backbone, view)}, source)  # says what it is

@@ -1,6 +1,7 @@
 """The tensors and the metadata of one delta of a file, under another name of the delta."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from lightning_peft.core.name_lists import Entry
 from lightning_peft.core.run import canonical
 from lightning_peft.core.stand_in import stand_ins
 from lightning_peft.core.tuning import Tuning
+
+_NAMES = 1 << 14
+"""How many names of tensors are remembered, since a delta that is swapped for others has them again and again."""
 
 
 class Content(NamedTuple):
@@ -48,7 +52,7 @@ def content_of(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], name: str
     if len(held) > 1 and name not in held:
         raise TuningError(f"{source} holds the deltas {', '.join(held)}, but none of the name {name!r}: name one.")
     entries = [entry for entry in meta["methods"] if len(held) == 1 or _delta(entry) == name]
-    every, own = [_key(entry) for entry in meta["methods"]], {_key(entry) for entry in entries}
+    every, own = tuple(_key(entry) for entry in meta["methods"]), {_key(entry) for entry in entries}
     content = Content(dict(tensors), {**meta, "methods": entries}, frozenset())
     below = {n.removeprefix(content.start) for n in tensors if n.startswith(content.start)}
     content = content._replace(changed=frozenset(filter(None, (_of_the_base(name, every) for name in below))))
@@ -63,7 +67,8 @@ def content_of(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], name: str
 def renamed(content: Content, name: str) -> Content:
     """Return a delta as if it had been made under this name, its tensors in place still by the names of the base."""
     keys = {_key(entry): _key(entry, name) for entry in content.meta["methods"]}
-    tensors = {_renamed(tensor, keys, content.start): value for tensor, value in content.tensors.items()}
+    pairs = tuple(keys.items())
+    tensors = {_renamed(tensor, pairs, content.start): value for tensor, value in content.tensors.items()}
     entries = [_with_name(entry, name, keys) for entry in content.meta["methods"]]
     return content._replace(tensors=tensors, meta={**content.meta, "methods": entries})
 
@@ -89,7 +94,8 @@ def without_name(
     base = {own: first for key in keys for own, first in stand_ins(backbone, key).items()}
     plain = {key: type(tuning.methods[key]).__name__.lower() for key in keys}
     entries = [_with_name(entry, None, plain) for entry in meta["methods"]]
-    named = {base.get(tensor) or _renamed(tensor, plain, ""): value for tensor, value in tensors.items()}
+    pairs = tuple(plain.items())
+    named = {base.get(tensor) or _renamed(tensor, pairs, ""): value for tensor, value in tensors.items()}
     return named, {**meta, "methods": entries}
 
 
@@ -102,19 +108,22 @@ def _with_name(entry: Mapping[str, Any], name: str | None, keys: Mapping[str, st
 
 def _entry(entry: Entry, keys: Mapping[str, str]) -> Entry:
     if isinstance(entry, str):
-        return _renamed(entry, keys, "")
-    return [part if i % 2 else _renamed(part, keys, "") for i, part in enumerate(entry)]
+        return _renamed(entry, tuple(keys.items()), "")
+    return [part if i % 2 else _renamed(part, tuple(keys.items()), "") for i, part in enumerate(entry)]
 
 
-def _renamed(tensor: str, keys: Mapping[str, str], start: str) -> str:
-    old = _key_in(tensor.removeprefix(start), list(keys)) if tensor.startswith(start) else None
+@lru_cache(_NAMES)
+def _renamed(tensor: str, pairs: tuple[tuple[str, str], ...], start: str) -> str:
+    keys = dict(pairs)
+    old = _key_in(tensor.removeprefix(start), tuple(keys)) if tensor.startswith(start) else None
     if old is None:
         return tensor
     parts = tensor.removeprefix(start).split(".")
-    return start + ".".join(keys[old] + p.removeprefix(old) if _key_in(p, [old]) else p for p in parts)
+    return start + ".".join(keys[old] + p.removeprefix(old) if _key_in(p, (old,)) else p for p in parts)
 
 
-def _of_the_base(tensor: str, keys: list[str]) -> str | None:
+@lru_cache(_NAMES)
+def _of_the_base(tensor: str, keys: tuple[str, ...]) -> str | None:
     """Return the name that a tensor of a file has in the base; None: it was added."""
     key = _key_in(tensor, keys)
     if key is None:
@@ -123,7 +132,7 @@ def _of_the_base(tensor: str, keys: list[str]) -> str | None:
     return f"{host}.{leaf}".lstrip(".") if found else None
 
 
-def _key_in(tensor: str, keys: list[str]) -> str | None:
+def _key_in(tensor: str, keys: tuple[str, ...]) -> str | None:
     """Return which of the methods, the one of the longest key, a tensor is of by its name; None: of none."""
     parts = tensor.split(".")
     found = [key for key in keys if any(part == key or part.startswith(f"{key}_") for part in parts)]

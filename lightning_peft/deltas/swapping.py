@@ -5,6 +5,7 @@ that the new one leaves alone get an update of zero.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -153,7 +154,7 @@ def _check(old: dict[str, Tensor], new: Factors, is_there: bool, where: str) -> 
         raise TuningError(f"{where} lacks {lost[0]}: it is not whole, so take another copy.")
     if not old:
         return
-    if any(not tensor.isfinite().all() for tensor in old.values()):
+    if not all(map(_is_finite, old.values())):
         raise TuningError(f"{where} has NaN or infinity: its run diverged, so take an earlier file.")
     rank = old["A"].shape[new.rank_axes[0]] * (2 if "A0" in old else 1)
     if rank > new.rank:
@@ -162,22 +163,38 @@ def _check(old: dict[str, Tensor], new: Factors, is_there: bool, where: str) -> 
 
 def _write(new: Factors, old: dict[str, Tensor], scale: float, target: Target, key: str) -> Callable[[], None]:
     def write() -> None:
-        whole_a, whole_b = torch.zeros(new.A.shape), torch.zeros(new.B.shape)
         if new.m is not None:
             neutral = target.host.get_submodule(key).neutral(target.host, _leaf(target, "m"))  # type: ignore[operator]
             new.m.copy_(like(new.m, old.get("m", neutral)))
-        if old:
-            a, b = old["A"], old["B"]
-            first, last = new.rank_axes
-            if "A0" in old:
-                a = torch.cat([a, a - old["A0"]], first)
-                b = torch.cat([b - old["B0"], old["B0"]], last)
-            whole_a.narrow(first, 0, a.shape[first]).copy_(a)
-            torch.mul(b, scale / new.scale, out=whole_b.narrow(last, 0, a.shape[first]))
-        new.A.copy_(like(new.A, whole_a))
-        new.B.copy_(like(new.B, whole_b))
+        if not old:
+            new.A.zero_()
+            new.B.zero_()
+            return
+        a, b = old["A"], old["B"]
+        first, last = new.rank_axes
+        if "A0" in old:
+            a = torch.cat([a, a - old["A0"]], first)
+            b = torch.cat([b - old["B0"], old["B0"]], last)
+        if scale != new.scale:
+            b = b * (scale / new.scale)
+        new.A.copy_(like(new.A, _filled(a, new.A.shape, first)))
+        new.B.copy_(like(new.B, _filled(b, new.B.shape, last)))
 
     return write
+
+
+def _filled(factor: Tensor, shape: torch.Size, along: int) -> Tensor:
+    """Return a factor of this shape, whose rank is filled up with zeros."""
+    if factor.shape == shape:
+        return factor
+    whole = torch.zeros(shape)
+    whole.narrow(along, 0, factor.shape[along]).copy_(factor)
+    return whole
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Tell whether all values are finite: a sum in double precision is then, and it is one pass without a copy."""
+    return math.isfinite(tensor.sum(dtype=torch.float64).item())
 
 
 def _leaf(target: Target, leaf: str) -> str:

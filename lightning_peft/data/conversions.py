@@ -1,8 +1,9 @@
 """Rows of known data sets in their own columns, as the columns that a task's data take.
 
 ``convert: e2e`` of a data file turns the rows as they come from the hub, or from files of the same columns, into
-``source`` and ``target``, ``tokens`` and ``tags``, or ``sub`` and ``obj``. Rows to train have one target each; others
-have all right ones of a source in a list. Where a set hides the labels of its test, a row has no target.
+``source`` and ``target``, ``tokens`` and ``tags``, ``sub`` and ``obj``, or, for a task head, ``first``, ``second`` and
+``label``. Rows to train have one target each; others have all right ones of a source in a list. Where a set hides the
+labels of its test, a row has no target.
 
 Source of the texts of SuperGLUE: Raffel et al. 2020, arXiv 1910.10683, appendix D, and the authors' preprocessors,
 which put the columns of a task in the order of their names; those of WiC lack ``pos``, which the hub does not have.
@@ -22,8 +23,9 @@ _TRUE = ("False", "True")
 _SEVERAL = ("e2e", "webnlg", "dart", "record")
 """Sets that have several right targets of one source."""
 Conversion = Literal[
-    "e2e", "webnlg", "dart", "boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc", "lama", "ontonotes", "srl"
-]
+    "e2e", "webnlg", "dart", "boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc", "lama", "ontonotes",
+    "srl", "multirc_pair", "wic_pair", "wsc_pair",
+]  # fmt: skip
 
 
 def converted(rows: Dataset, name: Conversion, split: str) -> Dataset:
@@ -106,7 +108,30 @@ def _answer(answers: Sequence[str], label: int) -> str | None:
 
 def _multirc(row: Row) -> Iterator[Row]:
     text = f"multirc question: {row['question']} answer: {row['answer']} paragraph: {row['paragraph']}"
-    yield {"source": re.sub("</?b>", "", text.replace("<br>", " ")), "target": _answer(_TRUE, row["label"])}
+    yield {"source": _plain(text), "target": _answer(_TRUE, row["label"])}
+
+
+def _multirc_pair(row: Row) -> Iterator[Row]:
+    yield {"first": _plain(row["paragraph"]), "second": f"{row['question']} {row['answer']}", "label": row["label"]}
+
+
+def _wic_pair(row: Row) -> Iterator[Row]:
+    asked = f"{row['sentence2']} Does {row['word']} have the same meaning in both sentences?"
+    yield {"first": row["sentence1"], "second": asked, "label": row["label"]}
+
+
+def _wsc_pair(row: Row) -> Iterator[Row]:
+    yield {"first": _starred(row), "second": row["span1_text"], "label": row["label"]}
+
+
+def _plain(text: str) -> str:
+    return re.sub("</?b>", "", text.replace("<br>", " "))
+
+
+def _starred(row: Row) -> str:
+    words, place = row["text"].split(" "), row["span2_index"]
+    words[place] = f"*{words[place]}*"
+    return " ".join(words)
 
 
 def _record(row: Row) -> Iterator[Row]:
@@ -120,9 +145,7 @@ def _wsc(row: Row) -> Iterator[Row]:
     """Ask what the pronoun stands for, in the rows that say so; T5's test looks at the others, too."""
     if row["label"] == 0:
         return
-    words, place = row["text"].split(" "), row["span2_index"]
-    words[place] = f"*{words[place]}*"
-    yield {"source": f"wsc: {' '.join(words)}", "target": row["span1_text"] if row["label"] == 1 else None}
+    yield {"source": f"wsc: {_starred(row)}", "target": row["span1_text"] if row["label"] == 1 else None}
 
 
 def _lama(row: Row) -> Iterator[Row]:
@@ -175,6 +198,9 @@ _CONVERSIONS: dict[str, tuple[list[str], Callable[[Row], Iterator[Row]]]] = {
         _as_text("wic", ["sentence1", "sentence2", "word"], _TRUE),
     ),
     "wsc": (["text", "span1_text", "span2_index", "label"], _wsc),
+    "multirc_pair": (["question", "answer", "paragraph", "label"], _multirc_pair),
+    "wic_pair": (["sentence1", "sentence2", "word", "label"], _wic_pair),
+    "wsc_pair": (["text", "span1_text", "span2_index", "label"], _wsc_pair),
     "lama": (["sub_label", "obj_label", "predicate_id"], _lama),
     "ontonotes": (["sentences"], _ontonotes),
     "srl": (["sentences"], _srl),

@@ -71,6 +71,19 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"sub_label": "Dante", "obj_label": "Florence", "predicate_id": "P19", "masked_sentence": "x"},
         {"sub": "Dante", "obj": "Florence", "predicate_id": "P19"},
     ),
+    "multirc_pair": (
+        {"paragraph": "<b>Sent 1: </b>A dog.<br>", "question": "Who?", "answer": "A dog", "idx": {"a": 0}, "label": 1},
+        {"first": "Sent 1: A dog. ", "second": "Who? A dog", "label": 1},
+    ),
+    "wic_pair": (
+        {"word": "place", "sentence1": "A place.", "sentence2": "Place it.", "start1": 2, "idx": 0, "label": 0},
+        {"first": "A place.", "second": "Place it. Does place have the same meaning in both sentences?", "label": 0},
+    ),
+    "wsc_pair": (
+        {"text": "Bob asked Tom if he can lend some money.", "span1_text": "Bob", "span2_text": "he",
+         "span1_index": 0, "span2_index": 4, "label": 0},
+        {"first": "Bob asked Tom if *he* can lend some money.", "second": "Bob", "label": 0},
+    ),
     "srl": (
         {"sentences": [{"words": ["She", "sings"], "named_entities": [0, 0],
                         "srl_frames": [{"verb": "sings", "frames": ["B-ARG0", "B-V"]}]}]},
@@ -154,7 +167,8 @@ OWN: dict[str, dict[str, Any]] = {
     "lama_trex": ROWS["lama"][0] | {"obj_label": "film"},
     "conll2003": {"tokens": ["a", "film"], "ner_tags": ["O", "B-MISC"]},
     "ontonotes_srl": ROWS["srl"][0],
-} | {name: ROWS[name.removeprefix("superglue_")][0] for name in (
+} | {f"superglue_{name}_head": ROWS[name][0] for name in ("boolq", "cb", "copa", "multirc", "rte", "wic", "wsc")} | {
+    name: ROWS[name.removeprefix("superglue_")][0] for name in (
     "e2e", "webnlg", "dart", "superglue_boolq", "superglue_cb", "superglue_copa", "superglue_multirc",
     "superglue_record", "superglue_rte", "superglue_wic", "superglue_wsc",
 )}  # fmt: skip
@@ -174,7 +188,8 @@ def test_each_configuration_reads_its_rows(path: Path, model: str, tmp_path: Pat
         other = {"label": 0} if isinstance(OWN[path.stem].get("label"), int) and path.stem != "superglue_wsc" else {}
         rows = str(tmp_path / "rows.jsonl")
         other |= {"obj_label": "river"} if path.stem == "lama_trex" else {}
-        Path(rows).write_text("\n".join(json.dumps(OWN[path.stem] | more) for more in ({}, other) * 4))
+        first = {"label": 1} if "label" in other else {}
+        Path(rows).write_text("\n".join(json.dumps(OWN[path.stem] | more) for more in (first, other) * 4))
     arguments = {n: v for n, v in entry["init_args"].items() if n not in ("dataset", "config", "validation", "test")}
     if "max_length" in arguments:
         arguments["max_length"] = 32

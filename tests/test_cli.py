@@ -132,6 +132,7 @@ def test_fit_shows_the_table_the_score_and_the_command_that_tests(folder: Path, 
     printed = run(*command[1].split(), folder=folder)
     assert re.search(r"test_accuracy\s+│\s+[01]\.\d+", printed)
     assert "Confusions" in printed
+    assert re.search(r"ask it by: lightning-peft predict --ckpt_path \S*run/best\.ckpt --text 'a text'", printed)
     assert len(torch.load(folder / "run" / "best.ckpt", weights_only=True)["state_dict"]) == 10
 
 
@@ -183,6 +184,7 @@ def test_predict_from_a_delta(folder: Path, fitted: str, processes: int) -> None
     said = f"{lines[0]['labels']} {lines[0]['probabilities'][lines[0]['labels']]:.3f}"
     assert said in " ".join(printed.split())
     assert "the end" in printed
+    assert "on a CSV file of yours" not in printed  # that is said of the demo's rows
 
 
 @pytest.mark.slow

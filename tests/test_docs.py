@@ -15,6 +15,13 @@ def test_the_picture_of_the_floors_is_that_of_the_imports() -> None:
     assert (ROOT / "docs/floors.svg").read_text() == draw(), "run: python docs/draw_floors.py"
 
 
+def test_the_notebooks_are_the_tutorials() -> None:
+    made = runpy.run_path(str(ROOT / "docs/notebooks.py"))
+    for page in made["PAGES"]:
+        kept = (ROOT / f"examples/notebooks/{page}.ipynb").read_text(encoding="utf-8")
+        assert kept == made["written"](page), "run: python docs/notebooks.py"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())

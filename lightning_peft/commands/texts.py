@@ -11,9 +11,11 @@ from lightning_peft import tasks
 from lightning_peft.commands.parsing import ToolParser
 from lightning_peft.core.delta_file import CLASS_PATH, meta_of, read_checkpoint
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.stdlib_docstrings import StdlibDocstrings
 from lightning_peft.tasks.base import Task
 from lightning_peft.training.rebuild import load_from_checkpoint
 
+_OWN = "lightning-peft fit --config quickstart --config files --data.train mine.csv"
 _SHOWN = 3
 """How many of the likeliest classes of a text are shown."""
 
@@ -27,6 +29,9 @@ def predict(words: Sequence[str]) -> None:
     given = parser.parse_args(_together(words))
     rows = load_task(given.ckpt_path).predict(given.text, max_length=given.max_length)
     Console().print(_table(rows))
+    known = read_checkpoint(given.ckpt_path).get("datamodule_hyper_parameters") or {}
+    if str(known.get(CLASS_PATH)).rpartition(".")[2] == StdlibDocstrings.__name__:
+        Console(soft_wrap=True).print(f"on a CSV file of yours: {_OWN}", highlight=False)
 
 
 def load_task(path: str) -> Task:

@@ -50,12 +50,16 @@ class TuningReport(L.Callback):
             Console().print(table)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print which classes were taken for which, where the module counts that."""
+        """Print which classes were taken for which, where the module counts that, and how to ask it of a text."""
         count = getattr(pl_module, "confusion_matrix", None)
         if count is not None:
             matrix = count()  # summed over the processes, so all of them must ask
             if trainer.is_global_zero:
                 Console().print(confusion_table(matrix, pl_module.labels))  # type: ignore[arg-type]
+        asks = isinstance(pl_module, Task) and pl_module.of_texts and trainer.ckpt_path
+        if self.command is not None and asks and trainer.is_global_zero:
+            words = [Path(self.command).name, "predict", "--ckpt_path", str(trainer.ckpt_path), "--text", "a text"]
+            Console(soft_wrap=True).print(f"ask it by: {shlex.join(words)}", highlight=False)
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -4,7 +4,7 @@
     python -m tests.benchmarks.rates --methods VPT --config mine.yaml --folder runs/rates_of_images
 
 All rates of a method are multiplied by 1, 3, 0.3, 10 and 0.1. Each is run with the first seed; the recommended one, and
-those within ten points of the best, with the others. The score is that of the validation rows. A run is a file of the
+those within five points of the best, with the others. The score is that of the validation rows. A run is a file of the
 folder, as in ``lightning-peft compare``: a killed call goes on where it was, and prints what all calls have found.
 """
 
@@ -29,7 +29,7 @@ CONFIG = [
     "--trainer.accelerator",
     "cpu",
 ]
-FAR = 0.1
+FAR = 0.05
 """How far behind the best with the first seed a rate may be, to be run with the others."""
 
 

@@ -122,8 +122,8 @@ class TuningCLI(LightningCLI):
             raise
 
     def before_fit(self) -> None:
-        """Look for learning rates, if that is asked for."""
-        if self.argument(self.config, "lr_find"):
+        """Look for learning rates, if that is asked for; a fit that goes on has those of its checkpoint."""
+        if self.argument(self.config, "lr_find") and self.argument(self.config, "ckpt_path") is None:
             find_rates(self.model, self.datamodule, self.trainer, self._sweeper)
 
     def _sweeper(self, callbacks: list[Any], **own: Any) -> L.Trainer:

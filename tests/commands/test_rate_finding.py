@@ -70,6 +70,11 @@ def test_the_rates_are_multiplied_by_what_was_found(monkeypatch: pytest.MonkeyPa
     assert found[0] != 1
     assert rates["delta without decay"] == pytest.approx(1e-3 * found[0])
     assert rates["head"] == pytest.approx(1e-2 * found[0])
+    Path("kept/last.ckpt").rename("begun.ckpt")
+    more = ["--ckpt_path", "begun.ckpt", "--trainer.max_epochs", "2", "--lr_find", "true"]
+    again = fitted(monkeypatch, "--method", "BitFit", "--model.lr", "1e-3", *more)["optimizer"]["param_groups"]
+    assert {group["name"]: group["initial_lr"] for group in again} == rates
+    assert len(found) == 2  # asked twice by the first fit alone
 
 
 def test_what_it_cannot_scale(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

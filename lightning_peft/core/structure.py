@@ -264,7 +264,8 @@ def word_tables(backbone: nn.Module) -> dict[str, nn.Module]:
         table = next((m for m in backbone.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == words), None)
     if table is None or not _is_table(table, words):
         raise TuningError(
-            f"{type(backbone).__name__} has no table of word embeddings: a soft prompt needs a text model."
+            f"{type(backbone).__name__} has no table of word embeddings that it says is one, which soft prompts and "
+            "trained tokens need: take a text model, or give it a method get_input_embeddings that returns the table."
         )
     return {
         name: module

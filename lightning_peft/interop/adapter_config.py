@@ -163,7 +163,11 @@ def read_config(path: Path) -> dict[str, Any]:
         TuningError: there is no such file, it is no JSON, or it is of a type, or asks for something, unknown here.
     """
     if not path.is_file():
-        raise TuningError(f"{path.parent} is no adapter of PEFT, since it has no {FILE}: give the folder that has it.")
+        below = sorted(str(each.parent) for each in path.parent.glob(f"*/{FILE}"))  # adapters that have names
+        raise TuningError(
+            f"{path.parent} is no adapter of PEFT, since it has no {FILE}: give the folder that has it"
+            f"{f', such as {below[0]}' if below else ''}."
+        )
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:

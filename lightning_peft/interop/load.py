@@ -24,7 +24,7 @@ from lightning_peft.interop.folder import PeftAdapter
 from lightning_peft.interop.names import PREFIX, PROMPT_PREFIX, Names, strip
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 
-_COPIES = re.compile(r"\.(?:original_module|modules_to_save)\.[^.]+$")
+_COPIES = re.compile(r"\.(?:original_module|modules_to_save)\.")
 """What bias='all' of PEFT writes beside a module that is saved whole: it is never read."""
 
 
@@ -171,8 +171,9 @@ def _put(parts: Parts, names: Names, name: str, tensor: Tensor) -> None:
         )
     first = names.first[id(live)]
     if first in parts.in_place and not torch.equal(parts.in_place[first], tensor):
+        other = next(each for each, held in names.tensors.items() if held is live and each != first)
         raise TuningError(
-            f"{parts.source} has two values for {first} and {name}, which are one tensor in this model: PEFT has "
+            f"{parts.source} has two values for {first} and {other}, which are one tensor in this model: PEFT has "
             "trained the copies apart, so untie them in the model's configuration."
         )
     parts.in_place[first] = tensor

@@ -60,7 +60,7 @@ def read_wrapped(
     settings = _config(config)
     tensors = checkpoint.get("state_dict", checkpoint)
     check_tensors(tensors, full)
-    base, own = _sorted(tensors, adapter, settings, str(full))
+    base, own = _sorted(_of_one(tensors, adapter), adapter, settings, str(full))
     found = PeftAdapter(settings, own, source=str(full))
     check_adapter_tensors(found)
     return base, found
@@ -70,6 +70,14 @@ def load_wrapped(model: nn.Module, base: Mapping[str, Tensor], adapter: PeftAdap
     """Apply an adapter to ``model``, whose weights must be those of ``base``."""
     _check_base(base, Names(backbone_of(model)), adapter.source)
     return apply_adapter(model, adapter, allow_other_base=True)
+
+
+def _of_one(tensors: Mapping[str, Tensor], adapter: str) -> dict[str, Tensor]:
+    """Return the tensors without those of other adapters, whose names stand where this one has its own."""
+    parts = {name: name.split(".") for name in tensors}
+    places = {each[i - 1] for each in parts.values() for i in (len(each) - 2, len(each) - 1) if each[i] == adapter}
+    others = {each[i + 1] for each in parts.values() for i in range(len(each) - 1) if each[i] in places} - {adapter}
+    return {name: tensor for name, tensor in tensors.items() if others.isdisjoint(parts[name][-2:])}
 
 
 def _sorted(

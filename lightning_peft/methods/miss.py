@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from lightning_peft.bases.layers import LayerMethod, check_divides
 from lightning_peft.core.arguments import natural, rate
-from lightning_peft.core.errors import TuningError
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.quantized import dense
 from lightning_peft.core.twin import Twin
@@ -68,18 +67,22 @@ class Blocks(LayerUpdate):
     Args:
         host: the layer.
         r: size of a block [features].
+        dropout: rate of the dropout on the input of the update; HF PEFT has none there.
     """
 
     comes_first = True  # what is added before it is no part of the weight that it multiplies, but would be once folded
 
-    def __init__(self, host: nn.Module, r: int) -> None:
+    def __init__(self, host: nn.Module, r: int, dropout: float) -> None:
         super().__init__(host)
+        self.dropout = dropout
         self.D = nn.Parameter(torch.zeros(shape_of(host)[0] // r, r, r, device=device_of(host)))
 
     def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
         """Return the output with the update, [..., out], in whose dtype the sum is rounded."""
         if self.merged:
             return out
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout)
         with without_autocast(self.D):
             change = self._change(self.matrix(dense(host)))
         return out + F.linear(x, change.to(x.dtype)).to(out.dtype)
@@ -143,12 +146,7 @@ class MiSS(LayerMethod):
         if self.form == "shards":
             return Shards(host, self.r, self.dropout)
         check_divides("r", self.r, out, f"is the output of {name}")
-        if self.dropout:
-            raise TuningError(
-                f"dropout={self.dropout} drops the input of an update, and form='bat' changes the weight itself: take "
-                "dropout=0.0."
-            )
-        return Blocks(host, self.r)
+        return Blocks(host, self.r, self.dropout)
 
 
 MiSSMixin = TunedBy[MiSS]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft import TuningError, from_delta, read_delta
-from lightning_peft.interop import convert_wrapped
+from lightning_peft.interop import convert_wrapped, from_peft
 from tests.contract import assert_near, shake
 from tests.interop.adapters import plain
 from tests.models import tiny
@@ -92,3 +92,28 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TuningError, match="no module wrapped by PEFT"):
         convert_wrapped(tiny(kind), tmp_path / "plain.ckpt", out, config.to_dict())
     assert not out.exists()
+
+
+def test_each_of_several_adapters_becomes_a_delta(tmp_path: Path) -> None:
+    configs = {
+        "films": peft.LoraConfig(r=2, target_modules=["q_proj"]),
+        "books": peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], use_dora=True),
+    }
+    model: Any = peft.get_peft_model(tiny("llama"), configs["films"], adapter_name="films")
+    model.add_adapter("books", configs["books"])
+    for name in configs:
+        model.set_adapter(name)
+        shake(model)
+    torch.save(model.state_dict(), tmp_path / "full.ckpt")
+    model.save_pretrained(tmp_path / "both")
+    with pytest.raises(
+        TuningError, match=r"both is no adapter of PEFT, .*: give the folder that has it, such as .*books"
+    ):
+        from_peft(tiny("llama"), tmp_path / "both")
+    for name in configs:
+        model.set_adapter(name)
+        with torch.no_grad():
+            expected = model.eval()(**plain("llama")).logits
+        tuned = tiny("llama")
+        convert_wrapped(tuned, tmp_path / "full.ckpt", tmp_path / name, tmp_path / "both" / name, adapter=name)
+        assert_near({"": expected}, {"": tuned(**plain("llama")).logits.detach()}, 1e-5)

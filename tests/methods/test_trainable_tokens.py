@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 
 from lightning_peft import LoRA, TrainableTokens, TuningError, collect, from_delta, merge, rescale, save_delta
 from tests.contract import MethodContract, at_work, shake
@@ -84,3 +85,23 @@ def test_bad_words_are_refused(tmp_path: Path) -> None:
     TrainableTokens(tokens=["good"], tokenizer=words).apply(model)
     with pytest.raises(TuningError, match="has no table of word embeddings"):
         TrainableTokens(tokens=[1]).apply(tiny("vit"))
+
+
+def test_a_plain_network_says_which_table_is_of_words() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.lin = nn.Embedding(10, 4), nn.Linear(4, 2)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.lin(self.emb(ids))
+
+    class Saying(Plain):
+        def get_input_embeddings(self) -> nn.Module:
+            return self.emb
+
+    with pytest.raises(TuningError, match="give it a method get_input_embeddings that returns the table"):
+        TrainableTokens(tokens=[1]).apply(Plain())
+    model = Saying()
+    TrainableTokens(tokens=[1], exclude="lin.*").apply(model)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["emb.trainabletokens.rows"]

@@ -382,11 +382,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of every method; by default each task has its own number")
     parser.add_argument("--rows", type=Path, default=Path("runs/compare_text.json"), help="all runs: .json or .csv")
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    for noise in (".*does not have many workers", ".*LeafSpec", ".*srun"):
-        warnings.filterwarnings("ignore", message=noise)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    be_quiet()
     rows: list[dict[str, Any]] = []
 
     def keep(row: dict[str, Any]) -> None:
@@ -400,6 +396,15 @@ def main() -> None:
         compare(name, given, keep)
         write(rows, given.rows)
     print("\n" + "\n\n".join(table(name, rows) for name in given.tasks))
+
+
+def be_quiet() -> None:
+    """Compute in one thread, and print results alone."""
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    for noise in (".*does not have many workers", ".*LeafSpec", ".*srun"):
+        warnings.filterwarnings("ignore", message=noise)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:

@@ -90,7 +90,7 @@ def test_digits() -> None:
 def test_coloured_shapes_have_names_styles_and_halves() -> None:
     data = ColouredShapes(per_class=1, test_per_class=1)
     assert len(data.label_names) == 36
-    base, new = ColouredShapes(classes="base").label_names, ColouredShapes(classes="new").label_names
+    base, new = (ColouredShapes(classes=half, per_class=1, test_per_class=1).label_names for half in ("base", "new"))
     assert base + new == data.label_names
     for half in (base, new):
         assert {name.split()[0] for name in half} == set(data.colours)
@@ -99,7 +99,7 @@ def test_coloured_shapes_have_names_styles_and_halves() -> None:
 
 @pytest.mark.parametrize(("novel", "word"), [("colour", 0), ("shape", 1)])
 def test_the_second_half_of_the_classes_may_have_words_of_its_own(novel: str, word: int) -> None:
-    base, new = (ColouredShapes(classes=half, novel=novel).label_names for half in ("base", "new"))
+    base, new = (ColouredShapes(classes=half, novel=novel, per_class=1).label_names for half in ("base", "new"))
     assert len(base) == len(new) == 18
     for i, shared in ((word, False), (1 - word, True)):
         first, second = ({name.split()[i] for name in half} for half in (base, new))

@@ -65,6 +65,7 @@ def test_each_task_is_learnt(path: str, tmp_path: Path) -> None:
     assert module.matrix[1][1] > 0.8
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_middle_of_a_task(path: str, tmp_path: Path) -> None:
     def run(ckpt_path: Path | None = None) -> dict[str, torch.Tensor]:
         every = L.pytorch.callbacks.ModelCheckpoint(tmp_path / "run", filename="{epoch}", save_top_k=-1)

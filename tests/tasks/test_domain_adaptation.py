@@ -175,12 +175,15 @@ def test_the_coverage_of_an_epoch_is_that_of_all_its_batches(model: str, tmp_pat
     task.check_data(images, "validate")
     images.setup("fit")
 
+    targets = [batch["target"] for batch in images.train_dataloader()]
+
     def share(threshold: float) -> float:
         task.threshold = threshold
-        sure = [task.pseudo_labels(batch["target"])[1] for batch in images.train_dataloader()]
-        return torch.cat(sure).float().mean().item()
+        return torch.cat([task.pseudo_labels(target)[1] for target in targets]).float().mean().item()
 
-    some = next(share(t) for t in torch.linspace(1 / 6, 1, 2000).tolist() if share(t) < 1)
+    low, high = 1 / 6, 1.0  # all images are sure at the one, none at the other
+    while not 0 < (some := share((low + high) / 2)) < 1:
+        low, high = ((low + high) / 2, high) if some == 1 else (low, (low + high) / 2)
     trainer(tmp_path, DAPL(**DAPL_SMALL), Keep(), max_epochs=3).fit(task, images)
     assert 0 < some < 1
     assert found == pytest.approx([some] * 3)

@@ -81,6 +81,7 @@ def test_a_writer_reads_what_went_wrong(valley: Valley, tmp_path: Path, gepa: No
     assert "This is wrong. The right answer is" in told[0] or "This is right." in told[0]
 
 
+@pytest.mark.slow
 def test_the_model_of_the_task_writes(valley: Valley, tmp_path: Path, gepa: None) -> None:
     model = valley("gpt2")
     rows = [{"source": f"name : an{i}", "target": f"an{i}"} for i in range(4)]

@@ -10,6 +10,7 @@ from lightning_peft.bases.merging import MergingMethod
 from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
+from lightning_peft.core.hosts import check_is_real
 from lightning_peft.core.reach import reached
 from lightning_peft.core.reads import passed_by
 from lightning_peft.updates.layer_update import LINEAR, LayerUpdate
@@ -58,6 +59,7 @@ class LayerMethod(MergingMethod):
             chosen = {name: chosen[name] for name in reached(backbone, chosen)}
         read = passed_by(backbone)
         for name, host in chosen.items():
+            check_is_real(host, name)
             update = self.update(name, host)
             if name in read:
                 module, layer = read[name]
@@ -74,15 +76,14 @@ def _query_and_value(backbone: nn.Module) -> str:
         return "all-linear"
 
 
-def check_divides(argument: str, value: int, size: int, whose: str) -> None:
+def check_divides(argument: str, value: int, size: int, whose: str, least: int = 1) -> None:
     """Check that a size can be cut into parts of ``value``.
 
     Raises:
-        TuningError: it cannot; the nearest value that can is named.
+        TuningError: it cannot; the nearest value of at least ``least`` that can is named.
     """
     if size % value:
-        divisors = [d for d in range(1, size + 1) if size % d == 0]
-        best = min(divisors, key=lambda d: (abs(d - value), -d))
-        raise TuningError(
-            f"{argument}={value} does not divide {size}, which {whose}: take {best}, or give the layers apart."
-        )
+        divisors = [d for d in range(least, size + 1) if size % d == 0]
+        best = min(divisors, key=lambda d: (abs(d - value), -d), default=None)
+        remedy = "leave it out with exclude=" if best is None else f"take {best}, or give the layers apart"
+        raise TuningError(f"{argument}={value} does not divide {size}, which {whose}: {remedy}.")

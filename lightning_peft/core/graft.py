@@ -31,8 +31,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.core import computed_weights, generating, placement
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.hosts import check_takes_hooks
 from lightning_peft.core.pipeline import forward_of
-from lightning_peft.core.private_torch import Movable, is_compiled, note_last, output_hooks
+from lightning_peft.core.private_torch import Movable, note_last, output_hooks
 from lightning_peft.core.switch import Switch
 
 G = TypeVar("G", bound="Graft")
@@ -197,8 +198,7 @@ def attach(host: nn.Module, graft: G, name: str) -> G:
     """
     if hasattr(host, name):
         raise TuningError(f"{type(host).__name__} already has an attribute {name!r}: detach it or take another name.")
-    if is_compiled(host):
-        raise TuningError(f"{type(host).__name__} is compiled and would ignore a graft: attach first, compile after.")
+    check_takes_hooks(host)
     for weight in graft.weights:
         computed_weights.check_is_parameter(host, weight, f"{type(graft).__name__} would change nothing")
     graft._first_argument = next(iter(inspect.signature(host.forward).parameters), "")

@@ -12,9 +12,9 @@ from lightning_peft.core import anatomy, arguments, compatibility, master_weight
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import Graft, Grafted, grafts, owned_by
+from lightning_peft.core.hosts import check_has_shapes, check_takes_hooks
 from lightning_peft.core.nested import pad_rows
 from lightning_peft.core.pattern import matcher, matches_noted
-from lightning_peft.core.private_torch import is_compiled
 from lightning_peft.core.rates import ADDED, Rates
 from lightning_peft.core.reach import reached
 from lightning_peft.core.tuning import Tuning
@@ -131,11 +131,14 @@ class TuningMethod:
 
         Raises:
             TuningError: an argument is out of range, the method is applied already or does not fit the backbone, or the
-                model is compiled.
+                model is compiled or scripted, or lazy.
         """
         arguments.check_arguments(self)
         self._check_name()
         backbone = select.backbone_of(model, self.backbone)
+        for module in dict.fromkeys((model, backbone)):
+            check_takes_hooks(module)
+        check_has_shapes(backbone)
         tuning = Tuning.of(backbone) or Tuning.begin(backbone)
         if self.key in tuning.methods:
             raise TuningError(
@@ -143,10 +146,6 @@ class TuningMethod:
                 f"{'' if self.name is None else f' as {self.name!r}'}: give this one another name=, or remove that one."
             )
         try:
-            if is_compiled(model) or is_compiled(backbone):
-                raise TuningError(
-                    f"{type(backbone).__name__} is compiled and would ignore grafts: compile it afterwards."
-                )
             with owned_by(self.key, tuning.switch), matches_noted() as matched:
                 self._check_exclude(backbone)
                 own = set(self.graft(backbone))

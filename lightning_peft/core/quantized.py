@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 def is_quantized(weight: Tensor) -> bool:
     """Tell whether a weight is stored in integers: as such, or in a subclass of tensors that poses as a float."""
-    return not weight.is_floating_point() or _poses(weight)
+    return not (weight.is_floating_point() or weight.is_complex()) or _poses(weight)
 
 
 def has_quantized_weight(host: nn.Module) -> bool:

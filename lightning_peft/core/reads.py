@@ -180,7 +180,7 @@ def _look_at(kind: type[nn.Module], method: str) -> _Source:
 def _nodes(function: Any) -> list[tuple[ast.AST, ast.AST]]:
     """Return the nodes of a function's source, each with its parent; none of torch's own, or without a source."""
     function = inspect.unwrap(function)
-    if function.__module__.startswith("torch.nn."):
+    if (function.__module__ or "").startswith("torch.nn."):  # one that torch.fx has written is of no module
         return []
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

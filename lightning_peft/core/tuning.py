@@ -79,7 +79,8 @@ class Tuning:
         """Freeze the backbone and keep a record on it."""
         tuning = cls(required_grad={name: p.requires_grad for name, p in backbone.named_parameters()})
         vars(backbone)[_ATTRIBUTE] = tuning
-        backbone.requires_grad_(False)
+        for parameter in backbone.parameters():  # TorchScript knows no requires_grad_ of a module
+            parameter.requires_grad_(False)
         return tuning
 
     def add(self, backbone: nn.Module, key: str, method: "TuningMethod", trains: set[str], keep: bool) -> None:

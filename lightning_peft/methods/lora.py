@@ -42,6 +42,7 @@ from lightning_peft.core import select, structure
 from lightning_peft.core.arguments import bounded, natural, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, overrides
+from lightning_peft.core.hosts import check_is_real
 from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.core.reads import may_overwrite
 from lightning_peft.training.method import Method
@@ -211,6 +212,7 @@ class LoRA(MergingMethod):
             raise TuningError(f"alpha={alpha} at {name} would scale the update away: choose more than 0.")
         if isinstance(host, CONVOLUTIONS) and host.groups > 1:
             self._check_groups(name, host.groups, r)
+        check_is_real(host, name)
         active = (g for g in host.children() if isinstance(g, Graft) and not g.rests)
         earlier = next((g for g in active if overrides(g, "after")), None)
         if self.use_dora and earlier is not None:

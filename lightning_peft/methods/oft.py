@@ -190,7 +190,7 @@ class OFT(LayerMethod):
                 "them, and None for the other."
             )
         if self.block_size is not None:
-            check_divides("block_size", self.block_size, width, whose)
+            check_divides("block_size", self.block_size, width, whose, least=2)
             return self.block_size
         assert self.num_blocks is not None
         check_divides("num_blocks", self.num_blocks, width, whose)

@@ -116,8 +116,8 @@ class SHiRA(LayerMethod):
         if self.r * (out + inside) > out * inside:
             most = out * inside // (out + inside)
             raise TuningError(
-                f"r={self.r} makes {self.r * (out + inside)} entries of {name}, which has {out * inside}: take {most} "
-                "or less."
+                f"r={self.r} makes {self.r * (out + inside)} entries of {name}, which has {out * inside}: "
+                f"{f'take {most} or less' if most else 'exclude it'}."
             )
         if has_quantized_weight(host):
             raise TuningError(f"{name} is quantised, and has no entries to change: exclude it, or take LoRA.")

@@ -163,7 +163,7 @@ def test_a_compiled_host_is_refused() -> None:
     inside.compile(backend="eager")
     for host in (torch.compile(nn.Linear(3, 3), backend="eager"), inside):
         assert is_compiled(host)
-        with pytest.raises(TuningError, match="is compiled and would ignore a graft"):
+        with pytest.raises(TuningError, match="is compiled and would ignore grafts"):
             attach(host, Shift(), "shift")
     assert not is_compiled(nn.Linear(3, 3))
 

@@ -15,7 +15,9 @@ from lightning_peft.core import structure, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.folding import merge
+from lightning_peft.core.graft import detach, grafts
 from lightning_peft.core.switching import prepare
+from lightning_peft.features.frozen_part import FrozenPart, Skipped, Tap
 from lightning_peft.tasks.base import Task
 
 _LENGTH, _ROWS, _TIMES = 128, 32, 5
@@ -72,7 +74,13 @@ def kept(before: Tensor, after: Tensor) -> float:
 
 
 def ready(task: Task) -> None:
-    """Merge what can be merged, as one does for use; the rest stays beside the weights, with its costs."""
+    """Merge what can be merged, as one does for use; the rest stays beside the weights, with its costs.
+
+    Features that were cached are forgotten: the rows of a user are new.
+    """
+    for place in list(grafts(task.backbone)):
+        if isinstance(place.graft, (FrozenPart, Skipped, Tap)):
+            detach(place.host, place.name)
     with suppress(TuningError):
         merge(task)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_peft import CausalLM, LoRA, PromptTuning, TextClassification, TuningError
+from lightning_peft import CausalLM, LinearProbe, LoRA, PromptTuning, TextClassification, TuningError
 from lightning_peft.cli import main
 from lightning_peft.commands import controls, fitting, using
 from lightning_peft.commands.comparing import parser, runs, seconds_of
@@ -211,7 +211,7 @@ def test_a_killed_comparison_ends_in_the_same_table(
 
 def test_a_method_is_merged_before_its_batches_are_timed(tmp_path: Path) -> None:
     text.save_model(tmp_path / "model")
-    for method, left in ((LoRA(), False), (PromptTuning(), True)):
+    for method, left in ((LoRA(), False), (PromptTuning(), True), (LinearProbe(cache_features=True), False)):
         task = TextClassification(str(tmp_path / "model"), ["a", "b"])
         before = using.embedded(task, ["one text", "and a longer one"])
         method.apply(task.backbone)

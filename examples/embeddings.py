@@ -52,11 +52,11 @@ def pairs() -> dict[str, list[dict[str, str]]]:
 
 
 def run(name: str | None, lr: float | None, seed: int, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Train once, and return recall@1 on validation and test; without a method, that of the frozen model."""
+    """Train once, and return recall@1, on validation if rates are tried; without a method, that of the frozen model."""
     L.seed_everything(seed, verbose=False)
     files = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
     model = resolve(given.model)
-    data = SentencePairsData(tokenizer=model, **files, max_length=64, batch_size=64)
+    data = SentencePairsData(tokenizer=model, **files, max_length=32, batch_size=32)
     task = SentenceEmbedding(model, lr=lr)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -72,20 +72,20 @@ def run(name: str | None, lr: float | None, seed: int, folder: Path, given: argp
         trainer.fit(task, data)
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad) if name is not None else 0
     trainer.limit_val_batches = 1.0
-    found = {"validation": trainer.validate, "test": trainer.test}
-    scores = {split: call(task, data, verbose=False)[0] for split, call in found.items()}
-    recalls = {split: scores[split][f"{split[:4].removesuffix('i')}_recall_at_1"] for split in scores}
-    return {"method": name or "frozen", "lr": lr, "seed": seed, "trained": trained, **recalls}
+    split, call = ("val", trainer.validate) if given.rates else ("test", trainer.test)
+    (scores,) = call(task, data, verbose=False)
+    recall = scores[f"{split}_recall_at_1"]
+    return {"method": name or "frozen", "lr": lr, "seed": seed, "trained": trained, "split": split, "recall": recall}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return mean and standard deviation of the test of each method, in Markdown."""
-    lines = ["| method | recall@1 | trained parameters | learning rate |", "|---|---|---:|---|"]
-    for name in dict.fromkeys(row["method"] for row in rows):
-        own = [row for row in rows if row["method"] == name]
-        scores = [row["test"] for row in own]
+    """Return mean and standard deviation of each method at each rate, in Markdown."""
+    lines = [f"| method | {rows[0]['split']} recall@1 | trained parameters | learning rate |", "|---|---|---:|---|"]
+    for name, lr in dict.fromkeys((row["method"], row["lr"]) for row in rows):
+        own = [row for row in rows if (row["method"], row["lr"]) == (name, lr)]
+        scores = [row["recall"] for row in own]
         spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
-        rate = "" if own[0]["lr"] is None else f"{own[0]['lr']:g}"
+        rate = "" if lr is None else f"{lr:g}"
         lines.append(f"| {name} | {statistics.mean(scores):.3f}{spread} | {own[0]['trained']:,} | {rate} |")
     return "\n".join(lines)
 
@@ -111,7 +111,8 @@ def main() -> None:
             (Path(name) / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
             print(f"{split}: {len(own)} pairs", flush=True)
         for method, lr, seed in tries:
-            done = [r for r in known if (r["method"], r["lr"], r["seed"]) == (method or "frozen", lr, seed)]
+            wanted = (method or "frozen", lr, seed, "val" if given.rates else "test")
+            done = [row for row in known if (row["method"], row["lr"], row["seed"], row["split"]) == wanted]
             rows.append(done[0] if done else run(method, lr, seed, Path(name), given))
             print(json.dumps(rows[-1]), flush=True)
             if given.rows and not done:

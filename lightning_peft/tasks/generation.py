@@ -16,6 +16,8 @@ from lightning_peft.tasks.base import Split, Task
 from lightning_peft.tasks.metrics import CrossEntropy, ExactMatch, Rouge, mean_cross_entropy
 
 Generate = Literal["never", "test", "validation and test"]
+_AT_ONCE = 512
+"""How many tokens' logits metrics are given at once, or those of one row."""
 
 
 class WritingTask(Task):
@@ -117,7 +119,9 @@ class WritingTask(Task):
                 "the model cannot write from packed rows, which hold several texts: set packing=false, or "
                 "generate=test, since the test is not packed."
             )
-        scores.update(logits.float(), tokens)
+        rows = max(1, _AT_ONCE // max(1, logits.shape[1]))  # what metrics copy is as wide as a vocabulary
+        for some, right in zip(logits.split(rows), tokens.split(rows), strict=True):
+            scores.update(some.float(), right)
         for written in texts:
             written.update(self.write(self.prompts(batch)), batch["references"])
 

@@ -131,7 +131,7 @@ class IA3(MergingMethod):
     kind: ClassVar[str] = "activations"
     trains: ClassVar[str] = "scales of keys, values and feed-forward activations"
     paper: ClassVar[str] = "Liu et al. 2022, arXiv 2205.05638"
-    advised: ClassVar[Rates] = Rates(3e-2, 1e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(9e-2, 3e-2, MEASURED)
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach a vector to each chosen layer."""

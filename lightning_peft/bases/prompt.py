@@ -49,7 +49,13 @@ class PromptMethod(Method):
     breaks: ClassVar[frozenset[str]] = frozenset({compatibility.TOKENS})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"tokenizer"}
 
-    def place(self, backbone: nn.Module, weight: nn.Parameter | nn.Module, anywhere: bool = False) -> None:
+    def place(
+        self,
+        backbone: nn.Module,
+        weight: nn.Parameter | nn.Module,
+        anywhere: bool = False,
+        before_cls: bool = False,
+    ) -> None:
         """Attach the prompt: before the text of a causal model, computed once a batch; else as virtual tokens.
 
         Where the source is a sound or an image they come before the target that is written.
@@ -58,7 +64,14 @@ class PromptMethod(Method):
             backbone: the model.
             weight: the rows, [P, d], or a module that computes them.
             anywhere: a template may put the virtual tokens anywhere in the text.
+            before_cls: they come before the first token of an encoder, so that one of them is what is pooled.
         """
+        is_encoder = structure.is_encoder(backbone)
+        if before_cls and not is_encoder:
+            raise TuningError(
+                f"before_cls=True is for encoders whose first token is pooled, and {type(backbone).__name__} is none: "
+                "leave it out."
+            )
         decoder = None if anywhere or reads_source(backbone) else decoder_of(backbone)
         writer = text_structure.target_decoder_of(backbone)
         if writer is not None:
@@ -76,7 +89,7 @@ class PromptMethod(Method):
         self._before_target = writer is not None
         self._in_batch = decoder is None and writer is None
         # The first token of these is pooled, or the start of a text, and the prompt comes after it.
-        self._after = 1 if structure.is_encoder(backbone) or structure.has_two_towers(backbone) else 0
+        self._after = 1 if (is_encoder and not before_cls) or structure.has_two_towers(backbone) else 0
         self._targets = structure.is_encoder_decoder(backbone)
         self._limit = text_structure.max_positions(backbone)
         if self._limit is not None and self.num_virtual_tokens >= self._limit:

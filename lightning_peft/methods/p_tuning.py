@@ -118,6 +118,7 @@ class PTuning(PromptMethod):
         text: the words of init='text'.
         tune_backbone: train the whole language model beside the prompt.
         backbone_lr: its learning rate; None: that of the prompt.
+        before_cls: put the prompt of an encoder before [CLS], as HF PEFT does; a virtual token is then pooled.
     """
 
     num_virtual_tokens: int = 20
@@ -128,6 +129,7 @@ class PTuning(PromptMethod):
     text: str | None = None
     tune_backbone: bool = False
     backbone_lr: float | None = positive(1e-5)
+    before_cls: bool = False
     backbone_mode: Literal["train", "eval"] = "train"
 
     trains: ClassVar[str] = "virtual tokens anywhere in a template, through an LSTM"
@@ -148,7 +150,7 @@ class PTuning(PromptMethod):
         if self.encoder != "none":
             source = PromptEncoder(rows, self.encoder, self.dropout).to(rows.device)
             attach(backbone, source, self.key)
-        self.place(backbone, source, anywhere=self.template is not None)
+        self.place(backbone, source, anywhere=self.template is not None, before_cls=self.before_cls)
         if not self.tune_backbone:
             return ()
         return [name for name, _ in backbone.named_parameters() if f".{self.key}." not in f".{name}"]
@@ -187,6 +189,11 @@ class PTuning(PromptMethod):
         self.encoder = applied.encoder = "none"
 
     def _check(self, backbone: nn.Module) -> None:
+        if self.template is not None and self.before_cls:
+            raise TuningError(
+                f"the template {self.template!r} says where the virtual tokens are, and so does before_cls=True: leave "
+                "one of the two out."
+            )
         if self.template is not None:
             self.num_virtual_tokens = Template(self.template).num_virtual_tokens
             if not self.num_virtual_tokens:

@@ -45,6 +45,7 @@ class PromptTuning(PromptMethod):
         class_labels: the words of init='class_labels'; None: the label names of the backbone's configuration.
         top_words: how many frequent words 'sampled_vocab' draws from.
         seed: of the drawing; None: the global generator.
+        before_cls: put the prompt of an encoder before [CLS], as HF PEFT does; a virtual token is then pooled.
     """
 
     num_prompts: int = natural(1, "is no number of prompts")
@@ -53,6 +54,7 @@ class PromptTuning(PromptMethod):
     class_labels: list[str] | None = None
     top_words: int = natural(5000, "leaves no words to draw from")
     seed: int | None = None
+    before_cls: bool = False
 
     paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691"
     advised: ClassVar[Rates] = Rates(3e-2, 1e-2, MEASURED)
@@ -65,7 +67,7 @@ class PromptTuning(PromptMethod):
         table = next(iter(structure.word_tables(backbone).values()))
         rows = torch.cat([self.initial_rows(backbone, table) for _ in range(self.num_prompts)])
         weight = nn.Parameter(rows.to(device_of(table)))
-        self.place(backbone, weight, anywhere=self.num_prompts > 1)
+        self.place(backbone, weight, anywhere=self.num_prompts > 1, before_cls=self.before_cls)
         return ()
 
     def insert(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:

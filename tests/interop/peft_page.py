@@ -35,7 +35,6 @@ _REASONS = (
     ("MultiheadAttention", "`nn.MultiheadAttention`", "PEFT adds the update of its out-projection twice"),
     ("has oft_R", "OFT of convolutions", "PEFT adds up patches that overlap, and merged it computes something else"),
     ("no table of word|word table", "trained tokens of a plain network", "it says of no table that it is of words"),
-    ("a prompt before", "prompts of encoders", "PEFT puts the prompt before [CLS] and pools a virtual token"),
     ("a prefix of PEFT", "prefixes of encoder-decoders", "PEFT's reach the decoder alone, ours all attentions"),
 )
 """Part of a refusal -> what is refused, and why."""

@@ -11,13 +11,14 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_peft import IA3, OFT, HiRA, LoRA, MiSS, TuningError, merge
+from lightning_peft import IA3, OFT, HiRA, LoRA, MiSS, PromptTuning, PTuning, TuningError, merge
 from lightning_peft.core.graft import grafts
 from lightning_peft.interop import from_peft, to_peft
 from tests.contract import assert_near, shake
 from tests.interop.exchange import computed, exchange
 from tests.interop.stand_ins import call as stand_in_call
 from tests.interop.stand_ins import rows, stand_in
+from tests.models import tiny
 
 # PEFT takes the bias of an update for a matrix that was not gathered.
 pytestmark = pytest.mark.filterwarnings(
@@ -192,6 +193,36 @@ def test_of_what_torchs_attention_reads_peft_would_compute_nothing(tmp_path: Pat
         assert torch.isfinite(computed(call, merge(model))).all()
         ((_, said),) = exchange(build, config, call, tmp_path / type(method).__name__)
         assert "nn.MultiheadAttention reads its weight alone" in said
+
+
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PromptEncoderConfig])
+def test_a_prompt_before_the_first_token_of_an_encoder(kind: type[peft.PeftConfig], tmp_path: Path) -> None:
+    build = partial(stand_in, "x/tiny-random-BertForSequenceClassification", hf.AutoModelForSequenceClassification)
+    inputs = rows(build())
+    inputs["attention_mask"][1, -3:] = 0
+    config = kind(task_type="SEQ_CLS", num_virtual_tokens=3)
+    said = dict(exchange(build, config, lambda model, method: stand_in_call(model, inputs, method), tmp_path))
+    assert said == dict.fromkeys(("import", "export", "steps"), "equal")
+
+
+def test_a_prompt_after_the_first_token_is_no_adapter_of_peft(tmp_path: Path) -> None:
+    model = tiny("bert")
+    PromptTuning(num_virtual_tokens=2, init="random_uniform").apply(model)
+    with pytest.raises(TuningError, match=r"this one comes after \[CLS\]: .* train with before_cls=True"):
+        to_peft(model, tmp_path / "ours")
+    model = tiny("bert")
+    PromptTuning(num_virtual_tokens=2, init="random_uniform", before_cls=True).apply(model)
+    to_peft(model, tmp_path / "ours")
+    for method, kind, why in (
+        (
+            PromptTuning(init="random_uniform", before_cls=True),
+            "gpt2",
+            "before_cls=True is for encoders .* GPT2LMHeadModel is none",
+        ),
+        (PTuning(before_cls=True, template="{v:3} {text}"), "bert", "so does before_cls=True: leave one of the two"),
+    ):
+        with pytest.raises(TuningError, match=why):
+            method.apply(tiny(kind))
 
 
 def test_a_layer_that_is_called_and_read_has_its_own_place(tmp_path: Path) -> None:

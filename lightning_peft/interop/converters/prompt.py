@@ -1,4 +1,4 @@
-"""Prompt-Tuning: ``prompt_embeddings`` [P, d], in models that do not pool their first token."""
+"""Prompt-Tuning: ``prompt_embeddings`` [P, d], in an encoder before its first token."""
 
 from typing import Any, ClassVar
 
@@ -25,6 +25,11 @@ class PromptConverter(Converter):
     def export(self, model: nn.Module, method: Any, names: Names) -> Exported:
         """Return the rows of the prompt."""
         check_place(model)
+        if structure.is_encoder(model) and not method.before_cls:
+            raise TuningError(
+                f"PEFT puts a prompt before [CLS], so that {type(model).__name__} pools a virtual token, and this one "
+                "comes after [CLS]: the same rows would compute something else, so train with before_cls=True."
+            )
         if isinstance(method, PromptTuning) and method.num_prompts != 1:
             raise TuningError(f"an adapter of PEFT has one prompt, and this {type(method).__name__} has several.")
         if isinstance(method, PTuning) and (method.template is not None or method.tune_backbone):
@@ -35,9 +40,10 @@ class PromptConverter(Converter):
         return Exported(config, bare={TENSOR: rows}, delta=delta)
 
     def arguments(self, parts: Parts, names: Names) -> dict[str, Any]:
-        """Return the length of the prompt."""
+        """Return the length of the prompt, and where it is."""
         check_place(names.model)
-        return {"num_virtual_tokens": prompt_rows(parts).shape[0], "init": "random_uniform"}
+        front = {"before_cls": True} if structure.is_encoder(names.model) else {}
+        return {"num_virtual_tokens": prompt_rows(parts).shape[0], "init": "random_uniform"} | front
 
     def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
         """Return the rows by their name in the delta, in which tied tables have them once."""
@@ -54,20 +60,15 @@ class PTuningConverter(PromptConverter):
 
     def arguments(self, parts: Parts, names: Names) -> dict[str, Any]:
         """Return the length of the prompt."""
-        return {"num_virtual_tokens": super().arguments(parts, names)["num_virtual_tokens"], "encoder": "none"}
+        return super().arguments(parts, names) | {"encoder": "none", "init": "random"}
 
 
 def check_place(model: nn.Module) -> None:
     """Check that PEFT puts the prompt where it is here.
 
     Raises:
-        TuningError: the model is an encoder or has no text as its source, or PEFT has no class for its task.
+        TuningError: the model has no text as its source, or PEFT has no class for its task.
     """
-    if structure.is_encoder(model):
-        raise TuningError(
-            f"PEFT puts a prompt before [CLS], so that {type(model).__name__} pools a virtual token, and here it comes "
-            "after [CLS]: the same rows would compute something else, so keep the delta, or take a decoder."
-        )
     if text_structure.target_decoder_of(model) is not None:
         raise TuningError(
             f"PEFT puts a prompt into the source, which is no text in {type(model).__name__}, and here it comes before "

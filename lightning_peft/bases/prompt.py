@@ -66,12 +66,7 @@ class PromptMethod(Method):
             anywhere: a template may put the virtual tokens anywhere in the text.
             before_cls: they come before the first token of an encoder, so that one of them is what is pooled.
         """
-        is_encoder = structure.is_encoder(backbone)
-        if before_cls and not is_encoder:
-            raise TuningError(
-                f"before_cls=True is for encoders whose first token is pooled, and {type(backbone).__name__} is none: "
-                "leave it out."
-            )
+        is_encoder = self._is_encoder(backbone, before_cls)
         decoder = None if anywhere or reads_source(backbone) else decoder_of(backbone)
         writer = text_structure.target_decoder_of(backbone)
         if writer is not None:
@@ -91,6 +86,19 @@ class PromptMethod(Method):
         # The first token of these is pooled, or the start of a text, and the prompt comes after it.
         self._after = 1 if (is_encoder and not before_cls) or structure.has_two_towers(backbone) else 0
         self._targets = structure.is_encoder_decoder(backbone)
+        self._check_room(backbone)
+
+    def _is_encoder(self, backbone: nn.Module, before_cls: bool) -> bool:
+        """Tell whether the first token of a backbone is pooled, as it must be for ``before_cls``."""
+        is_encoder = structure.is_encoder(backbone)
+        if before_cls and not is_encoder:
+            raise TuningError(
+                f"before_cls=True is for encoders whose first token is pooled, and {type(backbone).__name__} is none: "
+                "leave it out."
+            )
+        return is_encoder
+
+    def _check_room(self, backbone: nn.Module) -> None:
         self._limit = text_structure.max_positions(backbone)
         if self._limit is not None and self.num_virtual_tokens >= self._limit:
             raise TuningError(

@@ -28,6 +28,13 @@ def rows_of_all(rows: Tensor) -> Tensor:
     return torch.cat(rows_of_each(rows))
 
 
+def rows_in_turn(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, one of each in turn, as they were dealt out to them, [N, ...]."""
+    parts = rows_of_each(rows)
+    turns = torch.cat([torch.arange(len(part)) * len(parts) + i for i, part in enumerate(parts)])
+    return torch.cat(parts)[turns.argsort().to(rows.device)]
+
+
 def of_the_first(tensor: Tensor) -> Tensor:
     """Return the tensor of the first process, in each of them."""
     if processes() > 1:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.gathering import rows_of_all
+from lightning_peft.core.gathering import rows_in_turn
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.private_torch import times_written
@@ -70,7 +70,7 @@ class RandomHead(Graft):
                 f"labels of shape {list(labels.shape)} are not one for each of the rows {list(hidden.shape)}: RanPAC "
                 "is for classes of whole rows."
             )
-        hidden, labels = rows_of_all(hidden).double(), rows_of_all(labels)
+        hidden, labels = rows_in_turn(hidden).double(), rows_in_turn(labels)
         targets = F.one_hot(labels, len(self.weight)).double()
         number = self.rows + torch.arange(len(hidden), device=hidden.device)
         held = (number % HELD == HELD - 1).double().unsqueeze(1) * (len(self.names) - 1)

@@ -29,6 +29,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.core.rates import Rates
+from lightning_peft.core.sharded import like, whole
 from lightning_peft.methods.ivlp import IVLP
 from lightning_peft.towers.clip import similarity
 from lightning_peft.towers.context_tokens import ContextCall
@@ -206,7 +207,8 @@ class PromptSRC(IVLP):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average so far, for a run that resumes."""
-        return {"sums": dict(vars(self).get("_sums", {})), "summed": vars(self).get("_summed", 0)}
+        sums = {name: whole(each) for name, each in vars(self).get("_sums", {}).items()}
+        return {"sums": sums, "summed": vars(self).get("_summed", 0)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the average of a run that resumes."""
@@ -219,7 +221,7 @@ class PromptSRC(IVLP):
             return
         for name, parameter in self._prompts(module).named_parameters():
             part = self._weights[epoch - 1] * parameter.detach()
-            self._sums[name] = part if name not in self._sums else self._sums[name].to(part.device) + part
+            self._sums[name] = part if name not in self._sums else part + like(part, self._sums[name].to(part.device))
         self._summed = epoch
 
     def _prompts(self, module: nn.Module) -> Prompts:

@@ -12,7 +12,7 @@ or, without training, when a data module is validated, tested or predicted, or b
 numbers, and serves the classes that it was filled with alone.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.batches import entry_of
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.eval_mode import in_eval
-from lightning_peft.core.gathering import rows_of_all
+from lightning_peft.core.gathering import rows_in_turn
 from lightning_peft.core.graft import attach
 from lightning_peft.core.host_copy import ask
 from lightning_peft.core.placement import device_of
@@ -33,50 +33,10 @@ from lightning_peft.core.rates import Rates
 from lightning_peft.core.sharded import like
 from lightning_peft.towers import clip
 from lightning_peft.towers.deep_prompts import vision_tower
-from lightning_peft.towers.feature_adapters import FeatureScores
+from lightning_peft.towers.shots import EMPTY, Shots, features_of
 from lightning_peft.towers.text_towers import text_tower, two_towers
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
-
-EMPTY = -1
-
-
-class Shots(FeatureScores):
-    """The kept images.
-
-    Args:
-        keys: [N, p].
-        classes: C.
-        alpha: weight of the scores.
-        beta: how fast they fall with the distance.
-        trains: whether the keys are parameters.
-    """
-
-    labels: Tensor
-    keys: Tensor
-
-    def __init__(self, keys: Tensor, classes: int, alpha: float, beta: float, trains: bool) -> None:
-        super().__init__()
-        self.classes, self.alpha, self.beta = classes, alpha, beta
-        if trains:
-            self.keys = nn.Parameter(keys)
-        else:
-            self.register_buffer("keys", keys)
-        self.register_buffer("labels", torch.full((len(keys),), EMPTY, device=keys.device))
-
-    def scores(self, images: Tensor, classes: int) -> Tensor:
-        """Return ``alpha exp(-beta (1 - f Kᵀ)) V``, [B, C].
-
-        Raises:
-            TuningError: there are other classes than those of the cache.
-        """
-        if classes != self.classes:
-            raise TuningError(
-                f"the cache has images of {self.classes} classes, and there are texts of {classes}: give those of the "
-                "classes that it was filled with."
-            )
-        near = (self.beta * (images @ self.keys.t() - 1)).exp()
-        return self.alpha * near @ F.one_hot(self.labels + 1, classes + 1)[:, 1:].to(near.dtype)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -130,9 +90,10 @@ class TipAdapter(Method):
     @torch.no_grad()
     def _read(self, model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
         """Return the normalised features of the images, [N, p], and their labels, [N]."""
-        device, towers = self._shots(model).labels.device, two_towers(self._tuned(model))
+        graft, backbone = self._shots(model), self._tuned(model)
+        device = graft.labels.device
         with in_eval(model):
-            found = [(_features(towers, batch, device).float(), entry_of(batch, "labels", 1)) for batch in batches]
+            found = [(features_of(backbone, batch, graft).float(), entry_of(batch, "labels", 1)) for batch in batches]
         if not found:
             raise TuningError("there are no images to keep: give batches of them.")
         features, labels = (torch.cat([part.to(device) for part in each]) for each in zip(*found, strict=True))
@@ -164,7 +125,7 @@ class TipAdapter(Method):
         if self._is_empty(pl_module):
             loader: Any = trainer.train_dataloader
             keys, labels = self._read(pl_module, loader)
-            self._keep(pl_module, rows_of_all(keys), rows_of_all(labels))
+            self._keep(pl_module, rows_in_turn(keys), rows_in_turn(labels))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fill the cache from the training images of the data module, unless it has some or a fit will fill it.
@@ -204,9 +165,3 @@ class TipAdapter(Method):
 
 
 TipAdapterMixin = TunedBy[TipAdapter]
-
-
-def _features(model: nn.Module, batch: Any, device: torch.device) -> Tensor:
-    if isinstance(batch, Mapping) and "image_features" in batch:
-        return clip.adapted(model, batch["image_features"].to(device))
-    return clip.image_features(model, entry_of(batch, "pixel_values", 0).to(device))

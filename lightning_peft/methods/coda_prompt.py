@@ -13,7 +13,7 @@ left them so, which is ``redraw=False``. No image of an earlier task is kept.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -47,6 +47,7 @@ class Components(PromptsByQuery):
     def __init__(self, layers: list[int], count: int, length: int, tasks: int, dim: int, device: torch.device) -> None:
         super().__init__(device)
         self.layers, self.each = layers, count // tasks
+        self.noted: Tensor | None = None
         shapes = {"prompts": length * dim, "attentions": dim, "keys": dim}
         for name, width in shapes.items():
             rows = torch.empty(len(layers), count, width, device=device)
@@ -65,6 +66,7 @@ class Components(PromptsByQuery):
         asked = F.normalize(torch.einsum("bd,lmd->lbmd", query, attentions), dim=-1)
         weights = torch.einsum("lbmd,lmd->lbm", asked, F.normalize(keys, dim=-1)) * known
         sums = torch.einsum("lbm,lmtd->lbtd", weights, prompts)
+        self.noted = self.overlap() if torch.is_grad_enabled() else None  # here, as sharding has gathered them now
         return {layer: sums[i].unflatten(1, (2, -1)) for i, layer in enumerate(self.layers)}
 
     def overlap(self) -> Tensor:
@@ -76,6 +78,10 @@ class Components(PromptsByQuery):
             square = (rows @ rows.mT - torch.diag_embed(known.to(rows.dtype))) ** 2
             total = total + (square.sum((1, 2)) / known.sum() ** 2).sum()
         return total
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled: no tensor of the last call."""
+        return self.__dict__ | {"noted": None}
 
     @torch.no_grad()
     def redraw(self, task: int) -> None:
@@ -140,9 +146,10 @@ class CODAPrompt(Method):
         return ()
 
     def penalty(self, module: nn.Module) -> Tensor | None:
-        """Return lambda times the overlap of the components."""
+        """Return lambda times the overlap of the components; None where nothing has been computed since."""
         graft = self.own_grafts(module, Components)[0].graft
-        return self.orthogonality * graft.overlap() if self.orthogonality else None
+        overlap, graft.noted = graft.noted, None
+        return None if overlap is None or not self.orthogonality else self.orthogonality * overlap
 
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
         """Train the components of this task from now on, beside those of earlier ones.

@@ -9,8 +9,8 @@ What to look for: CoOp against zero-shot with 16 drawings of each class; CoCoOp 
 saw, whose shapes are new; and DAPL against a context of the source alone, from drawings to photos in the dark. CoOp has
 16 tokens and 200 epochs, CoCoOp "a photo of a" and 10 with one image at a time, KgCoOp the same words and 100, MaPLe 5
 and PromptSRC 20 with four images at a time, as in their papers and code; CoOp from the same words, trained as CoCoOp
-is, shows what is due to these and what to the network, and MaPLe and IVLP trained as PromptSRC is, what is due to its
-penalties. Prompts in both towers are in two layers of each, as the text tower has no more. A seed draws pictures of its
+is, shows what is due to these and what to the network, and MaPLe trained as long as PromptSRC, what is due to
+the epochs. Prompts in both towers are in two layers of each, as the text tower has no more. A seed draws pictures of its
 own, those of the test too. Each method has, of its learning rates (Tip-Adapter without training: of its factors), the
 one with the best accuracy on validation images of the first seed: those of the base classes, or of the source domain.
 """
@@ -32,7 +32,6 @@ import transformers
 
 from lightning_peft import (
     DAPL,
-    IVLP,
     ClipAdapter,
     CLIPClassification,
     CLIPData,
@@ -121,9 +120,9 @@ PROTOCOLS = {
         {
             "zero-shot": Entry(None, classification),
             "CoOp": Entry(CoOp(), classification, 50),
-            "ClipAdapter": Entry(ClipAdapter(), classification, 50, (0.1, 1.0)),
+            "ClipAdapter": Entry(ClipAdapter(), classification, 50, (0.1, 0.3, 1.0)),
             "TipAdapter, not trained": Entry(near_images(1, 1, False), classification, others=NOT_TRAINED),
-            "TipAdapter": Entry(near_images(1, 5.5), classification, 20, (0.1, 1.0), (near_images(10, 5.5),)),
+            "TipAdapter": Entry(near_images(1, 5.5), classification, 20, (0.03, 0.1, 1.0), (near_images(10, 5.5),)),
         },
         ("accuracy",),
     ),
@@ -134,9 +133,8 @@ PROTOCOLS = {
             "CoCoOp": Entry(CoCoOp(), one_by_one, 10, (0.01, 0.03)),
             "CoOp from words": Entry(CoOp(init="a photo of a"), one_by_one, 10, (0.01, 0.03)),
             "KgCoOp": Entry(KgCoOp(), base_to_new, 100),
-            "MaPLe": Entry(MaPLe(depth=DEPTH), both_towers, 5, (0.01, 0.03, 0.1, 0.3)),
+            "MaPLe": Entry(MaPLe(depth=DEPTH), both_towers, 5, (0.01, 0.03, 0.1)),
             "MaPLe, 20 epochs": Entry(MaPLe(depth=DEPTH), both_towers, 20, (0.003, 0.01, 0.03, 0.1)),
-            "IVLP, 20 epochs": Entry(IVLP(depth=DEPTH), both_towers, 20, (0.003, 0.01, 0.03)),
             "PromptSRC": Entry(PromptSRC(depth=DEPTH, words=list(WRITTEN)), both_towers, 20, (0.01, 0.03)),
         },
         ("base_accuracy", "new_accuracy", "harmonic_mean"),

@@ -82,6 +82,13 @@ def test_cocoop_loses_less_on_new_classes_than_coop(clip: str, tmp_path: Path, s
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
+def test_promptsrc_is_not_below_maple_of_as_many_epochs(clip: str, tmp_path: Path, seed: int) -> None:
+    rates = {"MaPLe, 20 epochs": 0.01, "PromptSRC": 0.03}
+    coupled, pulled = of_clip("base_to_new", seed, rates, clip, tmp_path, "harmonic_mean")
+    assert pulled >= coupled
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_dapl_beats_the_source_alone(clip: str, tmp_path: Path, seed: int) -> None:
     source, both = of_clip("adaptation", seed, {"CoOp": 0.1, "DAPL": 0.03}, clip, tmp_path, "accuracy")
     assert both >= source + 0.05

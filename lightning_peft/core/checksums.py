@@ -87,7 +87,7 @@ def _flat(tensor: Tensor) -> tuple[Tensor, int, Any]:
     part = leading_rows(tensor)
     if part is not None:
         rows, start, group = part
-        row = rows[:1].numel() if rows.ndim else 1
+        row = rows.shape[1:].numel()  # by the shape, since all ranks must go one way, those without rows, too
         if group is None or row * min(rows.element_size(), 2) % 8 == 0:  # else a word would lie on two ranks
             return unpacked(rows).reshape(-1), start * row, group
     return unpacked(whole(tensor)).reshape(-1), 0, None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_peft.core import checksums
 from lightning_peft.core.checksums import _of_words, checksum, sums
 
 DTYPES = (
@@ -108,3 +109,12 @@ def test_a_part_of_a_tensor_that_begins_within_a_word_is_summed_as_a_copy() -> N
     flat = drawn(torch.float16, 50_000)
     for begin in (1, 2, 3, 4):
         assert checksum(flat[begin:]) == checksum(flat[begin:].clone())
+
+
+def test_a_rank_without_rows_gathers_where_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for ever in another collective operation."""
+    tensor = torch.ones(1, 3)
+    for rows in (tensor, tensor[:0]):
+        monkeypatch.setattr(checksums, "leading_rows", lambda _, rows=rows: (rows, 0, "group"))
+        flat, first, group = checksums._flat(tensor)
+        assert (flat.tolist(), first, group) == ([1.0] * 3, 0, None)

@@ -10,8 +10,8 @@ saw, whose shapes are new; and DAPL against a context of the source alone, from 
 16 tokens and 200 epochs, CoCoOp "a photo of a" and 10 with one image at a time, KgCoOp the same words and 100, MaPLe 5
 and PromptSRC 20 with four images at a time, as in their papers and code; CoOp from the same words, trained as CoCoOp
 is, shows what is due to these and what to the network, and MaPLe trained as long as PromptSRC, what is due to
-the epochs. Prompts in both towers are in two layers of each, as the text tower has no more. A seed draws pictures of its
-own, those of the test too. Each method has, of its learning rates (Tip-Adapter without training: of its factors), the
+the epochs. Prompts in both towers are in two layers of each, as the text tower has no more. A seed draws pictures of
+its own, those of the test too. Each method has, of its learning rates (Tip-Adapter not trained: of its factors), the
 one with the best accuracy on validation images of the first seed: those of the base classes, or of the source domain.
 """
 

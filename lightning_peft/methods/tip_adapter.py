@@ -9,7 +9,8 @@ starts from others for each data set (1.17 and 1 on ImageNet) and then searches 
 means over ten augmented views of an image, and of the trained keys it takes the epoch that is best on the test images.
 Here a key is one view, and both factors are arguments. The cache is filled from the training images when a fit begins
 or, without training, when a data module is validated, tested or predicted, or by `fill`. It knows classes by their
-numbers, and serves the classes that it was filled with alone.
+numbers, and serves the classes that it was filled with alone. On the drawn shapes of docs/results.md it does not beat
+CoOp: 0.778 of 16 images a class when trained, 0.753 when not, and CoOp 0.783.
 """
 
 from collections.abc import Iterable

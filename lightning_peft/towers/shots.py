@@ -69,7 +69,10 @@ def features_of(backbone: nn.Module, batch: Any, graft: Shots) -> Tensor:
         return clip.image_features(towers, entry_of(batch, "pixel_values", 0).to(device))
     graft.seen = []
     try:
-        backbone(**{name: value.to(device) for name, value in inputs_of(batch, backbone).items()})
+        if isinstance(batch, Mapping):
+            backbone(**{name: value.to(device) for name, value in inputs_of(batch, backbone).items()})
+        else:
+            backbone(entry_of(batch, "pixel_values", 0).to(device))
         return torch.cat(graft.seen)
     finally:
         graft.seen = None

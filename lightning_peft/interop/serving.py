@@ -66,6 +66,6 @@ def _vllm(config: dict[str, Any], adapter: PeftAdapter) -> list[str]:
         faults.append(f"r={config['r']} is above {VLLM_RANKS[-1]}, the highest rank: lower r")
     if any(".lora_embedding_" in name for name in adapter.tensors):
         faults.append("it tunes an embedding: leave that out of target_modules")
-    if any(tensor.ndim != 2 for tensor in adapter.tensors.values()):
+    if any(tensor.ndim != 2 for name, tensor in adapter.tensors.items() if ".lora_" in name):
         faults.append("it tunes a convolution: leave that out of target_modules")
     return faults

@@ -57,7 +57,7 @@ class PromptEnsemble(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "several prompts of one task, which vote"
     paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691"
-    advised: ClassVar[Rates] = Rates(3e-2, 1e-2, "as for PromptTuning; not measured")
+    advised: ClassVar[Rates] = Rates(9e-2, 3e-2, "as for PromptTuning; not measured")
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach all prompts to the word table, and the vote to the model."""

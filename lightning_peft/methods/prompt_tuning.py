@@ -57,7 +57,7 @@ class PromptTuning(PromptMethod):
     before_cls: bool = False
 
     paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691"
-    advised: ClassVar[Rates] = Rates(3e-2, 1e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(9e-2, 3e-2, MEASURED)
     may_change: ClassVar[frozenset[str]] = PromptMethod.may_change | {
         "init", "text", "class_labels", "top_words", "seed"
     }  # fmt: skip

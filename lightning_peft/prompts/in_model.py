@@ -24,12 +24,14 @@ class Prepared:
 
     Attributes:
         inside: whether one of the modules that read texts is running; those in it get what it has prepared.
-        bare: whether the word table was last called from outside with ids that have no virtual token.
+        bare: whether the word table was last called from outside with ids that have no virtual token; None: it was not
+            called since the model was.
     """
 
     def __init__(self) -> None:
         self._ids: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
-        self.inside = self.bare = False
+        self.inside = False
+        self.bare: bool | None = None
 
     def note(self, ids: Tensor) -> None:
         """Remember ids with virtual tokens in them."""
@@ -90,8 +92,8 @@ class InModel(Graft):
         return self.prepare(inputs)
 
     def _check_embedded(self, host: nn.Module, inputs: Mapping[str, Any]) -> None:
-        bare, self.known.bare = self.known.bare, False
-        if bare and inputs.get("inputs_embeds") is not None:
+        bare, self.known.bare = self.known.bare, None
+        if bare is not False and inputs.get("inputs_embeds") is not None:
             raise TuningError(
                 f"{type(host).__name__} is given embeddings of a text without its prompt: embed the ids that "
                 "method.prepare(batch) returns."

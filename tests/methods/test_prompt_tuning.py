@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import PromptTuning, TuningError, collect, merge
 from lightning_peft.core.graft import grafts
@@ -386,24 +385,19 @@ def test_a_text_too_long_for_the_positions_is_refused() -> None:
     method.prepare(batch("llama", length=2 * POSITIONS))
 
 
-def test_a_batch_that_is_no_mapping_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    class OfTuples(Tuned):
-        def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
-            raise AssertionError("the step must not be reached")
-
-    data = DataLoader(TensorDataset(torch.randint(5, 99, (8, 10)), torch.randint(0, 3, (8,))), 4)
-    method = PromptTuning(num_virtual_tokens=4, init="random_uniform")
-    with pytest.raises(TuningError, match="mappings with input_ids, this one is a list"):
-        trainer(tmp_path, method).fit(OfTuples(), data, data)
-    for other in ((torch.ones(2, 3),), {"pixel_values": torch.ones(2, 3)}):
-        with pytest.raises(TuningError, match="mappings with input_ids"):
-            method.prepare(other)
-
-
-def test_inputs_embeds_are_refused() -> None:
+def test_a_batch_that_shows_no_text_is_left_to_the_model() -> None:
     method = prompted(tiny("bert"))
-    with pytest.raises(TuningError, match="with inputs_embeds"):
-        method.prepare({"inputs_embeds": torch.zeros(2, 3, 32)})
+    for other in ((torch.ones(2, 3),), {"pixel_values": torch.ones(2, 3)}, {"inputs_embeds": torch.zeros(2, 3, 32)}):
+        assert method.prepare(other) is other
+
+
+def test_embeddings_without_a_prompt_are_refused() -> None:
+    model = tiny("bert")
+    method = prompted(model)
+    for _ in range(2):
+        with pytest.raises(TuningError, match="is given embeddings of a text without its prompt"):
+            model(inputs_embeds=torch.zeros(2, 3, 32))
+        model(**method.prepare(batch("bert")))
 
 
 def test_a_prompt_is_not_merged() -> None:

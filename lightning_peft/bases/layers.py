@@ -11,7 +11,7 @@ from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.hosts import check_is_real
-from lightning_peft.core.reach import reached
+from lightning_peft.core.reach import are_idle, reached
 from lightning_peft.core.reads import passed_by
 from lightning_peft.updates.layer_update import LINEAR, LayerUpdate
 from lightning_peft.updates.read_layer import ReadLayer
@@ -49,7 +49,10 @@ class LayerMethod(MergingMethod):
         """Attach an update to each chosen layer, or to the module that reads its weight without a call."""
         patterns = _query_and_value(backbone) if self.target_modules is None else self.target_modules
         kinds = LINEAR if self.target_modules is None else self.hosts
-        chosen = self.without_excluded(select.hosts(backbone, kinds, patterns, self.layers))
+        found = select.hosts(backbone, kinds, patterns, self.layers)
+        if self.target_modules is None and are_idle(backbone, found):
+            found = select.hosts(backbone, kinds, "all-linear", self.layers)
+        chosen = self.without_excluded(found)
         if not chosen:
             raise TuningError(
                 f"{type(self).__name__} is left no layer by target_modules={self.target_modules!r} and "

@@ -7,7 +7,7 @@ AttentionInterface (https://huggingface.co/docs/transformers/en/attention_interf
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -55,7 +55,7 @@ def join(backbone: nn.Module, name: str = "joint") -> list[Attention]:
         )
     found = _probed(backbone)
     if any(one.route == "interface" for one in found):
-        _set(backbone, _GRAFTED + base)
+        _put({model: _grafted(name, base) for model, name in _names(backbone).items()})
     if not found:
         raise TuningError(
             f"{type(backbone).__name__} computes its attention in a way of its own, outside of transformers' "
@@ -78,7 +78,7 @@ def spare_mask(backbone: nn.Module) -> None:
     if implementation == "sdpa":
         found, layers = _probed(backbone), structure.setting(structure.config_of(backbone), "num_hidden_layers")
         if len(found) == layers and not any(one.route != "interface" for one in found):
-            _set(backbone, _GRAFTED + implementation)
+            _put({model: _grafted(name, implementation) for model, name in _names(backbone).items()})
 
 
 def check_joined(backbone: nn.Module) -> None:
@@ -100,12 +100,11 @@ def check_joined(backbone: nn.Module) -> None:
 
 def leave(backbone: nn.Module) -> None:
     """Give the model its own attention back when no graft needs it otherwise any more."""
-    implementation = structure.attention_implementation(backbone) or ""
     needed = any(
         overrides(place.graft, "key_value") or getattr(place.graft, "spares_mask", False) for place in grafts(backbone)
     )
-    if implementation.startswith(_GRAFTED) and not needed:
-        _set(backbone, implementation.removeprefix(_GRAFTED))
+    if not needed:
+        _put({model: name.removeprefix(_GRAFTED) for model, name in _names(backbone).items()})
 
 
 @contextmanager
@@ -171,14 +170,13 @@ def _observe(
 
 def _probed(backbone: nn.Module) -> list[Attention]:
     """Return the attentions of a model, which computes them as before afterwards."""
-    implementation = structure.attention_implementation(backbone)
-    assert implementation is not None
+    names = _names(backbone)
     _register()
     try:
         _set(backbone, _PROBE)
         return probe(backbone)
     finally:
-        _set(backbone, implementation)
+        _put(names)
 
 
 def _widened(mask: Tensor, added: int) -> Tensor:
@@ -242,6 +240,24 @@ def _register() -> None:
 
 def _no_mask(*_: Any, **__: Any) -> None:
     """Stand in for the making of a mask, which looks at values that the probe has not."""
+
+
+def _grafted(name: str, base: str) -> str:
+    own = name.removeprefix(_GRAFTED)
+    return _GRAFTED + (own if own in _BASES else base)
+
+
+def _names(backbone: nn.Module) -> dict[nn.Module, str]:
+    """Return the implementation of each model in a backbone: Depth Anything has another one than its tower."""
+    models = [module for module in backbone.modules() if structure.is_pretrained(module)]
+    return {model: structure.attention_implementation(model) or "" for model in models}
+
+
+def _put(names: Mapping[nn.Module, str]) -> None:
+    """Give models their implementations, the outer ones first, which set those inside of them, too."""
+    for model, name in names.items():
+        if structure.attention_implementation(model) != name:
+            _set(model, name)
 
 
 def _set(backbone: nn.Module, name: str) -> None:

@@ -138,8 +138,8 @@ def _block_inputs(block: nn.Module) -> dict[str, Any]:
     names = [parameter for parameter in takes if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     if not names:
         return {}
-    norms = [module.weight for module in block.modules() if "Norm" in type(module).__name__]
-    norm = next((weight for weight in norms if isinstance(weight, Tensor)), None)
+    norms = [dict(module.named_parameters()) for module in block.modules() if "Norm" in type(module).__name__]
+    norm = next((own["weight"] for own in norms if "weight" in own), None)
     asked = {parameter.name: None for parameter in names[1:] if parameter.default is parameter.empty}
     return {} if norm is None else {names[0].name: _hidden(block, norm.shape[0]), **asked}
 

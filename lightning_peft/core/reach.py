@@ -100,6 +100,11 @@ def reached(backbone: nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name in names if not own[name] or not out[name].issuperset(own[name])] or names
 
 
+def are_idle(backbone: nn.Module, layers: Iterable[str]) -> bool:
+    """Tell whether no output depends on the weights of layers, as of MRA's attention without its kernel for GPUs."""
+    return unreached(backbone).issuperset(f"{name}.weight" for name in layers)
+
+
 def depends_on(backbone: nn.Module, name: str) -> bool | None:
     """Tell whether an output of a tuned model depends on a parameter; None: it cannot be run without numbers."""
     if placement.is_dispatched(backbone):  # its forward passes are accelerate's, and grafts take part in these

@@ -75,7 +75,9 @@ class Masked(Graft):
         given = dict(zip(self.names, args, strict=False)) | kwargs
         cache, mask, source = cache_in(given), given.get("attention_mask"), self.positions.source
         self.positions.skips = cache is not None and cache.get_seq_length() > 0
-        real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        ids = given.get("input_ids")
+        real = torch.ones_like(ids, dtype=torch.bool) if isinstance(ids, Tensor) and ids.ndim == 2 else None
+        real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else real
         if source is not None:
             prompt = source.bool() if real is None else source.bool() & real
             whole = torch.ones_like(prompt) if real is None else real
@@ -117,12 +119,17 @@ class Intervention(Graft):
 
     def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return the output, of which the first tensor is the hidden states, [B, T, d]."""
-        if isinstance(out, tuple):
-            return (self.after(out[0], host), *out[1:])
+        if isinstance(out, (tuple, list)):  # the first GPT has lists
+            return type(out)((self.after(out[0], host), *out[1:]))
         if self.positions.skips:
             return out
-        if out.ndim != 3:
-            raise TuningError(f"{type(host).__name__} gives {list(out.shape)}, which are no hidden states: exclude it.")
+        real, width = self.positions.real, self.rotation.shape[-1]
+        if out.ndim != 3 or out.shape[-1] != width or (real is not None and real.shape != out.shape[:2]):
+            text = "" if real is None else f" of a text of {list(real.shape)} tokens"
+            raise TuningError(
+                f"{type(host).__name__} gives {list(out.shape)}, which are no hidden states{text} of width {width}: "
+                "exclude it, or take LoRA."
+            )
         places, chosen = self._places(out)
         states = out.gather(1, places.unsqueeze(-1).expand(-1, -1, out.shape[-1]))
         with without_autocast(self.rotation):

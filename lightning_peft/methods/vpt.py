@@ -86,7 +86,9 @@ class VPT(Method):
         parts = [part for part in (found.module, backbone) if ran(part, *image, **named)]
         # Prompts that no block hands on can stand aside of what is read between the blocks.
         ways = (False, True) if len(chosen) == len(found.blocks) and not found.windowed else (False,)
-        for aside in ways[structure.gives_feature_maps(found.module) :]:
+        base = structure.base_model_of(backbone)
+        in_texts = structure.gives_image_features(base) and not structure.has_two_towers(base)
+        for aside in ways[structure.gives_feature_maps(found.module) or (in_texts and len(ways) > 1) :]:
             self._attach(found, chosen, aside)
             if all(ran(part, *image, **named) for part in parts):
                 return ()

@@ -16,7 +16,7 @@ from lightning_peft.core.computed_weights import check_is_parameter
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import graft_prefixes
 from lightning_peft.core.quantized import has_quantized_weight
-from lightning_peft.core.reach import reached, unreached
+from lightning_peft.core.reach import are_idle, reached
 from lightning_peft.core.reads import products_of, reads_below
 from lightning_peft.updates.low_rank_layers import CONVOLUTIONS
 
@@ -79,8 +79,8 @@ def targets(
         chosen = _every_linear(backbone, found)
     else:
         chosen = _matching(backbone, patterns, found, owners, kinds)
-    if patterns is None and unreached(backbone).issuperset(f"{name}.weight" for name in chosen):
-        chosen = _every_linear(backbone, found)  # no output depends on the projections, as of MRA without its kernel
+    if patterns is None and are_idle(backbone, chosen):
+        chosen = _every_linear(backbone, found)
     if not named:
         chosen = set(reached(backbone, chosen))
     if layers is not None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lightning_peft import PrefixTuning, PTuningV2, TuningError
 from lightning_peft.core import attention
 from lightning_peft.core.graft import grafts
-from lightning_peft.core.structure import attention_implementation
+from lightning_peft.core.structure import attention_implementation, is_pretrained
 from lightning_peft.prompts.prefix import Prefix
+from tests.families.every import build_any
 from tests.models import drawn
 
 P, WORDS = 3, 60
@@ -294,3 +295,15 @@ def test_a_text_that_is_attended_to_otherwise_is_refused() -> None:
     entities = {"entity_ids": torch.ones(2, 1, dtype=torch.long), "entity_position_ids": torch.zeros(2, 1, 2).long()}
     with pytest.raises(TuningError, match="attends in another way than when the prefix was attached"):
         model(input_ids=words(), **entities, entity_attention_mask=torch.ones(2, 1, dtype=torch.long))
+
+
+def test_parts_that_compute_attention_otherwise_than_the_whole_go_on_so_afterwards() -> None:
+    model = build_any("DepthAnything")[0]
+    parts = [module for module in model.modules() if is_pretrained(module)]
+    before = [attention_implementation(part) for part in parts]
+    assert len(set(before)) > 1
+    method = PTuningV2(num_virtual_tokens=2)
+    method.apply(model)
+    assert all((attention_implementation(part) or "").startswith("grafted_") for part in parts)
+    method.remove(model)
+    assert [attention_implementation(part) for part in parts] == before

@@ -8,6 +8,7 @@ from lightning_peft import LoReFT, PrefixLM, TuningError, merge
 from lightning_peft.core.graft import grafts
 from lightning_peft.methods.loreft import Intervention
 from tests.contract import MethodContract, assert_near, descend, shake
+from tests.families.every import build_any
 from tests.models import HIDDEN, batch, tiny
 
 R = 3
@@ -150,3 +151,12 @@ def test_positions_beyond_the_text_are_refused() -> None:
     model, _ = tuned("bert", first=11)
     with pytest.raises(TuningError, match="first=11 and last=1 are positions beyond a text of 10 tokens: take 10"):
         model(**batch("bert"))
+
+
+@pytest.mark.parametrize("family", ["xlnet", "MobileBert"])
+def test_blocks_of_other_states_than_those_of_the_text_are_refused(family: str) -> None:
+    """XLNet has the tokens before the texts, the blocks of MobileBERT are narrower inside."""
+    model, inputs = build_any(family)
+    LoReFT(r=2).apply(model)
+    with pytest.raises(TuningError, match=r"which are no hidden states of a text of \[\d, \d+\] tokens of width 16"):
+        model(**inputs)

@@ -193,6 +193,30 @@ def test_parameter_without_a_gradient_is_named(tmp_path: Path) -> None:
     trainer(tmp_path, quiet).fit(Unpooled(), loader("bert"))
 
 
+@pytest.mark.parametrize("bypassed", [False, True])
+def test_experts_to_which_no_token_came_are_no_error_but_none_at_all_is_one(tmp_path: Path, bypassed: bool) -> None:
+    class Routed(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+            self.net = nn.ModuleDict({"experts": experts, "last": nn.Linear(2, 2)})
+
+        def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
+            return self.net["last"](x if bypassed else self.net["experts"][batch_idx % 2](x)).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    run = trainer(tmp_path, LoRA(r=1, target_modules=r"experts\.\d|last", backbone="net"))
+    said = pytest.raises(TuningError, match="8 trained parameters got no gradient") if bypassed else nullcontext()
+    with (
+        pytest.warns(UserWarning, match="no gradient in the first step|no token came to experts with 4 ") as seen,
+        said,
+    ):
+        run.fit(Routed(), DataLoader(torch.ones(4, 2), batch_size=2))
+    assert any("no token came" in str(each.message) for each in seen) != bypassed
+
+
 @pytest.mark.parametrize("accumulated", [False, True])
 def test_parameter_without_a_gradient_where_the_module_optimizes_by_hand(tmp_path: Path, accumulated: bool) -> None:
     """Two losses take turns, each of which uses a part; what neither uses is named after the epoch."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft import CODAPrompt, RanPAC, TipAdapter
 from tests.contract import assert_near
@@ -45,9 +46,9 @@ def rank(number: int, folder: str, port: str) -> None:
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "one"}
     module = Tuned("clip", optimizer="SGD", lr=0.0)
-    quiet_trainer(Path(folder), 2, TipAdapter(num_classes=3, shots=SHOTS), max_epochs=1).fit(
-        module, loader("clip", ROWS, 2), loader("clip", ROWS, 2)
-    )
+    rows = loader("clip", ROWS).dataset
+    mine = DataLoader(rows, 2, sampler=DistributedSampler(rows, 2, number, shuffle=False))  # Lightning's would shuffle
+    quiet_trainer(Path(folder), 2, TipAdapter(num_classes=3, shots=SHOTS), max_epochs=1).fit(module, mine, mine)
     found = {f"cache.{name}": tensor for name, tensor in module.model.towers.tipadapter.state_dict().items()}
     found |= {"components": components(number)} | ridge(halves(number))
     torch.save(found, f"{folder}/{number}.pt")

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_peft import BitFit, TuningError, collect, merge
 from lightning_peft.core.graft import grafts
+from lightning_peft.methods.bitfit import BiasPart
 from tests.contract import MethodContract, assert_near, copy_of, descend, output, shake, snapshot
 from tests.models import BERT_LARGE, MINILM, meta, tiny
 from tests.modules import Tuned, loader, trainer
@@ -208,7 +209,7 @@ def test_a_part_of_a_fused_bias_is_the_bias_of_that_role(family: str, role: str)
         "torch": lambda: nn.Sequential(nn.ModuleList([nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)])),
     }[family]()
     BitFit(biases=[role]).apply(model)
-    place = next(iter(grafts(model)))
+    place = next(place for place in grafts(model) if isinstance(place.graft, BiasPart))
     nn.init.normal_(place.graft.shift)
     whole = place.graft.whole()
     first = family in ("gpt2", "torch")

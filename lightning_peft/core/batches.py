@@ -1,5 +1,6 @@
 """What a batch of any loader holds: a mapping, as transformers has it, or a pair of inputs and labels, as torchvision.
 
+>>> import torch
 >>> entry_of((torch.zeros(2, 3), torch.tensor([0, 1])), "labels", 1)
 tensor([0, 1])
 """

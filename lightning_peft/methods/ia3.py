@@ -24,6 +24,7 @@ from lightning_peft.core import anatomy, select, structure, sublayers
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folding import Folding
 from lightning_peft.core.graft import attach
+from lightning_peft.core.hosts import check_is_real
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.core.reach import reached
@@ -153,6 +154,8 @@ class IA3(MergingMethod):
             )
         keeps_output = not structure.computes_in_place(backbone)
         read = passed_by(backbone)
+        for name, host in (outputs | inputs).items():
+            check_is_real(host, name)
         for name, host in outputs.items():
             first = _first_key(backbone, name, host) if self.target_modules is None else 0
             keeps = keeps_output and not may_overwrite(backbone, name)

@@ -86,9 +86,8 @@ def _tried(model: nn.Module, batch: dict[str, Any], method: TuningMethod, merges
 
 def _merged(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
     """Return what a merged copy gives; None where merging is refused, as of tied weights."""
-    _without_gradients(
-        model, batch
-    )  # a state that a model keeps, as RecurrentGemma does, can be copied without a graph
+    # A state that a model keeps, as RecurrentGemma does, can be copied without a graph.
+    _without_gradients(model, batch)
     try:
         return _without_gradients(merge(copy.deepcopy(model)), batch)
     except TuningError:

@@ -486,7 +486,7 @@ def test_an_infix_without_ids() -> None:
         TuningError, match="mappings with input_ids, this one is a tuple: let the collate function return"
     ):
         method.prepare((batch("gpt2")["input_ids"], torch.zeros(4)))
-    with pytest.raises(TuningError, match="the infix is not known where there are no input_ids"):
+    with pytest.raises(TuningError, match="is given embeddings of a text without its prompt"):
         model(inputs_embeds=torch.zeros(1, 3, HIDDEN))
 
 

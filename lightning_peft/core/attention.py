@@ -8,7 +8,7 @@ AttentionInterface (https://huggingface.co/docs/transformers/en/attention_interf
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -254,10 +254,18 @@ def _names(backbone: nn.Module) -> dict[nn.Module, str]:
 
 
 def _put(names: Mapping[nn.Module, str]) -> None:
-    """Give models their implementations, the outer ones first, which set those inside of them, too."""
-    for model, name in names.items():
-        if structure.attention_implementation(model) != name:
-            _set(model, name)
+    """Give models their implementations, the outer ones first, which set those inside of them, too.
+
+    It takes two rounds: a model may hand on a name that it does not take itself, as Grounding DINO does, or stop at a
+    part that takes another one, such as a convolutional backbone.
+    """
+    deaf: set[nn.Module] = set()
+    for model, name in [*names.items()] * 2:
+        if model not in deaf and structure.attention_implementation(model) != name:
+            with suppress(TuningError):
+                _set(model, name)
+            if structure.attention_implementation(model) != name:
+                deaf.add(model)
 
 
 def _set(backbone: nn.Module, name: str) -> None:

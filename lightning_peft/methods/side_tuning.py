@@ -132,6 +132,13 @@ class SideTuning(Method):
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the side network to the base model."""
         base = base_of(backbone)
+        inside = {id(parameter) for parameter in base.parameters()}
+        for name in anatomy.head_names(backbone):
+            if id(backbone.get_parameter(name)) in inside:
+                raise TuningError(
+                    f"{name} of the head lies inside of {type(base).__name__}, which is run without gradients, and "
+                    "before what a side network is blended into: take LoRA."
+                )
         blend = self._blend(backbone, base)
         device = device_of(base)
         projection = None

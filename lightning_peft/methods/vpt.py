@@ -28,6 +28,7 @@ from lightning_peft.core.graft import Graft, attach, detach, grafts, owned_by
 from lightning_peft.core.meta_run import ran
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.rates import Rates
+from lightning_peft.core.reach import reached
 from lightning_peft.towers.plain_vision import counting_prefixes
 from lightning_peft.towers.token_prompts import (
     BlockPrompt,
@@ -86,6 +87,7 @@ class VPT(Method):
         parts = [part for part in (found.module, backbone) if ran(part, *image, **named)]
         # Prompts that no block hands on can stand aside of what is read between the blocks.
         ways = (False, True) if len(chosen) == len(found.blocks) and not found.windowed else (False,)
+        chosen = _read(backbone, found, chosen)
         base = structure.base_model_of(backbone)
         in_texts = structure.gives_image_features(base) and not structure.has_two_towers(base)
         for aside in ways[structure.gives_feature_maps(found.module) or (in_texts and len(ways) > 1) :]:
@@ -133,7 +135,7 @@ class VPT(Method):
                 "the outputs of these prompts go on to the next block, so no keys and values can stand for them: "
                 "make the prompts deep down to the last block."
             )
-        prompted = {id(m) for i in chosen for m in found.blocks[i].modules()}
+        prompted = {id(m) for i in _read(backbone, found, chosen) for m in found.blocks[i].modules()}
         start = 0 if found.windowed else found.prefix
         attentions = [a for a in attention.join(backbone, self.key) if id(a.module) in prompted]
         image, named = found.inputs(device_of(found.patches), rows=1)
@@ -196,7 +198,7 @@ class VPT(Method):
             attach(found.embeddings, prompt(BlockPrompt if found.plain else EmbeddedPrompt, 0, own=True), self.key)
         last = len(found.blocks) - 1
         for i, block in enumerate(found.blocks):
-            if aside or i == last:
+            if (aside and i in weights) or (i == last and not aside):
                 attach(block, prompt(LastBlockPrompt, i, own=i > 0 or at_block), self.key)
             elif i in weights and (i > 0 or at_block):
                 attach(block, prompt(BlockPrompt, i, own=True), self.key)
@@ -222,6 +224,13 @@ def initial_bound(found: Tower, projection: int | None = None) -> float:
 def _width(block: nn.Module) -> int:
     """Return the width of a block, that of its first norm."""
     return next(int(m.normalized_shape[0]) for m in block.modules() if isinstance(m, nn.LayerNorm))
+
+
+def _read(backbone: nn.Module, found: Tower, chosen: list[int]) -> list[int]:
+    """Return those of the chosen blocks that an output depends on: LLaVA takes the features before the last one."""
+    names = {id(module): name for name, module in backbone.named_modules()}
+    blocks = {names[id(found.blocks[i])]: i for i in chosen}
+    return [blocks[name] for name in reached(backbone, blocks)]
 
 
 VPTMixin = TunedBy[VPT]

@@ -74,7 +74,10 @@ def last_linear(backbone: nn.Module, method: str) -> tuple[str, nn.Linear]:
             f"{type(backbone).__name__} has no task head with a linear layer, which {method} builds on: take a "
             "classifier, e.g. by AutoModelForSequenceClassification or AutoModelForImageClassification."
         )
-    return next(reversed(found.items()))
+    # Of layers that have a weight in common, as in Grounding DINO, the last one is that of the task.
+    weight, modules = next(reversed(found.values())).weight, anatomy.without_grafts(backbone)
+    same = {name: layer for name, layer in modules.items() if isinstance(layer, nn.Linear) and layer.weight is weight}
+    return next(reversed(same.items()))
 
 
 @torch.no_grad()

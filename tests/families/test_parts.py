@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_peft import VPT, PTuningV2, SideTuning
+from lightning_peft import VPT, MLPHead, PTuningV2, SideTuning
 from lightning_peft.core import structure
 from lightning_peft.core.method import TuningMethod
 from tests.families.every import build_any
@@ -23,6 +23,7 @@ def test_each_part_has_its_own_attention_back(family: str) -> None:
     ("family", "method", "expected"),
     [
         ("LLaVA", VPT(num_virtual_tokens=2, dropout=0.0), "works"),
+        ("GroundingDINO", MLPHead(dropout=0.0), "works"),
         ("RTDetr", SideTuning(reduction=2), "refused"),
     ],
 )

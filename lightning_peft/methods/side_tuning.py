@@ -132,7 +132,7 @@ class SideTuning(Method):
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the side network to the base model."""
         base = base_of(backbone)
-        inside = {id(parameter) for parameter in base.parameters()}
+        inside = {id(parameter) for parameter in base.parameters()} if base is not backbone else set()
         for name in anatomy.head_names(backbone):
             if id(backbone.get_parameter(name)) in inside:
                 raise TuningError(

@@ -57,8 +57,10 @@ def _embedded(task: Task, texts: list[str], length: int) -> Tensor:
     seen: list[Tensor] = []
     base = encoder or structure.base_model_of(task.backbone)
     handle = base.register_forward_hook(lambda *call: seen.append(call[2][0]))
-    (encoder or task.backbone)(**task.inputs(batch))  # with its head, which a cache of features waits for
-    handle.remove()
+    try:
+        (encoder or task.backbone)(**task.inputs(batch))  # with its head, which a cache of features waits for
+    finally:
+        handle.remove()
     hidden = seen[0]
     mask = task.text_columns(batch["attention_mask"], batch).unsqueeze(-1).to(hidden.dtype)
     return (task.text_columns(hidden, batch) * mask).sum(1) / mask.sum(1)

@@ -55,7 +55,7 @@ def join(backbone: nn.Module, name: str = "joint") -> list[Attention]:
         )
     found = _probed(backbone)
     if any(one.route == "interface" for one in found):
-        _put({model: _grafted(name, base) for model, name in _names(backbone).items()})
+        _graft(backbone, base)
     if not found:
         raise TuningError(
             f"{type(backbone).__name__} computes its attention in a way of its own, outside of transformers' "
@@ -78,7 +78,7 @@ def spare_mask(backbone: nn.Module) -> None:
     if implementation == "sdpa":
         found, layers = _probed(backbone), structure.setting(structure.config_of(backbone), "num_hidden_layers")
         if len(found) == layers and not any(one.route != "interface" for one in found):
-            _put({model: _grafted(name, implementation) for model, name in _names(backbone).items()})
+            _graft(backbone, implementation)
 
 
 def check_joined(backbone: nn.Module) -> None:
@@ -242,9 +242,10 @@ def _no_mask(*_: Any, **__: Any) -> None:
     """Stand in for the making of a mask, which looks at values that the probe has not."""
 
 
-def _grafted(name: str, base: str) -> str:
-    own = name.removeprefix(_GRAFTED)
-    return _GRAFTED + (own if own in _BASES else base)
+def _graft(backbone: nn.Module, base: str) -> None:
+    """Let each model in a backbone compute by its own implementation with the joint, or by that of the whole."""
+    bare = {model: name.removeprefix(_GRAFTED) for model, name in _names(backbone).items()}
+    _put({model: _GRAFTED + (name if name in _BASES else base) for model, name in bare.items()})
 
 
 def _names(backbone: nn.Module) -> dict[nn.Module, str]:

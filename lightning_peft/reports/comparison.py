@@ -100,6 +100,15 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row.values())} |" for row in rows)]) + "\n"
 
 
+def sheet(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return the table as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def tables(rows: Sequence[Mapping[str, str]], costs: Sequence[Mapping[str, str]]) -> list[Table]:
     """Return what a screen of 80 columns has room for: the scores, what is trained, and what it costs."""
     parts = [[{name: row[name] for name in names if name in row} for row in rows] for names in _SHOWN]
@@ -126,8 +135,13 @@ def write(folder: Path, entries: Sequence[Entry], wanted: int, about: Mapping[st
     """
     rows = rows_of(entries, wanted)
     whole = {**about, "methods": [_plain(entry) for entry in entries]}
-    texts = {"table.md": markdown(rows), "table.csv": _sheet(rows), "costs.csv": _sheet(costs_of(entries))}
+    texts = {"table.md": markdown(rows), "table.csv": sheet(rows), "costs.csv": sheet(costs_of(entries))}
     texts["table.json"] = json.dumps(whole, indent=1, sort_keys=True) + "\n"
+    save(folder, texts)
+
+
+def save(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write texts to files of a folder, each as a whole or not at all."""
     for name, text in texts.items():
         with atomic(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -172,14 +186,6 @@ def _costs(entry: Entry) -> list[str]:
     batches = [result["batch"] for result in entry.results if result.get("batch") is not None]
     own = f"{seconds:.1f}", f"{seconds / steps:.3f}" if steps else "", f"{min(batches):.4f}" if batches else ""
     return [entry.method, *own, str(memory)]
-
-
-def _sheet(rows: Sequence[Mapping[str, str]]) -> str:
-    sheet = io.StringIO()
-    writer = csv.DictWriter(sheet, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return sheet.getvalue()
 
 
 def _plain(entry: Entry) -> dict[str, Any]:

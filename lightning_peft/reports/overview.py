@@ -1,14 +1,12 @@
 """The table of a comparison at several points, such as models or data sets: a row a method, a column a point."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lightning_peft.core.storage import atomic
+from lightning_peft.reports import comparison
 from lightning_peft.reports.comparison import Entry
 
 
@@ -56,17 +54,9 @@ def write(folder: Path, columns: Sequence[Column]) -> str:
     rows = table(columns)
     if not rows:
         return ""
-    sheet = io.StringIO()
-    writer = csv.DictWriter(sheet, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    lines = [f"| {' | '.join(cells)} |\n" for cells in (rows[0], *(row.values() for row in rows))]
-    lines.insert(1, f"|{'---|' * len(rows[0])}\n")
-    texts = {"overview.md": "".join(lines), "overview.csv": sheet.getvalue()}
-    for name, text in texts.items():
-        with atomic(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return texts["overview.md"]
+    text = comparison.markdown(rows)
+    comparison.save(folder, {"overview.md": text, "overview.csv": comparison.sheet(rows)})
+    return text
 
 
 def result_rows(columns: Sequence[Column], metric: str) -> list[dict[str, Any]]:

@@ -40,13 +40,11 @@ class RateSweep(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the rates of the groups, which a schedule may have begun to change."""
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        self._rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
+        self._rates = [float(group.get("initial_lr", group["lr"])) for group in _groups(trainer)]
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Set the rates of this step, whatever the schedule says."""
-        groups = [group for each in trainer.optimizers for group in each.param_groups]
-        for group, rate in zip(groups, self._rates, strict=True):
+        for group, rate in zip(_groups(trainer), self._rates, strict=True):
             group["lr"] = rate * self.factor(len(self.losses))
 
     def on_train_batch_end(
@@ -76,6 +74,10 @@ class RateSweep(Callback):
                 "learning rates: leave it out, or give other rates, --model.lr 1e-3."
             )
         return self.factor(lowest) / 3
+
+
+def _groups(trainer: L.Trainer) -> list[dict[str, Any]]:
+    return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:

@@ -150,7 +150,10 @@ class _AddLowRank(torch.autograd.Function):
 
 
 _add_low_rank: Any = super(torch.autograd.Function, _AddLowRank).apply
-"""``apply`` without what torch puts before it for the transforms of ``torch.func``, which `is_free` leaves out."""
+"""``apply`` without what torch puts before it for the transforms of ``torch.func``, which `is_free` leaves out.
+
+https://github.com/pytorch/pytorch/blob/v2.13.0/torch/autograd/function.py (``Function.apply``).
+"""
 
 
 def _products(g: Tensor, rows: Tensor, u: Tensor, d: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

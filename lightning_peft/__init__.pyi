@@ -35,6 +35,7 @@ from lightning_peft.data.instructions import (
 )
 from lightning_peft.data.lm_adaptation import LMAdaptationData as LMAdaptationData
 from lightning_peft.data.multi_task import MultiTaskData as MultiTaskData
+from lightning_peft.data.answer_choice import AnswerChoiceData as AnswerChoiceData
 from lightning_peft.data.multiple_choice import MultipleChoiceData as MultipleChoiceData
 from lightning_peft.data.preferences import PreferenceData as PreferenceData
 from lightning_peft.data.question_answering import QuestionAnsweringData as QuestionAnsweringData
@@ -126,6 +127,7 @@ from lightning_peft.tasks.preference import Preference as Preference
 from lightning_peft.tasks.prompt_search import search_prompts as search_prompts
 from lightning_peft.tasks.prompted_classification import PromptedClassification as PromptedClassification
 from lightning_peft.tasks.prompted_generation import PromptedGeneration as PromptedGeneration
+from lightning_peft.tasks.answer_choice import AnswerChoice as AnswerChoice
 from lightning_peft.tasks.multiple_choice import MultipleChoice as MultipleChoice
 from lightning_peft.tasks.question_answering import QuestionAnswering as QuestionAnswering
 from lightning_peft.tasks.sentence_embedding import SentenceEmbedding as SentenceEmbedding

@@ -28,6 +28,8 @@ from lightning_peft.reports.rows import write_rows
 from lightning_peft.tasks.class_scores import HeadClassification
 
 PROBE = "LinearProbe(cache_features=True)"
+WHOLE = ("--data.whole", "true")
+"""What a last run adds to the configuration, as that of VPT on the 1,000 images of VTAB-1k."""
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -57,6 +59,7 @@ def parser() -> Words:
     words.add_argument("--budget", default=None, help="the time that all runs may take together: 90m, 2h")
     words.add_argument("--folder", type=Path, default=Path("runs/compare"), help="where runs and tables are kept")
     words.add_argument("--other", type=Path, help="a file of other texts, one a line: how much each method forgets")
+    words.add_argument("--whole", action="store_true", help="train the seeds with the validation rows, too, to the end")
     words.add_argument("--controls", action="store_true", help="add each method on random weights, on shuffled labels")
     words.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
     words.set_defaults(trials=None)
@@ -123,14 +126,15 @@ def runs(given: argparse.Namespace, words: Sequence[str]) -> tuple[dict[str, lis
     budget = seconds_of(given.budget)
     methods = list(dict.fromkeys(name_of(word) for word in given.methods))
     be_silent()
-    task, text = fitting.describe(words)
+    last = [*words, *WHOLE] if given.whole else words
+    task, text = fitting.describe(last)
     if given.controls:
         controls.check_task(task)
     if isinstance(task, HeadClassification) and not any(method.startswith("LinearProbe") for method in methods):
         methods.append(name_of(PROBE))
     other = using.other_texts(given.other) if given.other else []
     identity = hashlib.sha256("\n".join([text, *other]).encode()).hexdigest()
-    run = partial(_told, words, task.monitor, other)
+    run = partial(_told, words, last, task.monitor, other)
     trials = Trials(given.trials or given.folder / "trials", identity, run, budget)
     higher = fitting.higher_is_better(task.monitor)
     results = {name: trials.all_of([Trial(name, 1.0, 0, 1.0, True)]) or [] for name in fitting.untrained(task)}
@@ -176,10 +180,10 @@ def be_silent() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _told(words: Sequence[str], monitor: str, other: Sequence[str], trial: Trial) -> Result:
+def _told(words: Sequence[str], last: Sequence[str], monitor: str, other: Sequence[str], trial: Trial) -> Result:
     what = f"{trial.method}, rates x {trial.scale:g}, seed {trial.seed}" + ("" if trial.tests else " (choosing)")
     Console(stderr=True, soft_wrap=True).print(what, highlight=False, markup=False)
-    return fitting.run(words, monitor, trial, other)
+    return fitting.run(last if trial.tests else words, monitor, trial, other)
 
 
 def _say(folder: Path, entries: Sequence[comparison.Entry], seeds: int, metric: str, missing: list[str]) -> None:

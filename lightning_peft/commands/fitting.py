@@ -19,6 +19,7 @@ from lightning_peft.commands.trainer import TuningCLI
 from lightning_peft.commands.trials import Result, Trial
 from lightning_peft.core.delta import save_delta
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.splits import GivenSplits
 from lightning_peft.data.token_data import TokenData
 from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.class_scores import ClassScores
@@ -184,7 +185,9 @@ def _run(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str],
     if trial.tests:
         if isinstance(data, TokenData):
             data.bucket = False  # the rows of a test are in one order for every method
-        (scores,) = trainer.test(task, data, ckpt_path="best" if learns else None, verbose=False)
+        # Validation rows that were trained on choose no checkpoint.
+        chosen = learns and not (isinstance(data, GivenSplits) and data.whole)
+        (scores,) = trainer.test(task, data, ckpt_path="best" if chosen else None, verbose=False)
         found |= {"test": scores[monitor.replace("val_", "test_", 1)], "hits": counted.hits}
         if not is_frozen:
             found["bytes"] = save_delta(task, Path(folder) / "delta.safetensors").stat().st_size

@@ -1,5 +1,6 @@
 """LightningDataModules for text and images."""
 
+from lightning_peft.data.answer_choice import AnswerChoiceData
 from lightning_peft.data.captioned_images import CaptionedImageData
 from lightning_peft.data.chat import ChatData
 from lightning_peft.data.clip_data import CLIPData
@@ -28,6 +29,7 @@ from lightning_peft.data.token_classification import TokenClassificationData
 from lightning_peft.data.token_data import TokenData
 
 __all__ = [
+    "AnswerChoiceData",
     "CLIPData",
     "CaptionedImageData",
     "CausalLMData",

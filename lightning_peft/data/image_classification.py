@@ -32,6 +32,8 @@ class ImageClassificationData(GivenSplits, ImageData):
         label: column of the class: strings, integers or class labels.
         validation_share: share of ``train`` drawn for validation where that has no images of its own; 0: no validation.
         test_share: share of ``train`` drawn for the test where that has no images of its own; 0: no test.
+        whole: train with the validation images, too, as in a last run, once settings have been chosen on them; what is
+            validated then are images that are known.
         layout: a set whose files lie as its authors have them, such as 'vtab-1k/cifar', 'fgvc/cub' or 'coop/dtd';
             `image_sets` has the table. Splits that are named are taken in place of its own.
         images: the folder that the paths of lists begin in; None: that of the list.
@@ -53,6 +55,7 @@ class ImageClassificationData(GivenSplits, ImageData):
         label: str = "label",
         validation_share: float = 0.1,
         test_share: float = 0.2,
+        whole: bool = False,
         layout: str | None = None,
         images: str | None = None,
         names: str | None = None,
@@ -65,7 +68,7 @@ class ImageClassificationData(GivenSplits, ImageData):
             dataset, images, names = found.get("dataset"), images or found.get("images"), names or found.get("names")
             given |= {name: found[name] for name, split in given.items() if split in (None, "train") and name in found}
             self.template = image_set(layout).template
-        self.use(dataset, config, (*given.values(), predict), validation_share, test_share)
+        self.use(dataset, config, (*given.values(), predict), validation_share, test_share, whole)
         self.image = image
         self.label = label
         self.folder = images

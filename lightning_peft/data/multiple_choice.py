@@ -132,12 +132,12 @@ class OptionRows:
         if isinstance(rows, Mapping):
             rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
         counts = [len(row["input_ids"]) for row in rows]
-        single = [name for name in rows[0] if name in self.pad.fills and name != "labels"]
-        batch = self.pad({name: [ids for row in rows for ids in row[name]] for name in single})
+        by_option = [name for name in rows[0] if name in self.pad.fills and isinstance(rows[0][name], list)]
+        batch = self.pad({name: [ids for row in rows for ids in row[name]] for name in by_option})
         batch["row"] = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
         batch["option"] = torch.cat([torch.arange(count) for count in counts])
-        if "labels" in rows[0]:
-            batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        for name in {"labels", "right"} & rows[0].keys() - {*by_option}:
+            batch[name] = torch.tensor([row[name] for row in rows])
         return batch
 
 
@@ -166,6 +166,19 @@ def number_of(value: Any, options: Sequence[str]) -> int:
     return found
 
 
+def options_of(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    """Return the texts of a row's options: those that one column lists, or one of each column.
+
+    Raises:
+        TuningError: there are fewer than two.
+    """
+    listed = list(row[columns[0]]) if len(columns) == 1 else [row[column] for column in columns]
+    own = [str(option).strip() for option in listed if option is not None]
+    if len(own) < 2:
+        raise TuningError(f"a row has the options {own}, which leave no choice: give two or more.")
+    return own
+
+
 def _encode(
     rows: Mapping[str, list[Any]],
     tokenizer: Any,
@@ -178,10 +191,7 @@ def _encode(
 ) -> dict[str, list[Any]]:
     out: dict[str, list[Any]] = {"length": []}
     for i in range(len(rows[options[0]])):
-        own = list(rows[options[0]][i]) if len(options) == 1 else [rows[column][i] for column in options]
-        own = [str(option).strip() for option in own if option is not None]
-        if len(own) < 2:
-            raise TuningError(f"a row has the options {own}, which leave no choice: give two or more.")
+        own = options_of({column: rows[column][i] for column in options}, options)
         values = {name: says.get(name, {}).get(str(rows[name][i]), rows[name][i]) for name in fields}
         texts = [[Template(text).render({**values, "option": option}) for option in own] for text in templates]
         encoded = tokenizer(*texts, truncation="only_first" if len(texts) > 1 else True, max_length=max_length)

@@ -35,6 +35,8 @@ class SourcedData(GivenSplits, TokenData):
         config: which of the configurations of ``dataset``, if it has several.
         validation_share: share of ``train`` drawn for validation where that has no rows of its own; 0: no validation.
         test_share: share of ``train`` drawn for the test where that has no rows of its own; 0: no test.
+        whole: train with the validation rows, too, as in a last run, once settings have been chosen on them; what is
+            validated then are rows that are known.
         convert: name of a known data set, e.g. 'e2e' or 'boolq', whose rows are turned into the columns of the task;
             see `data.conversions`.
         **kwargs: as in `TokenData`.
@@ -50,12 +52,13 @@ class SourcedData(GivenSplits, TokenData):
         config: str | None = None,
         validation_share: float = 0.1,
         test_share: float = 0.1,
+        whole: bool = False,
         convert: Conversion | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.convert = convert
-        self.use(dataset, config, (train, validation, test, predict), validation_share, test_share)
+        self.use(dataset, config, (train, validation, test, predict), validation_share, test_share, whole)
 
     def rows(self, split: str) -> Dataset | None:
         """Return the rows of a split, as read or drawn, in the columns of the task."""

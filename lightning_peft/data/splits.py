@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.select import near
@@ -25,6 +25,8 @@ class GivenSplits:
     """Split -> file, or the name of the split in the dataset."""
     shares: dict[str, float]
     """Split -> the share of the training rows that is drawn for it where it has none of its own."""
+    whole: bool
+    """Whether the validation rows are trained on, too."""
     known = "a hub id or a folder"
     """What ``dataset`` may be, for error messages."""
 
@@ -35,6 +37,7 @@ class GivenSplits:
         given: Sequence[str | None],
         validation_share: float,
         test_share: float,
+        whole: bool,
     ) -> None:
         """Set where rows come from; ``given`` are train, validation, test and predict.
 
@@ -49,6 +52,7 @@ class GivenSplits:
         self.dataset, self.config = dataset, config
         self.given = dict(zip((*NAMED, "predict"), given, strict=True))
         self.shares = {"test": test_share, "validation": validation_share}
+        self.whole = whole
 
     def rows(self, split: str) -> Dataset | None:
         """Return the rows of a split, as read or drawn; rows to predict need no others."""
@@ -77,7 +81,10 @@ class GivenSplits:
         """The labelled rows, all at once, so that a mistake in those of the test shows before training."""
         found = {split: self._read(split) for split in NAMED if self.given[split] or split in self._whole}
         missing = {split: share for split, share in self.shares.items() if split not in found and share}
-        return found | self.draw(found["train"], missing) if missing else found
+        found |= self.draw(found["train"], missing) if missing else {}
+        if self.whole and "validation" in found:
+            found["train"] = _together(found["train"], found["validation"])
+        return found
 
     def _read(self, split: str) -> Dataset:
         name = self.given[split] or split
@@ -101,6 +108,15 @@ class GivenSplits:
             raise TuningError(
                 f"dataset={self.dataset!r} cannot be loaded ({reason(error)}): give {self.known}."
             ) from None
+
+
+def _together(train: Dataset, validation: Dataset) -> Dataset:
+    try:
+        return concatenate_datasets([train, validation])
+    except ValueError as error:
+        raise TuningError(
+            f"whole=True trains on the validation rows, too, which have other columns ({reason(error)}): leave it out."
+        ) from None
 
 
 def is_file(path: str) -> bool:

@@ -1,5 +1,6 @@
 """Tasks: the LightningModules that the command line trains and tests."""
 
+from lightning_peft.tasks.answer_choice import AnswerChoice
 from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.clip_classification import CLIPClassification
@@ -24,6 +25,7 @@ from lightning_peft.tasks.text_regression import TextRegression
 from lightning_peft.tasks.token_classification import TokenClassification
 
 __all__ = [
+    "AnswerChoice",
     "CLIPClassification",
     "CausalLM",
     "ClozeClassification",

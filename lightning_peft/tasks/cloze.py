@@ -1,7 +1,7 @@
 """Cloze classification: classes as words that a language model puts into a gap, without a head."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -18,6 +18,7 @@ from lightning_peft.tasks.class_scores import ClassScores
 from lightning_peft.tasks.likelihoods import combined, masked_scores
 
 LMStyle = Literal["masked", "causal"]
+ClozeLoss = Literal["cross_entropy", "hinge"]
 
 
 class GapTask(Task):
@@ -75,7 +76,7 @@ class ClozeClassification(GapTask, ClassScores):
     """Classify by the words that a language model says in a template (PET without its ensemble).
 
     The score of a word is the sum of its tokens' log-likelihoods in the gap, that of a label is made of its words'
-    scores, and training minimises the cross-entropy over the labels' scores. Nothing is added to the model. A word of
+    scores, and training minimises a ``loss`` of the labels' scores. Nothing is added to the model. A word of
     several tokens has as many masks in the gap: in training, where the longest word says how many there are, all are
     guessed in one pass; in scoring the gap is as long as the word, and ``fill`` says in which order it is filled.
 
@@ -100,9 +101,13 @@ class ClozeClassification(GapTask, ClassScores):
         labels: list[str] | None = None,
         combine: Combine = "mean",
         fill: Literal["parallel", "confident"] = "confident",
+        loss: ClozeLoss = "cross_entropy",
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
+        if loss not in get_args(ClozeLoss):
+            raise TuningError(f"loss={loss!r} is no loss of a cloze: take {' or '.join(get_args(ClozeLoss))}.")
+        self.hinged = loss == "hinge"
         self.verbalizer = Verbalizer(words, combine).ordered(labels or words)
         self.fill = fill
         self.tokens_of = verbalizer_ids(self.verbalizer, self.tokenizer, self.lead, multi_token=True)
@@ -125,6 +130,10 @@ class ClozeClassification(GapTask, ClassScores):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the scores of the labels in fp32, [B, labels]."""
         return combined(self.word_scores(self.prepared(batch)), self.verbalizer.owners, self.verbalizer.combine)
+
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the cross-entropy, or the hinge, of the labels' scores."""
+        return hinge(self(batch), batch["labels"]) if self.hinged else super().loss(batch)
 
     def counted(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return how many gaps a batch has, one a row."""
@@ -181,6 +190,12 @@ class ClozeClassification(GapTask, ClassScores):
         return own.gather(2, torch.tensor(word[1:], device=ids.device).view(1, -1, 1).expand(len(ids), -1, 1)).sum(
             (1, 2)
         )
+
+
+def hinge(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return ``sum over y' != y of max(0, 1 - s(y) + s(y'))`` of scores [B, C] and labels y [B], the mean over rows."""
+    right = scores.gather(1, labels.unsqueeze(1))
+    return (1 - right + scores).clamp(min=0).scatter(1, labels.unsqueeze(1), 0).sum(1).mean()
 
 
 def _last(batch: Mapping[str, Tensor]) -> Tensor:

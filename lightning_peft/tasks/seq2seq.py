@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
+from lightning_peft.tasks.base import Task
 from lightning_peft.tasks.generation import Generate, WritingTask
 
 
@@ -24,11 +25,7 @@ class Seq2Seq(WritingTask):
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits of the tokens of the targets, [B, T, V]."""
-        shift = getattr(self.backbone, "prepare_decoder_input_ids_from_labels", None)
-        # Given labels, the model computes a loss of its own, over the whole vocabulary, for nothing.
-        target = {"labels": batch["labels"]} if shift is None else {"decoder_input_ids": shift(labels=batch["labels"])}
-        logits: Tensor = self.backbone(**self.inputs(batch), **target, use_cache=False).logits
-        return logits
+        return decoded(self, batch)
 
     def predictions(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return logits [B, T, V] and the tokens of the targets [B, T]."""
@@ -53,3 +50,12 @@ class LMAdaptation(Seq2Seq):
 
     def __init__(self, model: str, generate: Generate = "never", **kwargs: Any) -> None:
         super().__init__(model, generate=generate, **kwargs)
+
+
+def decoded(task: Task, batch: Mapping[str, Any]) -> Tensor:
+    """Return the logits of the tokens of a batch's ``labels`` by the encoder-decoder of a task, [B, T, V]."""
+    shift = getattr(task.backbone, "prepare_decoder_input_ids_from_labels", None)
+    # Given labels, the model computes a loss of its own, over the whole vocabulary, for nothing.
+    target = {"labels": batch["labels"]} if shift is None else {"decoder_input_ids": shift(labels=batch["labels"])}
+    logits: Tensor = task.backbone(**task.inputs(batch), **target, use_cache=False).logits
+    return logits

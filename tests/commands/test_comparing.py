@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
 from lightning_peft import CausalLM, LinearProbe, LoRA, PromptTuning, TextClassification, TuningError
 from lightning_peft.cli import main
 from lightning_peft.commands import controls, fitting, using
-from lightning_peft.commands.comparing import parser, runs, seconds_of
+from lightning_peft.commands.comparing import WHOLE, parser, runs, seconds_of
 from lightning_peft.commands.method_words import methods_of, name_of
 from lightning_peft.commands.trials import Result, Trial, Trials, best_scale, scales_of
 from lightning_peft.core import anatomy
@@ -207,6 +208,41 @@ def test_a_killed_comparison_ends_in_the_same_table(
         "score against parameters", "score against seconds", "learning curves",
     ]  # fmt: skip
     assert not re.search(r"https?:|src=\"(?!data:)", sent), "nothing is read from elsewhere"
+
+
+def test_only_the_last_runs_train_on_the_validation_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, bool]] = []
+
+    def run(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str]) -> Result:
+        asked.append((trial.tests, tuple(words[-2:]) == WHOLE))
+        return {"validation": 1.0, "test": 1.0}
+
+    monkeypatch.setattr(fitting, "run", run)
+    monkeypatch.setattr(fitting, "describe", lambda words: (TextClassification.__new__(TextClassification), str(words)))
+    given, words = parser().parse_known_args(["--methods", "LoRA", "--rates", "2", "--seeds", "1", "--whole"])
+    given.trials = tmp_path
+    runs(given, words)
+    assert set(asked) == {(False, False), (True, True)}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`.*configure_optimizers` will be overridden")
+def test_validation_rows_that_were_trained_on_choose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text.save_model(tmp_path / "model")
+    text.write(tmp_path / "train.csv", text.sentences(60))
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-peft"])
+    tested_at, test = [], L.Trainer.test
+    monkeypatch.setattr(
+        L.Trainer, "test", lambda *given, **how: tested_at.append(how["ckpt_path"]) or test(*given, **how)
+    )
+    for whole, steps in (("true", 6), ("false", 4)):
+        words = ["--config", "tiny.yaml", "--data.whole", whole]
+        found = fitting.run(words, "val_accuracy", Trial("LoRA(r=2)", 1.0, 1, 1.0, True))
+        assert found["steps"] == steps, "45 rows or 30, 8 in a batch"
+    assert tested_at == [None, "best"]
 
 
 def test_a_method_is_merged_before_its_batches_are_timed(tmp_path: Path) -> None:

@@ -109,6 +109,9 @@ def test_a_split_that_is_named_is_taken(tmp_path: Path) -> None:
         dataset=str(tmp_path), layout="vtab-1k/kitti", train=str(base / "train800val200.txt"), image_size=16
     )
     assert len(data.rows("train")) == 12
+    by_switch = ImageClassificationData(dataset=str(tmp_path), layout="vtab-1k/kitti", whole=True, image_size=16)
+    assert by_switch.rows("train")[:] == data.rows("train")[:]
+    assert len(by_switch.rows("validation")) == len(by_switch.rows("test")) == 6
 
 
 def test_without_a_folder_it_is_the_copy_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -306,6 +306,31 @@ def test_words_of_several_tokens(fill: Any, valley: Valley) -> None:
         assert task.train()(batch).shape == (8, 2)
 
 
+def test_the_hinge_of_words_of_several_tokens_is_that_of_pet(valley: Valley) -> None:
+    """``sum over the wrong words of max(0, 1 + CE(right) - CE(wrong))``, each over the masks of the word."""
+    words = {"good": ["dogs"], "bad": ["bad"], "fine": ["cats"]}
+    task, data = cloze(valley, "bert", {label: words[label] for label in ("good", "bad")}, loss="hinge")
+    task = ClozeClassification(valley("bert"), words, loss="hinge", lead=data.lead)  # three labels: two hinges a row
+    batch = {**first(data), "labels": torch.arange(8) % 3}
+    with torch.no_grad():
+        task.backbone.get_output_embeddings().bias[task.tokens_of[1][0]] += 5
+        logits, found = task.train().backbone(**task.inputs(batch)).logits, task.loss(batch)
+    hinges = []
+    for row, own, right in zip(logits, batch["input_ids"], batch["labels"].tolist(), strict=True):
+        start = own.tolist().index(data.tokenizer.mask_token_id)
+        costs = []
+        for word in task.tokens_of:
+            targets = torch.full_like(own, -100)
+            targets[start : start + len(word)] = torch.tensor(word)
+            costs.append(torch.nn.functional.cross_entropy(row, targets, reduction="sum"))
+        hinges.append(sum(max(0.0, 1 + float(costs[right] - cost)) for i, cost in enumerate(costs) if i != right))
+    assert 0.0 in hinges
+    assert found.item() == pytest.approx(sum(hinges) / 8, rel=1e-5)
+    with pytest.raises(TuningError, match="loss='triplet' is no loss of a cloze: take cross_entropy or hinge"):
+        ClozeClassification(valley("bert"), words, loss="triplet")  # type: ignore[arg-type]
+    ClozeClassification(valley("bert"), words, loss="cross_entropy")
+
+
 def test_words_of_several_tokens_after_a_prompt(valley: Valley) -> None:
     task, data = cloze(valley, "gpt2", {"good": ["gooddoghorse"], "bad": ["bad"]})
     assert task.masks >= 3

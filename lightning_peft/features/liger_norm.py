@@ -43,7 +43,7 @@ def check_liger() -> None:
         raise TuningError("kernels='liger' needs a GPU, and there is none: give kernels='torch'.")
 
 
-def use_liger(backbone: nn.Module, name: str) -> Iterator[Grafted[LigerNorm]]:
+def use_liger_norm(backbone: nn.Module, name: str) -> Iterator[Grafted[LigerNorm]]:
     """Attach a graft of this name to each root-mean-square norm, which is found by computing it; yield their places."""
     for path, module in anatomy.without_grafts(backbone).items():
         form = _form_of(module)

@@ -47,13 +47,25 @@ def fuse(backbone: nn.Module, name: str) -> Iterator[Grafted[OneKernel]]:
 
 def kernel_of(module: nn.Module) -> str | None:
     """Return the name of the kernel that computes what a module computes, if it keeps less; found by computing both."""
-    parts = [*module.parameters(), *module.buffers(), *module.children()]
-    if parts or len(structure.arguments_of(module)) != 1:
-        return None
-    probe = torch.linspace(-12, 12, 1001, dtype=torch.float64, device="cpu", requires_grad=True)
-    own, size = _computed(module.forward, probe)
-    found = {name: _computed(kernel, probe) for name, kernel in KERNELS.items()} if size else {}
+    own, size = _computed_by(module)
+    found = {name: _computed(kernel, _probe()) for name, kernel in KERNELS.items()} if size else {}
     return next((name for name, (out, smaller) in found.items() if smaller < size and _same(own, out)), None)
+
+
+def same_function(module: nn.Module, kernel: str) -> bool:
+    """Tell whether a module computes what the kernel of a name does."""
+    own = _computed_by(module)[0]
+    return own is not None and _same(own, KERNELS[kernel](_probe()))
+
+
+def _probe() -> Tensor:
+    return torch.linspace(-12, 12, 1001, dtype=torch.float64, device="cpu", requires_grad=True)
+
+
+def _computed_by(module: nn.Module) -> tuple[Any, int]:
+    """Return as `_computed`, of a module that has one argument and nothing of its own."""
+    parts = [*module.parameters(), *module.buffers(), *module.children()]
+    return (None, 0) if parts or len(structure.arguments_of(module)) != 1 else _computed(module.forward, _probe())
 
 
 @torch.random.fork_rng(devices=[])

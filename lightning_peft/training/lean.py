@@ -11,7 +11,8 @@ from lightning_peft.core import select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Grafted, attach, detach
 from lightning_peft.core.private_torch import is_compiled
-from lightning_peft.features.liger_norm import check_liger, use_liger
+from lightning_peft.features.liger_mlp import use_liger_mlp
+from lightning_peft.features.liger_norm import check_liger, use_liger_norm
 from lightning_peft.features.no_cache import NoCache, fills_cache
 from lightning_peft.features.offload import Offloaded
 from lightning_peft.features.one_kernel import fuse
@@ -37,7 +38,8 @@ class Lean(L.Callback):
         loss_chunk: how many tokens the output head sees at once; None: all.
         offload_activations: keep what is saved on a GPU in host memory: less memory there, and slower. Works with
             gradient checkpointing, and does nothing on a CPU.
-        kernels: liger: root-mean-square norms by the kernels of liger-kernel, which needs a GPU; torch: PyTorch's own.
+        kernels: liger: root-mean-square norms and gated MLPs (SwiGLU, GeGLU) by the kernels of liger-kernel, which
+            needs a GPU; torch: PyTorch's own.
         backbone: where the backbone is in the module; None: its one transformers model, else the module itself.
     """
 
@@ -76,9 +78,10 @@ class Lean(L.Callback):
         patches.of_run(trainer).record(self, "grafts", partial(_leave, places))
 
     def _attached(self, backbone: nn.Module) -> Iterator[Grafted[Any]]:
-        yield from fuse(backbone, _NAME)
         if self.kernels == "liger":
-            yield from use_liger(backbone, _NAME)
+            yield from use_liger_norm(backbone, _NAME)
+            yield from use_liger_mlp(backbone, _NAME)
+        yield from fuse(backbone, _NAME)
         if fills_cache(backbone) and not is_compiled(backbone):
             yield Grafted("", backbone, _NAME, attach(backbone, NoCache(), _NAME))
 

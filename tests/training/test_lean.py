@@ -224,6 +224,7 @@ def test_liger_computes_the_norms(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     kernels = ModuleType("liger_kernel.transformers.functional")
     vars(kernels)["liger_rms_norm"] = norm
+    vars(kernels)["liger_swiglu"] = lambda a, b: nn.functional.silu(a) * b
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     monkeypatch.setattr("lightning_peft.training.lean.check_liger", lambda: None)
     trained = []

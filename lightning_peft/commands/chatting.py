@@ -13,8 +13,8 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import load_tokenizer
 from lightning_peft.core.storage import is_safetensors
 from lightning_peft.core.structure import name_or_path
+from lightning_peft.data.bad_rows import BadRowError
 from lightning_peft.data.chat_turns import Message, Renderer, template_text
-from lightning_peft.data.checked_rows import BadRowError
 from lightning_peft.training.rebuild import from_delta
 
 _DATA = "datamodule_hyper_parameters"

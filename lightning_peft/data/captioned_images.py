@@ -67,7 +67,7 @@ class CaptionedImageData(ImageClassificationData):
         images = super()._chosen(rows, "predict")
         if images.rows is not None and len(images.rows) < len(rows):
             captions = images.rows[self.label][:]
-        for number, caption in enumerate(captions):
+        for number, caption in enumerate(captions, 1):
             texts = [caption] if isinstance(caption, str) else caption
             if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
                 raise TuningError(f"row {number} of {split} has {caption!r} in column {self.label!r}: give a text.")

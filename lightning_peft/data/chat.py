@@ -6,9 +6,10 @@ from typing import Any, Literal
 from datasets import Dataset
 
 from lightning_peft.core.labels import IGNORED
+from lightning_peft.data.bad_rows import BadRowError
 from lightning_peft.data.chat_turns import Renderer, as_messages, as_tools, template_text, tokens_in
-from lightning_peft.data.checked_rows import BadRowError, CheckedRows
-from lightning_peft.data.packed_rows import pack
+from lightning_peft.data.checked_rows import CheckedRows
+from lightning_peft.data.packed_rows import packed
 from lightning_peft.data.padding import Padder
 
 TrainOn = Literal["assistant", "last", "all"]
@@ -74,13 +75,7 @@ class ChatData(CheckedRows):
         """Pack the rows, if asked."""
         if not self.packing or split not in ("train", "validation"):
             return encoded
-        how = {"max_length": self.max_length, "pad": self.tokenizer.pad_token_id}
-        unpacked = encoded.column_names
-        return encoded.map(_packed, batched=True, fn_kwargs=how, remove_columns=unpacked, desc=f"Packing {split}")
-
-
-def _packed(rows: Mapping[str, list[Any]], max_length: int, pad: int) -> dict[str, list[Any]]:
-    return pack(rows["input_ids"], rows["labels"], max_length, pad)
+        return packed(encoded, self.max_length, self.tokenizer.pad_token_id, f"Packing {split}")
 
 
 def _encoded(

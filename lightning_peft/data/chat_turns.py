@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.data.checked_rows import BadRowError
+from lightning_peft.data.bad_rows import BadRowError
 
 Message = dict[str, Any]
 Span = tuple[int, int]

@@ -1,22 +1,11 @@
-"""The base class of data that look at every row before training, and name the first that cannot be used."""
+"""The base class of data that may leave out rows that cannot be used, and look for rows that contradict others."""
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
-from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_peft.core.errors import TuningError
 from lightning_peft.data.sources import SourcedData
-
-
-def is_number(value: Any) -> bool:
-    """Tell whether the value of a row is a finite number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-class BadRowError(Exception):
-    """What is wrong with a row: the end of a sentence that begins with its number."""
 
 
 class CheckedRows(SourcedData):
@@ -31,28 +20,29 @@ class CheckedRows(SourcedData):
         super().__init__(**kwargs)
         self.skip_bad_rows = skip_bad_rows
 
-    def finished(self, encoded: Dataset, split: str) -> Dataset:
-        """Return the rows of a split as they are loaded, from those that nothing is wrong with."""
-        return encoded
+    def sides(self, split: str) -> Sequence[str]:
+        """Return the columns that no other row may have with the last two exchanged; none: rows may have any."""
+        return ()
 
-    def _encode(self, rows: Dataset, split: str) -> Dataset:
-        encoded = super()._encode(rows, split).with_format(None)
-        done = self.finished(self._without_bad(encoded, split), split)
-        return done.with_format(None, columns=[name for name in done.column_names if name != "length"])
+    def problems(self, encoded: Dataset, rows: Dataset, split: str) -> dict[int, str]:
+        """Return what is wrong with a row, in itself or beside one that says the same the other way round."""
+        names, found = self.sides(split), dict[int, int]()
+        problems = super().problems(encoded, rows, split)
+        if self.encodes_otherwise:
+            return problems
+        for number, values in enumerate(zip(*(rows[name] for name in names), strict=True)):
+            *same, one, other = map(_key, values)
+            turned = found.get(hash((*same, other, one)))
+            if one != other and turned is not None:
+                problems.setdefault(
+                    number,
+                    f"has in {names[-2]!r} and {names[-1]!r} what {self.row_name(split, turned)} has the other way "
+                    "round: leave out the one that is wrong.",
+                )
+            else:
+                found.setdefault(hash((*same, one, other)), number)
+        return problems
 
-    def _without_bad(self, encoded: Dataset, split: str) -> Dataset:
-        """Return the rows that nothing is wrong with.
 
-        Raises:
-            TuningError: there are others, and they are not to be skipped, or there are no more rows.
-        """
-        problems = [(number, problem) for number, problem in enumerate(encoded["problem"]) if problem]
-        encoded = encoded.remove_columns("problem")
-        if not problems:
-            return encoded
-        first = f"row {problems[0][0]} of the {split} split {problems[0][1]}"
-        if not self.skip_bad_rows or len(problems) == len(encoded):
-            raise TuningError(first)
-        rank_zero_warn(f"{len(problems)} of {len(encoded)} rows of the {split} split are left out, the first: {first}")
-        bad = {number for number, _ in problems}
-        return encoded.select([number for number in range(len(encoded)) if number not in bad])
+def _key(value: Any) -> str:
+    return value.strip() if isinstance(value, str) else repr(value)

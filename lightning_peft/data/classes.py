@@ -26,11 +26,11 @@ def check_columns(rows: Dataset, split: str, columns: Sequence[str]) -> None:
             raise TuningError(f"the {split} split has no column {column!r}{near(column, rows.column_names)}{other}.")
 
 
-def class_names(rows: Dataset, column: str, split: str) -> dict[Any, str]:
+def class_names(rows: Dataset, column: str, split: str, skip: bool = False) -> dict[Any, str]:
     """Return value -> name of the class for the values of a label column, in the order of the classes.
 
     Raises:
-        TuningError: the column holds no classes, or a row has none.
+        TuningError: the column holds no classes, or a row has none and is not to be skipped.
     """
     feature = rows.features[column]
     named = isinstance(feature, ClassLabel)
@@ -38,19 +38,26 @@ def class_names(rows: Dataset, column: str, split: str) -> dict[Any, str]:
     if not named and not kind.startswith(_TYPES):
         raise TuningError(f"column {column!r} of the {split} split holds {kind}: give strings or integers as classes.")
     values = set(rows[column][:])
-    if any(value is None or value == "" or (named and value < 0) for value in values):
-        raise TuningError(f"the {split} split has rows without a label in column {column!r}: leave them out.")
-    return dict(enumerate(feature.names)) if named else {value: str(value) for value in sorted(values)}
+    lacking = {value for value in values if value is None or value == "" or (named and value < 0)}
+    if lacking and not skip:
+        first = next(number for number, value in enumerate(rows[column], 1) if value in lacking)
+        raise TuningError(
+            f"the {split} split has rows without a label in column {column!r}, the first of them row {first}: leave "
+            "them out."
+        )
+    return dict(enumerate(feature.names)) if named else {value: str(value) for value in sorted(values - lacking)}
 
 
-def class_numbers(rows: Dataset, column: str, split: str, names: Sequence[str]) -> list[tuple[Any, int]]:
+def class_numbers(
+    rows: Dataset, column: str, split: str, names: Sequence[str], skip: bool = False
+) -> list[tuple[Any, int]]:
     """Return ``(value, number)`` for the values of a label column; the number is the place of the name in ``names``.
 
     Raises:
-        TuningError: a value is none of these classes.
+        TuningError: a value is none of these classes, or there is none and the row is not to be skipped.
     """
-    own = class_names(rows, column, split)
-    for value in sorted(set(rows[column][:])):
+    own = class_names(rows, column, split, skip)
+    for value in sorted(set(rows[column][:]) & own.keys()):
         if own[value] not in names:
             raise TuningError(
                 f"the {split} split has label {own[value]!r}, which train has not{near(own[value], names)}."

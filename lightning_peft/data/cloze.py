@@ -8,9 +8,11 @@ from typing import Any, Literal
 from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.labels import IGNORED
+from lightning_peft.data.bad_rows import BadRowError, check_any, check_label, is_blank, shown
+from lightning_peft.data.checked_rows import CheckedRows
 from lightning_peft.data.classes import check_columns, class_names, class_numbers
 from lightning_peft.data.padding import Padder
-from lightning_peft.data.sources import SourcedData
 from lightning_peft.prompting.encoding import encode, verbalizer_ids, word_ids
 from lightning_peft.prompting.template import Template
 from lightning_peft.prompting.verbalizer import Verbalizer
@@ -18,7 +20,7 @@ from lightning_peft.prompting.verbalizer import Verbalizer
 LMStyle = Literal["masked", "causal"]
 
 
-class ClozeData(SourcedData):
+class ClozeData(CheckedRows):
     """Rows in a template, for a masked or a causal language model.
 
     A row is cut to ``max_length`` where its fields are, never in the template, the mask or the soft prompt.
@@ -28,7 +30,7 @@ class ClozeData(SourcedData):
             "{text} It was {mask}." or, for a causal model, "Review: {text} Sentiment: {answer}"; "{v:3}" is a soft
             prompt of three virtual tokens.
         style: 'masked' or 'causal'; None: masked if the tokenizer has a mask.
-        **kwargs: as in `SourcedData` and `TokenData`.
+        **kwargs: as in `CheckedRows`, `SourcedData` and `TokenData`.
     """
 
     def __init__(self, template: str, style: LMStyle | None = None, **kwargs: Any) -> None:
@@ -72,7 +74,7 @@ class ClozeClassificationData(ClozeData):
         verbalizer: label -> the word, or the words, that say it, e.g. {good: great, bad: terrible}.
         label: column of the label: strings, integers or class labels.
         multi_token: whether words of several tokens may say a label.
-        **kwargs: as in `ClozeData`, `SourcedData` and `TokenData`.
+        **kwargs: as in `ClozeData`, `CheckedRows`, `SourcedData` and `TokenData`.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class ClozeClassificationData(ClozeData):
         """The labels, in the order of their numbers in a batch."""
         rows = self.all_classes()
         check_columns(rows, "train", [self.label])
-        return list(class_names(rows, self.label, "train").values())
+        return list(class_names(rows, self.label, "train", skip=True).values())
 
     @cached_property
     def verbalizer(self) -> dict[str, list[str]]:
@@ -119,7 +121,7 @@ class ClozeClassificationData(ClozeData):
         labelled = split != "predict"
         return _fill, self._arguments(rows, self.masks) | {
             "label": self.label,
-            "numbers": class_numbers(rows, self.label, split, self.label_names) if labelled else None,
+            "numbers": class_numbers(rows, self.label, split, self.label_names, skip=True) if labelled else None,
         }
 
 
@@ -134,7 +136,7 @@ class KnowledgeProbingData(ClozeData):
             splits.
         unknown: what to do with a fact whose object is no candidate of one token: 'error', or 'drop' it, as LAMA does.
         where: column -> value, keeps the facts that have these values, e.g. {predicate_id: P19}.
-        **kwargs: as in `ClozeData`, `SourcedData` and `TokenData`.
+        **kwargs: as in `ClozeData`, `CheckedRows`, `SourcedData` and `TokenData`.
     """
 
     def __init__(
@@ -177,7 +179,7 @@ class KnowledgeProbingData(ClozeData):
             for rows, split in zip(found, ("train", "validation", "test"), strict=True):
                 if rows is not None:
                     check_columns(rows, split, [self.obj])
-                    given += [str(value) for value in rows[self.obj]]
+                    given += [str(value) for value in rows[self.obj] if not is_blank(value)]
         words = sorted({word for word in given if word})
         kept = [word for word in words if self._is_one_token(word)]
         if len(kept) < 2:
@@ -192,19 +194,16 @@ class KnowledgeProbingData(ClozeData):
         """Put the facts into the template and number the objects.
 
         Raises:
-            TuningError: the template does not fit the rows, or an object is no candidate.
+            TuningError: the template does not fit the rows.
         """
-        arguments = self._arguments(rows, 1)
-        if split == "predict":
-            return _fill, arguments | {"label": self.obj, "numbers": None}
-        numbers = {word: number for number, word in enumerate(self.candidates)}
-        for value in rows[self.obj]:
-            if value not in numbers and self.unknown == "error":
-                raise TuningError(
-                    f"the {split} split has object {value!r}, which is no candidate of one token: "
-                    "add it to the vocabulary, or set unknown=drop."
-                )
-        return _fill, arguments | {"label": self.obj, "numbers": list(numbers.items())}
+        arguments = self._arguments(rows, 1) | {"label": self.obj, "drop": self.unknown == "drop"}
+        labelled = split != "predict"
+        return _fill, arguments | {"numbers": [(w, i) for i, w in enumerate(self.candidates)] if labelled else None}
+
+    def finished(self, encoded: Dataset, split: str) -> Dataset:
+        """Leave out the facts that are dropped."""
+        lengths = encoded["length"][:]
+        return encoded if all(lengths) else encoded.select([i for i, length in enumerate(lengths) if length])
 
     def _is_one_token(self, word: str) -> bool:
         """Tell whether a candidate is one token; that it is not is an error, unless such facts are dropped."""
@@ -241,21 +240,45 @@ def _fill(
     masks: int,
     label: str,
     numbers: list[tuple[Any, int]] | None,
+    drop: bool = False,
 ) -> dict[str, list[Any]]:
+    """Return rows in the template, or what is wrong with each as ``problem``; what is dropped has no tokens."""
     number = dict(numbers or [])
-    out: dict[str, list[Any]] = {name: [] for name in ("input_ids", "attention_mask", "length")}
-    if numbers is not None:
-        out["labels"] = []
     # The word of a causal model comes after the prompt, and needs its place too.
-    room = max_length - (masks if style == "causal" else 0)
+    how: dict[str, Any] = {"style": style, "masks": masks, "max_length": max_length - masks * (style == "causal")}
+    out: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "problem")}
     for i in range(len(next(iter(rows.values())))):
-        if numbers is not None and rows[label][i] not in number:
-            continue  # a fact that is dropped
-        values = {name: rows[name][i] for name in fields}
-        ids = encode(Template(template), tokenizer, values, style=style, max_length=room, masks=masks).input_ids
-        out["input_ids"].append(ids)
-        out["attention_mask"].append([1] * len(ids))
-        out["length"].append(len(ids))
-        if numbers is not None:
-            out["labels"].append(number[rows[label][i]])
-    return out
+        ids, label_id, problem = [], IGNORED, ""
+        try:
+            values = {name: rows[name][i] for name in fields}
+            check_any(values, fields)
+            if numbers is not None:
+                label_id = _number_of(rows[label][i], label, number, drop)
+            if numbers is None or label_id != IGNORED:
+                ids = encode(Template(template), tokenizer, values, **how).input_ids
+        except BadRowError as error:
+            problem = str(error)
+        except TuningError as error:
+            problem = f"cannot be used: {error}"
+        for name, value in (("input_ids", ids), ("labels", label_id), ("problem", problem)):
+            out[name].append(value)
+    if numbers is None:
+        del out["labels"]
+    lengths = [len(ids) for ids in out["input_ids"]]
+    return out | {"attention_mask": [[1] * length for length in lengths], "length": lengths}
+
+
+def _number_of(value: Any, column: str, numbers: Mapping[Any, int], drop: bool) -> int:
+    """Return the number of a label or an object, or -100 where it is to be dropped.
+
+    Raises:
+        BadRowError: there is none, or it is no candidate.
+    """
+    if is_blank(value):
+        check_label(None, column, numbers)
+    if value not in numbers and not drop:
+        raise BadRowError(
+            f"has object {shown(value)}, which is no candidate of one token: add it to the vocabulary, or set "
+            "unknown=drop."
+        )
+    return numbers.get(value, IGNORED)

@@ -7,13 +7,14 @@ from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.labels import IGNORED
-from lightning_peft.data.packed_rows import pack
+from lightning_peft.data.bad_rows import BadRowError, is_blank, shown
+from lightning_peft.data.checked_rows import CheckedRows
+from lightning_peft.data.packed_rows import packed
 from lightning_peft.data.padding import Padder
-from lightning_peft.data.sources import SourcedData
 from lightning_peft.data.span_corruption import sentinels
 
 
-class Seq2SeqData(SourcedData):
+class Seq2SeqData(CheckedRows):
     """Sources and targets for an encoder-decoder: ``input_ids`` of the source, ``labels`` of the target.
 
     A batch also has ``references``, the right targets of each row as texts, except for prediction.
@@ -25,7 +26,7 @@ class Seq2SeqData(SourcedData):
         prefix: what to put before each source, e.g. "summarize: " or a control code.
         sentinel: begin each target with ``<extra_id_0>``, as what a T5 that only fills gaps would write there (Lester
             et al. 2021, section 3.2). It is no part of ``references``.
-        **kwargs: as in `SourcedData` and `TokenData`.
+        **kwargs: as in `CheckedRows`, `SourcedData` and `TokenData`.
     """
 
     def __init__(
@@ -54,10 +55,8 @@ class Seq2SeqData(SourcedData):
         """Tokenise sources and targets.
 
         Raises:
-            TuningError: a row has no target, or the tokenizer no sentinel that is asked for.
+            TuningError: the tokenizer has no sentinel that is asked for.
         """
-        if split != "predict":
-            check_targets(rows, split, self.target)
         if self.sentinel and not sentinels(self.tokenizer):
             raise TuningError(
                 f"sentinel=True begins targets with <extra_id_0>, which {self.tokenizer_name} does not know: "
@@ -72,7 +71,7 @@ class Seq2SeqData(SourcedData):
         }
 
 
-class CausalLMData(SourcedData):
+class CausalLMData(CheckedRows):
     """Prompts and what follows them, or whole texts, for a causal language model.
 
     Only the tokens of the target have ``labels``, [B, T]; those of the prompt have -100. Every target ends with the
@@ -89,7 +88,7 @@ class CausalLMData(SourcedData):
         packing: put texts end to end in rows of ``max_length`` tokens, so that nothing is padding. ``position_ids``
             begin anew with each text, by which transformers keeps the texts of a row from seeing each other. Packed
             rows have no ``references``. Training and validation are packed, the test is not.
-        **kwargs: as in `SourcedData` and `TokenData`.
+        **kwargs: as in `CheckedRows`, `SourcedData` and `TokenData`.
     """
 
     def __init__(
@@ -113,23 +112,24 @@ class CausalLMData(SourcedData):
         return [name for name in (self.prompt, self.target) if name is not None and self._needs(name, split)]
 
     def encoding(self, rows: Dataset, split: str) -> tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]:
-        """Tokenise, mark the target, and pack.
-
-        Raises:
-            TuningError: a row has no target, or prompts leave no room for any.
-        """
-        names = (self.prompt, self.target if self._needs(self.target, split) else None)
-        if names[1] is not None:
-            check_targets(rows, split, self.target)
-        arguments = {
+        """Tokenise, and mark the target."""
+        return _prompts if split == "predict" else continued, {
             "tokenizer": self.tokenizer,
-            "names": names,
+            "names": (self.prompt, self.target if self._needs(self.target, split) else None),
             "max_length": self.max_length,
             "prefix": self.prefix,
             "separator": self.separator,
         }
-        packs = self.packing and split in ("train", "validation")
-        return _prompts if split == "predict" else _packed if packs else continued, arguments
+
+    def finished(self, encoded: Dataset, split: str) -> Dataset:
+        """Pack the rows, if asked."""
+        if not self.packing or split not in ("train", "validation"):
+            return encoded
+        return packed(encoded, self.max_length, self.tokenizer.pad_token_id, f"Packing {split}")
+
+    def sides(self, split: str) -> Sequence[str]:
+        """Return the columns of prompt and target, which are not to be exchanged."""
+        return [self.prompt, self.target] if self.prompt is not None and split != "predict" else []
 
     def padder(self, split: str) -> Callable[..., dict[str, Any]]:
         """Return what makes a batch of rows: training pads on the right, prompts to go on from end at the right."""
@@ -139,22 +139,47 @@ class CausalLMData(SourcedData):
         return split != "predict" or name == self.prompt or self.prompt is None
 
 
-def check_targets(rows: Dataset, split: str, column: str) -> None:
-    """See that every row has a target.
+def _target_of(value: Any, column: str) -> list[str]:
+    """Return the right targets of a row.
 
     Raises:
-        TuningError: one is empty or missing, or is no text.
+        BadRowError: one is empty or missing, or is no text.
     """
-    for number, target in enumerate(rows[column]):
-        texts = target if isinstance(target, list) else [target]
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise TuningError(
-                f"row {number} of the {split} split has target {target!r} in column {column!r}: give a text, or a list."
-            )
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise BadRowError(f"has target {shown(value)} in column {column!r}: give a text, or a list.")
+    return texts
 
 
-def _references(targets: Sequence[Any]) -> list[list[str]]:
-    return [target if isinstance(target, list) else [target] for target in targets]
+def _check_prompt(value: Any, column: str, prefix: str) -> None:
+    """See that there is something that a target can follow.
+
+    Raises:
+        BadRowError: it is missing or no text, or is empty and there is no prefix.
+    """
+    if value is None or not isinstance(value, (str, int, float)) or (is_blank(value) and not prefix.strip()):
+        raise BadRowError(f"has {shown(value)} for its prompt, in column {column!r}: give a text.")
+
+
+def _looked_at(
+    rows: Mapping[str, list[Any]], names: tuple[str | None, str | None], prefix: str
+) -> tuple[list[list[str]], list[str]]:
+    """Return the right targets of each row, and what is wrong with each."""
+    prompt, target = names
+    references: list[list[str]] = []
+    problems: list[str] = []
+    for number in range(len(rows[prompt or target or ""])):
+        own, problem = [""], ""
+        try:
+            if prompt is not None:
+                _check_prompt(rows[prompt][number], prompt, prefix)
+            if target is not None:
+                own = _target_of(rows[target][number], target)
+        except BadRowError as error:
+            problem = str(error)
+        references.append(own)
+        problems.append(problem)
+    return references, problems
 
 
 def _pairs(
@@ -166,56 +191,69 @@ def _pairs(
     first: Sequence[int],
 ) -> dict[str, list[Any]]:
     source, target = names
+    references, problems = _looked_at(rows, names, prefix)
     texts = [f"{prefix}{'' if text is None else text}" for text in rows[source]]
     encoded = dict(tokenizer(texts, truncation=True, max_length=lengths[0]))
     encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
     if target is not None:
-        references = _references(rows[target])
         right = [texts[0] for texts in references]
         targets = tokenizer(text_target=right, truncation=True, max_length=lengths[1] - len(first))["input_ids"]
         encoded["labels"] = [[*first, *ids] for ids in targets]
         encoded["references"] = references
-    return encoded
+        problems = [problem or _unlearnt(ids) for problem, ids in zip(problems, encoded["labels"], strict=True)]
+    return encoded | {"problem": problems}
+
+
+def _unlearnt(labels: Sequence[int]) -> str:
+    """Return what is wrong with a row of which nothing would be learned."""
+    if any(label != IGNORED for label in labels):
+        return ""
+    return "has no token to learn: give a longer target, or leave the row out."
 
 
 def _prompts(
-    rows: Mapping[str, list[Any]], tokenizer: Any, max_length: int, prefix: str, **how: Any
+    rows: Mapping[str, list[Any]], tokenizer: Any, max_length: int, prefix: str, names: Any, **how: Any
 ) -> dict[str, list[Any]]:
     """Return the prompts alone, cut in the middle: what is next to the continuation stays, and the control code."""
     begin, end = _ends(tokenizer)
     kept = begin + (tokenizer(prefix.rstrip(" "), add_special_tokens=False)["input_ids"] if prefix.strip() else [])
     if len(kept) >= max_length:
         raise TuningError(f"a prefix of {len(kept)} tokens leaves no room for its prompt: raise max_length.")
-    prompts, _ = _before_targets(rows, tokenizer, prefix=prefix, **how)
+    prompts, _ = _before_targets(rows, tokenizer, names, prefix=prefix, **how)
     long = [begin + row for row in prompts]
     ids = [r if len(r) <= max_length else r[: len(kept)] + r[len(kept) - max_length :] for r in long]
     ids = [row or end or [tokenizer.pad_token_id] for row in ids]
-    return {"input_ids": ids, "attention_mask": [[1] * len(r) for r in ids], "length": [len(r) for r in ids]}
+    lengths = [len(row) for row in ids]
+    found: dict[str, list[Any]] = {"input_ids": ids, "attention_mask": [[1] * n for n in lengths], "length": lengths}
+    return found | {"problem": _looked_at(rows, names, prefix)[1]}
 
 
 def continued(
-    rows: Mapping[str, list[Any]], tokenizer: Any, names: tuple[str | None, str], max_length: int, **how: Any
+    rows: Mapping[str, list[Any]],
+    tokenizer: Any,
+    names: tuple[str | None, str],
+    max_length: int,
+    prefix: str,
+    separator: str,
 ) -> dict[str, list[Any]]:
-    """Return prompts with their targets, of which the latter have labels.
-
-    Raises:
-        TuningError: a prompt leaves no room for its target.
-    """
+    """Return prompts with their targets, of which the latter have labels, and what is wrong with each."""
     begin, end = _ends(tokenizer)
-    prompts, blanks = _before_targets(rows, tokenizer, names, **how)
-    references = _references(rows[names[1]])
+    references, problems = _looked_at(rows, names, prefix)
+    prompts, blanks = _before_targets(rows, tokenizer, names, prefix, separator)
     texts = [f"{blank}{own[0]}" for blank, own in zip(blanks, references, strict=True)]
     targets = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    out: dict[str, list[Any]] = {name: [] for name in ("input_ids", "attention_mask", "labels", "length")}
-    for front, back in zip(prompts, targets, strict=True):
+    out: dict[str, list[Any]] = {name: [] for name in ("input_ids", "attention_mask", "labels", "length", "problem")}
+    for front, back, problem in zip(prompts, targets, problems, strict=True):
         front, back = begin + front, back + end
+        ids, labels = (front + back)[:max_length], ([IGNORED] * len(front) + back)[:max_length]
         if len(front) >= max_length:
-            raise TuningError(f"a prompt of {len(front)} tokens leaves no room for its target: raise max_length.")
-        ids = (front + back)[:max_length]
+            long = f"cannot be used: a prompt of {len(front)} tokens leaves no room for its target: raise max_length."
+            problem = problem or long
         out["input_ids"].append(ids)
         out["attention_mask"].append([1] * len(ids))
-        out["labels"].append(([IGNORED] * len(front) + back)[:max_length])
+        out["labels"].append(labels)
         out["length"].append(len(ids))
+        out["problem"].append(problem or _unlearnt(labels[1:]))
     return out | {"references": references}
 
 
@@ -238,9 +276,3 @@ def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the tokens that a text begins and ends with."""
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     return [] if begin is None else [begin], [] if end is None else [end]
-
-
-def _packed(rows: Mapping[str, list[Any]], max_length: int, **arguments: Any) -> dict[str, list[Any]]:
-    """Return rows of ``max_length`` tokens, each of whole texts as they come; the rest of a row is padding."""
-    single = continued(rows, max_length=max_length, **arguments)
-    return pack(single["input_ids"], single["labels"], max_length, arguments["tokenizer"].pad_token_id)

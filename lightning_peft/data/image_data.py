@@ -259,10 +259,10 @@ class ImageData(DataModule):
         kept, skipped = [], []
         for i, value in enumerate(rows[self.image]):
             try:
-                decode(value, i)
+                decode(value, i + 1)
                 kept.append(i)
             except TuningError:
-                skipped.append(value["path"] or f"row {i}")
+                skipped.append(value["path"] or f"row {i + 1}")
         if skipped:
             rank_zero_warn(f"{len(skipped)} images of the {split} split cannot be read: {', '.join(skipped)}")
         return rows.select(kept) if skipped else rows

@@ -77,7 +77,7 @@ class Images(TorchDataset[dict[str, Tensor]]):
         assert self.rows is not None
         assert self.transform is not None
         draw = np.random.default_rng((self.seed, epoch, row)) if self.transform.augment else None
-        pixels = self.transform(decode(self.rows[row][self.column], row), draw)
+        pixels = self.transform(decode(self.rows[row][self.column], row + 1), draw)
         if self.keep:
             self._kept[row] = pixels
         return pixels

@@ -73,6 +73,7 @@ class Instructed(SourcedData):
         if not tasks:
             raise TuningError("there are no tasks to mix: give one or more.")
         self.tasks = {name: InstructionTask(**t) if isinstance(t, Mapping) else t for name, t in tasks.items()}
+        self._mixed: dict[str, list[tuple[str, int]]] = {}
         self.count, self.cap, self.held_out = count, cap, tuple(held_out)
         self._check_clusters()
         self.instructions: dict[str, Instructions] = {
@@ -107,12 +108,18 @@ class Instructed(SourcedData):
             drawn = list(mixed(sizes, count, self.cap, self.seed))
         else:
             drawn = [(name, row) for name, rows in found.items() for row in range(len(rows))]
+        self._mixed[split] = drawn
         for name, rows in found.items():
             check_columns(rows, split, [self.tasks[name].answer] if split != "predict" else [])
             for template in self.instructions[name].templates if split == "train" else self.instructions[name].scored:
                 template.check_columns([*rows.column_names, "answer"])
         draw = random.Random(f"{split} {self.seed}")
         return Dataset.from_list([self._written(name, found[name][row], split, draw) for name, row in drawn])
+
+    def row_name(self, split: str, number: int) -> str:
+        """Return what an error calls a row: that of its task."""
+        task, row = self._mixed[split][number]
+        return f"task {task!r}: {self._sources[task].row_name(split, row)}"
 
     def rates(self) -> dict[str, float]:
         """Return the share of each task among the training rows."""

@@ -1,9 +1,21 @@
 """Puts texts end to end in rows of one length, so that nothing is padding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset
+
 from lightning_peft.core.labels import IGNORED
+
+
+def packed(rows: Dataset, max_length: int, pad: int, what: str) -> Dataset:
+    """Return the rows packed; ``what`` is being done, for the bar that shows how far it is."""
+    how = {"max_length": max_length, "pad": pad}
+    return rows.map(_packed, batched=True, fn_kwargs=how, remove_columns=rows.column_names, desc=what)
+
+
+def _packed(rows: Mapping[str, list[Any]], max_length: int, pad: int) -> dict[str, list[Any]]:
+    return pack(rows["input_ids"], rows["labels"], max_length, pad)
 
 
 def pack(ids: Sequence[list[int]], labels: Sequence[list[int]], max_length: int, pad: int) -> dict[str, list[Any]]:

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, LargeList, List
 
-from lightning_peft.core.errors import TuningError
+from lightning_peft.data.bad_rows import BadRowError, is_blank, shown
 from lightning_peft.data.chat import learned
 from lightning_peft.data.chat_turns import Renderer, as_messages, template_text
-from lightning_peft.data.checked_rows import BadRowError, CheckedRows
+from lightning_peft.data.checked_rows import CheckedRows
 from lightning_peft.data.generation import continued
 from lightning_peft.data.padding import Padder, columns_of
 
@@ -51,9 +51,13 @@ class PreferenceData(CheckedRows):
         """Return the columns of the prompt and of both answers."""
         return [name for name in (self.prompt, self.chosen, self.rejected) if name is not None]
 
+    def sides(self, split: str) -> Sequence[str]:
+        """Return the columns of the prompt and of both answers: another row must not prefer the other one."""
+        return self.columns(split)
+
     def encoding(self, rows: Dataset, split: str) -> tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]:
         """Tokenise both answers with their prompt."""
-        is_chat = any(isinstance(rows[0][name], list) for name in self.columns(split))
+        is_chat = any(isinstance(rows.features[name], (List, LargeList)) for name in self.columns(split))
         return _compared, {
             "tokenizer": self.tokenizer,
             "names": (self.prompt, self.chosen, self.rejected),
@@ -107,8 +111,6 @@ def _compared(
             row["length"] = max(len(ids) for ids, _ in sides)
         except BadRowError as error:
             row["problem"] = str(error)
-        except TuningError as error:
-            row["problem"] = f"cannot be used: {error}"
         out.append(row)
     return {name: [row[name] for row in out] for name in out[0]}
 
@@ -123,10 +125,12 @@ def _side(
         found = learned(renderer, as_messages([*before, *after]), None, tokenizer, "last", max_length)
         return found["input_ids"], found["labels"]
     for text, what in ((prompt, "prompt"), (answer, "answer")):
-        if not isinstance(text, str) or not text.strip():
-            raise BadRowError(f"has {text!r} for its {what}: give a text.")
+        if not isinstance(text, str) or is_blank(text):
+            raise BadRowError(f"has {shown(text)} for its {what}: give a text.")
     row = {"prompt": [prompt], "answer": [answer]}
     found = continued(row, tokenizer, ("prompt", "answer"), max_length, prefix="", separator=separator)
+    if found["problem"][0]:
+        raise BadRowError(found["problem"][0])
     return found["input_ids"][0], found["labels"][0]
 
 

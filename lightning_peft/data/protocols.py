@@ -116,3 +116,6 @@ class Reencodable(Protocol):
 
     def encode_as(self, encoding: Any) -> None:
         """Let ``encoding`` encode the rows; None: as the data module does itself."""
+
+    def usable(self, split: str) -> Any:
+        """Return the rows of a split without those that are left out, or None."""

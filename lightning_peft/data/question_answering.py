@@ -60,7 +60,7 @@ class QuestionAnsweringData(SourcedData):
             raise TuningError(f"{self.tokenizer_name} does not say where a token stands: take a fast tokenizer.")
         if split != "predict":
             for number, (context, answers) in enumerate(zip(rows[self.context], rows[self.answers], strict=True)):
-                _check_answers(number, split, context, answers)
+                _check_answers(self.row_name(split, number), context, answers)
         questions = self.tokenizer(words(rows[self.question][:]), add_special_tokens=False)["input_ids"]
         longest = max(map(len, questions))
         room = self.max_length - longest - self.tokenizer.num_special_tokens_to_add(pair=True)
@@ -81,8 +81,7 @@ class QuestionAnsweringData(SourcedData):
         return Padder.of(self.tokenizer, "right", self.pad_to_multiple_of)
 
 
-def _check_answers(number: int, split: str, context: str, answers: Any) -> None:
-    where = f"row {number} of the {split} split"
+def _check_answers(where: str, context: str, answers: Any) -> None:
     if not isinstance(answers, Mapping) or not {"text", "answer_start"} <= answers.keys():
         raise TuningError(f"{where} has answers {answers!r}: give a dict of the lists text and answer_start.")
     if len(answers["text"]) != len(answers["answer_start"]):

@@ -6,7 +6,8 @@ from typing import Any
 from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.data.checked_rows import BadRowError, CheckedRows, is_number
+from lightning_peft.data.bad_rows import BadRowError, check_text, is_number, shown
+from lightning_peft.data.checked_rows import CheckedRows
 from lightning_peft.data.padding import Padder, columns_of
 
 
@@ -51,6 +52,10 @@ class SentencePairsData(CheckedRows):
     def columns(self, split: str) -> Sequence[str]:
         """Return the columns of the texts, and of the score; a row to predict needs the first text alone."""
         return self.texts[:1] if split == "predict" else [*self.texts, *([self.scored] if self.scored else [])]
+
+    def sides(self, split: str) -> Sequence[str]:
+        """Return the columns of the texts; of scored pairs, which are alike both ways, none."""
+        return [] if self.is_scored or split == "predict" else self.texts
 
     def encoding(self, rows: Dataset, split: str) -> tuple[Callable[..., dict[str, list[Any]]], dict[str, Any]]:
         """Tokenise all sides."""
@@ -100,7 +105,7 @@ def _tokenised(
     for number in range(len(rows[texts[0]])):
         row: dict[str, Any] = {"ids": [], "problem": "", "length": 0} | ({"score": 0.0} if score else {})
         try:
-            said = [_text(rows[name][number], name) for name in texts]
+            said = [check_text(rows[name][number], name) for name in texts]
             _check_differ(said, texts, score)
             if score is not None:
                 row["score"] = _number(rows[score][number], score)
@@ -113,12 +118,6 @@ def _tokenised(
     return {name: [row[name] for row in out] for name in out[0]}
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise BadRowError(f"has {value!r} in column {name!r}: give a text.")
-    return value
-
-
 def _check_differ(said: list[str], names: list[str], score: str | None) -> None:
     for number, text in enumerate(said):
         if score is None and text in said[:number]:
@@ -128,5 +127,5 @@ def _check_differ(said: list[str], names: list[str], score: str | None) -> None:
 
 def _number(value: Any, name: str) -> float:
     if not is_number(value):
-        raise BadRowError(f"has {value!r} in column {name!r}: give a number.")
+        raise BadRowError(f"has {shown(value)} in column {name!r}: give a number.")
     return float(value)

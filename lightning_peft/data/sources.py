@@ -1,5 +1,6 @@
 """Loads text rows from files, from the Hugging Face hub, or from the rules of `lightning_peft.data.synthetic`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,27 @@ class SourcedData(GivenSplits, TokenData):
     ) -> None:
         super().__init__(**kwargs)
         self.convert = convert
+        self._drawn: dict[str, Sequence[int]] = {}
         self.use(dataset, config, (train, validation, test, predict), validation_share, test_share, whole)
 
     def rows(self, split: str) -> Dataset | None:
         """Return the rows of a split, as read or drawn, in the columns of the task."""
         rows = super().rows(split)
         return rows if rows is None or self.convert is None else converted(rows, self.convert, split)
+
+    def row_name(self, split: str, number: int) -> str:
+        """Return what an error calls a row, counted from 1 as the user has the rows; ``number`` is from 0 as we do."""
+        split = "test" if split == "predict" and not self.given[split] else split
+        if split == "train" and self.whole and "validation" in self._splits:
+            own = len(self._splits["train"]) - len(self._splits["validation"])
+            if number >= own:
+                return self.row_name("validation", number - own)
+        if self.convert is not None:
+            return f"row {number + 1} of the {split} split, as convert={self.convert!r} makes them,"
+        if split not in self._drawn:
+            return f"row {number + 1} of the {split} split"
+        drawn = f", drawn for {split}," if split != "train" else ""
+        return f"row {self._drawn[split][number] + 1} of the train split{drawn}"
 
     def all_classes(self) -> Dataset:
         """Return the training rows before any have been drawn from them."""
@@ -72,13 +88,13 @@ class SourcedData(GivenSplits, TokenData):
 
     def draw(self, rows: Dataset, shares: dict[str, float]) -> dict[str, Dataset]:
         """Draw rows for each share, and keep the order of the rows."""
-        order, drawn = np.random.default_rng(self.seed).permutation(len(rows)), {}
+        order = np.random.default_rng(self.seed).permutation(len(rows))
         for split, share in shares.items():
             count = round(share * len(rows))
-            drawn[split], order = rows.select(np.sort(order[:count])), order[count:]
+            self._drawn[split], order = np.sort(order[:count]).tolist(), order[count:]
         if len(order) < len(rows):
-            drawn["train"] = rows.select(np.sort(order))
-        return drawn
+            self._drawn["train"] = np.sort(order).tolist()
+        return {split: rows.select(numbers) for split, numbers in self._drawn.items()}
 
     def load(self, dataset: str, **options: Any) -> Any:
         """Return the splits of a dataset, or those that a rule makes."""

@@ -9,6 +9,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.labels import IGNORED
+from lightning_peft.data.bad_rows import check_label, problem_of
 from lightning_peft.data.classes import check_columns, class_names, class_numbers
 from lightning_peft.data.token_data import TokenData
 
@@ -33,7 +35,7 @@ class TextData(TokenData):
         """The names of the classes, in the order of their numbers in a batch."""
         rows = self.all_classes()
         check_columns(rows, "train", [self.label])
-        names = list(class_names(rows, self.label, "train").values())
+        names = list(class_names(rows, self.label, "train", self.skip_bad_rows).values())
         if len(names) < 2:
             raise TuningError(f"column {self.label!r} holds the classes {names}: a classifier needs two or more.")
         return names
@@ -66,11 +68,14 @@ class TextData(TokenData):
         Raises:
             TuningError: a row has a class that the training rows lack.
         """
+        labelled = split != "predict"
         return _tokenise, {
             "tokenizer": self.tokenizer,
             "text": list(self.text),
             "label": self.label,
-            "numbers": None if split == "predict" else class_numbers(rows, self.label, split, self.label_names),
+            "numbers": class_numbers(rows, self.label, split, self.label_names, self.skip_bad_rows)
+            if labelled
+            else None,
             "max_length": self.max_length,
         }
 
@@ -86,7 +91,8 @@ def _tokenise(
     encoded = encoded_texts(rows, tokenizer, text, max_length)
     if numbers is not None:
         number = dict(numbers)
-        encoded["labels"] = [number[value] for value in rows[label]]
+        encoded["labels"] = [number.get(value, IGNORED) for value in rows[label]]
+        encoded["problem"] = [problem_of(check_label, value, label, number) for value in rows[label]]
     return encoded
 
 

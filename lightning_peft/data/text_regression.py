@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.data.checked_rows import is_number
+from lightning_peft.data.bad_rows import is_number
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.data.text_data import encoded_texts, text_columns
 
@@ -39,22 +39,18 @@ class TextRegressionData(SourcedData):
             TuningError: a row has no number.
         """
         if split != "predict":
-            _check_numbers(rows, split, self.label)
+            for number, value in enumerate(rows[self.label]):
+                if not is_number(value):
+                    raise TuningError(
+                        f"{self.row_name(split, number)} has {value!r} in column {self.label!r}, which is no number: "
+                        "give one, or take TextClassificationData for classes."
+                    )
         return _tokenise, {
             "tokenizer": self.tokenizer,
             "text": self.text,
             "label": None if split == "predict" else self.label,
             "max_length": self.max_length,
         }
-
-
-def _check_numbers(rows: Dataset, split: str, column: str) -> None:
-    for row, value in enumerate(rows[column]):
-        if not is_number(value):
-            raise TuningError(
-                f"row {row} of the {split} split has {value!r} in column {column!r}, which is no number: "
-                "give one, or take TextClassificationData for classes."
-            )
 
 
 def _tokenise(

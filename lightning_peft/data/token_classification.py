@@ -62,7 +62,7 @@ class TokenClassificationData(SourcedData):
         numbers = {}
         for number, (words, tags) in enumerate(zip(rows[self.words], rows[self.tags], strict=True)):
             if len(words) != len(tags):
-                raise TuningError(f"row {number} of the {split} split has {len(words)} words and {len(tags)} tags.")
+                raise TuningError(f"{self.row_name(split, number)} has {len(words)} words and {len(tags)} tags.")
             for tag in tags:
                 name = names[tag] if names is not None else str(tag)
                 if name not in self.label_names:

@@ -1,6 +1,6 @@
 """The base class of text data: tokenises rows, caches them, and loads padded batches bucketed by length."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import load_tokenizer
+from lightning_peft.data.bad_rows import check_good, other_names
 from lightning_peft.data.batches import Batches
 from lightning_peft.data.classes import check_columns
 from lightning_peft.data.module import SPLITS, DataModule, check_least
@@ -37,6 +38,8 @@ class TokenData(DataModule):
 
     numbered = False
     """Whether the function of `encoding` is told the numbers of the rows, as its second argument."""
+    skip_bad_rows = False
+    """Whether rows that cannot be used are left out."""
 
     def __init__(
         self,
@@ -70,7 +73,8 @@ class TokenData(DataModule):
         """Return a function from columns of rows to columns of a batch, and its keyword arguments.
 
         It is a function of a module, so that ``datasets`` finds its result in the cache. It gives ``length``, by which
-        rows share batches, and may give more rows than it gets, or fewer.
+        rows share batches, and may give more rows than it gets, or fewer; one that gives as many may say in ``problem``
+        what is wrong with each, or nothing.
 
         Raises:
             TuningError: the rows cannot be encoded.
@@ -83,6 +87,30 @@ class TokenData(DataModule):
         What the function's result leaves as it is reaches the task as lists, numbers as tensors.
         """
         self._encoding, self._encoded = encoding, {}
+
+    @property
+    def encodes_otherwise(self) -> bool:
+        """Whether a task encodes the rows in its own way."""
+        return self._encoding is not None
+
+    def finished(self, encoded: Dataset, split: str) -> Dataset:
+        """Return the rows of a split as they are loaded, from those that nothing is wrong with."""
+        return encoded
+
+    def problems(self, encoded: Dataset, rows: Dataset, split: str) -> dict[int, str]:
+        """Return number of a row -> what is wrong with it, of which the function of `encoding` may say ``problem``."""
+        texts = encoded["problem"] if "problem" in encoded.column_names else ()
+        return {number: text for number, text in enumerate(texts) if text}
+
+    def row_name(self, split: str, number: int) -> str:
+        """Return what an error calls a row, counted from 1 as the user has the rows; ``number`` is from 0 as we do."""
+        return f"row {number + 1} of the {split} split"
+
+    def usable(self, split: str) -> Dataset | None:
+        """Return the rows of a split without those that are left out, or None where there is no such split."""
+        rows = self.rows(split)
+        bad = None if rows is None else self._looked_at(rows, split)[1]
+        return rows.select(_others(len(rows), bad)) if rows is not None and bad else rows
 
     def padder(self, split: str) -> Callable[..., dict[str, Any]]:
         """Return what makes a batch of rows."""
@@ -159,6 +187,21 @@ class TokenData(DataModule):
         check_columns(rows, split, self.columns(split))
         if not len(rows):
             raise TuningError(f"the {split} split is empty: give it at least one row.")
+        encoded, bad = self._looked_at(rows, split)
+        if bad:
+            encoded = encoded.select(_others(len(encoded), bad))
+        if not self.encodes_otherwise:
+            encoded = self.finished(encoded, split)
+        if not len(encoded):
+            raise TuningError(f"no row of the {split} split is left: see what is asked of rows.")
+        return encoded.with_format(None, columns=[name for name in encoded.column_names if name != "length"])
+
+    def _looked_at(self, rows: Dataset, split: str) -> tuple[Dataset, Mapping[int, str]]:
+        """Return the encoded rows, and the numbers of those that are to be left out, with what is wrong with them.
+
+        Raises:
+            TuningError: there are others, and they are not to be skipped.
+        """
         function, arguments = (self._encoding or self.encoding)(rows, split)
         encoded = rows.map(
             function,
@@ -167,7 +210,16 @@ class TokenData(DataModule):
             fn_kwargs=arguments,
             remove_columns=rows.column_names,
             desc=f"Tokenising {split}",
-        )
-        if not len(encoded):
-            raise TuningError(f"no row of the {split} split is left: see what is asked of rows.")
-        return encoded.with_format(None, columns=[name for name in encoded.column_names if name != "length"])
+        ).with_format(None)
+        bad = self.problems(encoded, rows, split)
+        if "problem" in encoded.column_names:
+            encoded = encoded.remove_columns("problem")
+        if bad:
+            first = min(bad)
+            text = other_names(rows, first, self.columns(split)) or bad[first]
+            check_good(len(bad), len(encoded), f"{self.row_name(split, first)} {text}", self.skip_bad_rows, split)
+        return encoded, bad
+
+
+def _others(count: int, bad: Mapping[int, str]) -> list[int]:
+    return [number for number in range(count) if number not in bad]

@@ -85,6 +85,21 @@ class Distillation(CausalLM):
         (own,) = self.teachers
         return own if next(own.parameters()).device == self.device else own.to(self.device)
 
+    def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
+        """See that the texts fit the teacher.
+
+        Raises:
+            TuningError: they may be longer than its positions.
+        """
+        super().check_data(data, stage)
+        for teacher in self.teachers:
+            limit = text_structure.max_positions(teacher)
+            if limit is not None and isinstance(data, Truncated) and data.max_length > limit:
+                raise TuningError(
+                    f"max_length={data.max_length} of the data is beyond the {limit} positions of the teacher: lower "
+                    "it."
+                )
+
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the mean over the tokens of the targets."""
         self.check_rows(batch)
@@ -146,6 +161,11 @@ class Distillation(CausalLM):
                 f"the teacher {name} has {len(other)} tokens that are not the {len(own)} of the model: take one of the "
                 "same vocabulary."
             )
+        words = model.get_input_embeddings().num_embeddings
+        if words < len(own):
+            raise TuningError(
+                f"the teacher {name} has embeddings of {words} tokens, its tokenizer {len(own)}: take another teacher."
+            )
         width, theirs = self.backbone.config.hidden_size, model.config.hidden_size
         if self.hidden_weight and width != theirs:
             raise TuningError(
@@ -185,6 +205,7 @@ class ContextDistillation(Distillation):
         Raises:
             TuningError: it does not.
         """
+        super().check_data(data, stage)
         limit, size = text_structure.max_positions(self.backbone), len(self.context)
         if limit is not None and isinstance(data, Truncated) and size + data.max_length > limit:
             raise TuningError(

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -27,8 +26,16 @@ class FrozenTask(Task):
     def configure_callbacks(self) -> list[L.Callback]:
         """Ask the data module for rows as they are, before it reads them."""
         if isinstance(self.data, Reencodable):
-            self.data.encode_as(partial(as_fields, self.data))
+            self.data.encode_as(self._fields_of)
         return list(super().configure_callbacks())
+
+    def needed(self, split: str) -> list[list[str]]:
+        """Return groups of columns: of each, one column of a row must have something in it."""
+        return []
+
+    def _fields_of(self, rows: Any, split: str) -> Any:
+        assert isinstance(self.data, Rows)
+        return as_fields(self.data, self.needed(split), rows, split)
 
     def setup(self, stage: str) -> None:
         """Check that the data are for this task.
@@ -71,7 +78,11 @@ class FrozenTask(Task):
         Raises:
             TuningError: there are none.
         """
-        rows = self.data.rows("train") if isinstance(self.data, Rows) else None
+        rows = None
+        if isinstance(self.data, Reencodable):
+            rows = self.data.usable("train")
+        elif isinstance(self.data, Rows):
+            rows = self.data.rows("train")
         if rows is None:
             raise TuningError(f"{what} come from training rows, and the data have none: give a train split.")
         return rows

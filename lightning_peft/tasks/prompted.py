@@ -137,6 +137,10 @@ class PromptedTask(FrozenTask):
         limits = [self._max_length, text_structure.max_positions(self.backbone), self.tokenizer.model_max_length]
         return min(limit for limit in (*limits, _LONGEST) if limit is not None)
 
+    def needed(self, split: str) -> list[list[str]]:
+        """Return the fields of the templates."""
+        return [sorted({name for template in self.templates for name in template.fields})]
+
     def check_loaded(self, model: nn.Module, info: Mapping[str, Any]) -> None:
         """See that all of the model was saved: nothing will train what was not.
 

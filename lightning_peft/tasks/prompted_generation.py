@@ -157,6 +157,10 @@ class PromptedGeneration(PromptedTask):
         """Return the answer in a text, or None."""
         return extract_answer(text, self.kind, self.choices, pick, self.language)
 
+    def needed(self, split: str) -> list[list[str]]:
+        """Return the fields of the templates, and the column of the answer."""
+        return [*super().needed(split), *([[self.target]] if split != "predict" else [])]
+
     def room_left(self, template: int, fields: Mapping[str, Any]) -> int:
         """Return how many tokens a row leaves for its demonstrations."""
         return self.prompts.room(self.room) - len(self.prompts.ids(self.templates[template], fields))

@@ -228,21 +228,21 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
 def test_bad_rows_are_named_by_number(name: str, folder: str, tmp_path: Path) -> None:
     row, arguments, message = MISTAKES[name]
     file = write(tmp_path, [{"messages": row}])
-    with pytest.raises(TuningError, match=f"^row 0 of the train split {message}"):
+    with pytest.raises(TuningError, match=f"^row 1 of the train split {message}"):
         set_up(chat(folder, file, **arguments))
 
 
 def test_bad_rows_are_left_out_and_counted(folder: str, tmp_path: Path) -> None:
     good, bad = conversation([USER, ANSWER]), conversation([USER])
     file = write(tmp_path, [good, bad, good, bad])
-    with pytest.raises(TuningError, match=r"^row 1 of the train split has no turn of the assistant"):
+    with pytest.raises(TuningError, match=r"^row 2 of the train split has no turn of the assistant"):
         set_up(chat(folder, file))
     data = chat(folder, file, skip_bad_rows=True)
     with pytest.warns(
-        UserWarning, match="2 of 4 rows of the (train|validation) split are left out, the first: row 1 of"
+        UserWarning, match="2 of 4 rows of the (train|validation) split are left out, the first: row 2 of"
     ):
         assert len(encoded(data)) == 2
-    with pytest.raises(TuningError, match="row 0 of the train split has no turn"):
+    with pytest.raises(TuningError, match="row 1 of the train split has no turn"):
         set_up(chat(folder, write(tmp_path, [bad]), skip_bad_rows=True))
 
 

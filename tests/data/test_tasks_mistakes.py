@@ -81,7 +81,7 @@ MISTAKES: dict[str, tuple[str, str, dict[str, Any], list[dict[str, Any]], str]] 
         "t5",
         {},
         [PAIR, {**PAIR, "target": " "}],
-        "row 1 of the train split has target ' '",
+        "row 2 of the train split has target ' '",
     ),
     "target length": ("Seq2SeqData", "t5", {"max_target_length": 0}, [PAIR], "max_target_length=0 is out of range"),
     "no room": (

@@ -166,6 +166,14 @@ def test_what_a_teacher_must_not_be(valley: Valley, other: str, tmp_path: Path) 
     Distillation(valley("gpt2"), str(tmp_path / "narrow"))
     with pytest.raises(TuningError, match="hidden states are 16 wide, the model's 32: set hidden_weight=0"):
         Distillation(valley("gpt2"), str(tmp_path / "narrow"), hidden_weight=1.0)
+    _narrow(valley, tmp_path / "short", n_positions=64)
+    task, short = Distillation(valley("gpt2"), str(tmp_path / "short")), trainer(tmp_path, LoRA(r=2), max_steps=1)
+    with pytest.raises(TuningError, match=r"max_length=128 of the data is beyond the 64 positions of the teacher"):
+        short.fit(task, rows(valley)[0])
+    short.fit(task, rows(valley, max_length=64)[0])
+    _narrow(valley, tmp_path / "few", vocab_size=100)
+    with pytest.raises(TuningError, match=r"has embeddings of 100 tokens, its tokenizer \d+: take another teacher"):
+        Distillation(valley("gpt2"), str(tmp_path / "few"))
 
 
 def test_what_a_context_must_not_be(valley: Valley, tmp_path: Path) -> None:
@@ -188,7 +196,8 @@ def _of_other_words(valley: Valley, folder: Path) -> str:
     return str(folder / "words")
 
 
-def _narrow(valley: Valley, folder: Path, tokenizer: Any = None) -> None:
+def _narrow(valley: Valley, folder: Path, tokenizer: Any = None, **config: Any) -> None:
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(valley("gpt2"))
-    hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)).save_pretrained(folder)
+    given = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2} | config
+    hf.GPT2LMHeadModel(hf.GPT2Config(**given)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

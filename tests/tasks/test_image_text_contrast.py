@@ -82,5 +82,5 @@ def test_bad_input_is_refused(model: str, tmp_path: Path) -> None:
     with pytest.raises(TuningError, match="shots= is of classes, and captions are none: leave it out"):
         CaptionedImageData(train="a.parquet", shots=4)
     rows = file(tmp_path / "a.parquet", ["a red star", " "])
-    with pytest.raises(TuningError, match="row 1 of train has ' ' in column 'text': give a text"):
+    with pytest.raises(TuningError, match="row 2 of train has ' ' in column 'text': give a text"):
         CaptionedImageData(train=rows, validation_share=0, test_share=0, image_size=16).images("train")

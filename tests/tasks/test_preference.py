@@ -163,7 +163,7 @@ def test_bad_pairs_are_named_by_number(name: str, valley: Valley, tmp_path: Path
     if "max_length" not in arguments:
         with pytest.warns(UserWarning, match="1 of 2 rows of the train split are left out"):
             assert len(read(valley, write(tmp_path, good, row), skip_bad_rows=True, **arguments)["input_ids"]) == 2
-    with pytest.raises(TuningError, match=f"^row [01] of the train split {message}"):
+    with pytest.raises(TuningError, match=f"^row [12] of the train split {message}"):
         read(valley, write(tmp_path, good, row), **arguments)
 
 

@@ -121,7 +121,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def test_bad_pairs_are_named_by_number(name: str, valley: Valley, tmp_path: Path) -> None:
     change, arguments, message = MISTAKES[name]
     file = write(tmp_path, [ROWS[1], {**ROWS[0], **change}])
-    with pytest.raises(TuningError, match=f"^row 1 of the train split .*{message}"):
+    with pytest.raises(TuningError, match=f"^row 2 of the train split .*{message}"):
         read(valley, file, **arguments)
     with pytest.warns(UserWarning, match="1 of 2 rows of the (train|validation) split are left out"):
         assert len(read(valley, file, skip_bad_rows=True, **arguments)["input_ids"]) == (

@@ -54,7 +54,7 @@ def test_it_learns_numbers(model: str, tmp_path: Path) -> None:
 def test_a_row_without_a_number_is_refused(model: str, tmp_path: Path, value: Any) -> None:
     odd = [{"first": "a", "second": "b", "score": value}]
     found = data(model, tmp_path, test=write(tmp_path / "odd.parquet", odd))
-    with pytest.raises(TuningError, match=r"row 0 of the test split has .* in column 'score', which is no number"):
+    with pytest.raises(TuningError, match=r"row 1 of the test split has .* in column 'score', which is no number"):
         found.setup("test")
 
 

@@ -42,7 +42,7 @@ from lightning_peft.core.graft import grafts
 from lightning_peft.core.tuning import tunings
 from tests import fresh
 from tests.kept import kept_tensors
-from tests.models import HEADS, TWO_TOWERS, batch, tiny
+from tests.models import HEADS, TWO_TOWERS, batch, known, tiny
 from tests.modules import OfPairs, Tuned, loader, pairs, trainer
 from tests.syncs import Syncs
 
@@ -74,6 +74,8 @@ class MethodContract:
     """Whether it trains on batches that are no mappings."""
     compiled: ClassVar[tuple[str, ...] | None] = None
     """The backbones to compile, which takes seconds; None: the first."""
+    traces_backward: ClassVar[bool] = False
+    """Whether its backward pass is traced each time, as of a method of each joint; if not, with the slow tests."""
 
     def count(self, kind: str) -> int:
         """Return the number of parameters that the method's paper says it trains, the task head apart."""
@@ -87,11 +89,15 @@ class MethodContract:
             first = AT_ONCE.get(law, len(chosen))
             marks = [() if i < first else pytest.mark.slow for i in range(len(chosen))]
             metafunc.parametrize("kind", [pytest.param(k, marks=m) for k, m in zip(chosen, marks, strict=True)])
+        if "backend" in metafunc.fixturenames:
+            slow = {"eager": self.traces_backward, "aot_eager": not self.traces_backward}
+            marks = {name: pytest.mark.slow if late else () for name, late in slow.items()}
+            metafunc.parametrize("backend", [pytest.param(name, marks=mark) for name, mark in marks.items()])
 
     # What `apply` does to a backbone.
 
     def test_the_base_keeps_its_keys_classes_and_modes(self, kind: str) -> None:
-        model = tiny(kind)
+        model = known(kind)
         values, shape = copy_of(model.state_dict()), {n: (type(m), m.training) for n, m in model.named_modules()}
         self.applied(model)
         assert_same(values, {name: model.state_dict()[name] for name in values})
@@ -102,25 +108,25 @@ class MethodContract:
         assert not set(missing) & frozen_names(model)
 
     def test_it_trains_as_many_parameters_as_the_paper_says(self, kind: str) -> None:
-        model = tiny(kind)
+        model = known(kind)
         self.applied(model)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == self.count(kind) + HEADS[kind]
 
     def test_the_delta_is_what_requires_gradients(self, kind: str) -> None:
-        model = tiny(kind)
+        model = known(kind)
         self.applied(model)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         assert set(collect(model)) == trained | graft_buffers(model)
 
     def test_at_the_start_it_is_the_frozen_model(self, kind: str) -> None:
         # Frozen, since SDPA takes another kernel where T5's position bias requires gradients.
-        frozen, model = tiny(kind).requires_grad_(False), tiny(kind)
+        frozen, model = tiny(kind).requires_grad_(False), known(kind)
         method = self.applied(model)
         same = torch.equal(output(frozen, kind), output(model, kind, method))
         assert same is self.identity_at_start
 
     def test_only_the_delta_trains(self, kind: str) -> None:
-        model = tiny(kind)
+        model = known(kind)
         method = self.applied(model)
         before, frozen = copy_of(model.state_dict()), frozen_names(model)
         first = loss_of(model, kind, method).item()
@@ -132,7 +138,7 @@ class MethodContract:
         assert any(not torch.equal(before[name], after[name]) for name in collect(model))
 
     def test_every_trained_parameter_gets_a_gradient(self, kind: str) -> None:
-        model = tiny(kind)
+        model = known(kind)
         method = self.applied(model)
         loss_of(model, kind, method).backward()
         for name, p in model.named_parameters():
@@ -141,7 +147,7 @@ class MethodContract:
         assert not kept_tensors(model)
 
     def test_twice_is_refused(self, kind: str) -> None:
-        model = tiny(kind)
+        model = known(kind)
         method = self.applied(model)
         before, keys = output(model, kind, method), list(model.state_dict())
         for again in (method, copy.deepcopy(self.method)):
@@ -151,7 +157,7 @@ class MethodContract:
         assert torch.equal(output(model, kind, method), before)
 
     def test_a_named_backbone_is_known_from_inside_and_outside(self, kind: str) -> None:
-        model = tiny(kind)
+        model = known(kind)
         keys, module = list(model.state_dict()), nn.ModuleDict({"net": model})
         method = dataclasses.replace(self.method, backbone="net")
         method.apply(module)
@@ -174,7 +180,7 @@ class MethodContract:
             raise BrokenError
 
         real = type(self.method).graft
-        model = tiny(kind)
+        model = known(kind)
         next(model.parameters()).requires_grad_(False)
         before = snapshot(model, kind)
         monkeypatch.setattr(type(self.method), "graft", graft)
@@ -197,7 +203,7 @@ class MethodContract:
             method.remove(model)
 
     def test_remove_after_training(self, kind: str) -> None:
-        model = tiny(kind)
+        model = known(kind)
         before = snapshot(model, kind)
         method = self.applied(model)
         descend(model, kind, method, steps=2)
@@ -214,7 +220,7 @@ class MethodContract:
     # Many deltas on one backbone.
 
     def test_muted_it_is_the_bare_backbone(self, kind: str) -> None:
-        frozen, model = tiny(kind).requires_grad_(False), tiny(kind)
+        frozen, model = tiny(kind).requires_grad_(False), known(kind)
         method = self.applied(model)
         shake(model)
         before, flags = output(model, kind, method), {n: p.requires_grad for n, p in model.named_parameters()}
@@ -232,9 +238,9 @@ class MethodContract:
         assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
 
     def test_deltas_of_two_names_are_each_as_alone(self, kind: str, tmp_path: Path) -> None:
-        bare, model, alone = snapshot(tiny(kind), kind), tiny(kind), {}
+        bare, model, alone = snapshot(tiny(kind), kind), known(kind), {}
         for seed, name in enumerate(("films", "books")):
-            single = tiny(kind)
+            single = known(kind)
             method = self.applied(single)
             torch.manual_seed(seed)
             shake(single)
@@ -261,9 +267,9 @@ class MethodContract:
         assert torch.equal(at_work(model, kind), alone["books"])
 
     def test_routed_each_row_is_as_alone(self, kind: str, tmp_path: Path) -> None:
-        model, rows, alone = tiny(kind), ["films", "books", None, "films"], {}
+        model, rows, alone = known(kind), ["films", "books", None, "films"], {}
         for seed, name in enumerate(("films", "books")):
-            single = tiny(kind)
+            single = known(kind)
             self.applied(single)
             torch.manual_seed(seed)
             shake(single)
@@ -285,13 +291,13 @@ class MethodContract:
 
     def test_combined_with_weights_of_one_it_is_itself(self, kind: str, tmp_path: Path) -> None:
         """One delta of weight 1, and two that are equal, of weights that add up to 1."""
-        single, file = tiny(kind), tmp_path / "delta.safetensors"
+        single, file = known(kind), tmp_path / "delta.safetensors"
         method = self.applied(single)
         shake(single)
         save_delta(single, file)
         expected = output(single, kind, method)
         for name, files, weights in (("one", [file], [1.0]), ("two", [file, file], [0.7, 0.3])):
-            model = tiny(kind)
+            model = known(kind)
             combine(files, weights, tmp_path / f"{name}.safetensors", backbone=model)
             assert not list_deltas(model)
             load_delta(model, tmp_path / f"{name}.safetensors", name)
@@ -300,7 +306,7 @@ class MethodContract:
     # How it lives with the rest of torch.
 
     def test_copies_are_equal_and_independent(self, kind: str) -> None:
-        model = tiny(kind)
+        model = known(kind)
         method = self.applied(model)
         shake(model)
         before = output(model, kind, method)
@@ -317,13 +323,13 @@ class MethodContract:
         assert type(rebuilt) is type(self.method)
         assert rebuilt.init_args() == self.method.init_args()
 
-    def test_compiled_is_eager(self, kind: str) -> None:
-        model = tiny(kind)
+    def test_compiled_is_eager(self, kind: str, backend: str) -> None:
+        model = known(kind)
         method = self.applied(model)
         shake(model)
         eager = gradients(model, kind, method)
         torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
         result = compiled(**inputs(kind, method))
         penalty = method.penalty(model)
         (result.loss if penalty is None else result.loss + penalty).backward()
@@ -331,7 +337,7 @@ class MethodContract:
         assert_near({"": model(**inputs(kind, method)).logits}, {"": result.logits}, 1e-5)
 
     def test_gradient_checkpointing_gives_the_same_gradients(self, kind: str) -> None:
-        model = tiny(kind)
+        model = known(kind)
         method = self.applied(model)
         shake(model)
         model.train()  # transformers checkpoints in training mode only
@@ -348,7 +354,7 @@ class MethodContract:
         assert_near(plain, checkpointed, 1e-5)
 
     def test_a_half_precision_backbone(self, kind: str) -> None:
-        frozen, model = half(tiny(kind)).requires_grad_(False), half(tiny(kind))
+        frozen, model = half(tiny(kind)).requires_grad_(False), half(known(kind))
         before = snapshot(model, kind)
         method = self.applied(model)
         dtype = torch.float32 if method.keep_fp32 else torch.bfloat16
@@ -366,7 +372,7 @@ class MethodContract:
     def test_a_fresh_process_gives_the_same_output(self, tmp_path: Path) -> None:
         expected = {}
         for kind in self.backbones:
-            model = tiny(kind)
+            model = known(kind)
             method = self.applied(model)
             shake(model)
             save_delta(model, tmp_path / f"{kind}.safetensors")

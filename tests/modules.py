@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tests.models import batch, tiny
+from tests.models import batch, known
 
 
 class Tuned(L.LightningModule):
@@ -19,7 +19,7 @@ class Tuned(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = tiny(kind, dropout).train()
+        self.model = known(kind, dropout).train()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self.model(**batch).loss

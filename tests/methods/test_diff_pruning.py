@@ -25,6 +25,7 @@ GROUPS = {"bert": 39, "gpt2": 28, "t5": 47, "vit": 38}
 class TestDiffPruning(MethodContract):
     method = DiffPruning(sparsity=0.01)
     backbones = ("bert", "gpt2", "t5", "vit")
+    traces_backward = True
     compiled = ("gpt2",)
 
     def count(self, kind: str) -> int:

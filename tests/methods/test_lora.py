@@ -21,6 +21,7 @@ from tests.models import KINDS, MINILM, ROBERTA_LARGE, batch, meta, tiny
 class TestLoRA(MethodContract):
     method = LoRA(r=2)
     backbones = KINDS
+    traces_backward = True
     compiled = KINDS
 
     def count(self, kind: str) -> int:

@@ -20,6 +20,7 @@ SIZE = 8
 class TestOFT(MethodContract):
     method = OFT(block_size=SIZE)
     backbones = ("bert", "gpt2")
+    traces_backward = True
 
     def count(self, kind: str) -> int:
         """L (in / b) b (b - 1) / 2 for each target."""

@@ -87,6 +87,7 @@ def tokens(size: int = 2, length: int = 6, seed: int = 0) -> Tensor:
 class TestPrefixTuning(MethodContract):
     method = PrefixTuning(num_virtual_tokens=P, mid_dim=5)
     backbones = ("bert", "gpt2", "llama", "t5", "vit")
+    traces_backward = True
     identity_at_start = False
     compiled = ("bert", "llama")
 

@@ -44,6 +44,7 @@ CONV = f"{__name__}.Conv"
 class TestSideTuning(MethodContract):
     method = SideTuning(side_layers=1)
     backbones = ("bert", "distilbert", "gpt2", "llama", "vit")
+    traces_backward = True
     identity_at_start = False
     compiled = ("bert", "vit")
 

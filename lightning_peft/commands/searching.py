@@ -34,12 +34,13 @@ class Searcher(L.Trainer):
             model: a PromptedClassification or PromptedGeneration.
             datamodule: its data.
             ckpt_path: accepted so that a configuration of test can be given as it is; not read.
-            how: 'edits', 'file', 'mine', 'paraphrase', 'gradient', 'write' or 'gepa'.
+            how: 'edits', 'file', 'mine', 'paraphrase', 'gradient', 'write', 'fill', 'words' or 'gepa'.
             budget: how many templates are asked.
             file: the templates of 'file', the text of 'mine', the paraphrases of 'paraphrase' and 'edits'.
             width: how many edits of the best are asked at a time.
             seed: of what is drawn.
-            writer: of 'gepa', the name of a model that litellm knows; None: the model of the task itself.
+            writer: of 'gepa', the name of a model that litellm knows; of 'fill', the folder or hub id of a T5; None:
+                the model of the task itself.
             out: the template file; the trace stands beside it, as .jsonl.
         """
         del ckpt_path

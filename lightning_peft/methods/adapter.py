@@ -15,6 +15,12 @@ function wherever dropout is off, and with it the adapter's whole output is drop
 scales its sublayers (DINOv2), they come after the scale, which may be 1e-5. The paper draws D and U from a normal
 distribution of std 1e-2, cut at two std; its code says 1e-3. We draw D so and start U at zero, which makes the start
 the frozen model; ``zero_up=False`` is the paper. D must not be zero as well: then nothing but b2 would ever learn.
+
+What adapter-hub's code does otherwise: it draws D and U from N(0, 0.02) (of its parallel form D as torch draws a linear
+layer, and U zero), so that ``pfeiffer`` does not start at the frozen model; its bottleneck is width / 16
+(``reduction=16``), of the parallel form width / 2 with ``scale=4``, the numbers of He et al.; its ``houlsby`` takes
+swish, the code of Houlsby et al. GELU, as here. Where norms come first its ``pfeiffer`` reads ``f + x``, the sum that
+it is added to; the paper has no such block, and there we read f, as VPT's code does.
 """
 
 from collections.abc import Iterable

@@ -5,7 +5,9 @@ input alone. The paper draws random rows from U(-0.5, 0.5), the released configu
 paper. "First 5,000 ids" are frequent words in a SentencePiece vocabulary, in BERT's 999 of them are special or unused:
 we count words. In an encoder the prompt goes after [CLS], so that what is pooled stays [CLS]. The default length is 20,
 where the released configuration has 100: the paper finds little gain beyond 20 (section 3.2), each token costs room and
-time in every batch, and 20 is what other libraries start from; give 100 to compare with its tables.
+time in every batch, and 20 is what other libraries start from; give 100 to compare with its tables. A text that is
+shorter than the prompt is repeated, where their code leaves the rest random; more labels than tokens are refused, where
+it leaves some out. They train by Adafactor without scaling by the parameter, at a constant 0.3; our rate is for AdamW.
 
 Before the text of a causal model the prompt does not depend on the text, so it is computed once a batch and its
 positions have no outputs. Where the source of an encoder-decoder is a sound or an image (Whisper, TrOCR), the prompt

@@ -2,7 +2,10 @@
 
 Sources: few-shot, Wei et al. 2022 (2201.11903); zero-shot in two stages, Kojima et al. 2022 (2205.11916), section 3 and
 ``utils.py`` of their code; self-consistency, Wang et al. 2022 (2203.11171), section 2. Where code takes the "A" of
-"An answer is (C)" for the answer, a letter here is one that stands alone and is no article.
+"An answer is (C)" for the answer, a letter here is one that stands alone and is no article. Of a text it takes all
+lines without their blanks, here it is one line; a rationale stands in the second prompt as it was written, here without
+the blanks around it. It reads the last "The answer is" of all that was written, be it of a question that the model has
+made up; `PromptedGeneration` cuts that off before.
 """
 
 import re

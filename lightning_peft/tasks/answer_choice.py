@@ -9,8 +9,9 @@ Of the answers n of a question, with T_n tokens each (the end of the text is one
 Source: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning"
 (2205.05638), section 3.2. As in their code (r-three/t-few), means of tokens are over all of a batch, and 0.01 is added
 to 1 - p, so that a wrong token of p = 1 has a finite gradient. Theirs counts log(1.01) for each padded and right token,
-too, which is a constant without a gradient and is left out here. They run the encoder once for all answers; here each
-answer is a row with its question, as every method expects it.
+too, which is a constant without a gradient and is left out here. They draw one of several templates for each row, train
+by Adafactor, and start IA3 from 100,000 steps on other tasks; none of this belongs to the losses. They run the encoder
+once for all answers; here each answer is a row with its question, as every method expects it.
 """
 
 from collections.abc import Mapping

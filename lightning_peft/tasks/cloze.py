@@ -79,6 +79,7 @@ class ClozeClassification(GapTask, ClassScores):
     scores, and training minimises a ``loss`` of the labels' scores. Nothing is added to the model. A word of
     several tokens has as many masks in the gap: in training, where the longest word says how many there are, all are
     guessed in one pass; in scoring the gap is as long as the word, and ``fill`` says in which order it is filled.
+    PET's further loss, of words that are masked in unlabelled texts (weight 0.0001), is not here.
 
     Logs ``train_loss``, ``val_loss``, ``val_accuracy``, ``val_f1`` and the same for the test.
 

@@ -9,6 +9,8 @@ paraphrase   one word of the template in other words, from a file ``word: other,
 edits        words are deleted, swapped, paraphrased and added again, the best so far going on (GrIPS, 2203.07281)
 gradient     words are replaced by those that the gradient of the loss points to (AutoPrompt, 2010.15980)
 write        the model itself writes instructions from solved rows (APE, 2211.01910)
+fill         a T5 writes the words between the text and the answer of solved rows (LM-BFF, 2012.15723)
+words        other words for the labels, by their likelihood after rows of the label (LM-BFF, 2012.15723)
 gepa         a model reads what went wrong and writes better instructions, the best going on (GEPA, 2507.19457)
 ============ =========================================================================================================
 
@@ -29,13 +31,15 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.storage import atomic
 from lightning_peft.prompting.candidates import Editor, lines_of, listed, mined, paraphrased, synonyms_of
 from lightning_peft.prompting.template import Template
+from lightning_peft.tasks.filled_prompts import filled_prompts
+from lightning_peft.tasks.label_words import label_words
 from lightning_peft.tasks.prompted import PromptedTask
 from lightning_peft.tasks.prompted_classification import PromptedClassification
 from lightning_peft.tasks.reflective_search import Writer, evolved
 from lightning_peft.tasks.trigger_search import better_words
 from lightning_peft.tasks.written_prompts import solved_rows, written_prompts
 
-How = Literal["file", "mine", "paraphrase", "edits", "gradient", "write", "gepa"]
+How = Literal["file", "mine", "paraphrase", "edits", "gradient", "write", "fill", "words", "gepa"]
 HOW: tuple[How, ...] = get_args(How)
 
 
@@ -48,12 +52,19 @@ class Tried:
         score: on the validation rows.
         how: what it was made by.
         parent: the template that it was made of, if there was one.
+        words: label -> its word, where these were searched for.
     """
 
     template: str
     score: float
     how: str
     parent: str | None = None
+    words: dict[str, str] | None = None
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """It as a row of the trace, without words where there are none."""
+        return {name: value for name, value in asdict(self).items() if name != "words" or value is not None}
 
 
 @dataclass
@@ -77,12 +88,12 @@ class Found:
         """Write the best template as a file that the prompted tasks take, and the trace beside it (``.jsonl``)."""
         path = Path(path)
         parts: dict[str, Any] = {"task": "search", "templates": {"found": self.best.template}}
-        if words:
+        if words := self.best.words or words:
             parts["words"] = words
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:
             Path(file).write_text(yaml.safe_dump(parts, allow_unicode=True, sort_keys=False), encoding="utf-8")
-        rows = (json.dumps({"metric": self.metric, **asdict(one)}, ensure_ascii=False) for one in self.tried)
+        rows = (json.dumps({"metric": self.metric, **one.row}, ensure_ascii=False) for one in self.tried)
         with atomic(path.with_suffix(".jsonl")) as file:
             Path(file).write_text("\n".join(rows) + "\n", encoding="utf-8")
         return path
@@ -105,15 +116,15 @@ def search_prompts(
     Args:
         task: a `PromptedClassification` or `PromptedGeneration`; the search begins with its first template.
         data: has validation rows, on which candidates are compared, and training rows, which 'mine', 'gradient',
-            'write' and 'gepa' read.
-        how: where candidates come from.
+            'write', 'fill', 'words' and 'gepa' read.
+        how: where candidates come from; 'words' keeps the template, and the task takes the best words.
         budget: how many candidates are asked, that of the task among them.
         file: the templates of 'file', the text of 'mine', the paraphrases of 'paraphrase' and, if given, of 'edits'.
         width: how many edits of the best are asked at a time.
         seed: of what is drawn.
         trainer: runs the validations; None: one that logs nothing.
         writer: of 'gepa', what writes instructions: a function from a text to what follows it, or the name of a model
-            that litellm knows; None: the model of the task itself.
+            that litellm knows; of 'fill', the folder or hub id of a T5; None: the model of the task itself.
 
     Raises:
         TuningError: an argument is out of range or missing, or there are no candidates.
@@ -124,7 +135,10 @@ def search_prompts(
         raise TuningError(f"budget={budget} and width={width} leave nothing to compare: take 2 and 1 or more.")
     search = _Search(task, data, budget, width, seed, trainer or _quiet_trainer())
     search.run(how, file, writer)
-    task.use_templates(search.found.best.template)
+    best = search.found.best
+    task.use_templates(best.template)
+    if best.words is not None and isinstance(task, PromptedClassification):
+        task.use_words(best.words)
     return search.found
 
 
@@ -155,13 +169,19 @@ class _Search:
             self.edit(Editor(self.seed, synonyms_of(file) if file else {}))
         elif how == "gradient":
             self.replace_words()
+        elif how == "words":
+            self.replace_label_words()
         elif how == "gepa":
             for one in evolved(self.task, self.data, begin, self.left, self.seed, writer):
                 self.found.tried.append(Tried(one.template, one.score, how, one.parent))
         else:
-            texts = _candidates(self.task, self.data, how, file, begin, self.left, self.seed)
+            if how == "fill":
+                texts = filled_prompts(self.task, self.data, begin, self.left, writer)
+            else:
+                texts = _candidates(self.task, self.data, how, file, begin, self.left, self.seed)
             if not texts:
-                raise TuningError(f"how={how!r} gives no candidates: give a file with more, or take how='edits'.")
+                more = "a larger budget" if how == "fill" else "a file with more"
+                raise TuningError(f"how={how!r} gives no candidates: give {more}, or take how='edits'.")
             self.ask(texts[: self.left], how, begin if how == "paraphrase" else None)
 
     def ask(self, texts: Sequence[str], how: str, parent: str | None) -> float:
@@ -198,6 +218,16 @@ class _Search:
             place, stale = place + 1, 0 if fresh else stale + 1
             if fresh:
                 self.ask(fresh, "gradient", parent)
+
+    def replace_label_words(self) -> None:
+        """Ask by other words for the labels, those first that tell most of the training rows apart."""
+        if not isinstance(self.task, PromptedClassification):
+            raise TuningError("how='words' finds words of labels: take a PromptedClassification, or how='edits'.")
+        template = self.task.templates[0].text
+        for words in label_words(self.task, self.data, self.left):
+            self.task.use_words(words)
+            (scores,) = self.trainer.validate(self.task, self.data, verbose=False)
+            self.found.tried.append(Tried(template, scores[self.found.metric], "words", template, words))
 
 
 LONG_ENOUGH = 8

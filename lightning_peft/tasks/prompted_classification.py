@@ -91,6 +91,19 @@ class PromptedClassification(PromptedTask, ClassScores):
         self.best_template: str | None = None
         self._answers: dict[Any, str] = {}
 
+    def use_words(self, words: Mapping[str, str | list[str]]) -> None:
+        """Ask for these words of the labels from now on; all else stays as it is.
+
+        Args:
+            words: label -> its word or words.
+
+        Raises:
+            TuningError: a label has none, or one does not fit the model.
+        """
+        self.verbalizer = Verbalizer(words, self.verbalizer.combine).ordered(self.labels)
+        self.take_templates()
+        self._forget()
+
     def take_templates(self) -> None:
         """Make what writes prompts of the templates, scores labels in them, and keeps the scores of each."""
         self.prompts = ClassPrompts(self.tokenizer, self.lm, self.templates, self.verbalizer, *self._prompting)

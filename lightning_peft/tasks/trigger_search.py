@@ -60,7 +60,7 @@ def better_words(
     found: list[str] = []
     for number in scores.argsort(descending=True).tolist():
         word = task.tokenizer.decode([number]).strip()
-        if word.isalpha() and word != pieces[at] and _is_one(task, word, lead, number):
+        if word.isalpha() and word != pieces[at] and is_one_token(task, word, lead, number):
             found.append("".join([*pieces[:at], word, *pieces[at + 1 :]]))
             if len(found) == most:
                 break
@@ -100,7 +100,7 @@ def _loss(task: PromptedClassification, template: Template, fields: Mapping[str,
     return -likely[range(len(word)), word].sum()
 
 
-def _is_one(task: PromptedClassification, word: str, lead: str, number: int) -> bool:
+def is_one_token(task: PromptedClassification, word: str, lead: str, number: int) -> bool:
     """Tell whether a word, written in its place, is that one token."""
     try:
         return word_ids(task.tokenizer, word, lead) == [number]

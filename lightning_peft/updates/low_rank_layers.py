@@ -49,6 +49,9 @@ class LowRankEmbedding(LowRank):
 class LowRankConv(LowRank):
     """Adds ``scale * B * A * x`` (two convolutions): A [r, in, *kernel], B [out, r, 1 ...].
 
+    The authors' code has A [r k, in k] and B [out / g k, r k] for a square kernel of size k, whose product is read as
+    the kernel: of rank r k, and bound to how torch lays a kernel out. Ours are PEFT's, of rank r.
+
     Where the layer has g groups A still sees all channels and B has g groups, [out, r / g, 1 ...], as in HF PEFT. No
     grouped kernel does the same, so that it cannot be merged.
     """

@@ -1,6 +1,7 @@
 """The console script, as a user meets it: in processes of its own where that is what is tested, else in this one."""
 
 import ast
+import gc
 import importlib.util
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from lightning_peft import TuningError, from_delta
+from lightning_peft import TuningError, cli, from_delta
 from lightning_peft.cli import main
 from lightning_peft.core.delta_file import read_delta, write_delta
 from lightning_peft.core.hub import resolve
@@ -123,6 +124,22 @@ def test_help_needs_nothing_heavy(tmp_path: Path) -> None:
     )
     assert "lightning_peft.cli" in loaded.stderr
     assert not re.search(r"\| +(torch|lightning|transformers)$", loaded.stderr, re.MULTILINE)
+
+
+def test_what_a_command_imports_is_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    with cli._imports():  # called by a program that has imported torch: its objects are its own
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    monkeypatch.delitem(sys.modules, "torch")
+    with cli._imports():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
+    with pytest.raises(ImportError), cli._imports():
+        raise ImportError
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.usefixtures("fitted")

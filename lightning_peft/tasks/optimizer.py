@@ -1,12 +1,13 @@
 """AdamW for a delta and a head: parameter groups with and without weight decay, and a linear schedule."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from transformers import get_linear_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_peft.core import anatomy
 from lightning_peft.core.errors import TuningError
@@ -90,8 +91,19 @@ def adamw(groups: list[dict[str, Any]], warmup: float, steps: float, precision: 
         raise TuningError("the learning rate falls to 0 in the last step, and there is none: set max_epochs.")
     fused = all(_can_fuse(p) for group in groups for p in group["params"]) and precision != "16-mixed"
     optimizer = AdamW(groups, fused=fused)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(warmup * steps), int(steps))
+    schedule = LambdaLR(optimizer, partial(linear, round(warmup * steps), int(steps)))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def linear(warmup: int, steps: int, step: int) -> float:
+    """Return the share of the learning rate in a step: it rises from 0 in the first ``warmup``, and falls to 0.
+
+    It is that of transformers, whose module of schedules imports PEFT where that is installed.
+
+    >>> [linear(2, 6, step) for step in range(7)]
+    [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    return step / warmup if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
 
 
 def _can_fuse(parameter: Tensor) -> bool:

@@ -6,10 +6,12 @@
 A process starts Python, reads rows and model, trains and validates once; what is compared is its CPU time, its time on
 the clock, the most memory that it held, and the score that it wrote. Both have the same learning rates, schedule and
 dropout, and the other trainer has a third process with batches as it draws them itself.
-TRL is a package that this one does not need: it is looked up where Python looks, for example below ``PYTHONPATH``.
+TRL is a package that this one does not need: it is looked up where Python looks, for example below ``PYTHONPATH``. This
+package is compiled to bytecode before, as pip compiles those that it installs.
 """
 
 import argparse
+import compileall
 import csv
 import json
 import os
@@ -27,6 +29,7 @@ import torch
 import transformers as hf
 import yaml
 
+import lightning_peft
 from examples.pretrain_tiny import save_tokenizer
 from lightning_peft.data import ChatData, StdlibDocstrings, TextClassificationData, TokenData, synthetic
 from tests.benchmarks import measure
@@ -165,6 +168,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, help="of training")
     given = parser.parse_args()
+    compileall.compile_dir(Path(lightning_peft.__file__).parent, quiet=1)
     make, rows = CASES[given.case]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -125,8 +125,11 @@ class Graft(Movable):
 
     def is_first(self, host: nn.Module) -> bool:
         """Tell whether this graft's hook is the first to see the host's output, those that rest left out."""
-        at_work = (hook for hook in output_hooks(host) if not getattr(getattr(hook, "__self__", None), "rests", False))
-        return next(at_work, None) == self._on_output
+        mine, hooks = self._on_output, output_hooks(host)
+        if hooks[:1] == [mine]:  # nearly always, and asked in each call
+            return True
+        at_work = (hook for hook in hooks if not getattr(getattr(hook, "__self__", None), "rests", False))
+        return next(at_work, None) == mine
 
     def _on_input(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         if self.rests:

@@ -61,7 +61,9 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> 
     """Return ``out + scale (x aᵀ) bᵀ`` in the buffer of ``out``, in whose dtype a [r, in] and b [out, r] are used."""
     if torch.is_grad_enabled():
         return _add_low_rank(out, x, a, b, scale)
-    _add(out, x, a.to(out.dtype), b.to(out.dtype), scale)
+    if not a.dtype is out.dtype is b.dtype:  # a cast to the same dtype costs the host as much as this product
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    _add(out, x, a, b, scale)
     return out
 
 
@@ -139,7 +141,7 @@ class _AddLowRank(torch.autograd.Function):
         _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
         grad_x = torch.mm(g.t(), a) if needs_x else None
         if grad_x is not None and rows is not x:
-            grad_x = grad_x.view(x.shape)
+            grad_x = grad_x.view_as(x)
         if half and needs_a and needs_b and not torch.is_grad_enabled():
             return grad, grad_x, *_products(g, rows, u, d, ctx.scale, wide_a.dtype), None
         grad_a = torch.mm(g, rows) if needs_a else None

@@ -126,10 +126,9 @@ class Graft(Movable):
     def is_first(self, host: nn.Module) -> bool:
         """Tell whether this graft's hook is the first to see the host's output, those that rest left out."""
         mine, hooks = self._on_output, output_hooks(host)
-        if hooks[:1] == [mine]:  # nearly always, and asked in each call
-            return True
-        at_work = (hook for hook in hooks if not getattr(getattr(hook, "__self__", None), "rests", False))
-        return next(at_work, None) == mine
+        if hooks[:1] != [mine]:  # seldom, and this is asked in each call
+            hooks = [hook for hook in hooks if not getattr(getattr(hook, "__self__", None), "rests", False)]
+        return hooks[:1] == [mine]
 
     def _on_input(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         if self.rests:
@@ -166,8 +165,7 @@ class Graft(Movable):
         args, kwargs = (args, kwargs) if self._device is None else placement.moved(args, kwargs, self._device)
         if args or not self._first_argument:  # a host may take nothing, such as a table of positions
             return args, kwargs
-        rest = {name: value for name, value in kwargs.items() if name != self._first_argument}
-        return (kwargs[self._first_argument],), rest
+        return (kwargs[self._first_argument],), {n: v for n, v in kwargs.items() if n != self._first_argument}
 
     def moving(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Move with the host but keep the dtype: ``.half()`` or bf16-true would round what was learnt."""

@@ -23,6 +23,7 @@ from lightning_peft.commands.agreement import PLACES
 from lightning_peft.core import cache_argument
 from lightning_peft.prompts.shared_prompt import decoder_of
 from lightning_peft.tasks import likelihoods
+from lightning_peft.tasks.shared_text import prefill
 from tests import models
 
 PACKAGE = Path(inspect.getfile(PromptTuning)).parents[1]
@@ -156,7 +157,7 @@ class TestTheCache:
         config = hf.MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=4)
         model = hf.MambaForCausalLM(config).eval()
         assert decoder_of(model) is None
-        assert likelihoods.prefill(model, [5, 6, 7]) is None
+        assert prefill(model, [5, 6, 7]) is None
 
     @pytest.mark.parametrize("kind", CAUSAL)
     @pytest.mark.parametrize("name", cache_argument.NAMES)
@@ -185,7 +186,7 @@ class TestTheCache:
     @pytest.mark.parametrize("kind", CAUSAL)
     def test_it_is_given_by_the_name_of_this_version(self, kind: str) -> None:
         model, ids = models.tiny(kind), models.batch(kind)["input_ids"]
-        shared = likelihoods.prefill(model, [5, 6, 7])
+        shared = prefill(model, [5, 6, 7])
         words = [[[8], [9, 10]]] * len(ids)
         given = likelihoods.causal_scores(model, ids, torch.ones_like(ids), words, shared)
         alone = likelihoods.recomputed_scores(model, ids, torch.ones_like(ids), words, [5, 6, 7])

@@ -18,6 +18,7 @@ from lightning_peft.core.labels import IGNORED
 from lightning_peft.data.protocols import Truncated
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.references import without_deltas
+from lightning_peft.tasks.shared_text import Shared, prefill
 
 Divergence = Literal["forward", "reverse"]
 
@@ -106,9 +107,9 @@ class Distillation(CausalLM):
         targets = self.targets(batch)
         kept = targets != IGNORED
         logits, hidden = self._said(self.backbone, self.inputs(batch), kept)
-        inputs, lead = self.lesson(batch)
         plain = self.text_columns(batch["labels"], batch)[:, 1:] != IGNORED
         with self._teaching():
+            inputs, lead = self.lesson(batch)
             right, states = self._said(self.teacher, inputs, plain, lead)
         losses = (1 - self.target_weight) * self.distance(logits, right)
         if self.target_weight:
@@ -117,7 +118,7 @@ class Distillation(CausalLM):
             losses = losses + self.hidden_weight * (hidden - states).square().mean(-1)
         return losses.sum() / kept.sum().clamp(min=1)
 
-    def lesson(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], int]:
+    def lesson(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         """Return what the teacher is fed, without virtual tokens, and how many columns it has before the text."""
         names = ("input_ids", "attention_mask", "position_ids")
         return {name: self.text_columns(batch[name], batch) for name in names if name in batch}, 0
@@ -139,9 +140,9 @@ class Distillation(CausalLM):
     def _teaching(self) -> AbstractContextManager[None]:
         return in_eval(self.teacher) if self.teachers else without_deltas(self.backbone)
 
-    def _said(self, model: Any, inputs: Mapping[str, Tensor], kept: Tensor, lead: int = 0) -> tuple[Tensor, Tensor]:
+    def _said(self, model: Any, inputs: Mapping[str, Any], kept: Tensor, lead: int = 0) -> tuple[Tensor, Tensor]:
         """Return logits in fp32 where ``kept`` [B, T - 1] is true, [M, V], and last hidden states, if used."""
-        out = model(**inputs, use_cache=False, output_hidden_states=bool(self.hidden_weight))
+        out = model(**{"use_cache": False, **inputs}, output_hidden_states=bool(self.hidden_weight))
         logits = out.logits[:, lead:-1][kept].float()
         return logits, out.hidden_states[-1][:, lead:-1][kept].float() if self.hidden_weight else logits
 
@@ -179,6 +180,7 @@ class ContextDistillation(Distillation):
 
     The teacher is the backbone with its deltas muted, which reads the text before each row; the student, the backbone
     with its deltas, reads the row alone. So a prefix or a prompt of P virtual tokens stands for a text of N tokens.
+    In a fit the text is read once, where the model has a cache of keys and values alone; else with each row.
 
     Source: Askell et al. 2021, arXiv 2112.00861, section 2.2.2; Snell et al. 2022, arXiv 2209.15189.
 
@@ -198,6 +200,15 @@ class ContextDistillation(Distillation):
         self.context: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not self.context:
             raise TuningError("context= has no token: give a text, or the path of a file with one.")
+        self._read: dict[bool, Shared | None] | None = None
+
+    def on_fit_start(self) -> None:
+        """Read the context anew: the weights may be others than in an earlier fit."""
+        self._read = {}
+
+    def on_fit_end(self) -> None:
+        """Forget what has been read."""
+        self._read = None
 
     def check_data(self, data: L.LightningDataModule | None, stage: str) -> None:
         """See that the context fits the model together with the texts.
@@ -213,7 +224,7 @@ class ContextDistillation(Distillation):
                 "positions of the model: shorten one of them."
             )
 
-    def lesson(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], int]:
+    def lesson(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         """Return the rows with the context before them, after the beginning-of-sequence token if all have one.
 
         Raises:
@@ -221,10 +232,26 @@ class ContextDistillation(Distillation):
         """
         if "position_ids" in batch:
             raise TuningError("the context would stand before the first text of a packed row alone: set packing=false.")
-        inputs, size = super().lesson(batch)[0], len(self.context)
+        inputs = super().lesson(batch)[0]
         ids, begin = inputs["input_ids"], self.tokenizer.bos_token_id
-        place = int(begin is not None and bool((ids[:, 0] == begin).all()))
-        text = torch.tensor(self.context, device=ids.device).expand(len(ids), -1)
         mask = inputs.get("attention_mask", torch.ones_like(ids))
-        ids = torch.cat([ids[:, :place], text, ids[:, place:]], 1)
-        return {"input_ids": ids, "attention_mask": torch.cat([mask.new_ones(len(ids), size), mask], 1)}, size
+        opens = begin is not None and bool((ids[:, 0] == begin).all())
+        text = torch.tensor(self.context, device=ids.device)
+        shared = self._shared(opens)
+        if shared is None:
+            place, size = int(opens), len(text)
+            ids = torch.cat([ids[:, :place], text.expand(len(ids), -1), ids[:, place:]], 1)
+            return {"input_ids": ids, "attention_mask": torch.cat([mask.new_ones(len(ids), size), mask], 1)}, size
+        if opens:  # the first column guesses what comes behind the context, so the context's last token stands there
+            ids = torch.cat([text[-1:].expand(len(ids), 1), ids[:, 1:]], 1)
+        mask = torch.cat([mask.new_ones(len(ids), shared.length), mask], 1)
+        return {"input_ids": ids, "attention_mask": mask, "use_cache": True} | shared.given_to(self.backbone), 0
+
+    def _shared(self, opens: bool) -> Shared | None:
+        """Return the context as it has been read; ``opens``: behind the beginning-of-sequence token."""
+        if self._read is None:
+            return None
+        if opens not in self._read:
+            text = [self.tokenizer.bos_token_id, *self.context[:-1]] if opens else self.context
+            self._read[opens] = prefill(self.backbone, text)
+        return self._read[opens]

@@ -11,6 +11,7 @@ from lightning_peft.prompting.encoding import mask_id, sentinel_id
 from lightning_peft.prompting.template_parts import Mask
 from lightning_peft.tasks import likelihoods
 from lightning_peft.tasks.class_prompts import NULL, ClassPrompts, Key, Prompt
+from lightning_peft.tasks.shared_text import Shared, prefill
 
 Normalise = Literal["sum", "mean", "pmi"]
 
@@ -42,7 +43,7 @@ class LabelScores:
         """Forget what was computed of prompts without content, and of prefixes: it depends on the weights."""
         self.without_row: dict[Key, Tensor] = {}
         """Log p of the words after PMI's empty input, and of the labels after the inputs that calibrate."""
-        self._shared: dict[tuple[int, ...], likelihoods.Shared | None] = {}
+        self._shared: dict[tuple[int, ...], Shared | None] = {}
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Return log p of the labels, for each row and template, [B, templates, C]."""
@@ -102,12 +103,12 @@ class LabelScores:
             return likelihoods.causal_scores(model, ids, mask, words, shared)
         return likelihoods.recomputed_scores(model, ids, mask, words, first.shared)
 
-    def _read(self, model: nn.Module, front: tuple[int, ...]) -> likelihoods.Shared | None:
+    def _read(self, model: nn.Module, front: tuple[int, ...]) -> Shared | None:
         """Return the keys and values of demonstrations; those of the last few are kept."""
         if front not in self._shared:
             while len(self._shared) > len(self.prompts.templates):
                 self._shared.pop(next(iter(self._shared)))
-            self._shared[front] = likelihoods.prefill(model, front)
+            self._shared[front] = prefill(model, front)
         return self._shared[front]
 
     def _labels(self, words: Tensor, template: int) -> Tensor:

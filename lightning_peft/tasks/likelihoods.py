@@ -11,20 +11,15 @@ Models whose cache is more than keys and values of all tokens (sliding windows, 
 Sources: Zhao et al. 2021 (2102.09690), section 4; Schick and Schütze 2020 (2009.07118), section 3 for several masks.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from lightning_peft.core.cache_argument import cache_in, name_in
-from lightning_peft.prompts.source_mask import reads_source, source_argument
+from lightning_peft.prompts.source_mask import source_argument
+from lightning_peft.tasks.shared_text import Shared, arguments, keep, past, shareable
 
 Words: TypeAlias = Sequence[Sequence[Sequence[int]]]
 """The ids of the words that are scored in each row."""
@@ -33,34 +28,6 @@ Decoding: TypeAlias = Literal["confident", "left_to_right", "parallel"]
 
 ContentFreeMean: TypeAlias = Literal["raw", "normalised"]
 """How the probabilities of labels after inputs without content are averaged."""
-
-
-@dataclass
-class Shared:
-    """Keys and values of tokens that many sequences begin with, for one row."""
-
-    cache: Any
-    length: int
-
-    def copies(self, rows: int) -> Any:
-        """Return a cache with ``rows`` rows that may be added to."""
-        cache = DynamicCache()
-        for number, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), number)
-        return cache
-
-
-def prefill(model: nn.Module, ids: Sequence[int]) -> Shared | None:
-    """Let a causal model read what many sequences begin with; None: its cache cannot be shared.
-
-    A prefix language model reads the whole source at once: what begins it depends on what follows.
-    """
-    if reads_source(model):
-        return None
-    tokens = torch.tensor([list(ids)], device=_device(model))
-    out = model(input_ids=tokens, use_cache=True, **_keep(model, 1))
-    cache = _shareable(model, out)
-    return None if cache is None else Shared(cache, len(ids))
 
 
 def causal_scores(model: nn.Module, ids: Tensor, mask: Tensor, words: Words, shared: Shared | None = None) -> Tensor:
@@ -78,20 +45,20 @@ def causal_scores(model: nn.Module, ids: Tensor, mask: Tensor, words: Words, sha
     whole = torch.cat([before, mask], 1)
     longest = max(len(word) for row in words for word in row)
     place = whole.cumsum(1) - 1
-    past = _past(model, shared.copies(size)) if shared else {}
+    before_rows = past(model, shared.copies(size)) if shared else {}
     out = model(
         input_ids=ids,
         attention_mask=whole,
         **_positions(model, place[:, before.shape[1] :].clamp(min=0)),
-        **past,
+        **before_rows,
         use_cache=longest > 1,
-        **_keep(model, 1),
+        **keep(model, 1),
     )
     first = torch.tensor([[word[0] for word in row] for row in words], device=ids.device)
     total = _log_softmax(out.logits[:, -1]).gather(1, first)
     if longest == 1:
         return total
-    cache = _shareable(model, out)
+    cache = shareable(model, out)
     if cache is None:
         return recomputed_scores(model, ids, mask, words)
     return total + _rest_scores(model, whole, words, cache)
@@ -105,7 +72,7 @@ def _rest_scores(model: nn.Module, whole: Tensor, words: Words, cache: Any) -> T
     whole = torch.cat([whole.repeat_interleave(count, 0), filled[:, :-1].to(whole.dtype)], 1)
     place = (whole.cumsum(1) - 1)[:, 1 - flat.shape[1] :]
     logits = model(
-        input_ids=flat[:, :-1], attention_mask=whole, **_positions(model, place), **_past(model, cache), use_cache=True
+        input_ids=flat[:, :-1], attention_mask=whole, **_positions(model, place), **past(model, cache), use_cache=True
     ).logits
     rest = _of_tokens(logits, flat[:, 1:]) * inside[:, 1:]
     return rest.sum(1).unflatten(0, (size, count))
@@ -119,7 +86,7 @@ def recomputed_scores(model: nn.Module, ids: Tensor, mask: Tensor, words: Words,
     longest = int(lengths.max())
     flat, filled, _ = _pad(sequences, ids.device, left=True)
     places = (filled.cumsum(1) - 1).clamp(min=0)
-    kept: dict[str, Any] = {name: value + longest for name, value in _keep(model, 1).items()}
+    kept: dict[str, Any] = {name: value + longest for name, value in keep(model, 1).items()}
     source = torch.arange(flat.shape[1], device=ids.device) < flat.shape[1] - lengths.unsqueeze(1)
     kept |= source_argument(model, source)
     out = model(input_ids=flat, attention_mask=filled, **_positions(model, places), use_cache=False, **kept)
@@ -255,36 +222,5 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool = False
     return torch.tensor(ids, device=device), found, found.float()
 
 
-def _shareable(model: nn.Module, out: Mapping[str, Any]) -> DynamicCache | None:
-    """Return the cache in a model's output, or None if it is more than keys and values, or the model takes none."""
-    cache = cache_in(out)
-    if name_in(type(model).forward) is None or not isinstance(cache, DynamicCache):
-        return None
-    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _positions(model: nn.Module, places: Tensor) -> dict[str, Tensor]:
-    return {"position_ids": places} if "position_ids" in _arguments(model) else {}
-
-
-def _past(model: nn.Module, cache: Any) -> dict[str, Any]:
-    name = name_in(type(model).forward)
-    assert name is not None
-    return {name: cache}
-
-
-def _keep(model: nn.Module, count: int) -> dict[str, int]:
-    return {"logits_to_keep": count} if "logits_to_keep" in _arguments(model) else {}
-
-
-def _arguments(model: nn.Module) -> frozenset[str]:
-    return _names(type(model).forward)
-
-
-@lru_cache(maxsize=64)
-def _names(function: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
+    return {"position_ids": places} if "position_ids" in arguments(model) else {}

@@ -19,7 +19,8 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from lightning_peft.tasks.likelihoods import causal_scores, prefill, recomputed_scores
+from lightning_peft.tasks.likelihoods import causal_scores, recomputed_scores
+from lightning_peft.tasks.shared_text import prefill
 from tests.benchmarks.measure import interleave, ratio, table, versions
 
 TOKENS = 20

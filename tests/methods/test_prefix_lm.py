@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_peft import LoRA, PrefixLM, PrefixTuning, PromptTuning, PTuning, TuningError
 from lightning_peft.core.graft import grafts
-from lightning_peft.tasks.likelihoods import causal_scores, prefill, recomputed_scores
+from lightning_peft.tasks.likelihoods import causal_scores, recomputed_scores
+from lightning_peft.tasks.shared_text import prefill
 from tests.contract import assert_near, copy_of
 from tests.models import HIDDEN, batch, tiny
 from tests.modules import Tuned, loader, trainer

@@ -135,6 +135,45 @@ def test_the_context_is_before_each_row_of_the_teacher(method: Method, valley: V
     assert task.loss(wide).item() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["bare", "opened"])
+def test_a_context_that_is_read_once_teaches_the_same(kind: str, valley: Valley, tmp_path: Path) -> None:
+    """With a beginning-of-sequence token or without, and however many rows a batch has."""
+    name, (_, batch) = valley("gpt2"), rows(valley)
+    if kind == "opened":
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer.bos_token = tokenizer.eos_token
+        AutoModelForCausalLM.from_pretrained(name).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        name = str(tmp_path)
+        begin = torch.full((4, 1), tokenizer.bos_token_id)
+        batch = {n: torch.cat([{"labels": -100 * torch.ones_like(begin), "input_ids": begin}.get(
+            n, torch.ones_like(begin)), v], 1) if isinstance(v, Tensor) else v for n, v in batch.items()}  # fmt: skip
+    task = ContextDistillation(name, CONTEXT, hidden_weight=0.5)
+    method = drawn(task, PromptTuning(**PROMPT))
+    wide = method.prepare(batch)
+    few = {n: v[:2] if isinstance(v, Tensor) else v for n, v in wide.items()}
+    seen: list[tuple[int, ...]] = []
+    watch = task.backbone.register_forward_pre_hook(lambda _, args, given: seen.append(tuple(given["input_ids"].shape)),
+                                                    with_kwargs=True)  # fmt: skip
+    found = []
+    for fits in (False, True):
+        (task.on_fit_start if fits else task.on_fit_end)()
+        for own in (wide, few, wide):
+            task.zero_grad()
+            loss = task.loss(own)
+            loss.backward()
+            gradients = [p.grad.clone() for p in task.parameters() if p.grad is not None]
+            found.append((loss.item(), gradients))
+    watch.remove()
+    width, count = batch["input_ids"].shape[1], len(task.context)
+    assert [shape[1] for shape in seen[1:6:2]] == [width + count] * 3
+    assert seen[7] == (1, count)
+    assert [shape[1] for shape in seen[8::2]] == [width] * 3
+    for (plain, gradients), (cached, others) in zip(found[:3], found[3:], strict=True):
+        assert cached == pytest.approx(plain, rel=1e-6)
+        assert all(torch.allclose(one, other, atol=1e-7) for one, other in zip(gradients, others, strict=True))
+
+
 def test_a_prefix_learns_a_context(valley: Valley, tmp_path: Path) -> None:
     data, _ = rows(valley)
     task = ContextDistillation(valley("gpt2"), CONTEXT, lr=3e-2, warmup=0.0)

@@ -14,10 +14,10 @@ from lightning_peft.tasks.likelihoods import (
     combined,
     content_free_prior,
     masked_scores,
-    prefill,
     recomputed_scores,
     seq2seq_scores,
 )
+from lightning_peft.tasks.shared_text import prefill
 from tests.models import HIDDEN, VOCABULARY, tiny
 
 MASK = 6

@@ -11,8 +11,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.tasks.base import Task
+from lightning_peft.training import slurm
 from lightning_peft.training.method import Method
 from lightning_peft.training.rate_sweep import RateSweep
+from lightning_peft.training.requeue import RequeueUnsaved, SafeRequeue
 
 _LIMITS: dict[str, Any] = {
     "max_epochs": -1,
@@ -54,9 +56,14 @@ def find_rates(
     sweep = RateSweep()
     with isolate_rng():
         copies = [deepcopy(callback) for callback in callbacks if isinstance(callback, Method)]
-        one = sweeper([*copies, sweep], max_steps=sweep.steps, **_LIMITS)
+        ends = [RequeueUnsaved(_requeues(callbacks))] if slurm.is_job() or slurm.is_elastic() else []
+        one = sweeper([*copies, sweep, *ends], max_steps=sweep.steps, **_LIMITS)
         one.fit(deepcopy(model), deepcopy(data))
     del one, copies
     gc.collect()
     model.rate_scale *= sweep.best()
     rank_zero_info(f"--lr_find: the learning rates are those recommended, or given, times {sweep.best():.2g}")
+
+
+def _requeues(callbacks: list[Any]) -> bool:
+    return all(one.requeue for one in callbacks if isinstance(one, SafeRequeue))

@@ -29,6 +29,7 @@ from lightning_peft.core.storage import first_line
 from lightning_peft.training import checks, patches
 from lightning_peft.training.method import Method
 from lightning_peft.training.rebuild import methods_of
+from lightning_peft.training.requeue import goes_on
 
 for _name in dir(lightning_peft):  # jsonargparse knows by their short names the classes that have been imported
     getattr(lightning_peft, _name)
@@ -123,7 +124,8 @@ class TuningCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Look for learning rates, if that is asked for; a fit that goes on has those of its checkpoint."""
-        if self.argument(self.config, "lr_find") and self.argument(self.config, "ckpt_path") is None:
+        begins = self.argument(self.config, "ckpt_path") is None and not goes_on(self.trainer)
+        if self.argument(self.config, "lr_find") and begins:
             find_rates(self.model, self.datamodule, self.trainer, self._sweeper)
 
     def _sweeper(self, callbacks: list[Any], **own: Any) -> L.Trainer:

@@ -20,6 +20,7 @@ from lightning_peft.data.protocols import Truncated
 from lightning_peft.prompts.virtual_tokens import is_widened
 from lightning_peft.tasks import texts as texts_module
 from lightning_peft.tasks.optimizer import Shapes, adamw, parameter_groups, shapes_of
+from lightning_peft.tasks.rate_scale import RateScaled
 from lightning_peft.training.lean import Lean, lean_of
 from lightning_peft.training.loss_by_token import LossByToken
 from lightning_peft.training.method import Method
@@ -29,7 +30,7 @@ Split = Literal["val", "test"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
-class Task(MethodMixin, L.LightningModule):
+class Task(RateScaled, MethodMixin, L.LightningModule):
     """A model and how it is trained.
 
     A subclass says which class of transformers loads the model, returns the `loss` of a batch, names its metrics once
@@ -61,8 +62,6 @@ class Task(MethodMixin, L.LightningModule):
     """Whether a row is one text, so that `predict` knows what to do with it."""
     lean = False
     """Whether a fit has the callback `Lean` by itself."""
-    rate_scale = 1.0
-    """What all learning rates are multiplied by, for who tries several."""
     monitor = "val_loss"
     """The score that says which checkpoint is best."""
     val_scores: Any

@@ -158,10 +158,12 @@ class ContinualTask(HeadClassification):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep A."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["continual"] = {"matrix": [list(row) for row in self.matrix], "task": self.task}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up A."""
+        super().on_load_checkpoint(checkpoint)
         held = checkpoint.get("continual", {"matrix": [], "task": 0})
         self.matrix, self.task = [list(row) for row in held["matrix"]], held["task"]
 

@@ -54,11 +54,7 @@ class SafeRequeue(L.Callback):
         """Handle the signals in place of Lightning, and resume from this job's own file if it was requeued."""
         if stage != "fit":
             return
-        signals.install_handlers()
-        # Its handlers call collectives, and it has no public switch:
-        # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/trainer.py
-        table = patches.of_run(trainer)
-        table.patch(trainer._signal_connector, "register_signal_handlers", _leave_signals)
+        _handle_signals(trainer)
         _fits["begun"] += 1
         self._saved, self._decision = time.monotonic(), ""
         # torchrun may count restarts otherwise on another node: what rank 0 sees holds.
@@ -68,7 +64,9 @@ class SafeRequeue(L.Callback):
         if found and restarts > 0:
             rank_zero_info(f"restart {restarts}: going on from {found}")
             connector = trainer._checkpoint_connector
-            table.patch(connector, "resume_start", partial(_resume, type(connector).resume_start, connector, found))
+            patches.of_run(trainer).patch(
+                connector, "resume_start", partial(_resume, type(connector).resume_start, connector, found)
+            )
         elif found:
             raise TuningError(
                 f"{found} is there although this job has not been restarted, so it belongs to an earlier cluster's job "
@@ -161,6 +159,24 @@ class SafeRequeue(L.Callback):
         raise SystemExit(EXIT)
 
 
+class RequeueUnsaved(SafeRequeue):
+    """Requeues a job without a save: for a short fit before the one of the job, which a restart begins anew."""
+
+    def __init__(self, requeue: bool = True) -> None:
+        super().__init__(every_minutes=None, requeue=requeue)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Handle the signals in place of Lightning; this fit is not counted, and nothing is there to go on from."""
+        _handle_signals(trainer)
+        self._decision = ""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remove nothing."""
+
+    def _act(self, trainer: L.Trainer) -> None:
+        self._stop(trainer, "nothing trained yet")
+
+
 def add_requeue(trainer: L.Trainer) -> None:
     """Add `SafeRequeue` to the callbacks of a Trainer in a job that can be started anew, if it has none.
 
@@ -195,6 +211,11 @@ def add_requeue(trainer: L.Trainer) -> None:
         patches.of_run(trainer).record(callbacks, "SafeRequeue", partial(_leave, callbacks, added), lasting=True)
 
 
+def goes_on(trainer: L.Trainer) -> bool:
+    """Tell whether the next fit of this process goes on from what its job had saved when it was requeued."""
+    return _existing(own_file(trainer.default_root_dir, _fits["begun"] + 1)) is not None
+
+
 def environment_of(trainer: L.Trainer) -> ClusterEnvironment | None:
     """Return the cluster environment of a Trainer; None where its strategy has one process."""
     return trainer.strategy.cluster_environment if isinstance(trainer.strategy, ParallelStrategy) else None
@@ -208,6 +229,14 @@ def own_file(folder: str | Path, fit: int) -> Path:
 
 def _leave(callbacks: list[L.Callback], added: L.Callback) -> None:
     callbacks[:] = [callback for callback in callbacks if callback is not added]
+
+
+def _handle_signals(trainer: L.Trainer) -> None:
+    """Handle the signals in place of Lightning."""
+    signals.install_handlers()
+    # Its handlers call collectives, and it has no public switch:
+    # https://github.com/Lightning-AI/pytorch-lightning/blob/2.6.6/src/lightning/pytorch/trainer/trainer.py
+    patches.of_run(trainer).patch(trainer._signal_connector, "register_signal_handlers", _leave_signals)
 
 
 def _leave_signals() -> None:

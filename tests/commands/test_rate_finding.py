@@ -1,5 +1,7 @@
 """``fit --lr_find true`` changes the learning rates, and nothing else to the bit."""
 
+import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,10 +14,13 @@ from lightning_peft import TuningError
 from lightning_peft.cli import main
 from lightning_peft.commands import rate_finding
 from lightning_peft.core.delta_file import read_checkpoint
+from lightning_peft.training import requeue, signals, slurm
 from lightning_peft.training.rate_sweep import RateSweep
 from tests import text
 from tests.contract import assert_same
+from tests.training.test_requeue import job
 
+__all__ = ["job"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # of LightningCLI, which runs in this process
 
 CONFIG = """
@@ -31,6 +36,13 @@ trainer:
   callbacks:
     - {class_path: ModelCheckpoint, init_args: {dirpath: kept, filename: last, enable_version_counter: false}}
 """
+STOPPED = f"""
+trainer:
+  callbacks:
+    - {{class_path: ModelCheckpoint, init_args: {{dirpath: kept, filename: last, enable_version_counter: false}}}}
+    - class_path: tests.training.test_requeue.SignalAt
+      init_args: {{hook: train, number: 3, sent: {signal.SIGUSR1:d}}}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +50,7 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text.save_model(tmp_path / "model")
     text.write(tmp_path / "train.csv", text.sentences(60))
     (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "stopped.yaml").write_text(STOPPED)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rate_finding, "RateSweep", partial(RateSweep, steps=24))
 
@@ -48,7 +61,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
     main()
     kept = read_checkpoint("kept/last.ckpt")
     (optimizer,) = kept["optimizer_states"]
-    whole = {name: kept[name] for name in ("state_dict", "lr_schedulers", "loops", "epoch")}
+    whole = {name: kept[name] for name in ("state_dict", "lr_schedulers", "loops", "epoch", "rate_scale")}
     return whole | {"optimizer": optimizer, "random": torch.get_rng_state()}
 
 
@@ -75,6 +88,42 @@ def test_the_rates_are_multiplied_by_what_was_found(monkeypatch: pytest.MonkeyPa
     again = fitted(monkeypatch, "--method", "BitFit", "--model.lr", "1e-3", *more)["optimizer"]["param_groups"]
     assert {group["name"]: group["initial_lr"] for group in again} == rates
     assert len(found) == 2  # asked twice by the first fit alone
+
+
+@pytest.mark.parametrize("early", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_requeued_job_keeps_what_was_found(early: bool, job: pytest.MonkeyPatch) -> None:
+    """Stopped in the search it searches again; stopped in the fit it does not, and ends as one that nobody stopped."""
+    found: list[float] = []
+    best, seen = RateSweep.best, RateSweep.on_train_batch_end
+    words = ("--method", "LoRA", "--method.dropout", "0.1", "--lr_find", "true")
+    job.setattr(RateSweep, "best", lambda sweep: found.append(best(sweep)) or found[-1])
+    job.setattr(slurm, "_ask", lambda *command: "")
+    whole = fitted(job, *words)
+    searches = len(found)
+
+    def stopped(sweep: RateSweep, *given: Any) -> None:
+        seen(sweep, *given)
+        if len(sweep.losses) == 5:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def started(restart: int, *more: str) -> dict[str, Any]:
+        signals.uninstall()
+        job.setitem(requeue._fits, "begun", 0)
+        job.setenv("SLURM_RESTART_COUNT", str(restart))
+        return fitted(job, *words, *more)
+
+    if early:
+        job.setattr(RateSweep, "on_train_batch_end", stopped)
+        with pytest.raises(SystemExit, match=f"^{requeue.EXIT}$"):
+            started(0)
+        job.setattr(RateSweep, "on_train_batch_end", seen)
+        assert len(found) == searches
+        assert not list(Path.cwd().glob("**/requeue-*"))
+    with pytest.raises(SystemExit, match=f"^{requeue.EXIT}$"):
+        started(int(early), "--config", "stopped.yaml")
+    assert len(found) == 2 * searches
+    assert_same(whole, started(2))
+    assert len(found) == 2 * searches
 
 
 def test_what_it_cannot_scale(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tests import text
 from tests.contract import assert_same
 from tests.fresh import ROOT
 
@@ -196,6 +197,30 @@ def ranks_of(number: str) -> dict[int, int]:
         if ours and b"SLURM_STEP_ID" in variables and b"python" in command.split(b"\0")[0]:
             found[int(variables[b"SLURM_PROCID"])] = int(process.name)
     return found
+
+
+@pytest.mark.slow
+def test_rates_that_were_searched_are_kept(cluster: Cluster, tmp_path: Path) -> None:
+    """A job that looks for its learning rates looks once, and goes on with what it found."""
+    text.save_model(tmp_path / "model")
+    text.write(tmp_path / "train.csv", text.sentences(320))
+    rows = {"train": str(tmp_path / "train.csv"), "max_length": 16, "batch_size": 4, "validation_share": 0.1}
+    given = {
+        "model": {"class_path": "TextClassification", "init_args": {"model": str(tmp_path / "model")}},
+        "data": {"class_path": "TextClassificationData", "init_args": rows},
+    }
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump(given))
+    more = ("--config", str(tmp_path / "rows.yaml"), "--lr_find", "true", "--trainer.limit_val_batches", "0")
+    for name, pause in (("whole", 0.0), ("parts", 0.2)):
+        number = submit(cluster, tmp_path / name, "ddp", pause, *more)
+        if name == "parts":
+            until_it_trains(cluster, number, tmp_path / name)
+            cluster.run("scancel", "--signal=USR1", number)
+        job = cluster.wait(number)
+        assert job["JobState"] == "COMPLETED", output(job)
+        assert job["Restarts"] == str(int(name == "parts")), output(job)
+        assert output(job).count("--lr_find: the learning rates are") == 1, output(job)
+    is_the_same(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.slow

@@ -99,9 +99,10 @@ def _describe(name: str, method: "type[TuningMethod]") -> None:
     console = Console()
     console.print(f"[bold]{name}[/bold]: {(method.__doc__ or '').splitlines()[0]}", highlight=False)
     console.print(method.paper, highlight=False)
-    rates = method.advised
-    said = f"Learning rates: {rates.delta:g} for what it trains, {rates.head:g} for a head ({rates.source})."
-    console.print(said, highlight=False)
+    for what, rates in (("", method.advised), (" on images", method.advised.images)):
+        if rates is not None:
+            said = f"{rates.delta:g} for what it trains, {rates.head:g} for a head ({rates.source})"
+            console.print(f"Learning rates{what}: {said}.", highlight=False)
     meanings: dict[str, str] = {}
     for kind in reversed(method.__mro__):
         documented = docstring_parser.parse(kind.__doc__ or "")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lightning_peft.core import structure
 from lightning_peft.core.pruned import live_name
 
 if TYPE_CHECKING:
@@ -13,15 +14,29 @@ if TYPE_CHECKING:
 
 MEASURED = "measured on MiniLM, docs/results.md"
 """The source of a rate that is the best of those tried on real text."""
+DIGITS = "measured on digits, docs/results.md"
+"""The source of a rate that is the best of those tried on images."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The learning rates of what a method adds or trains, and of a new head beside it, and where they are from."""
+    """The learning rates of what a method adds or trains, and of a new head beside it, and where they are from.
+
+    Attributes:
+        delta: of what a method adds or trains.
+        head: of a new head.
+        source: where they are from.
+        images: those of a backbone that reads images; None: the same.
+    """
 
     delta: float
     head: float
     source: str
+    images: "Rates | None" = None
+
+    def on(self, backbone: nn.Module) -> "Rates":
+        """Return the rates for what this backbone reads."""
+        return self.images if self.images and structure.main_input_of(backbone) == "pixel_values" else self
 
 
 ADDED = Rates(2e-3, 1e-2, "as for LoRA; not measured for this method")
@@ -37,14 +52,14 @@ def rates_of(backbone: nn.Module, tuning: "Tuning") -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for key, name in _trained(backbone, tuning):
-        rate = tuning.methods[key].advised.delta
+        rate = tuning.methods[key].advised.on(backbone).delta
         found[name] = min(rate, found.get(name, rate))
     return found
 
 
-def head_rate(tuning: "Tuning") -> float:
+def head_rate(backbone: nn.Module, tuning: "Tuning") -> float:
     """Return the recommended rate of the head: the smallest of those of the methods."""
-    return min(method.advised.head for method in tuning.methods.values())
+    return min(method.advised.on(backbone).head for method in tuning.methods.values())
 
 
 def _trained(backbone: nn.Module, tuning: "Tuning") -> Iterator[tuple[str, str]]:

@@ -87,8 +87,9 @@ def learning_rates(trainer: L.Trainer, module: L.LightningModule) -> dict[str, s
     """Return, by the name of the optimizer's group, its learning rate and who says so, where that is known."""
     said: dict[str, str] = {}
     if isinstance(module, Task):
-        methods = [m for _, _, tuning in tunings(module) for m in tuning.methods.values()]
-        sources = "; ".join(f"{type(m).__name__}, {m.advised.source}" for m in methods) or EVERYTHING.source
+        tuned = [(backbone, m) for _, backbone, tuning in tunings(module) for m in tuning.methods.values()]
+        own = [f"{type(m).__name__}, {m.advised.on(backbone).source}" for backbone, m in tuned]
+        sources = "; ".join(own) or EVERYTHING.on(module.backbone).source
         for part, given in (("delta", module.lr), ("head", module.head_lr)):
             times = f", times {module.rate_scale:.2g} as found" if module.rate_scale != 1 else ""
             said[part] = f" (recommended: {sources}{times})" if given is None else f" (given{times})"

@@ -26,8 +26,8 @@ def shapes_of(module: nn.Module, backbone: nn.Module) -> Shapes:
     heads = {f"backbone.{name}" for name in anatomy.head_names(backbone)}
     tuning = Tuning.of(backbone)
     rates = {} if tuning is None else rates_of(backbone, tuning)
-    head = EVERYTHING.head if tuning is None else head_rate(tuning)
-    other = EVERYTHING.delta if tuning is None else ADDED.delta
+    head = EVERYTHING.on(backbone).head if tuning is None else head_rate(backbone, tuning)
+    other = EVERYTHING.on(backbone).delta if tuning is None else ADDED.delta
     found: Shapes = {}
     for name, parameter in module.named_parameters():
         is_head = name in heads or not name.startswith("backbone.")

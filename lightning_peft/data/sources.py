@@ -1,9 +1,11 @@
 """Loads text rows from files, from the Hugging Face hub, or from the rules of `lightning_peft.data.synthetic`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from datasets import Dataset, load_dataset
 
@@ -25,6 +27,8 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 
 class SourcedData(GivenSplits, TokenData):
     """Rows from CSV, JSON lines or Parquet files, from a dataset of the Hugging Face hub, or made by rules.
+
+    The cells of a CSV file are separated by commas, or by semicolons or tabs if its first line has them and no comma.
 
     Args:
         train: file of the training rows (.csv, .tsv, .json, .jsonl, .parquet); with ``dataset``, the name of a split.
@@ -108,14 +112,17 @@ class SourcedData(GivenSplits, TokenData):
         Raises:
             TuningError: there is no such file, or it cannot be read or is empty.
         """
-        suffixes = [suffix for suffix in Path(path).suffixes if suffix in _FORMATS]
+        suffixes = [suffix for suffix in map(str.lower, Path(path).suffixes) if suffix in _FORMATS]
         if not suffixes:
             raise TuningError(f"{split}={path!r} ends in none of {', '.join(_FORMATS)}: give such a file, or dataset=.")
         if not is_file(path):
             raise TuningError(f"{split}={path!r} is no file: give the path of one.")
         builder, options = _FORMATS[suffixes[-1]]
+        if Path(path).suffix.lower() == ".csv" and "://" not in path:
+            options = options | {"sep": _separator(path)}
         try:
-            return load_dataset(builder, data_files={split: path}, split=split, **options)
+            with _silence():
+                return load_dataset(builder, data_files={split: path}, split=split, **options)
         except Exception as error:  # each builder raises its own
             if (
                 isinstance(error, StopIteration)
@@ -123,4 +130,30 @@ class SourcedData(GivenSplits, TokenData):
                 or "No columns" in reason(error)
             ):
                 raise TuningError(f"the {split} split is empty: {path} has no rows.") from None
-            raise TuningError(f"{split}={path!r} is no readable {builder} file ({reason(error)}): mend it.") from None
+            said = f"{split}={path!r} is no readable {builder} file ({reason(error)})"
+            raise TuningError(f"{said}: {_remedy(reason(error), path)}.") from None
+
+
+def _separator(path: str) -> str:
+    """Return what separates the cells of a CSV file."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        head = file.readline()
+    return next((mark for mark in ",;\t" if mark in head), ",")
+
+
+def _remedy(said: str, path: str) -> str:
+    """Return what to do about a file that cannot be read."""
+    if "codec can't decode" in said:
+        return f"save it as UTF-8 (iconv -f latin1 -t utf-8 {path} > NEW, or with -f utf-16)"
+    return "put quotes around a text that has the separator in it" if "Expected" in said else "mend it"
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the library from logging the error that it raises."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)

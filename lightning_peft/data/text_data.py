@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.labels import IGNORED
 from lightning_peft.data.bad_rows import check_label, problem_of
-from lightning_peft.data.classes import check_columns, class_names, class_numbers
+from lightning_peft.data.classes import check_columns, class_names, class_numbers, warn_of_odd, warn_of_unlearned
 from lightning_peft.data.token_data import TokenData
 
 
@@ -38,6 +38,7 @@ class TextData(TokenData):
         names = list(class_names(rows, self.label, "train", self.skip_bad_rows).values())
         if len(names) < 2:
             raise TuningError(f"column {self.label!r} holds the classes {names}: a classifier needs two or more.")
+        warn_of_odd(names, self.label, len(rows))
         return names
 
     @property
@@ -68,14 +69,16 @@ class TextData(TokenData):
         Raises:
             TuningError: a row has a class that the training rows lack.
         """
-        labelled = split != "predict"
+        numbers = (
+            None if split == "predict" else class_numbers(rows, self.label, split, self.label_names, self.skip_bad_rows)
+        )
+        if split == "train" and numbers is not None:
+            warn_of_unlearned(numbers, self.label_names, self.label)
         return _tokenise, {
             "tokenizer": self.tokenizer,
             "text": list(self.text),
             "label": self.label,
-            "numbers": class_numbers(rows, self.label, split, self.label_names, self.skip_bad_rows)
-            if labelled
-            else None,
+            "numbers": numbers,
             "max_length": self.max_length,
         }
 

@@ -24,7 +24,7 @@ from lightning_peft.core import anatomy, select
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
-from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.core.rates import DIGITS, MEASURED, Rates
 from lightning_peft.core.reach import reached
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -109,7 +109,7 @@ class BitFit(Method):
     kind: ClassVar[str] = "biases"
     trains: ClassVar[str] = "the biases, or a subset by role"
     paper: ClassVar[str] = "Ben Zaken et al. 2022, arXiv 2106.10199"
-    advised: ClassVar[Rates] = Rates(3e-3, 1e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(3e-3, 1e-2, MEASURED, Rates(3e-2, 1e-1, DIGITS))
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Return the names of the biases to train; add those that are missing, and shifts of parts of fused ones."""

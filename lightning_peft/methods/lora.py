@@ -46,7 +46,7 @@ from lightning_peft.core.arguments import bounded, natural, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, overrides
 from lightning_peft.core.hosts import check_is_real
-from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.core.rates import DIGITS, MEASURED, Rates
 from lightning_peft.core.reads import may_overwrite
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -104,7 +104,7 @@ class LoRA(MergingMethod):
     kind: ClassVar[str] = "weights"
     trains: ClassVar[str] = "low-rank updates of weight matrices (also DoRA, rsLoRA, LoRA+, PiSSA, OLoRA, EVA)"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
-    advised: ClassVar[Rates] = Rates(2e-3, 3e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(2e-3, 3e-2, MEASURED, Rates(6e-3, 9e-2, DIGITS))
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout", "svd_iterations", "lora_plus_ratio"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

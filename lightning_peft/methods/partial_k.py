@@ -18,7 +18,7 @@ from torch import nn
 from lightning_peft.bases.caching import CachingMethod
 from lightning_peft.core import anatomy, select
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.core.rates import DIGITS, MEASURED, Rates
 from lightning_peft.core.reach import reached
 from lightning_peft.training.mixin import TunedBy
 
@@ -42,7 +42,7 @@ class PartialK(CachingMethod):
     kind: ClassVar[str] = "blocks"
     trains: ClassVar[str] = "the last k blocks, the norm after them and the head"
     paper: ClassVar[str] = "Jia et al. 2022, arXiv 2203.12119"
-    advised: ClassVar[Rates] = Rates(1e-3, 1e-3, MEASURED)
+    advised: ClassVar[Rates] = Rates(1e-3, 1e-3, MEASURED, Rates(3e-3, 3e-3, DIGITS))
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Return the names of what is trained in the last k blocks and after them."""

@@ -27,7 +27,7 @@ from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import Graft, attach, detach, grafts, owned_by
 from lightning_peft.core.meta_run import ran
 from lightning_peft.core.placement import device_of
-from lightning_peft.core.rates import Rates
+from lightning_peft.core.rates import DIGITS, Rates
 from lightning_peft.core.reach import reached
 from lightning_peft.towers.plain_vision import counting_prefixes
 from lightning_peft.towers.token_prompts import (
@@ -72,7 +72,7 @@ class VPT(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "tokens among the patches of an image, in the first or in every block"
     paper: ClassVar[str] = "Jia et al. 2022, arXiv 2203.12119"
-    advised: ClassVar[Rates] = Rates(3e-2, 1e-2, "measured on digits, docs/results.md")
+    advised: ClassVar[Rates] = Rates(3e-2, 1e-2, DIGITS)
     breaks: ClassVar[frozenset[str]] = frozenset({compatibility.LENGTH})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout"}
 

@@ -1,5 +1,6 @@
 """What is wrong with a source of texts is said in one sentence, before the first batch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,57 @@ def test_unlabelled_test_of_the_hub(model: str, tmp_path: Path) -> None:
     data = TextClassificationData(tokenizer=model, dataset=str(tmp_path / "hub"))
     with pytest.raises(TuningError, match="the test split has rows without a label"):
         data.setup("test")
+
+
+DIRT: dict[str, tuple[str, bytes, str]] = {
+    "as it is": ("rows.csv", b"id,text,label\n%s", ""),
+    "byte order mark": ("rows.csv", b"\xef\xbb\xbfid,text,label\n%s", ""),
+    "capitals": ("rows.CSV", b"id,text,label\n%s", ""),
+    "semicolons": ("rows.csv", b"id;text;label\n%s", ""),
+    "tabs": ("rows.csv", b"id\ttext\tlabel\n%s", ""),
+    "Latin-1": (
+        "rows.csv",
+        b"id,text,label\n%s1,f\xfcr,a\n",
+        r"save it as UTF-8 \(iconv -f latin1 -t utf-8 \S*ws\.csv",
+    ),
+    "a comma": (
+        "rows.csv",
+        b"id,text,label\n%s1,one, two,a\n",
+        "put quotes around a text that has the separator",
+    ),
+    "a blank": ("rows.csv", b"id,text ,label\n%s", r"no column 'text'; it has 'text ': name the one that is meant\.$"),
+    "no label": ("rows.csv", b"id,text,label\n%s3,c, \n", r"of them row 3: leave them out, or set skip_bad_rows\.$"),
+}
+
+
+@pytest.mark.parametrize("dirt", DIRT)
+def test_files_as_people_have_them(dirt: str, model: str, tmp_path: Path) -> None:
+    """What can be read is read as it is meant; what cannot says what to do."""
+    name, content, message = DIRT[dirt]
+    mark = content.partition(b"id")[2][:1]
+    lines = b'1,"a, good film\nin two lines",x\n2,"a dull film",y\n'.replace(b",", mark)
+    lines = lines.replace(b"a" + mark + b" good", b"a, good")
+    (tmp_path / name).write_bytes(content.replace(b"%s", lines))
+    data = TextClassificationData(tokenizer=model, train=str(tmp_path / name), test_share=0, validation_share=0)
+    if message:
+        with pytest.raises(TuningError, match=message):
+            data.setup("fit")
+        return
+    assert data.label_names == ["x", "y"]
+    assert data.rows("train")["text"][:] == ["a, good film\nin two lines", "a dull film"]
+
+
+def test_classes_that_look_like_a_slip(model: str, tmp_path: Path) -> None:
+    def data(labels: Sequence[str], **shares: float) -> TextClassificationData:
+        rows = [{"text": f"film {i}", "label": label} for i, label in enumerate(labels)]
+        return TextClassificationData(tokenizer=model, train=write(tmp_path / "train.jsonl", rows), **shares)
+
+    with pytest.warns(UserWarning, match=r"^the classes \['Good', 'good '\] of column 'label' differ by blanks or cap"):
+        _ = data(["Good", "good ", "dull"]).label_names
+    with pytest.warns(UserWarning, match=r"^column 'label' has 11 classes in 12 rows, too many to learn from so few"):
+        _ = data([*"abcdefghijkk"]).label_names
+    rows = data([*"xxxyyyxxz"], validation_share=0.3, test_share=0.3)
+    lost = sorted({"x", "y", "z"} - {*rows.rows("train")["label"][:]})
+    assert lost
+    with pytest.warns(UserWarning, match=f"^no training row has {', '.join(map(repr, lost))} in column 'label', whose"):
+        rows.setup("fit")

@@ -6,12 +6,15 @@ from typing import Any
 import lightning as L
 import pytest
 
-from lightning_peft import BitFit, FullFineTuning, LoRA, Method, TuningError
+from lightning_peft import BitFit, FullFineTuning, LoRA, Method, PartialK, TuningError
+from lightning_peft.core.rates import head_rate, rates_of
+from lightning_peft.core.tuning import Tuning
 from lightning_peft.methods import every_method
 from lightning_peft.reports.tuning_report import learning_rates
 from lightning_peft.tasks import TextClassification
 from lightning_peft.tasks.optimizer import rates_in
 from tests import text
+from tests.models import tiny
 from tests.modules import trainer
 
 
@@ -101,9 +104,21 @@ def test_the_rates_that_methods_recommend(model: str, tmp_path: Path) -> None:
     assert shown["head"].endswith(f"(recommended: FullFineTuning, {FullFineTuning.advised.source})")
 
 
+def test_images_have_rates_of_their_own() -> None:
+    assert PartialK.advised.images not in (None, PartialK.advised)
+    for kind, rates in (("bert", PartialK.advised), ("vit", PartialK.advised.images)):
+        backbone = tiny(kind)
+        PartialK().apply(backbone)
+        tuning = Tuning.of(backbone)
+        assert tuning is not None
+        assert rates is not None
+        assert set(rates_of(backbone, tuning).values()) == {rates.delta}
+        assert head_rate(backbone, tuning) == rates.head
+
+
 def test_each_method_says_its_rates() -> None:
     for name, method in every_method().items():
-        rates = method.advised
-        assert 0 < rates.delta < 1, name
-        assert 0 < rates.head < 1, name
-        assert rates.source, name
+        for rates in (method.advised, method.advised.images or method.advised):
+            assert 0 < rates.delta < 1, name
+            assert 0 < rates.head < 1, name
+            assert rates.source, name

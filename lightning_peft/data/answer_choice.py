@@ -1,13 +1,14 @@
 """Questions whose answer is one of a few texts, for language models that write: each option is a target."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.labels import IGNORED
-from lightning_peft.data.multiple_choice import OptionRows, number_of, options_of
+from lightning_peft.data.multiple_choice import OptionRows, check_choice, number_of, options_of
 from lightning_peft.data.padding import Padder
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.prompting.encoding import encode, text_ids
@@ -68,15 +69,25 @@ class AnswerChoiceData(SourcedData):
             TuningError: a row has fewer than two options, or a right one that is none of them.
         """
         self.template.check_columns(rows.column_names)
+        label = None if split == "predict" else self.label
+        self.check_each(rows, split, partial(_check, options=self.options, words=self.words, label=label))
         return _encode, {
             "tokenizer": self.tokenizer,
             "template": self.template.text,
             "options": self.options,
             "words": self.words,
-            "label": None if split == "predict" else self.label,
+            "label": label,
             "style": self.style,
             "max_length": self.max_length,
         }
+
+
+def _check(row: Mapping[str, Any], options: list[str], words: Mapping[str, str] | None, label: str | None) -> None:
+    """See that a row has options, and that the right one is one of them."""
+    if not words:
+        check_choice(row, options, label)
+    elif label is not None:
+        _number(row[label], list(words))
 
 
 def _encode(

@@ -5,6 +5,7 @@ Forms of data sets are templates: `FORMS` has those of COPA, SWAG and RACE, whos
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from string import ascii_uppercase
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.bad_rows import shown
 from lightning_peft.data.padding import Padder
 from lightning_peft.data.sources import SourcedData
 from lightning_peft.prompting.template import Template
@@ -106,15 +108,19 @@ class MultipleChoiceData(SourcedData):
         Raises:
             TuningError: a row has fewer than two options, or a right one that is none of them.
         """
+        self.check_each(rows, split, partial(check_choice, options=self.options, label=self._label(split)))
         return _encode, {
             "tokenizer": self.tokenizer,
             "templates": [self.first.text, *([self.second.text] if self.second is not None else [])],
             "fields": [name for name in self._fields if name != "option"],
             "options": self.options,
-            "label": None if split == "predict" else self.label,
+            "label": self._label(split),
             "says": {name: dict(values) for name, values in self.says.items()},
             "max_length": self.max_length,
         }
+
+    def _label(self, split: str) -> str | None:
+        return None if split == "predict" else self.label
 
 
 class OptionRows:
@@ -166,16 +172,29 @@ def number_of(value: Any, options: Sequence[str]) -> int:
     return found
 
 
+def check_choice(row: Mapping[str, Any], options: Sequence[str], label: str | None) -> None:
+    """See that a row has options, and that the right one is one of them.
+
+    Raises:
+        TuningError: it has fewer than two, or another one is right.
+    """
+    own = options_of(row, options)
+    if label is not None:
+        number_of(row[label], own)
+
+
 def options_of(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     """Return the texts of a row's options: those that one column lists, or one of each column.
 
     Raises:
-        TuningError: there are fewer than two.
+        TuningError: there are fewer than two, or no list of them.
     """
-    listed = list(row[columns[0]]) if len(columns) == 1 else [row[column] for column in columns]
-    own = [str(option).strip() for option in listed if option is not None]
+    listed = row[columns[0]] if len(columns) == 1 else [row[column] for column in columns]
+    if listed is not None and not isinstance(listed, list):
+        raise TuningError(f"it has {shown(listed)} for its options: give a list, or name one column for each.")
+    own = [str(option).strip() for option in listed or [] if option is not None]
     if len(own) < 2:
-        raise TuningError(f"a row has the options {own}, which leave no choice: give two or more.")
+        raise TuningError(f"it has the options {own}, which leave no choice: give two or more.")
     return own
 
 

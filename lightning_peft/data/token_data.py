@@ -106,6 +106,18 @@ class TokenData(DataModule):
         """Return what an error calls a row, counted from 1 as the user has the rows; ``number`` is from 0 as we do."""
         return f"row {number + 1} of the {split} split"
 
+    def check_each(self, rows: Dataset, split: str, check: Callable[[Mapping[str, Any]], Any]) -> None:
+        """See that no row makes a check raise a `TuningError`.
+
+        Raises:
+            TuningError: one does; it is named.
+        """
+        for number, row in enumerate(rows):
+            try:
+                check(row)
+            except TuningError as error:
+                raise TuningError(f"{self.row_name(split, number)} cannot be used: {error}") from None
+
     def usable(self, split: str) -> Dataset | None:
         """Return the rows of a split without those that are left out, or None where there is no such split."""
         rows = self.rows(split)

@@ -144,8 +144,17 @@ def test_mistakes(bert: str, tmp_path: Path) -> None:
         MultipleChoiceData(tokenizer=bert, form="boolq")  # type: ignore[arg-type]
     with pytest.raises(TuningError, match=r"no template of 'plain' shows the option: write \{option\}"):
         MultipleChoiceData(tokenizer=bert, second="{question}")
-    with pytest.raises(TuningError, match="which leave no choice: give two or more"):
-        first(of_rows(tmp_path, bert, [{**RACE, "options": ["a"]}], form="race"))
+    for odd, message in (
+        ({"options": ["a"]}, r"it has the options \['a'\], which leave no choice: give two or more"),
+        ({"options": None}, r"it has the options \[\], which leave no choice: give two or more"),
+        ({"answer": "Z"}, r"'Z' names none of the \d options"),
+    ):
+        with pytest.raises(TuningError, match=f"^row 2 of the train split cannot be used: {message}"):
+            first(of_rows(tmp_path, bert, [RACE, {**RACE, **odd}], form="race"))
+    with pytest.raises(
+        TuningError, match=r"^row 1 of the train split cannot be used: it has 'a, b' for its options: give"
+    ):
+        first(of_rows(tmp_path, bert, [{**RACE, "options": "a, b"}], form="race"))
     with pytest.raises(TuningError, match="has no options to choose from: use MultipleChoiceData"):
         MultipleChoice(bert).check_data(TextClassificationData(tokenizer=bert), "fit")
     assert set(FORMS) == {"plain", "copa", "swag", "race"}

@@ -1,13 +1,10 @@
 """The console script: dispatch, help and errors. Heavy imports wait until a command needs them."""
 
-import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from lightning_peft.commands import fail, is_misfit, lightning_words, refusal, sentence
+from lightning_peft.commands import fail, imports, is_misfit, lightning_words, refusal, sentence
 from lightning_peft.training import signals, slurm
 
 _HELP = """\
@@ -86,14 +83,14 @@ def _run(command: str) -> None:
         elif command in _TRAINER and _shows_short_help(command):
             pass
         elif command == "predict" and any(word.partition("=")[0] == "--text" for word in sys.argv[2:]):
-            with _imports():
+            with imports():
                 from lightning_peft.commands.texts import predict
             predict(sys.argv[2:])
         elif command in _TRAINER:
             slurm.check_environment()
             if command == "fit" and (slurm.is_job() or slurm.is_elastic()):
                 signals.install_handlers()  # a signal during the imports below would kill the process
-            with _imports():
+            with imports():
                 from lightning_peft.commands.running import run
             run()
         else:
@@ -119,31 +116,13 @@ def _run_apart(command: str, words: list[str]) -> None:
 
         submit(words)
     elif command == _COMPARE:
-        with _imports():
+        with imports():
             from lightning_peft.commands.comparing import compare
         compare(words)
     else:
         from lightning_peft.commands.completing import completion
 
         print(completion((*words, "bash")[0], _COMMANDS), end="")
-
-
-@contextmanager
-def _imports() -> Iterator[None]:
-    """Import what a command needs, and keep it out of every search for garbage, since it stays.
-
-    Such searches take a quarter of the time of an import, and as long again when the process ends. Where torch is there
-    already, another program has called us, whose objects are its own.
-    """
-    if "torch" in sys.modules or not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-        gc.freeze()
-    finally:
-        gc.enable()
 
 
 def _shows_short_help(command: str) -> bool:

@@ -18,8 +18,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from lightning_peft import TuningError, cli, from_delta
+from lightning_peft import TuningError, from_delta
 from lightning_peft.cli import main
+from lightning_peft.commands import imports
 from lightning_peft.core.delta_file import read_delta, write_delta
 from lightning_peft.core.hub import resolve
 from tests.models import save_tokenizer, tiny
@@ -127,16 +128,16 @@ def test_help_needs_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_what_a_command_imports_is_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
-    with cli._imports():  # called by a program that has imported torch: its objects are its own
+    with imports():  # called by a program that has imported torch: its objects are its own
         assert gc.isenabled()
     assert gc.get_freeze_count() == 0
     monkeypatch.delitem(sys.modules, "torch")
-    with cli._imports():
+    with imports():
         assert not gc.isenabled()
     assert gc.isenabled()
     assert gc.get_freeze_count() > 0
     gc.unfreeze()
-    with pytest.raises(ImportError), cli._imports():
+    with pytest.raises(ImportError), imports():
         raise ImportError
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0

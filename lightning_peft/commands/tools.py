@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from lightning_peft.commands import imports
 from lightning_peft.commands.config_files import configs
 from lightning_peft.commands.parsing import ToolParser
 from lightning_peft.core.errors import TuningError
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 def run_tool(command: str, arguments: Sequence[str]) -> None:
     """Run one of the commands with the arguments that follow it."""
     if command in ("export", "import"):
-        from lightning_peft.commands.interchange import run_interchange
-
+        with imports():
+            from lightning_peft.commands.interchange import run_interchange
         run_interchange(command, arguments)
         return
     if command == "push":
@@ -35,8 +36,8 @@ def run_tool(command: str, arguments: Sequence[str]) -> None:
         run_push(arguments)
         return
     if command == "combine":
-        from lightning_peft.commands.combining import run_combine
-
+        with imports():
+            from lightning_peft.commands.combining import run_combine
         run_combine(arguments)
         return
     functions: dict[str, Callable[..., None]] = {
@@ -44,8 +45,8 @@ def run_tool(command: str, arguments: Sequence[str]) -> None:
         "templates": templates,
     }  # fmt: skip
     if command == "chat":
-        from lightning_peft.commands.chatting import chat
-
+        with imports():
+            from lightning_peft.commands.chatting import chat
         functions["chat"] = chat
     function = functions[command]
     arguments = _by_name(command, list(arguments))
@@ -68,10 +69,11 @@ def methods(name: str | None = None) -> None:
     Args:
         name: a method, to see its arguments.
     """
-    from lightning_peft.core.select import near
-    from lightning_peft.methods import every_method
+    with imports():
+        from lightning_peft.core.select import near
+        from lightning_peft.methods import every_method
 
-    every = every_method()
+        every = every_method()
     if name is not None and name not in every:
         raise TuningError(f"{name!r} is no method{near(name, every)}.")
     if name is not None:
@@ -181,11 +183,11 @@ def merge_files(file: str, folder: str, backbone: str | None = None) -> None:
         folder: where to write the model.
         backbone: folder or hub id of the backbone; the one that the delta was trained on if left out.
     """
-    from lightning_peft.core.folding import merge
-    from lightning_peft.core.hub import load_tokenizer
-    from lightning_peft.core.structure import name_or_path
-    from lightning_peft.training.rebuild import from_delta
-
+    with imports():
+        from lightning_peft.core.folding import merge
+        from lightning_peft.core.hub import load_tokenizer
+        from lightning_peft.core.structure import name_or_path
+        from lightning_peft.training.rebuild import from_delta
     if Path(folder).is_file():
         raise TuningError(f"{folder} is a file: give a new folder.")
     if Path(folder).exists() and any(Path(folder).iterdir()):

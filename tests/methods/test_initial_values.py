@@ -60,7 +60,7 @@ RULES = {
     "T5 prompt tuning: U(-0.5, 0.5)": Rule(
         lambda: PromptTuning(num_virtual_tokens=40, init="random_uniform"), "gpt2", "weight", **uniform(0.5)
     ),
-    "P-Tuning: the table of nn.Embedding": Rule(lambda: PTuning(num_virtual_tokens=40), "gpt2", "table", 1.0),
+    "P-Tuning: the table of nn.Embedding": Rule(lambda: PTuning(num_virtual_tokens=12), "gpt2", "table", 1.0),
     "Prefix-Tuning: the table of nn.Embedding": Rule(
         lambda: PrefixTuning(num_virtual_tokens=40, mid_dim=16), "gpt2", "0.weight", 1.0
     ),

@@ -34,6 +34,18 @@ def first(data: AnswerChoiceData) -> dict[str, Any]:
     return next(iter(set_up(data).val_dataloader()))
 
 
+def sharp(task: AnswerChoice) -> AnswerChoice:
+    """Return a task whose model finds the words of a wrong answer likely; an untrained one finds none."""
+    head = task.backbone.get_output_embeddings()
+    biased = torch.nn.Linear(head.in_features, head.out_features)
+    biased.weight = head.weight
+    with torch.no_grad():
+        biased.bias.zero_()
+        biased.bias[task.tokenizer(f" {ROWS[0]['options'][0]}", add_special_tokens=False)["input_ids"]] = 7.0
+    task.backbone.set_output_embeddings(biased)
+    return task.eval()
+
+
 def alone(task: AnswerChoice, row: dict[str, Any]) -> list[list[float]]:
     """Return log p of the tokens of each answer of a row, each computed without padding."""
     found, question = [], f"{row['context']} {row['question']}"
@@ -53,7 +65,7 @@ def alone(task: AnswerChoice, row: dict[str, Any]) -> list[list[float]]:
 
 @pytest.mark.parametrize("kind", STYLES)
 def test_losses_and_scores_are_those_of_the_formulas(kind: str, valley: Valley, tmp_path: Path) -> None:
-    task = AnswerChoice(valley(kind), choice_loss=0.5, unlikelihood=2.0).eval()
+    task = sharp(AnswerChoice(valley(kind), choice_loss=0.5, unlikelihood=2.0))
     batch = first(of_rows(tmp_path, valley(kind), style=STYLES[kind]))
     right = [1, 0, 1]
     assert batch["right"].tolist() == right
@@ -70,6 +82,9 @@ def test_losses_and_scores_are_those_of_the_formulas(kind: str, valley: Valley, 
     ln = sum(math.log(sum(map(math.exp, row))) - row[r] for row, r in zip(means, right, strict=True)) / 3
     ul = -sum(math.log(1 - math.exp(token) + 0.01) for token in wrong) / len(wrong)
     assert loss == pytest.approx(lm + 0.5 * ln + 2 * ul, rel=1e-4)
+    task.unlikelihood = 0.0
+    assert loss - task.loss(batch).item() == pytest.approx(2 * ul, abs=1e-4)
+    assert 2 * ul > 0.05
     task.length_norm = 0.0
     assert task(batch)[0, 0].item() == pytest.approx(sum(likely[0][0]), rel=1e-4)
 
@@ -77,7 +92,7 @@ def test_losses_and_scores_are_those_of_the_formulas(kind: str, valley: Valley, 
 def test_gradients_are_those_of_the_authors_formula(valley: Valley, tmp_path: Path) -> None:
     """Theirs, of logits [B, C, L, V], counts padding and right tokens in the unlikelihood: a constant apart."""
     rows = [{**ROWS[0], "options": ROWS[0]["options"][:2]}, *ROWS[1:]]
-    task = AnswerChoice(valley("t5")).eval()
+    task = sharp(AnswerChoice(valley("t5")))
     batch = first(of_rows(tmp_path, valley("t5"), rows))
     task.loss(batch).backward()
     own = {name: p.grad.clone() for name, p in task.backbone.named_parameters() if p.grad is not None}

@@ -16,6 +16,9 @@ from lightning_peft.core.reads import passed_by
 from lightning_peft.updates.layer_update import LINEAR, LayerUpdate
 from lightning_peft.updates.read_layer import ReadLayer
 
+APART = ", or give the layers apart"
+"""What else can be done where a size fits some of the layers alone."""
+
 
 @dataclass(eq=False, kw_only=True)
 class LayerMethod(MergingMethod):
@@ -77,16 +80,3 @@ def _query_and_value(backbone: nn.Module) -> str:
         return select.by_role(backbone, ["query", "value"], LINEAR)
     except TuningError:
         return "all-linear"
-
-
-def check_divides(argument: str, value: int, size: int, whose: str, least: int = 1) -> None:
-    """Check that a size can be cut into parts of ``value``.
-
-    Raises:
-        TuningError: it cannot; the nearest value of at least ``least`` that can is named.
-    """
-    if size % value:
-        divisors = [d for d in range(least, size + 1) if size % d == 0]
-        best = min(divisors, key=lambda d: (abs(d - value), -d), default=None)
-        remedy = "leave it out with exclude=" if best is None else f"take {best}, or give the layers apart"
-        raise TuningError(f"{argument}={value} does not divide {size}, which {whose}: {remedy}.")

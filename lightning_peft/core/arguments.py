@@ -104,6 +104,27 @@ def check_arguments(method: Any) -> None:
             raise TuningError(f"{kind.__name__}'s {each.name}={value!r} {problem}.")
 
 
+def check_divides(argument: str, value: int, size: int, whose: str, otherwise: str = "", least: int = 1) -> None:
+    """Check that a size can be cut into parts of ``value``, or into as many.
+
+    Args:
+        argument: its name.
+        value: what it is.
+        size: what it must divide.
+        whose: says in a message what the size is.
+        otherwise: what else can be done than to take another value.
+        least: the least value that can be taken.
+
+    Raises:
+        TuningError: it cannot; the nearest value that can is named.
+    """
+    if size % value:
+        divisors = [d for d in range(least, size + 1) if size % d == 0]
+        best = min(divisors, key=lambda d: (abs(d - value), -d), default=None)
+        remedy = "leave it out with exclude=" if best is None else f"take {best}{otherwise}"
+        raise TuningError(f"{argument}={value} does not divide {size}, which {whose}: {remedy}.")
+
+
 def bounds_of(kind: type, name: str) -> Bounds:
     """Return the bounds of a field: those that the class says, or the nearest base that says some."""
     declared = (vars(base).get("__dataclass_fields__", {}).get(name) for base in kind.__mro__)

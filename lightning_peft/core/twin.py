@@ -6,6 +6,12 @@ from typing import Any
 
 from torch import nn
 
+LAYER_KEYS: Mapping[str, Any] = {
+    "exclude_modules": None, "init_weights": True, "layers_pattern": None, "layers_to_transform": None,
+    "target_modules": None,
+}  # fmt: skip
+"""What PEFT writes for most forms that change chosen layers, by default."""
+
 
 @dataclass(frozen=True)
 class Twin:

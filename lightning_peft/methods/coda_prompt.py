@@ -13,16 +13,15 @@ left them so, which is ``redraw=False``. No image of an earlier task is kept.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.bases.layers import check_divides
 from lightning_peft.core import compatibility
-from lightning_peft.core.arguments import bounded, natural, numbers
+from lightning_peft.core.arguments import bounded, check_divides, natural, numbers
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.gathering import of_the_first
 from lightning_peft.core.rates import Rates
@@ -47,7 +46,6 @@ class Components(PromptsByQuery):
     def __init__(self, layers: list[int], count: int, length: int, tasks: int, dim: int, device: torch.device) -> None:
         super().__init__(device)
         self.layers, self.each = layers, count // tasks
-        self.noted: Tensor | None = None
         shapes = {"prompts": length * dim, "attentions": dim, "keys": dim}
         for name, width in shapes.items():
             rows = torch.empty(len(layers), count, width, device=device)
@@ -78,10 +76,6 @@ class Components(PromptsByQuery):
             square = (rows @ rows.mT - torch.diag_embed(known.to(rows.dtype))) ** 2
             total = total + (square.sum((1, 2)) / known.sum() ** 2).sum()
         return total
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled: no tensor of the last call."""
-        return self.__dict__ | {"noted": None}
 
     @torch.no_grad()
     def redraw(self, task: int) -> None:
@@ -133,7 +127,8 @@ class CODAPrompt(Method):
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the components to the vision transformer."""
         check_divides("num_tasks", self.num_tasks, self.components, "is the number of components")
-        check_divides("length", 2, self.length, "is the length of keys and values together")
+        if self.length % 2:
+            raise TuningError(f"length={self.length} has no half for keys and one for values: take {self.length + 1}.")
         if not self.layers:
             raise TuningError("layers=[] leaves no block for prompts: give numbers of blocks.")
 
@@ -147,8 +142,7 @@ class CODAPrompt(Method):
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         """Return lambda times the overlap of the components; None where nothing has been computed since."""
-        graft = self.own_grafts(module, Components)[0].graft
-        overlap, graft.noted = graft.noted, None
+        overlap = self.own_grafts(module, Components)[0].graft.take()
         return None if overlap is None or not self.orthogonality else self.orthogonality * overlap
 
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:

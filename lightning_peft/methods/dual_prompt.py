@@ -13,7 +13,7 @@ gives the task away; here an image chooses for itself, as there on ImageNet-R. N
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import lightning as L
 import torch
@@ -44,11 +44,9 @@ class DualPrompts(PromptsByQuery):
 
     def __init__(self, general: Tensor, expert: Tensor, keys: Tensor, layers: tuple[list[int], list[int]]) -> None:
         super().__init__(keys.device)
-        self.layers, self.pull = layers, None
+        self.layers = layers
         self.general = nn.Parameter(general) if layers[0] else None
         self.expert, self.keys = nn.Parameter(expert), nn.Parameter(keys)
-
-    pull: Tensor | None
 
     def rows(self, query: Tensor) -> dict[int, Tensor]:
         """Return the general prompts, and the expert prompts of each image."""
@@ -57,16 +55,12 @@ class DualPrompts(PromptsByQuery):
         chosen = distance.detach().masked_fill(later, torch.inf).argmin(1)
         if self.training:
             chosen = self.task.expand(len(query))
-        self.pull = distance.gather(1, chosen.unsqueeze(1)).mean()
+        self.noted = distance.gather(1, chosen.unsqueeze(1)).mean()
         expert = self.expert[chosen]
         found = {layer: expert[:, i] for i, layer in enumerate(self.layers[1])}
         if self.general is not None:
             found |= {n: self.general[i].expand(len(query), -1, -1, -1) for i, n in enumerate(self.layers[0])}
         return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled: no tensor of the last call."""
-        return self.__dict__ | {"pull": None}
 
 
 @dataclass(eq=False, kw_only=True)
@@ -117,8 +111,7 @@ class DualPrompt(Method):
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         """Return lambda times the pull of the last batch; None where nothing has been computed since."""
-        graft = self.own_grafts(module, DualPrompts)[0].graft
-        pull, graft.pull = graft.pull, None
+        pull = self.own_grafts(module, DualPrompts)[0].graft.take()
         return None if pull is None else self.pull * pull
 
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:

@@ -23,11 +23,11 @@ from lightning_peft.core import structure
 from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.quantized import dense
-from lightning_peft.core.twin import Twin
+from lightning_peft.core.twin import LAYER_KEYS, Twin
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.in_place import without_autocast
-from lightning_peft.updates.layer_update import LINEAR, LayerUpdate
+from lightning_peft.updates.layer_update import LINEAR, AddedUpdate
 from lightning_peft.updates.low_rank import shape_of
 from lightning_peft.updates.low_rank_init import zero_update
 from lightning_peft.updates.low_rank_layers import CONVOLUTIONS, through
@@ -35,7 +35,7 @@ from lightning_peft.updates.low_rank_layers import CONVOLUTIONS, through
 Init = Literal["kaiming", "gaussian"]
 
 
-class Hadamard(LayerUpdate):
+class Hadamard(AddedUpdate):
     """Adds ``(W ∘ (B A)) x`` to the output of a layer.
 
     Args:
@@ -46,11 +46,11 @@ class Hadamard(LayerUpdate):
     """
 
     comes_first = True  # what is added before it is no part of the weight that it multiplies, but would be once folded
+    zero = frozenset({"B"})
 
     def __init__(self, host: nn.Module, r: int, dropout: float, init: Init) -> None:
-        super().__init__(host)
+        super().__init__(host, dropout)
         out, inside, *kernel = shape_of(host)
-        self.dropout = dropout
         self.A = nn.Parameter(torch.empty(r, inside, *kernel, device=device_of(host)))
         self.B = nn.Parameter(torch.empty(out, r, *[1] * len(kernel), device=device_of(host)))
         self.reset_parameters(init)
@@ -59,39 +59,27 @@ class Hadamard(LayerUpdate):
         """Draw A and set B to zero."""
         zero_update(init, self.A, self.B, self.A[0].numel(), len(self.A))
 
-    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
-        """Return the output with the update, [..., out], in whose dtype the sum is rounded."""
-        if self.merged:
-            return out
-        if self.training and self.dropout:
-            x = F.dropout(x, self.dropout)
+    def added(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        """Return ``(W ∘ (B A)) x``, [..., out]."""
         with without_autocast(self.A):
             factors = self.A.t() @ self.B.t() if self.transposed else self.B @ self.A  # in the layout of the weight
             change = (dense(host) * factors).to(x.dtype)
-        return out + (x @ change if self.transposed else F.linear(x, change)).to(out.dtype)
+        return x @ change if self.transposed else F.linear(x, change)
 
     def changed(self, weight: Tensor) -> Tensor:
         """Return ``W ∘ (1 + B A)``."""
         return weight * (1 + self.B @ self.A)
 
-    def neutral(self, host: nn.Module, name: str) -> Tensor | None:
-        """Return zeros for B."""
-        return torch.zeros_like(self.B) if name == "B" else None
-
 
 class HadamardConv(Hadamard):
     """Adds the convolution with ``W ∘ (B A)``: A [r, in, *kernel], B [out, r, 1 ...]."""
 
-    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
-        """Return the output with the update, [..., out, *space]."""
-        if self.merged:
-            return out
-        if self.training and self.dropout:
-            x = F.dropout(x, self.dropout)
+    def added(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        """Return the convolution of x, [..., out, *space]."""
         assert isinstance(host, CONVOLUTIONS)
         with without_autocast(self.A):
             change = (host.weight * self._factors()).to(x.dtype)
-        return out + through(host, x, change).to(out.dtype)
+        return through(host, x, change)
 
     def changed(self, weight: Tensor) -> Tensor:
         """Return the kernels ``W ∘ (1 + B A)``."""
@@ -110,13 +98,10 @@ class HadamardEmbedding(Hadamard):
         nn.init.zeros_(self.A)
         nn.init.normal_(self.B)
 
-    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
-        """Return the rows with the update, [..., dim]; there is no input to drop."""
-        if self.merged:
-            return out
+    def added(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        """Return what is added to the rows, [..., dim]."""
         with without_autocast(self.A):
-            change = out * F.linear(F.embedding(x, self.A.t()), self.B)  # also where the table scales what it gives
-        return out + change.to(out.dtype)
+            return out * F.linear(F.embedding(x, self.A.t()), self.B)  # also where the table scales what it gives
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the table as [dim, num_embeddings], and back."""
@@ -156,17 +141,7 @@ class HiRA(LayerMethod):
         peft_type="HIRA",
         tensors={"A": "hira_A", "B": "hira_B"},
         arguments={"r": "r", "dropout": "hira_dropout"},
-        defaults={
-            "exclude_modules": None,
-            "fan_in_fan_out": False,
-            "hira_dropout": 0.0,
-            "init_weights": True,
-            "layers_pattern": None,
-            "layers_to_transform": None,
-            "r": 32,
-            "rank_pattern": {},
-            "target_modules": None,
-        },
+        defaults={**LAYER_KEYS, "fan_in_fan_out": False, "hira_dropout": 0.0, "r": 32, "rank_pattern": {}},
         free=frozenset({"init_weights"}),
         kinds=(nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS),
         parts={nn.Embedding: {"A": "hira_embedding_A", "B": "hira_embedding_B"}},

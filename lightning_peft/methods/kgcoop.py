@@ -9,167 +9,25 @@ context always starts from "a photo of a", M = 4, and the written texts are by a
 on behind the name ("..., a type of pet."); here ``words`` stand before it, and what follows belongs to the name.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import structure, text_structure
+from lightning_peft.core import structure
 from lightning_peft.core.arguments import bounded, positive
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.eval_mode import in_eval
-from lightning_peft.core.graft import Graft, grafts
-from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.core.graft import grafts
 from lightning_peft.core.placement import has_values
 from lightning_peft.core.rates import Rates
 from lightning_peft.methods.coop import CoOp
 from lightning_peft.towers.context_tokens import ContextCall
-from lightning_peft.towers.contexts import Position, TextContext
 from lightning_peft.towers.plain_text import MovedBack, PlainContext, PlainText, plain_text
-from lightning_peft.towers.text_towers import ids_of, positions_of, text_tower, two_towers, word_table
+from lightning_peft.towers.pulled_texts import NotedContext, Pulled, PulledBack, PulledContext
+from lightning_peft.towers.text_towers import positions_of, text_tower, two_towers, word_table, written_ids
 from lightning_peft.training.mixin import TunedBy
-
-
-class Pulled(Graft):
-    """Notes, with gradients, how far the texts are from the written ones."""
-
-    pull: Tensor | None = None
-
-
-def _distance(features: Tensor, fixed: Tensor) -> Tensor:
-    """Return the mean of ``1 - cos`` over the texts, []."""
-    return (1 - F.cosine_similarity(features.float(), fixed.float(), dim=-1)).mean()
-
-
-class PulledContext(TextContext, Pulled):
-    """Puts a context into each text, and compares what the tower makes of it with the text of written words.
-
-    Args:
-        layout: see `TextContext`.
-        call: see `TextContext`.
-        position: see `TextContext`.
-        share_prefix: see `TextContext`.
-        words: the ids of the written words, [M'].
-        projection: what the tower's output goes through; None: nothing.
-    """
-
-    written: Tensor
-
-    def __init__(
-        self,
-        layout: Tensor,
-        call: ContextCall,
-        position: Position,
-        share_prefix: bool,
-        words: Tensor,
-        projection: nn.Module | None,
-    ) -> None:
-        super().__init__(layout, call, position, share_prefix)
-        self.register_buffer("written", words.view(1, 1, -1), persistent=False)
-        self.refer(projection=projection)
-
-    projection: nn.Module | None
-
-    def around(
-        self, forward: Callable[..., Any], host: nn.Module, input_ids: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Return the tower's output for the prompts; with gradients, the distance from the written texts is noted."""
-        out = super().around(forward, host, input_ids, *args, **kwargs)
-        self.pull = None
-        if self.call.active and input_ids is not None and torch.is_grad_enabled():
-            own = self.layout
-            self.layout = self.written
-            try:
-                with torch.no_grad():
-                    fixed = self._feature(super().around(forward, host, input_ids, *args, **kwargs))
-            finally:
-                self.layout = own
-            self.pull = _distance(self._feature(out), fixed)
-        return out
-
-    def _feature(self, out: Any) -> Tensor:
-        pooled: Tensor = out.pooler_output
-        return pooled if self.projection is None else self.projection(pooled)
-
-
-class NotedContext(PlainContext):
-    """Puts a context into each text, and keeps the texts until the tower has read them."""
-
-    texts: Tensor | None = None
-
-    def before(self, host: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the texts with the context in them, [C, T]."""
-        if self.call.active and torch.is_grad_enabled():
-            self.texts = x
-        return super().before(host, x, *args, **kwargs)
-
-
-class PulledBack(MovedBack, Pulled):
-    """Moves the tokens of texts back, and compares their features with those of the texts with written words.
-
-    Args:
-        context: what has put the context in.
-        tower: the text tower.
-        words: the ids of the written words, [M'].
-    """
-
-    written: Tensor
-    context: NotedContext
-    model: nn.Module
-    text_part: nn.Module
-
-    def __init__(self, context: NotedContext, tower: PlainText, words: Tensor) -> None:
-        super().__init__(context)
-        self.register_buffer("written", words.view(1, 1, -1), persistent=False)
-        self.refer(model=tower.model, text_part=tower.owner)
-
-    def after(self, out: Tensor, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the tokens moved to the left, [C, T, d]."""
-        moved = super().after(out, host, *args, **kwargs)
-        texts = self.context.texts
-        if texts is not None and torch.is_grad_enabled():
-            self.context.texts = None
-            feature = self.feature(moved, texts)
-            own = self.context.layout
-            self.context.layout = self.written
-            try:
-                with torch.no_grad():
-                    fixed = text_structure.encoded_texts(self.model, texts)
-            finally:
-                self.context.layout = own
-            self.pull = _distance(feature, fixed)
-        return moved
-
-    def check(self, tower: PlainText) -> None:
-        """Check that the features are known: the distance of the context from itself is none.
-
-        Raises:
-            TuningError: the model makes features of texts in a way of its own.
-        """
-        texts = torch.zeros(2, tower.positions, dtype=torch.long, device=self.written.device)
-        texts[:, 2] = tower.table.num_embeddings - 1
-        written, self.written = self.written, self.context.layout
-        try:
-            with in_eval(self.model), torch.enable_grad():
-                text_structure.encoded_texts(self.model, texts)
-        except RuntimeError:  # the features are of another width
-            self.pull = None
-        finally:
-            self.written = written
-        pull, self.pull = self.pull, None
-        if pull is None or pull.item() > 1e-3:
-            raise TuningError(
-                f"{type(self.model).__name__} projects the features of texts by something else than a text_projection, "
-                "so KgCoOp does not know them: take CoOp."
-            )
-
-    def feature(self, moved: Tensor, texts: Tensor) -> Tensor:
-        """Return the features of texts by their tokens behind the norm, [C, p]."""
-        at_end = moved[torch.arange(len(moved), device=moved.device), texts.argmax(1)]
-        return text_structure.projected_text(self.text_part, at_end)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -220,9 +78,7 @@ class KgCoOp(CoOp):
         Raises:
             TuningError: they are no words of the table, or too many.
         """
-        if isinstance(self.words, str):
-            tokenizer = tokenizer_of(backbone, self.tokenizer, f"words={self.words!r}")
-            self.words = ids_of(tokenizer, self.words)  # which a file has, so that nobody needs a tokenizer to load it
+        self.words = written_ids(backbone, self.words, self.tokenizer)
         size = table.num_embeddings
         if not self.words or not all(0 <= i < size for i in self.words) or len(self.words) >= limit:
             raise TuningError(f"words={self.words} are no words of a table of {size}, or more than {limit}: give some.")
@@ -230,8 +86,7 @@ class KgCoOp(CoOp):
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         """Return the weighted distance of the last texts from the written ones; None where there were none since."""
-        graft = self.own_grafts(module, Pulled)[0].graft
-        pull, graft.pull = graft.pull, None
+        pull = self.own_grafts(module, Pulled)[0].graft.take()
         return None if pull is None else self.pull * pull
 
 

@@ -121,8 +121,7 @@ class L2P(Method):
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         """Return lambda times the pull of the last batch; None where nothing has been computed since."""
-        pool = self.pool(module)
-        pull, pool.pull = pool.pull, None
+        pull = self.pool(module).take()
         return None if pull is None else self.pull * pull
 
     def pool(self, model: nn.Module) -> PromptPool:

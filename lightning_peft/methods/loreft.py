@@ -10,7 +10,7 @@ ends of a short prompt is changed once.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,71 +19,15 @@ from torch import Tensor, nn
 
 from lightning_peft.core import anatomy, compatibility, select, structure, sublayers
 from lightning_peft.core.arguments import bounded, natural
-from lightning_peft.core.cache_argument import cache_in
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.reach import reached
+from lightning_peft.prompts.prompt_tokens import Positions, attach_positions
 from lightning_peft.prompts.source_mask import with_source
-from lightning_peft.prompts.virtual_tokens import SOURCE
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.in_place import without_autocast
-
-
-class Positions:
-    """What the grafts of one method know of a call; a block that is computed anew in the backward pass asks again.
-
-    Attributes:
-        source: which tokens are of the prompt, [B, T]; None: all.
-        real: which tokens count, [B, T]; None: all.
-        skips: whether the call goes on with what was written.
-    """
-
-    def __init__(self) -> None:
-        self.source: Tensor | None = None
-        self.real: Tensor | None = None
-        self.skips = False
-
-
-class Prompted(Graft):
-    """Takes the argument ``source_mask`` from a whole model, and notes it where that is one that writes."""
-
-    def __init__(self, positions: Positions, writes: bool) -> None:
-        super().__init__()
-        self.positions, self.writes = positions, writes
-
-    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        source = kwargs.pop(SOURCE, None)
-        self.positions.source = source if self.writes else None
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            self.positions.source = None
-
-
-class Masked(Graft):
-    """Notes which tokens of a call count; the host is the model that has the blocks."""
-
-    def __init__(self, host: nn.Module, positions: Positions) -> None:
-        super().__init__()
-        self.positions, self.names = positions, structure.arguments_of(host)
-
-    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        cache, mask, source = cache_in(given), given.get("attention_mask"), self.positions.source
-        self.positions.skips = cache is not None and cache.get_seq_length() > 0
-        ids = given.get("input_ids")
-        real = torch.ones_like(ids, dtype=torch.bool) if isinstance(ids, Tensor) and ids.ndim == 2 else None
-        real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else real
-        if source is not None:
-            prompt = source.bool() if real is None else source.bool() & real
-            whole = torch.ones_like(prompt) if real is None else real
-            real = torch.where(prompt.any(1, keepdim=True), prompt, whole)  # a text without a prompt is its own
-        self.positions.real = real
-        return forward(*args, **kwargs)
 
 
 class Intervention(Graft):
@@ -130,7 +74,7 @@ class Intervention(Graft):
                 f"{type(host).__name__} gives {list(out.shape)}, which are no hidden states{text} of width {width}: "
                 "exclude it, or take LoRA."
             )
-        places, chosen = self._places(out)
+        places, chosen = self.positions.ends(out, self.first, self.last)
         states = out.gather(1, places.unsqueeze(-1).expand(-1, -1, out.shape[-1]))
         with without_autocast(self.rotation):
             edits = self._edits(states.float()) * chosen.any(-1, keepdim=True)
@@ -143,24 +87,6 @@ class Intervention(Graft):
         rows = self.rows()
         inside = torch.einsum("btd,srd->sbtr", states, self.source - rows) + self.bias[:, None, None]
         return torch.einsum("sbtr,srd->sbtd", inside, rows)
-
-    def _places(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Return n tokens of each row, [B, n], and which of them are of the beginning and of the end, [2, B, n, 1]."""
-        count, length = self.first + self.last, out.shape[1]
-        if max(self.first, self.last) > length:
-            raise TuningError(
-                f"first={self.first} and last={self.last} are positions beyond a text of {length} tokens: take "
-                f"{length} at most, or pad the batch."
-            )
-        real = self.positions.real
-        if real is None:
-            real = torch.ones(out.shape[:2], dtype=torch.bool, device=out.device)
-        real = real.to(out.device)
-        number = real.cumsum(1)
-        begins = real & (number <= self.first)
-        ends = real & (number > number[:, -1:] - self.last) & ~begins
-        order = (begins | ends).int().argsort(dim=1, descending=True, stable=True)[:, : min(count, length)]
-        return order, torch.stack([begins.gather(1, order), ends.gather(1, order)]).unsqueeze(-1)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -205,9 +131,7 @@ class LoReFT(Method):
         for path, block in blocks.items():
             width = self._width(backbone, path)
             attach(block, Intervention(block, width, self.r, self.first, self.last, self.tied, positions), self.key)
-        attach(structure.base_model_of(backbone), Masked(structure.base_model_of(backbone), positions), self.key)
-        writes = structure.output_embeddings_of(backbone) is not None and not structure.is_encoder(backbone)
-        attach(backbone, Prompted(positions, writes), f"{self.key}_prompt")
+        attach_positions(backbone, positions, self.key)
         return ()
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:

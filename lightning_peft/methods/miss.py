@@ -17,19 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.bases.layers import LayerMethod, check_divides
-from lightning_peft.core.arguments import natural, rate
+from lightning_peft.bases.layers import APART, LayerMethod
+from lightning_peft.core.arguments import check_divides, natural, rate
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.quantized import dense
-from lightning_peft.core.twin import Twin
+from lightning_peft.core.twin import LAYER_KEYS, Twin
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.in_place import without_autocast
-from lightning_peft.updates.layer_update import LayerUpdate
+from lightning_peft.updates.layer_update import AddedUpdate
 from lightning_peft.updates.low_rank import shape_of
 
 
-class Shards(LayerUpdate):
+class Shards(AddedUpdate):
     """Adds ``Dᵀ Σ_k x_k`` to the output of a layer.
 
     Args:
@@ -38,30 +38,22 @@ class Shards(LayerUpdate):
         dropout: rate of the dropout on the input of the update.
     """
 
+    zero = frozenset({"D"})
+
     def __init__(self, host: nn.Module, r: int, dropout: float) -> None:
-        super().__init__(host)
-        self.dropout = dropout
+        super().__init__(host, dropout)
         self.D = nn.Parameter(torch.zeros(r, shape_of(host)[0], device=device_of(host)))
 
-    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
-        """Return the output with the update, [..., out]."""
-        if self.merged:
-            return out
-        if self.training and self.dropout:
-            x = F.dropout(x, self.dropout)
-        sums = x.unflatten(-1, (-1, len(self.D))).sum(-2)
-        return out + (sums @ self.D.to(x.dtype)).to(out.dtype)
+    def added(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        """Return ``Dᵀ Σ_k x_k``, [..., out]."""
+        return x.unflatten(-1, (-1, len(self.D))).sum(-2) @ self.D.to(x.dtype)
 
     def changed(self, weight: Tensor) -> Tensor:
         """Return ``W + [Dᵀ Dᵀ ...]``."""
         return (weight.unflatten(1, (-1, len(self.D))) + self.D.t().unsqueeze(1)).flatten(1)
 
-    def neutral(self, host: nn.Module, name: str) -> Tensor:
-        """Return zeros."""
-        return torch.zeros_like(self.D)
 
-
-class Blocks(LayerUpdate):
+class Blocks(AddedUpdate):
     """Changes each block of r by r numbers of a weight: ``W_ij + W_ij D_i + D_i``.
 
     Args:
@@ -71,29 +63,21 @@ class Blocks(LayerUpdate):
     """
 
     comes_first = True  # what is added before it is no part of the weight that it multiplies, but would be once folded
+    zero = frozenset({"D"})
 
     def __init__(self, host: nn.Module, r: int, dropout: float) -> None:
-        super().__init__(host)
-        self.dropout = dropout
+        super().__init__(host, dropout)
         self.D = nn.Parameter(torch.zeros(shape_of(host)[0] // r, r, r, device=device_of(host)))
 
-    def after(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
-        """Return the output with the update, [..., out], in whose dtype the sum is rounded."""
-        if self.merged:
-            return out
-        if self.training and self.dropout:
-            x = F.dropout(x, self.dropout)
+    def added(self, out: Tensor, host: nn.Module, x: Tensor) -> Tensor:
+        """Return what the change of the blocks gives, [..., out]."""
         with without_autocast(self.D):
             change = self._change(self.matrix(dense(host)))
-        return out + F.linear(x, change.to(x.dtype)).to(out.dtype)
+        return F.linear(x, change.to(x.dtype))
 
     def changed(self, weight: Tensor) -> Tensor:
         """Return the weight with each of its blocks changed."""
         return weight + self._change(weight)
-
-    def neutral(self, host: nn.Module, name: str) -> Tensor:
-        """Return zeros."""
-        return torch.zeros_like(self.D)
 
     def _change(self, weight: Tensor) -> Tensor:
         """Return ``W_ij D_i + D_i`` for the blocks of a weight [out, in], in fp32 or more."""
@@ -125,27 +109,17 @@ class MiSS(LayerMethod):
         peft_type="MISS",
         tensors={"D": "miss_block"},
         arguments={"r": "r", "form": "init_weights", "dropout": "miss_dropout"},
-        defaults={
-            "bias": "none",
-            "exclude_modules": None,
-            "init_weights": True,
-            "layers_pattern": None,
-            "layers_to_transform": None,
-            "mini_r": 1,
-            "miss_dropout": 0.0,
-            "r": 64,
-            "target_modules": None,
-        },
+        defaults={**LAYER_KEYS, "bias": "none", "mini_r": 1, "miss_dropout": 0.0, "r": 64},
         words={"form": (("shards", True), ("shards", False), ("bat", "bat"))},
     )
 
     def update(self, name: str, host: nn.Module) -> Shards | Blocks:
         """Return the shared matrix of a layer, or those of its blocks."""
         out, inside = shape_of(host)
-        check_divides("r", self.r, inside, f"is the input of {name}")
+        check_divides("r", self.r, inside, f"is the input of {name}", APART)
         if self.form == "shards":
             return Shards(host, self.r, self.dropout)
-        check_divides("r", self.r, out, f"is the output of {name}")
+        check_divides("r", self.r, out, f"is the output of {name}", APART)
         return Blocks(host, self.r, self.dropout)
 
 

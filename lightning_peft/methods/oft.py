@@ -19,11 +19,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.bases.layers import LayerMethod, check_divides
-from lightning_peft.core.arguments import bounded, natural, positive
+from lightning_peft.bases.layers import APART, LayerMethod
+from lightning_peft.core.arguments import bounded, check_divides, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.placement import device_of
-from lightning_peft.core.twin import Twin
+from lightning_peft.core.twin import LAYER_KEYS, Twin
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.in_place import without_autocast
 from lightning_peft.updates.layer_update import LINEAR, LayerUpdate
@@ -65,12 +65,12 @@ class Turn(LayerUpdate):
             total = total + 2 * power
         return total + power @ q
 
-    def turned(self, x: Tensor) -> Tensor:
-        """Return rows of features that are turned, [..., in]."""
+    def turned(self, x: Tensor, back: bool = False) -> Tensor:
+        """Return rows of features that are turned, or turned by ``Rᵀ``, [..., in]."""
         with without_autocast(self.Q):
             blocks = x.unflatten(-1, (-1, self.size))
             turn = self.turn().to(x.dtype).expand(blocks.shape[-2], -1, -1)
-            return x + torch.einsum("...kb,kbc->...kc", blocks, turn).flatten(-2)
+            return x + torch.einsum("...kb,kbc->...kc", blocks, turn.mT if back else turn).flatten(-2)
 
     def _bounded(self, most: float) -> Tensor:
         """Return the entries of Q scaled to a norm of ``most`` where they have more, in training for good."""
@@ -93,9 +93,7 @@ class Rotation(Turn):
 
     def changed(self, weight: Tensor) -> Tensor:
         """Return ``W Rᵀ``."""
-        blocks = weight.unflatten(-1, (-1, self.size))
-        turn = self.turn().to(weight.dtype).expand(blocks.shape[-2], -1, -1)
-        return weight + torch.einsum("okc,kbc->okb", blocks, turn).flatten(-2)
+        return self.turned(weight, back=True)
 
 
 class RowRotation(Turn):
@@ -152,20 +150,16 @@ class OFT(LayerMethod):
             "num_cayley_neumann_terms": "num_cayley_neumann_terms",
         },
         defaults={
+            **LAYER_KEYS,
             "bias": "none",
             "block_share": False,
             "coft": False,
             "eps": 6e-5,
-            "exclude_modules": None,
             "fan_in_fan_out": False,
-            "init_weights": True,
-            "layers_pattern": None,
-            "layers_to_transform": None,
             "module_dropout": 0.0,
             "num_cayley_neumann_terms": 5,
             "oft_block_size": 32,
             "r": 0,
-            "target_modules": None,
             "use_cayley_neumann": True,
         },
         free=frozenset({"init_weights", "module_dropout"}),  # PEFT 0.21 drops no block
@@ -190,10 +184,10 @@ class OFT(LayerMethod):
                 "them, and None for the other."
             )
         if self.block_size is not None:
-            check_divides("block_size", self.block_size, width, whose, least=2)
+            check_divides("block_size", self.block_size, width, whose, APART, least=2)
             return self.block_size
         assert self.num_blocks is not None
-        check_divides("num_blocks", self.num_blocks, width, whose)
+        check_divides("num_blocks", self.num_blocks, width, whose, APART)
         return width // self.num_blocks
 
 

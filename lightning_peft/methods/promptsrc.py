@@ -12,10 +12,9 @@ templates can be given as `words` as far as the name stands at their end, which 
 validation: a checkpoint to keep is one of ``save_on_train_epoch_end=True``.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import lightning as L
@@ -26,90 +25,19 @@ from torch import Tensor, nn
 from lightning_peft.core import structure
 from lightning_peft.core.arguments import bounded, positive
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.graft import Graft, attach
-from lightning_peft.core.hub import tokenizer_of
+from lightning_peft.core.graft import attach
 from lightning_peft.core.rates import Rates
-from lightning_peft.core.sharded import like, whole
 from lightning_peft.methods.ivlp import IVLP
 from lightning_peft.towers.clip import similarity
+from lightning_peft.towers.compared_towers import Compared, Features
 from lightning_peft.towers.context_tokens import ContextCall
 from lightning_peft.towers.contexts import TextContext
 from lightning_peft.towers.deep_prompts import Prompts, vision_tower
-from lightning_peft.towers.text_towers import ids_of, text_tower, two_towers
+from lightning_peft.towers.text_towers import text_tower, two_towers, written_ids
+from lightning_peft.training.epoch_average import EpochAverage, gaussian_weights
 from lightning_peft.training.mixin import TunedBy
 
 WRITTEN = ("a photo of a", "a photo of the", "a picture of a", "a good photo of a", "a bright photo of the")
-
-
-class Features:
-    """The features of the last call with gradients, and those of the frozen model, until the penalty takes them.
-
-    Attributes:
-        texts: [C, p] each.
-        images: [B, p] each.
-    """
-
-    def __init__(self) -> None:
-        self.texts: tuple[Tensor, Tensor] | None = None
-        self.images: tuple[Tensor, Tensor] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled: no tensor of the last call."""
-        return {"texts": None, "images": None}
-
-
-class Compared(Graft):
-    """Runs a tower with its prompts and, with gradients, without them, on written texts or the same images.
-
-    Args:
-        call: of the prompts.
-        features: where to note what comes out.
-        written: put words before the names in the texts; none: the tower is that of the images.
-        projection: what the tower's output goes through; None: nothing.
-    """
-
-    projection: nn.Module | None
-
-    def __init__(
-        self, call: ContextCall, features: Features, written: list[TextContext], projection: nn.Module | None
-    ) -> None:
-        super().__init__()
-        self.call, self.features = call, features
-        vars(self)["written"] = written  # no parts of the model: they put in words that it has
-        self.refer(projection=projection)
-
-    written: list[TextContext]
-
-    def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Return the tower's output with prompts."""
-        out = forward(*args, **kwargs)
-        if not self.call.active or not torch.is_grad_enabled():
-            return out
-        with torch.no_grad(), _without(self.call):
-            if self.written:
-                frozen = [self._feature(each.around(forward, host, *args, **kwargs)) for each in self.written]
-                frozen_feature = torch.stack(frozen).mean(0)
-            else:
-                frozen_feature = self._feature(forward(*args, **kwargs))
-        both = F.normalize(self._feature(out).float(), dim=-1), F.normalize(frozen_feature.float(), dim=-1)
-        if self.written:
-            self.features.texts = both
-        else:
-            self.features.images = both
-        return out
-
-    def _feature(self, out: Any) -> Tensor:
-        pooled: Tensor = out.pooler_output
-        return pooled if self.projection is None else self.projection(pooled)
-
-
-@contextmanager
-def _without(call: ContextCall) -> Iterator[None]:
-    call.active = False
-    try:
-        yield
-    finally:
-        call.active = True
 
 
 @dataclass(eq=False, kw_only=True)
@@ -145,7 +73,7 @@ class PromptSRC(IVLP):
         model, call, features = two_towers(backbone), self._prompts(backbone).call, Features()
         texts, images = text_tower(backbone, type(self).__name__), vision_tower(backbone, type(self).__name__)
         device = next(texts.parameters()).device
-        self.words = list(self._ids(backbone))  # which a file has, so that nobody needs a tokenizer to load it
+        self.words = list(self._ids(backbone))
         written = [
             TextContext(torch.tensor(ids, device=device).view(1, 1, -1), ContextCall(), share_prefix=self.share_prefix)
             for ids in self._ids(backbone)
@@ -175,54 +103,36 @@ class PromptSRC(IVLP):
         Raises:
             TuningError: the Gaussian is nowhere near these epochs, or their number has no limit.
         """
-        if epochs < 1:
-            raise TuningError("prompts are averaged over the epochs, and their number has no limit: set max_epochs.")
-        mean = 0.75 * epochs if self.mean_epoch is None else self.mean_epoch
-        weights = [math.exp(-0.5 * ((e - mean) / self.std_epochs) ** 2) for e in range(1, epochs + 1)]
-        if sum(weights) < 1e-6:
-            raise TuningError(f"mean_epoch={mean:g} is far from the {epochs} epochs of the run: take one of them.")
-        return [weight / sum(weights) for weight in weights]
+        return gaussian_weights(epochs, self.mean_epoch, self.std_epochs)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that the epochs can be weighted, and begin with none."""
         super().on_fit_start(trainer, pl_module)
-        self._weights = self.weights_of_epochs(trainer.max_epochs or 0)
-        if trainer.current_epoch == 0:
-            self._sums: dict[str, Tensor] = {}
-            self._summed = 0
+        self._average.begin(self.weights_of_epochs(trainer.max_epochs or 0), trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the prompts after the epoch before to the average."""
         super().on_train_epoch_start(trainer, pl_module)
-        self._sum(pl_module, trainer.current_epoch)
+        self._average.add(self._prompts(pl_module), trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the average after the last epoch."""
         super().on_train_epoch_end(trainer, pl_module)
-        if trainer.current_epoch + 1 == len(self._weights):
-            self._sum(pl_module, len(self._weights))
-            with torch.no_grad():
-                for name, parameter in self._prompts(pl_module).named_parameters():
-                    parameter.copy_(self._sums[name])
+        if trainer.current_epoch + 1 == len(self._average.weights):
+            self._average.add(self._prompts(pl_module), trainer.current_epoch + 1)
+            self._average.write(self._prompts(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average so far, for a run that resumes."""
-        sums = {name: whole(each) for name, each in vars(self).get("_sums", {}).items()}
-        return {"sums": sums, "summed": vars(self).get("_summed", 0)}
+        return self._average.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the average of a run that resumes."""
-        self._sums, self._summed = dict(state_dict["sums"]), state_dict["summed"]
+        self._average.load_state_dict(state_dict)
 
-    @torch.no_grad()
-    def _sum(self, module: nn.Module, epoch: int) -> None:
-        """Add the prompts after this many epochs, unless they have been added."""
-        if epoch <= self._summed:
-            return
-        for name, parameter in self._prompts(module).named_parameters():
-            part = self._weights[epoch - 1] * parameter.detach()
-            self._sums[name] = part if name not in self._sums else part + like(part, self._sums[name].to(part.device))
-        self._summed = epoch
+    @cached_property
+    def _average(self) -> EpochAverage:
+        return EpochAverage()
 
     def _prompts(self, module: nn.Module) -> Prompts:
         """Return the rows of all layers."""
@@ -232,13 +142,10 @@ class PromptSRC(IVLP):
     def _ids(self, backbone: nn.Module) -> list[list[int]]:
         if not self.words:
             raise TuningError("words=[] makes no written text to stay near: give words before the name of a class.")
-        found = []
-        for each in self.words:
-            if isinstance(each, str):
-                each = ids_of(tokenizer_of(backbone, self.tokenizer, f"words={each!r}"), each)
+        found = [written_ids(backbone, each, self.tokenizer) for each in self.words]
+        for each in found:
             if not each or min(each) < 0:
                 raise TuningError(f"words={each!r} are neither words nor the ids of their tokens: give one of them.")
-            found.append(each)
         return found
 
 

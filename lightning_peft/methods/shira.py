@@ -41,6 +41,7 @@ class Entries(LayerUpdate):
     """
 
     weights = ("weight",)
+    zero = frozenset({"values"})
     indices: Tensor
     apart = False
     """Whether the running call computes the gradients of the values apart from that of the weight."""
@@ -75,10 +76,6 @@ class Entries(LayerUpdate):
     def _sum(self, weight: Tensor, values: Tensor) -> Tensor:
         places = tuple(self.indices.long())
         return weight.index_put(places, (weight[places] + values).to(weight.dtype))
-
-    def neutral(self, host: nn.Module, name: str) -> Tensor:
-        """Return zeros."""
-        return torch.zeros_like(self.values)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -28,13 +28,11 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.gathering import rows_in_turn
 from lightning_peft.core.graft import attach
-from lightning_peft.core.host_copy import ask
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.rates import Rates
-from lightning_peft.core.sharded import like
 from lightning_peft.towers import clip
 from lightning_peft.towers.deep_prompts import vision_tower
-from lightning_peft.towers.shots import EMPTY, Shots, features_of
+from lightning_peft.towers.shots import Shots, features_of
 from lightning_peft.towers.text_towers import text_tower, two_towers
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -86,7 +84,7 @@ class TipAdapter(Method):
         Raises:
             TuningError: a label is none of the classes, or a class has more images than there is room for.
         """
-        self._keep(model, *self._read(model, batches))
+        self._shots(model).keep(*self._read(model, batches))
 
     @torch.no_grad()
     def _read(self, model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
@@ -99,13 +97,6 @@ class TipAdapter(Method):
             raise TuningError("there are no images to keep: give batches of them.")
         features, labels = (torch.cat([part.to(device) for part in each]) for each in zip(*found, strict=True))
         return F.normalize(features, dim=-1), labels
-
-    @torch.no_grad()
-    def _keep(self, model: nn.Module, keys: Tensor, labels: Tensor) -> None:
-        graft = self._shots(model)
-        self._check(ask(labels, Tensor.tolist))
-        graft.labels.fill_(EMPTY)[: len(labels)] = labels
-        graft.keys.copy_(like(graft.keys, F.pad(keys, (0, 0, 0, graft.labels.numel() - len(keys)))))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Apply the method.
@@ -123,10 +114,10 @@ class TipAdapter(Method):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fill the cache from the training images of all processes, unless it has some."""
         super().on_train_start(trainer, pl_module)
-        if self._is_empty(pl_module):
+        if self._shots(pl_module).is_empty():
             loader: Any = trainer.train_dataloader
             keys, labels = self._read(pl_module, loader)
-            self._keep(pl_module, rows_in_turn(keys), rows_in_turn(labels))
+            self._shots(pl_module).keep(rows_in_turn(keys), rows_in_turn(labels))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fill the cache from the training images of the data module, unless it has some or a fit will fill it.
@@ -135,7 +126,7 @@ class TipAdapter(Method):
             TuningError: there is no data module, or there are several processes, which may each see all images or not.
         """
         super().on_validation_start(trainer, pl_module)
-        if trainer.state.fn == "fit" or not self._is_empty(pl_module):
+        if trainer.state.fn == "fit" or not self._shots(pl_module).is_empty():
             return
         data: L.LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
         if data is None or trainer.world_size > 1:
@@ -148,21 +139,8 @@ class TipAdapter(Method):
 
     on_test_start = on_predict_start = on_validation_start
 
-    def _is_empty(self, module: nn.Module) -> bool:
-        return ask(self._shots(module).labels, lambda labels: bool((labels == EMPTY).all()))
-
     def _shots(self, model: nn.Module) -> Shots:
         return self.own_grafts(model, Shots)[0].graft
-
-    def _check(self, labels: list[int]) -> None:
-        for label in sorted(set(labels)):
-            if not 0 <= label < self.num_classes:
-                raise TuningError(f"label {label} is none of num_classes={self.num_classes} classes: give as many.")
-            if (count := labels.count(label)) > self.shots:
-                raise TuningError(
-                    f"class {label} has {count} images, and the cache has room for shots={self.shots}: give fewer, or "
-                    f"shots={count}."
-                )
 
 
 TipAdapterMixin = TunedBy[TipAdapter]

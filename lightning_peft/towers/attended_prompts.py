@@ -16,6 +16,7 @@ from lightning_peft.core.attention_probe import Attention
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import Graft, attach
+from lightning_peft.core.noted import Noting
 from lightning_peft.core.placement import device_of
 from lightning_peft.towers.vision import tower
 
@@ -57,7 +58,7 @@ class ImagePrefix(Graft):
         return torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2)
 
 
-class PromptsByQuery(Graft):
+class PromptsByQuery(Noting):
     """Wraps a vision transformer: makes the keys and values of each image from its query."""
 
     task: Tensor

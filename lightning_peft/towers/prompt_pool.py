@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import Graft
 from lightning_peft.core.host_copy import ask
+from lightning_peft.core.noted import Noting
 from lightning_peft.core.private_torch import times_written
 from lightning_peft.core.tracing import is_traced
 
@@ -56,7 +57,7 @@ class ChosenPrompts(Graft):
         return torch.cat((out[:, : self.start], rows.to(out.dtype), out[:, self.start :]), dim=1)
 
 
-class PromptPool(Graft):
+class PromptPool(Noting):
     """Wraps a vision transformer: chooses prompts for each image and pools their outputs.
 
     Args:
@@ -94,7 +95,6 @@ class PromptPool(Graft):
         self.start = start
         self.diversify, self.batchwise = diversify, batchwise
         self.cache = QueryCache() if cache_queries else None
-        self.pull: Tensor | None = None
 
     def around(self, forward: Callable[..., Any], host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the tower, every token of its last hidden state the mean of the prompts' outputs."""
@@ -102,7 +102,7 @@ class PromptPool(Graft):
         embeddings = host.get_submodule(self.child.rpartition(".")[0])
         share = not host.training and not any(p.requires_grad for p in embeddings.parameters())
         query = self._query(forward, host, inserted, share, args, kwargs)
-        chosen, self.pull = self.choose(query)
+        chosen, self.noted = self.choose(query)
         inserted.rows = self.prompts[chosen].flatten(1, 2)
         try:
             out = forward(*args, **kwargs)
@@ -174,7 +174,7 @@ class PromptPool(Graft):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied and pickled: neither a tensor of the last call nor cached queries."""
-        return self.__dict__ | {"pull": None, "cache": None if self.cache is None else QueryCache()}
+        return super().__getstate__() | {"cache": None if self.cache is None else QueryCache()}
 
 
 class QueryCache:

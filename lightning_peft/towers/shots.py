@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.batches import entry_of, inputs_of
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.host_copy import ask
+from lightning_peft.core.sharded import like
 from lightning_peft.towers import clip
 from lightning_peft.towers.feature_adapters import FeatureScores
 from lightning_peft.towers.text_towers import two_towers
@@ -36,11 +38,35 @@ class Shots(FeatureScores):
     def __init__(self, keys: Tensor, classes: int, alpha: float, beta: float, trains: bool) -> None:
         super().__init__()
         self.classes, self.alpha, self.beta = classes, alpha, beta
+        self.room = len(keys) // classes
         if trains:
             self.keys = nn.Parameter(keys)
         else:
             self.register_buffer("keys", keys)
         self.register_buffer("labels", torch.full((len(keys),), EMPTY, device=keys.device))
+
+    def is_empty(self) -> bool:
+        """Tell whether no image is kept."""
+        return ask(self.labels, lambda labels: bool((labels == EMPTY).all()))
+
+    @torch.no_grad()
+    def keep(self, keys: Tensor, labels: Tensor) -> None:
+        """Keep these images in place of those of before: normalised features [n, p] and labels [n].
+
+        Raises:
+            TuningError: a label is none of the classes, or a class has more images than there is room for.
+        """
+        given: list[int] = ask(labels, Tensor.tolist)
+        for label in sorted(set(given)):
+            if not 0 <= label < self.classes:
+                raise TuningError(f"label {label} is none of num_classes={self.classes} classes: give as many.")
+            if (count := given.count(label)) > self.room:
+                raise TuningError(
+                    f"class {label} has {count} images, and the cache has room for shots={self.room}: give fewer, or "
+                    f"shots={count}."
+                )
+        self.labels.fill_(EMPTY)[: len(labels)] = labels
+        self.keys.copy_(like(self.keys, F.pad(keys, (0, 0, 0, self.labels.numel() - len(keys)))))
 
     def scores(self, images: Tensor, classes: int) -> Tensor:
         """Return ``alpha exp(-beta (1 - f Kᵀ)) V``, [B, C].

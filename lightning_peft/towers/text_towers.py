@@ -102,6 +102,23 @@ def ids_of(tokenizer: Any, words: str) -> list[int]:
     return ids
 
 
+def written_ids(backbone: nn.Module, words: str | list[int], tokenizer: str | None) -> list[int]:
+    """Return the ids of written words, which a file has in their place, so that nobody needs a tokenizer to load it.
+
+    Args:
+        backbone: the model.
+        words: the words, or their ids.
+        tokenizer: folder or hub id of the tokenizer; None: that of the backbone.
+    """
+    return ids_of(tokenizer_of(backbone, tokenizer, f"words={words!r}"), words) if isinstance(words, str) else words
+
+
+def feature_of(out: Any, projection: nn.Module | None) -> Tensor:
+    """Return the features in what a tower gives, [N, p]: its pooled output, projected where the model does that."""
+    pooled: Tensor = out.pooler_output
+    return pooled if projection is None else projection(pooled)
+
+
 def nearest_words(table: nn.Embedding, rows: Tensor, tokenizer: Any, k: int) -> list[list[tuple[str, float]]]:
     """Return, for each token of a context, the k words of least Euclidean distance, with it."""
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.graft import Graft
-from lightning_peft.towers.window_prompts import ImagePrompts
+from lightning_peft.towers.window_prompts import ImagePrompts, RoomForPrompts
 
 
 class TokenPrompt(ImagePrompts):
@@ -75,16 +75,8 @@ class LastBlockPrompt(BlockPrompt):
         return self.stripped(out)
 
 
-class WiderMask(Graft):
-    """Lets the tokens of a block see the prompts that stand before them, where the block is given a mask.
-
-    Args:
-        width: P.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
+class WiderMask(RoomForPrompts):
+    """Lets the tokens of a block see the prompts that stand before them, where the block is given a mask."""
 
     def around(
         self,
@@ -105,16 +97,8 @@ class WiderMask(Graft):
         return forward(x, attention_mask, *args, **kwargs)
 
 
-class MorePrefixTokens(Graft):
-    """Tells an attention that turns the tokens of patches alone that the prompts stand before these, too.
-
-    Args:
-        width: P.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
+class MorePrefixTokens(RoomForPrompts):
+    """Tells an attention that turns the tokens of patches alone that the prompts stand before these, too."""
 
     def around(self, forward: Callable[..., Any], host: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the attention."""

@@ -134,16 +134,20 @@ class WindowPrompt(Graft):
         return out[:, width:], (weights, out[:, :width].reshape(batch, windows, width, dim).mean(1))
 
 
-class NoBias(Graft):
-    """Extends the output of a table of relative positions by zeros for the prompts.
+class RoomForPrompts(Graft):
+    """Makes room beside the prompts in what its host is given or gives.
 
     Args:
-        width: P.
+        width: P, how many prompts there are.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
+
+
+class NoBias(RoomForPrompts):
+    """Extends the output of a table of relative positions by zeros for the prompts."""
 
     def after(self, out: Tensor, host: nn.Module) -> Tensor:
         """Return the bias with zeros for the prompts, [1, H, P + T, P + T]."""

@@ -97,19 +97,23 @@ def test_components_of_a_task_are_drawn_when_it_begins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "remedy"),
     [
-        ({"num_tasks": 4}, "num_tasks=4 does not divide 6, which is the number of components: take 3"),
-        ({"length": 3}, "length=2 does not divide 3"),
-        ({"components": 33}, "components=33 cannot be orthogonal in 32 features: take 32"),
-        ({"layers": []}, r"layers=\[\] leaves no block"),
-        ({"layers": [2]}, "block 2 gets prompts"),
+        (
+            {"num_tasks": 4},
+            r"num_tasks=4 does not divide 6, .* number of components: take 3\.",
+            {"num_tasks": 3},
+        ),
+        ({"length": 3}, "length=3 has no half for keys and one for values: take 4", {"length": 4}),
+        ({"components": 33}, "components=33 cannot be orthogonal in 32 features: take 32", {"components": 32}),
+        ({"layers": []}, r"layers=\[\] leaves no block", {}),
+        ({"layers": [2]}, "block 2 gets prompts", {}),
     ],
 )
-def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
+def test_bad_arguments_are_refused(arguments: dict, message: str, remedy: dict) -> None:
     with pytest.raises(TuningError, match=message):
         applied(**arguments)
-    applied()
+    applied(**remedy)
 
 
 def test_more_tasks_than_components_are_refused() -> None:

@@ -1,5 +1,6 @@
 """KgCoOp: CoOp with a pull towards hand-written texts, by the authors' formula."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_the_penalty_is_that_of_the_formula_with_its_gradient(kind: str, share_p
     method.apply(model)
     shake(model)
     model(**batch(kind))
+    assert method.penalty(copy.deepcopy(model)) is None  # a copy is of no call
     penalty = method.penalty(model)
     assert method.penalty(model) is None
     rows = method.context(model)

@@ -241,7 +241,7 @@ def test_a_copy_has_no_cached_queries() -> None:
     assert len(pool.cache.queries) == 4
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.vit.l2p.cache.queries == {}
-        assert other.vit.l2p.pull is None
+        assert other.vit.l2p.noted is None
         assert torch.equal(output(other, "vit"), output(model, "vit"))
 
 

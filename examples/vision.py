@@ -3,6 +3,7 @@
     python examples/pretrain_vit.py                      # runs/vit: it knows the other shapes and no digit
     python examples/vision.py                            # runs/vision/results.csv and pictures, three seeds
     python examples/vision.py --seeds 1 --epochs 2       # sooner
+    python examples/vision.py --protocols in_tasks --methods CODAPrompt --folder runs/some
 
 Each method has, of the learning rates beside it, the one with the best accuracy on validation images of the first seed.
 """
@@ -114,8 +115,10 @@ def in_tasks(model: str, folder: Path, seed: int, epochs: int, name: str, lr: fl
 
 def compare(run: Callable[..., float], methods: dict[str, tuple[Method, tuple[float, ...]]], *args: Any) -> None:
     """Choose each method's learning rate on validation images with the first seed, then test it with all seeds."""
-    model, folder, seeds, epochs = args
+    model, folder, seeds, epochs, chosen = args
     for name, (_, rates) in methods.items():
+        if chosen and name not in chosen:
+            continue
         found = {lr: run(model, folder, 0, epochs, name, lr, False) for lr in rates}
         best = max(rates, key=found.__getitem__)
         shown = ", ".join(f"{lr}: {value:.3f}" for lr, value in found.items())
@@ -141,6 +144,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/vision"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--protocols", nargs="+", choices=["at_once", "in_tasks"], default=["at_once", "in_tasks"])
+    parser.add_argument("--methods", nargs="+", help="names of entries, if not all of the protocols")
     parser.add_argument("--epochs", type=int, default=8, help="for digits at once; a task has half as many")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -150,9 +154,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     (args.folder / "results.csv").unlink(missing_ok=True)
     if "at_once" in args.protocols:
-        compare(at_once, METHODS, args.model, args.folder, args.seeds, args.epochs)
+        compare(at_once, METHODS, args.model, args.folder, args.seeds, args.epochs, args.methods)
     if "in_tasks" in args.protocols:
-        compare(in_tasks, CONTINUAL, args.model, args.folder, args.seeds, max(1, args.epochs // 2))
+        compare(in_tasks, CONTINUAL, args.model, args.folder, args.seeds, max(1, args.epochs // 2), args.methods)
     show(args.folder / "results.csv", ("accuracy", "average_accuracy", "forgetting"))
     for picture in plot(str(args.folder / "results.csv"), str(args.folder)):
         print(picture)

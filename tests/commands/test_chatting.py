@@ -12,6 +12,7 @@ import torch
 from lightning_peft import CausalLM, ChatData, LoRA, PromptTuning, TuningError, save_delta
 from lightning_peft.commands.chatting import Partner
 from lightning_peft.commands.tools import run_tool
+from lightning_peft.core import text_structure
 from tests.modules import trainer
 from tests.text import cache, valley
 
@@ -127,6 +128,15 @@ def test_a_merged_model_says_the_same(said: Callable[..., list[str]], tmp_path: 
     for file in ("adapter", "adapter/adapter_model.safetensors"):
         with pytest.raises(TuningError, match=r"an adapter of Hugging Face PEFT: .* lightning-peft import \S*adapter"):
             run_tool("chat", [str(tmp_path / file)])
+
+
+def test_a_text_is_not_cut_where_no_limit_is_known(valley: Valley, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a rotary model whose tokenizer has no longest text."""
+    task = CausalLM(valley("gpt2"), max_new_tokens=1)
+    answered = task.predict(["the river"])
+    monkeypatch.setattr(text_structure, "max_positions", lambda backbone: None)
+    monkeypatch.setattr(task.tokenizer, "model_max_length", 10**30)
+    assert task.predict(["the river"]) == answered
 
 
 def test_what_is_no_chat_is_refused(said: Callable[..., list[str]], tmp_path: Path, valley: Valley) -> None:

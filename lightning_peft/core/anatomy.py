@@ -143,7 +143,8 @@ def said_head_names(backbone: nn.Module) -> list[str] | None:
         inner = structure.pretrained_models(children) if task_class.is_of_a_task(backbone) else {}
     if not inner:
         return _names(backbone, classifiers or [])
-    prefixes = tuple(f"{name}." for name in inner)
+    # A graft on the whole model, such as the network of a prefix, is of no part of it.
+    prefixes = (*(f"{name}." for name in inner), *(p for p in graft_prefixes(backbone) if p.count(".") == 1))
     table = structure.input_embeddings_of(backbone)
     tables = set() if table is None else {id(p) for p in table.parameters()}
     # A head that a decoder refers to (DETR's kin) lies inside of the base model too.

@@ -22,6 +22,7 @@ from lightning_peft.core.arguments import bounded, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.core.reach import reached
 from lightning_peft.prompts.prompt_tokens import Positions, attach_positions
 from lightning_peft.prompts.source_mask import with_source
@@ -110,6 +111,7 @@ class LoReFT(Method):
     kind: ClassVar[str] = "activations"
     trains: ClassVar[str] = "changes of the hidden states of a few tokens, within a subspace"
     paper: ClassVar[str] = "Wu et al. 2024, arXiv 2404.03592"
+    advised: ClassVar[Rates] = Rates(6e-3, 3e-2, MEASURED)
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -23,6 +23,7 @@ from lightning_peft.bases.layers import APART, LayerMethod
 from lightning_peft.core.arguments import bounded, check_divides, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.core.twin import LAYER_KEYS, Twin
 from lightning_peft.training.mixin import TunedBy
 from lightning_peft.updates.in_place import without_autocast
@@ -134,6 +135,7 @@ class OFT(LayerMethod):
     hosts: ClassVar[tuple[type[nn.Module], ...]] = (*LINEAR, nn.Embedding)
     trains: ClassVar[str] = "orthogonal matrices that turn the inputs of layers"
     paper: ClassVar[str] = "Qiu et al. 2023, arXiv 2306.07280; 2025, arXiv 2506.19847"
+    advised: ClassVar[Rates] = Rates(6e-3, 3e-2, MEASURED)
     twin: ClassVar[Twin | None] = Twin(
         peft_type="OFT",
         tensors={"Q": "oft_R.weight"},

@@ -37,7 +37,7 @@ class PTuningV2(PrefixMethod):
 
     trains: ClassVar[str] = "keys and values before those of the text, without a network, and the task head"
     paper: ClassVar[str] = "Liu et al. 2022, arXiv 2110.07602"
-    advised: ClassVar[Rates] = Rates(3e-2, 1e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(9e-2, 3e-2, MEASURED)
     std: ClassVar[float] = 0.02
 
     def _network(self, backbone: nn.Module, chosen: Sequence[Attention]) -> PrefixNetwork | None:

@@ -21,6 +21,7 @@ from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.placement import check_readable, device_of
 from lightning_peft.core.quantized import dense, has_quantized_weight
+from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.core.sharded import whole
 from lightning_peft.core.twin import Twin
 from lightning_peft.training.mixin import TunedBy
@@ -92,6 +93,7 @@ class SHiRA(LayerMethod):
 
     trains: ClassVar[str] = "few entries of weight matrices, a sparse update of high rank"
     paper: ClassVar[str] = "Bhardwaj et al. 2024, arXiv 2406.13175"
+    advised: ClassVar[Rates] = Rates(6e-3, 3e-2, MEASURED)
     twin: ClassVar[Twin | None] = Twin(
         peft_type="SHIRA",
         tensors={"values": "shira_weight", "indices": "shira_indices"},

@@ -24,7 +24,7 @@ from lightning_peft.core.arguments import choice, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
-from lightning_peft.core.rates import DIGITS, Rates
+from lightning_peft.core.rates import DIGITS, MEASURED, Rates
 from lightning_peft.core.reads import field_read
 from lightning_peft.features.narrow import narrow
 from lightning_peft.features.side import (
@@ -124,9 +124,7 @@ class SideTuning(Method):
     kind: ClassVar[str] = "side network"
     trains: ClassVar[str] = "a small network beside the backbone, blended in"
     paper: ClassVar[str] = "Zhang et al. 2020, arXiv 1912.13503"
-    advised: ClassVar[Rates] = Rates(
-        1e-3, 1e-2, "what small networks that start anew are trained at; not measured", Rates(3e-3, 3e-2, DIGITS)
-    )
+    advised: ClassVar[Rates] = Rates(1e-2, 1e-1, MEASURED, Rates(3e-3, 3e-2, DIGITS))
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.FEATURES})
     breaks: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.FEATURES})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"alpha_init"}

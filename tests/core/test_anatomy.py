@@ -5,7 +5,19 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_peft import IA3, Adapter, DiffPruning, LinearProbe, LoRA, TuningError, collect, merge
+from lightning_peft import (
+    IA3,
+    Adapter,
+    DiffPruning,
+    LinearProbe,
+    LoRA,
+    Method,
+    PrefixTuning,
+    PTuning,
+    TuningError,
+    collect,
+    merge,
+)
 from lightning_peft.core import anatomy, select, sublayers
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.reads import passed_by, reads_below
@@ -33,6 +45,15 @@ def test_the_head_is_what_the_task_adds() -> None:
     assert tops(hf.T5ForQuestionAnswering(hf.T5Config(**T5, decoder_start_token_id=0))) == {"qa_outputs"}
     assert anatomy.head_names(hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**VIT))) == []
     assert anatomy.head_names(hf.CLIPModel(tiny("clip").config)) == []
+
+
+@pytest.mark.parametrize("method", [PTuning(), PrefixTuning()])
+def test_the_network_of_a_prompt_is_no_head(method: Method) -> None:
+    """It hangs on the whole model, and so it would have the learning rate of a head."""
+    model = tiny("bert")
+    before = anatomy.head_names(model)
+    method.apply(model)
+    assert anatomy.head_names(model) == before
 
 
 def test_a_head_that_the_decoder_refers_to_is_one() -> None:

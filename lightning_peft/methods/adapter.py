@@ -34,7 +34,7 @@ from lightning_peft.core import anatomy, select, structure, sublayers
 from lightning_peft.core.arguments import choice, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
-from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.core.rates import DIGITS, MEASURED, Rates
 from lightning_peft.core.reach import reached
 from lightning_peft.core.sublayers import width_of
 from lightning_peft.training.method import Method
@@ -80,7 +80,7 @@ class Adapter(Method):
     kind: ClassVar[str] = "modules"
     trains: ClassVar[str] = "bottleneck networks in the blocks (houlsby, pfeiffer, parallel), and the norms"
     paper: ClassVar[str] = "Houlsby et al. 2019, arXiv 1902.00751"
-    advised: ClassVar[Rates] = Rates(3e-3, 1e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(3e-3, 1e-2, MEASURED, Rates(9e-3, 3e-2, DIGITS))
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init_std", "zero_up"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

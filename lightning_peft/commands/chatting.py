@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from lightning_peft.core import structure, text_structure
 from lightning_peft.core.delta_file import read_checkpoint
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.hub import load_tokenizer
+from lightning_peft.core.hub import load_model, load_tokenizer
 from lightning_peft.core.storage import is_safetensors
 from lightning_peft.core.structure import name_or_path
 from lightning_peft.data.bad_rows import BadRowError
@@ -33,7 +34,7 @@ def chat(
     """Talk to a tuned model; /new begins another conversation, /exit or the end of the input ends it.
 
     Args:
-        file: a delta, as safetensors or checkpoint.
+        file: a delta, as safetensors or checkpoint, or the folder of a merged model.
         backbone: folder or hub id of the backbone; the one that the delta was trained on if left out.
         template: the chat template, or the path of its file; that of the training, or the tokenizer's own, if left out.
         system: what the system says before the conversation.
@@ -80,7 +81,7 @@ class Partner:
     """A tuned model with its tokenizer and the template by which it reads a conversation."""
 
     def __init__(self, file: str, backbone: str | None, template: str | None, how: Mapping[str, Any]) -> None:
-        self.model: Any = from_delta(file, backbone)
+        self.model: Any = _opened(file, backbone)
         if structure.is_encoder_decoder(self.model) or not structure.generates(self.model):
             raise TuningError(
                 f"{file} is of {type(self.model).__name__}, which does not go on with a text: use predict."
@@ -131,9 +132,22 @@ class Partner:
             raise TuningError(f"the conversation {error}") from None
 
 
+def _opened(file: str, backbone: str | None) -> Any:
+    """Return the model of a delta, or that of a folder, in eval mode."""
+    if not _is_model(file):
+        return from_delta(file, backbone)
+    if backbone is not None:
+        raise TuningError(f"{file} is a whole model: leave out --backbone {backbone}.")
+    return load_model(AutoModelForCausalLM, file).eval()
+
+
+def _is_model(file: str) -> bool:
+    return (Path(file) / "config.json").is_file()
+
+
 def _trained_by(file: str) -> str | None:
     """Return the template that the rows of a checkpoint were rendered by, if they had one of their own."""
-    found = {} if is_safetensors(Path(file)) else read_checkpoint(file).get(_DATA, {})
+    found = {} if _is_model(file) or is_safetensors(Path(file)) else read_checkpoint(file).get(_DATA, {})
     return found.get("template")
 
 

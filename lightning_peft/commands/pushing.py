@@ -73,7 +73,7 @@ def _name_base(config: Path, base: str | None) -> None:
     """
     known = json.loads(config.read_text(encoding="utf-8"))
     name = base or known.get("base_model_name_or_path")
-    if name and Path(name).is_absolute():
+    if name and (Path(name).is_absolute() or (base is None and Path(name).is_dir())):
         raise TuningError(f"the base of {config.parent} is {name}, which nobody else has: give --base, its hub id.")
     if name != known.get("base_model_name_or_path"):
         with atomic(config) as temporary:

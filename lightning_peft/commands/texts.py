@@ -1,5 +1,6 @@
 """``predict --text``: what a tuned model says of texts from the shell, by its checkpoint alone."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,7 +53,8 @@ def load_task(path: str) -> Task:
             "class, and call its predict."
         )
     told = {}
-    if "labels" not in hyper:  # the command line gives them to the task from the data
+    takes = "labels" in inspect.signature(kind).parameters
+    if takes and "labels" not in hyper:  # the command line gives them to the task from the data
         names = [b["config"].get("id2label") for b in meta["backbones"].values()]
         told = {"labels": list(names[0].values())} if names and names[0] else {}
     return load_from_checkpoint(kind, path, **told)

@@ -89,6 +89,7 @@ def read_delta(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         TuningError: there is no such file, it is damaged, or it is no delta.
     """
+    _check_no_adapter(Path(path))
     inside = Path(path) / IN_FOLDER
     path = inside if inside.is_file() else path
     checkpoint = _read_safetensors(Path(path)) if is_safetensors(Path(path)) else read_checkpoint(path)
@@ -201,6 +202,20 @@ def _check_seal(checkpoint: Mapping[str, Any], meta: Mapping[str, Any], source: 
         raise TuningError(
             f"{source} is damaged or was changed after it was written: {changed[0]} does not fit its checksum: take "
             "another copy."
+        )
+
+
+def _check_no_adapter(path: Path) -> None:
+    """See that a path is not what PEFT loads, which `export` writes too.
+
+    Raises:
+        TuningError: it is the folder of an adapter, or the file of its tensors.
+    """
+    folder = path if path.is_dir() else path.parent
+    is_it = path.is_dir() or path.name == "adapter_model.safetensors"
+    if is_it and (folder / "adapter_config.json").is_file():
+        raise TuningError(
+            f"{path} is an adapter of Hugging Face PEFT: make a delta of it by lightning-peft import {folder} FILE."
         )
 
 

@@ -13,6 +13,9 @@ from lightning_peft.data.padding import Padder
 if TYPE_CHECKING:
     from lightning_peft.tasks.base import Task
 
+_ENDLESS = 2**31
+"""More tokens than any model reads."""
+
 
 def predict(task: "Task", texts: Sequence[str], batch_size: int, max_length: int | None) -> list[dict[str, Any]]:
     """Return what the model says of each text, in eval mode; the module is left in the mode that it was in."""
@@ -21,14 +24,15 @@ def predict(task: "Task", texts: Sequence[str], batch_size: int, max_length: int
     if batch_size < 1:
         raise TuningError(f"batch_size={batch_size} is out of range: take 1 or more.")
     limit = text_structure.max_positions(task.backbone)
-    length = min(n for n in (max_length, limit, task.tokenizer.model_max_length) if n is not None)
+    known = (max_length, limit, task.tokenizer.model_max_length)  # a tokenizer that knows no limit says 1e30
+    length = min((n for n in known if n is not None and n < _ENDLESS), default=None)
     with in_eval(task):
         starts = range(0, len(texts), batch_size)
         return [row for i in starts for row in _rows(task, texts[i : i + batch_size], length)]
 
 
-def _rows(task: "Task", texts: Sequence[str], length: int) -> list[dict[str, Any]]:
-    encoded = dict(task.tokenizer(list(texts), truncation=True, max_length=length))
+def _rows(task: "Task", texts: Sequence[str], length: int | None) -> list[dict[str, Any]]:
+    encoded = dict(task.tokenizer(list(texts), truncation=length is not None, max_length=length))
     batch = Padder.of(task.tokenizer, side=task.padding_side)(encoded)
     device = next(task.backbone.parameters()).device
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -1,6 +1,7 @@
 """One talks to a tuned model in the terminal, and through a pipe."""
 
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from lightning_peft import CausalLM, ChatData, LoRA, PromptTuning, TuningError, save_delta
 from lightning_peft.commands.chatting import Partner
 from lightning_peft.commands.tools import run_tool
+from lightning_peft.core import text_structure
 from tests.modules import trainer
 from tests.text import cache, valley
 
@@ -110,6 +112,31 @@ def test_a_conversation_that_is_too_long_goes_on_anew(said: Callable[..., list[s
     assert said(f"{long}\nthe river\n", "--max_new_tokens", "4") == [answer]
     with pytest.raises(TuningError, match=r"fails in the chat template \(no\): mend the row, or give another template"):
         said("hello\n", template="{{ raise_exception('no') }}")
+
+
+def test_a_merged_model_says_the_same(said: Callable[..., list[str]], tmp_path: Path, capsys: Any) -> None:
+    (answer,) = said("the river\n", "--max_new_tokens", "4")
+    run_tool("merge", [str(tmp_path / "delta.safetensors"), str(tmp_path / "whole")])
+    capsys.readouterr()
+    sys.stdin.seek(0)
+    run_tool("chat", [str(tmp_path / "whole"), "--template", TEMPLATE, "--max_new_tokens", "4"])
+    assert capsys.readouterr().out.splitlines() == [answer]
+    with pytest.raises(TuningError, match="is a whole model: leave out --backbone gpt2"):
+        run_tool("chat", [str(tmp_path / "whole"), "--backbone", "gpt2"])
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    for file in ("adapter", "adapter/adapter_model.safetensors"):
+        with pytest.raises(TuningError, match=r"an adapter of Hugging Face PEFT: .* lightning-peft import \S*adapter"):
+            run_tool("chat", [str(tmp_path / file)])
+
+
+def test_a_text_is_not_cut_where_no_limit_is_known(valley: Valley, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a rotary model whose tokenizer has no longest text."""
+    task = CausalLM(valley("gpt2"), max_new_tokens=1)
+    answered = task.predict(["the river"])
+    monkeypatch.setattr(text_structure, "max_positions", lambda backbone: None)
+    monkeypatch.setattr(task.tokenizer, "model_max_length", 10**30)
+    assert task.predict(["the river"]) == answered
 
 
 def test_what_is_no_chat_is_refused(said: Callable[..., list[str]], tmp_path: Path, valley: Valley) -> None:

@@ -15,7 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForSequenceClassification
 
 from lightning_peft import LoRA, PromptTuning, TuningError, from_delta, merge, save_delta
+from lightning_peft.commands import texts
 from lightning_peft.commands.pushing import push
+from lightning_peft.core.delta_file import CLASS_PATH
 from lightning_peft.interop import Facts, to_peft
 from lightning_peft.interop.check import check_adapter
 from lightning_peft.interop.folder import read_adapter
@@ -94,6 +96,19 @@ def test_an_export_that_computes_something_else_is_no_adapter(tmp_path: Path) ->
     assert not (tmp_path / "adapter/adapter_config.json").exists()
 
 
+@pytest.mark.parametrize(("name", "told"), [("CausalLM", {}), ("TextClassification", {"labels": ["bad", "good"]})])
+def test_a_task_is_told_its_classes_if_it_asks(
+    name: str, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that texts can be given from the shell to what writes, too."""
+    names = {"id2label": {"0": "bad", "1": "good"}}
+    kept = {"hyper_parameters": {CLASS_PATH: f"lightning_peft.{name}"}}
+    monkeypatch.setattr(texts, "read_checkpoint", lambda path: kept)
+    monkeypatch.setattr(texts, "meta_of", lambda checkpoint, path: {"backbones": {"backbone": {"config": names}}})
+    monkeypatch.setattr(texts, "load_from_checkpoint", lambda kind, path, **given: (kind.__name__, given))
+    assert texts.load_task("a.ckpt") == (name, told)
+
+
 def test_a_hub_takes_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     model, _ = tuned("bert", (LoRA(r=2),))
     model.config._name_or_path = "/home/me/bert"
@@ -104,6 +119,13 @@ def test_a_hub_takes_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
         with pytest.raises(TuningError, match=r"the base of .* is /home/me/bert, .*: give --base, its hub id\.$"):
             push(tmp_path / "adapter", "me/films")
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "google/bert").mkdir(parents=True)
+        model.config._name_or_path = "google/bert"
+        to_peft(model, tmp_path / "near")
+        with pytest.raises(TuningError, match=r"the base of .* is google/bert, .*: give --base, its hub id\.$"):
+            push(tmp_path / "near", "me/films")
+        (tmp_path / "google/bert").rmdir()
         with pytest.raises(TuningError, match=r"'a/b/c' is no name of a repository: write it as owner/name\.$"):
             push(tmp_path / "adapter", "a/b/c", base="google/bert")
         assert not server.made

@@ -101,7 +101,8 @@ def _describe(name: str, method: "type[TuningMethod]") -> None:
     console = Console()
     console.print(f"[bold]{name}[/bold]: {(method.__doc__ or '').splitlines()[0]}", highlight=False)
     console.print(method.paper, highlight=False)
-    for what, rates in (("", method.advised), (" on images", method.advised.images)):
+    advised = method.advised
+    for what, rates in (("", advised), (" on images", advised.images), (" with a new head", advised.headed)):
         if rates is not None:
             said = f"{rates.delta:g} for what it trains, {rates.head:g} for a head ({rates.source})"
             console.print(f"Learning rates{what}: {said}.", highlight=False)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lightning_peft.core import structure
+from lightning_peft.core import anatomy, structure
 from lightning_peft.core.pruned import live_name
 
 if TYPE_CHECKING:
@@ -27,16 +27,20 @@ class Rates:
         head: of a new head.
         source: where they are from.
         images: those of a backbone that reads images; None: the same.
+        headed: those of a backbone of texts with a new head; None: the same.
     """
 
     delta: float
     head: float
     source: str
     images: "Rates | None" = None
+    headed: "Rates | None" = None
 
     def on(self, backbone: nn.Module) -> "Rates":
-        """Return the rates for what this backbone reads."""
-        return self.images if self.images and structure.main_input_of(backbone) == "pixel_values" else self
+        """Return the rates for what this backbone reads, and for its head."""
+        if structure.main_input_of(backbone) == "pixel_values":
+            return self.images or self
+        return self.headed if self.headed and anatomy.head_names(backbone) else self
 
 
 ADDED = Rates(2e-3, 1e-2, "as for LoRA; not measured for this method")

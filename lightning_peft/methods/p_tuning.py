@@ -26,7 +26,7 @@ from lightning_peft.core.arguments import choice, positive, rate
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach, detach
 from lightning_peft.core.placement import device_of, has_values
-from lightning_peft.core.rates import Rates
+from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.core.tracing import is_traced
 from lightning_peft.prompting import Template
 from lightning_peft.prompts.virtual_tokens import PromptRows, is_widened, word_rows
@@ -134,7 +134,9 @@ class PTuning(PromptMethod):
 
     trains: ClassVar[str] = "virtual tokens anywhere in a template, through an LSTM"
     paper: ClassVar[str] = "Liu et al. 2021, arXiv 2103.10385"
-    advised: ClassVar[Rates] = Rates(3e-3, 1e-2, "measured on made-up text, docs/results.md")
+    advised: ClassVar[Rates] = Rates(
+        3e-3, 1e-2, "measured on made-up text, docs/results.md", headed=Rates(1e-1, 1e-1, MEASURED)
+    )
     may_change: ClassVar[frozenset[str]] = PromptMethod.may_change | {"init", "text", "dropout", "backbone_lr"}
 
     def __post_init__(self) -> None:

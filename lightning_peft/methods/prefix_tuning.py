@@ -47,7 +47,7 @@ class PrefixTuning(PrefixMethod):
     form: Literal["prefix", "infix"] = "prefix"
 
     paper: ClassVar[str] = "Li & Liang 2021, arXiv 2101.00190"
-    advised: ClassVar[Rates] = Rates(1e-3, 1e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(3e-3, 3e-2, MEASURED)
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach a prefix to each attention, or an infix to the word table and each projection of keys and values."""

@@ -6,8 +6,8 @@ from typing import Any
 import lightning as L
 import pytest
 
-from lightning_peft import BitFit, FullFineTuning, LoRA, Method, PartialK, TuningError
-from lightning_peft.core.rates import head_rate, rates_of
+from lightning_peft import BitFit, FullFineTuning, LoRA, Method, PartialK, PTuning, TuningError
+from lightning_peft.core.rates import Rates, head_rate, rates_of
 from lightning_peft.core.tuning import Tuning
 from lightning_peft.methods import every_method
 from lightning_peft.reports.tuning_report import learning_rates
@@ -104,21 +104,28 @@ def test_the_rates_that_methods_recommend(model: str, tmp_path: Path) -> None:
     assert shown["head"].endswith(f"(recommended: FullFineTuning, {FullFineTuning.advised.source})")
 
 
-def test_images_have_rates_of_their_own() -> None:
-    assert PartialK.advised.images not in (None, PartialK.advised)
-    for kind, rates in (("bert", PartialK.advised), ("vit", PartialK.advised.images)):
-        backbone = tiny(kind)
-        PartialK().apply(backbone)
-        tuning = Tuning.of(backbone)
-        assert tuning is not None
-        assert rates is not None
-        assert set(rates_of(backbone, tuning).values()) == {rates.delta}
-        assert head_rate(backbone, tuning) == rates.head
+@pytest.mark.parametrize(
+    ("method", "kind", "rates"),
+    [
+        (PartialK(), "bert", PartialK.advised),
+        (PartialK(), "vit", PartialK.advised.images),
+        (PTuning(), "gpt2", PTuning.advised),
+        (PTuning(), "bert", PTuning.advised.headed),
+    ],
+)
+def test_images_and_new_heads_have_rates_of_their_own(method: Method, kind: str, rates: Rates | None) -> None:
+    backbone = tiny(kind)
+    method.apply(backbone)
+    tuning = Tuning.of(backbone)
+    assert tuning is not None
+    assert rates is not None
+    assert set(rates_of(backbone, tuning).values()) == {rates.delta}
+    assert head_rate(backbone, tuning) == rates.head
 
 
 def test_each_method_says_its_rates() -> None:
     for name, method in every_method().items():
-        for rates in (method.advised, method.advised.images or method.advised):
+        for rates in filter(None, (method.advised, method.advised.images, method.advised.headed)):
             assert 0 < rates.delta < 1, name
             assert 0 < rates.head < 1, name
             assert rates.source, name

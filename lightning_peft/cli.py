@@ -15,34 +15,47 @@ Tune a large frozen model with PyTorch Lightning and keep only the delta.
 train and use:
   fit         train a method on a task: lightning-peft fit --config quickstart
   validate    score a delta on the validation split
-  test        score a delta on the test split: ... test --config CONFIG --ckpt_path DELTA
-  predict     write what a tuned model says of new rows: ... predict --config CONFIG --ckpt_path DELTA,
-              or of texts from the shell: predict --ckpt_path DELTA --text "a text" "another"
+  test        score a delta on the test split:
+              test --config CONFIG --ckpt_path DELTA
+  predict     write what a tuned model says of new rows:
+              predict --config CONFIG --ckpt_path DELTA, or of texts:
+              predict --ckpt_path DELTA --text "a text" "another"
   chat        talk to a tuned model in the terminal: lightning-peft chat DELTA
-  check       look before GPU hours: a few steps, a table of what passes and what does not: check --config CONFIG,
-              or without weights and data, for a model that does not fit here: check --config CONFIG --meta true
-  search      find a template for a prompted task: search --config prompted_classification --model.model MODEL
+  check       look before GPU hours: a few steps, and what passes:
+              check --config CONFIG, or without weights and data, for a model
+              that does not fit here: check --config CONFIG --meta true
+  search      find a template for a prompted task:
+              search --config prompted_classification --model.model MODEL
               --how edits --budget 40 --out prompt.yaml
-  compare     methods on your own rows, each at its best learning rate, several seeds, one table:
-              compare --config CONFIG --methods LoRA BitFit --seeds 3 --budget 2h
-  submit      write a SLURM script for a fit and submit it: submit --config CONFIG --nodes 2 --gpus 8 [--dry-run]
+  compare     methods on your own rows, each at its best learning rate, in one
+              table: compare --config CONFIG --methods LoRA BitFit --seeds 3
+  submit      write a SLURM script for a fit and submit it:
+              submit --config CONFIG --nodes 2 --gpus 8 [--dry-run]
 
 look and convert:
-  configs     list the configurations that come with it; configs show NAME, configs copy NAME
-  methods     list the methods with what they train; methods NAME: the arguments of one
+  configs     list the configurations that come with it;
+              configs show NAME, configs copy NAME
+  methods     list the methods with what they train;
+              methods NAME: the arguments of one
   templates   list the wordings of a task: lightning-peft templates FILE.yaml
   info        show what a delta file holds: lightning-peft info FILE
-  combine     make one delta of several: lightning-peft combine A=0.7 B=0.3 OUT --how linear
+  combine     make one delta of several:
+              combine A=0.7 B=0.3 OUT --how linear
   merge       fold a delta into its backbone: lightning-peft merge FILE FOLDER
   plot        draw pictures of results: lightning-peft plot results.csv FOLDER
-  export      write a delta as an adapter of Hugging Face PEFT: export FILE FOLDER --check, or --for vllm;
+  export      write a delta as an adapter of Hugging Face PEFT:
+              export FILE FOLDER --check, or --for vllm;
               or the merged model: --onnx, --torch-export
-  push        put an adapter or a merged model on a hub: push FOLDER OWNER/NAME
-  import      write an adapter of Hugging Face PEFT as a delta: import FOLDER FILE
-  completion  let a shell complete words: eval "$(lightning-peft completion bash)", or zsh
+  push        put an adapter or a merged model on a hub:
+              push FOLDER OWNER/NAME
+  import      write an adapter of Hugging Face PEFT as a delta:
+              import FOLDER FILE
+  completion  let a shell complete words:
+              eval "$(lightning-peft completion bash)", or zsh
 
 any command:
-  --help      show the arguments of a command; of fit and its like --help all shows every one
+  --help      show the arguments of a command; of fit and its like,
+              --help all shows every one
   --debug     show the traceback of an error
   --version   show the version
 

@@ -25,7 +25,7 @@ _WHAT = {
     "search": "Find a template for a prompted task.",
     "check": "Run a few steps and say what passes, before it costs GPU hours.",
 }
-WIDTH = 96
+WIDTH = 80
 
 
 def is_asked(words: Sequence[str]) -> bool:
@@ -41,7 +41,7 @@ def show(command: str, words: Sequence[str]) -> None:
 
 def _lines(command: str, chosen: dict[str, str]) -> Iterator[str]:
     yield f"usage: lightning-peft {command} --config FILE [--config FILE ...] [ARGUMENTS]"
-    yield f"\n{_WHAT[command]}\n"
+    yield f"{_WHAT[command]}\n"
     yield from _entry("--config FILE", "a YAML file, or a name that lightning-peft configs lists; several add up")
     kinds = _kinds()
     yield from _entry("--model TASK", ", ".join(kinds["model"]))
@@ -51,7 +51,7 @@ def _lines(command: str, chosen: dict[str, str]) -> Iterator[str]:
     yield from _entry("--ckpt_path FILE", "the checkpoint to go on from" if command == "fit" else "the delta")
     yield from _entry("--seed_everything N", "of all that is random; 0")
     if command == "fit":
-        yield from _entry("--lr_find true", "look for the factor of the learning rates first, on a copy of the model")
+        yield from _entry("--lr_find true", "look for the factor of the learning rates, first")
     for place, name in chosen.items():
         yield f"\nthe {_PLACES[place]} {name}, each as --{place}.NAME VALUE:"
         yield _wrapped(_with_defaults(name))
@@ -59,7 +59,7 @@ def _lines(command: str, chosen: dict[str, str]) -> Iterator[str]:
         yield f"\nname a {_PLACES[place]}, by --config or --{place}, to see its arguments"
     yield "\nthe Trainer, each as --trainer.NAME VALUE:"
     yield _wrapped(TRAINER)
-    yield f"\nalso --optimizer, --lr_scheduler, --print_config; every argument: lightning-peft {command} --help all"
+    yield f"\nalso --optimizer, --lr_scheduler, --print_config\nevery argument: lightning-peft {command} --help all"
 
 
 def classes_named(words: Sequence[str]) -> dict[str, str]:
@@ -118,9 +118,9 @@ def _value(default: Any) -> str:
 
 
 def _entry(option: str, text: str) -> Iterator[str]:
-    lines = textwrap.wrap(text, WIDTH - 26)
-    yield f"  {option:<22}  {lines[0]}"
-    yield from (f"{'':<26}{line}" for line in lines[1:])
+    lines = textwrap.wrap(text, WIDTH - 23)
+    yield f"  {option:<19}  {lines[0]}"
+    yield from (f"{'':<23}{line}" for line in lines[1:])
 
 
 def _wrapped(parts: Sequence[str]) -> str:

@@ -51,7 +51,7 @@ def run_tool(command: str, arguments: Sequence[str]) -> None:
     function = functions[command]
     arguments = _by_name(command, list(arguments))
     parser = ToolParser(prog=f"lightning-peft {command}", description=(function.__doc__ or "").splitlines()[0])
-    parser.add_function_arguments(function, as_positional=True)
+    parser.add_function_arguments(function, as_group=False, as_positional=True)
     function(**parser.parse_args(arguments).as_dict())
 
 

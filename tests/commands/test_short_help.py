@@ -21,11 +21,11 @@ def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "check", "search"])
 def test_one_screen(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It fits 60 lines of 96 columns with the classes of a configuration, and each method is named."""
+    """It fits 60 lines of 80 columns with the classes of a configuration, and each method is named."""
     text = printed(monkeypatch, capsys, command, "--config", "quickstart", "--help")
     lines = text.splitlines()
     assert len(lines) <= 60
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 80
     assert all(name in text for name in every_method())
     assert "r=8, alpha=16.0" in text
     assert "head_lr=null" in text  # which the task hands on to its parent

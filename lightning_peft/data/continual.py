@@ -103,15 +103,23 @@ class ContinualData(DataArguments):
         self.data.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Find the rows, and check the tasks before the first batch."""
+        """Find the rows, and check the tasks before the first batch.
+
+        Raises:
+            TuningError: there are no rows to score by, or none of a task.
+        """
         self.data.trainer = self.trainer
         self.data.setup(stage)
-        if not len(self.task_classes) or stage not in ("fit", "validate"):
+        if not len(self.task_classes) or stage not in ("fit", "validate", "test"):
             return
-        if self.score == "test":
+        if stage != "test" and self.score == "test":
             self.data.setup("test")
-        if not self.data.has(self.score):
+        if stage != "test" and not self.data.has(self.score):
             raise TuningError(f"there are no {self.score} rows to score tasks by: take score='test', or add them.")
+        # An error that a loader raises comes late, and leaves what Lightning replaces in torch's loaders where it is.
+        for split in {"fit": ("train", self.score), "validate": (self.score,)}.get(stage, ("test",)):
+            for task in range(self.num_tasks):
+                self._loader(split, task)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches of the task that the current epoch belongs to."""

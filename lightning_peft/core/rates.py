@@ -54,10 +54,10 @@ def rates_of(backbone: nn.Module, tuning: "Tuning") -> dict[str, float]:
 
     What several methods train has the smallest of their rates.
     """
+    rates = {key: method.advised.on(backbone).delta for key, method in tuning.methods.items()}
     found: dict[str, float] = {}
     for key, name in _trained(backbone, tuning):
-        rate = tuning.methods[key].advised.on(backbone).delta
-        found[name] = min(rate, found.get(name, rate))
+        found[name] = min(rates[key], found.get(name, rates[key]))
     return found
 
 

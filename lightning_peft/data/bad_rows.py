@@ -8,6 +8,7 @@ from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.labels import IGNORED
 
 
 class BadRowError(Exception):
@@ -59,6 +60,12 @@ def check_label(value: Any, name: str, numbers: Mapping[Any, int]) -> None:
     """
     if value not in numbers:
         raise BadRowError(f"has no label in column {name!r}: give one, or leave the row out.")
+
+
+def numbered(values: Sequence[Any], name: str, numbers: Mapping[Any, int]) -> tuple[list[int], list[str]]:
+    """Return the numbers of the classes in a column, -100 where there is none, and what is wrong with each row."""
+    problems = [problem_of(check_label, value, name, numbers) for value in values]
+    return [numbers.get(value, IGNORED) for value in values], problems
 
 
 def problem_of(check: Callable[..., Any], *args: Any) -> str:

@@ -110,14 +110,16 @@ class ContinualData(DataArguments):
         """
         self.data.trainer = self.trainer
         self.data.setup(stage)
-        if not len(self.task_classes) or stage not in ("fit", "validate", "test"):
+        read = {"fit": ("train", self.score), "validate": (self.score,), "test": ("test",)}.get(stage, ())
+        if not self.num_tasks or not read:
             return
-        if stage != "test" and self.score == "test":
-            self.data.setup("test")
-        if stage != "test" and not self.data.has(self.score):
-            raise TuningError(f"there are no {self.score} rows to score tasks by: take score='test', or add them.")
+        if stage != "test":
+            if self.score == "test":
+                self.data.setup("test")
+            if not self.data.has(self.score):
+                raise TuningError(f"there are no {self.score} rows to score tasks by: take score='test', or add them.")
         # An error that a loader raises comes late, and leaves what Lightning replaces in torch's loaders where it is.
-        for split in {"fit": ("train", self.score), "validate": (self.score,)}.get(stage, ("test",)):
+        for split in read:
             for task in range(self.num_tasks):
                 self._loader(split, task)
 

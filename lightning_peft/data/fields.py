@@ -5,8 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from lightning_peft.core.labels import IGNORED
-from lightning_peft.data.bad_rows import check_any, check_label, problem_of
+from lightning_peft.data.bad_rows import check_any, numbered, problem_of
 from lightning_peft.data.classes import class_numbers
 from lightning_peft.data.protocols import LabelledRows, Rows
 
@@ -46,9 +45,7 @@ def _fields(
     found["length"] = [sum(len(value) for value in row.values() if isinstance(value, str)) for row in found["fields"]]
     found["problem"] = [problem_of(_check_all, row, needed) for row in found["fields"]]
     if label is not None and numbers is not None:
-        number = dict(numbers)
-        found["labels"] = [number.get(value, IGNORED) for value in rows[label]]
-        lacking = [problem_of(check_label, value, label, number) for value in rows[label]]
+        found["labels"], lacking = numbered(rows[label], label, dict(numbers))
         found["problem"] = [one or other for one, other in zip(found["problem"], lacking, strict=True)]
     return found
 

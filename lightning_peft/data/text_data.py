@@ -9,8 +9,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.labels import IGNORED
-from lightning_peft.data.bad_rows import check_label, problem_of
+from lightning_peft.data.bad_rows import numbered
 from lightning_peft.data.classes import check_columns, class_names, class_numbers, warn_of_odd, warn_of_unlearned
 from lightning_peft.data.token_data import TokenData
 
@@ -93,9 +92,7 @@ def _tokenise(
 ) -> dict[str, list[Any]]:
     encoded = encoded_texts(rows, tokenizer, text, max_length)
     if numbers is not None:
-        number = dict(numbers)
-        encoded["labels"] = [number.get(value, IGNORED) for value in rows[label]]
-        encoded["problem"] = [problem_of(check_label, value, label, number) for value in rows[label]]
+        encoded["labels"], encoded["problem"] = numbered(rows[label], label, dict(numbers))
     return encoded
 
 

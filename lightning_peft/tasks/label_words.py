@@ -14,7 +14,7 @@ They tune the model with each of the best before these are compared on validatio
 """
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import lightning as L
@@ -25,7 +25,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.prompting.encoding import encode
 from lightning_peft.tasks.prompted import padded
 from lightning_peft.tasks.prompted_classification import PromptedClassification
-from lightning_peft.tasks.trigger_search import is_one_token
+from lightning_peft.tasks.trigger_search import whole_words
 from lightning_peft.tasks.written_prompts import solved_rows
 
 LIKELY, MOST = 100, 50_000
@@ -51,7 +51,8 @@ def label_words(task: PromptedClassification, data: L.LightningDataModule, most:
     likely = torch.cat([_likely(task, rows[at : at + _AT_ONCE]) for at in range(0, len(rows), _AT_ONCE)])
     own = torch.stack([likely[labels == c].sum(0) for c in range(len(task.labels))])
     count = max(2, min(LIKELY, int(MOST ** (1 / len(task.labels)))))
-    chosen = [_words(task, scores, count) for scores in own]
+    lead = task.templates[0].lead
+    chosen = [[number for number, _ in islice(whole_words(task, scores, lead), count)] for scores in own]
     pairings = [one for one in product(*chosen) if len({*one}) == len(one)]
     right = [int((likely[:, list(one)].argmax(1) == labels).sum()) for one in pairings]
     order = sorted(range(len(pairings)), key=lambda i: -right[i])  # products come with the likeliest first
@@ -74,15 +75,3 @@ def _likely(task: PromptedClassification, rows: Sequence[tuple[Any, str]]) -> Te
     logits: Tensor = task.backbone(**{name: value.to(device) for name, value in batch.items()}).logits
     places = [one.slot - (task.lm == "causal") for one in encoded]  # a causal model says the next token
     return logits[range(len(rows)), places].float().log_softmax(-1).cpu()
-
-
-def _words(task: PromptedClassification, scores: Tensor, count: int) -> list[int]:
-    """Return the tokens that are whole words, the likeliest first."""
-    found: list[int] = []
-    for number in scores.argsort(descending=True).tolist():
-        word = task.tokenizer.decode([number]).strip()
-        if word.isalpha() and is_one_token(task, word, task.templates[0].lead, number):
-            found.append(number)
-            if len(found) == count:
-                break
-    return found

@@ -7,7 +7,8 @@ Source: Shin et al. 2020 (2010.15980), section 2.2; Wallace et al. 2019 (1908.07
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -57,14 +58,22 @@ def better_words(
     marked = Template("".join([*pieces[:at], "{v:1}", *pieces[at + 1 :]]))
     lead = " " if at and pieces[at - 1].isspace() else ""
     scores = _promise(task, marked, lead + pieces[at], chosen)
-    found: list[str] = []
+    others = (word for _, word in whole_words(task, scores, lead) if word != pieces[at])
+    return ["".join([*pieces[:at], word, *pieces[at + 1 :]]) for word in islice(others, most)]
+
+
+def whole_words(task: PromptedClassification, scores: Tensor, lead: str) -> Iterator[tuple[int, str]]:
+    """Yield the tokens that are whole words of letters where ``lead`` stands before them, those of high scores first.
+
+    Args:
+        task: whose tokenizer knows the words.
+        scores: of all tokens, [V].
+        lead: a blank, or nothing.
+    """
     for number in scores.argsort(descending=True).tolist():
         word = task.tokenizer.decode([number]).strip()
-        if word.isalpha() and word != pieces[at] and is_one_token(task, word, lead, number):
-            found.append("".join([*pieces[:at], word, *pieces[at + 1 :]]))
-            if len(found) == most:
-                break
-    return found
+        if word.isalpha() and _is_one_token(task, word, lead, number):
+            yield number, word
 
 
 def _promise(
@@ -100,7 +109,7 @@ def _loss(task: PromptedClassification, template: Template, fields: Mapping[str,
     return -likely[range(len(word)), word].sum()
 
 
-def is_one_token(task: PromptedClassification, word: str, lead: str, number: int) -> bool:
+def _is_one_token(task: PromptedClassification, word: str, lead: str, number: int) -> bool:
     """Tell whether a word, written in its place, is that one token."""
     try:
         return word_ids(task.tokenizer, word, lead) == [number]

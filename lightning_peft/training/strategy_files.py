@@ -17,6 +17,7 @@ from lightning_peft.core.delta import delta_names, save_delta
 from lightning_peft.core.delta_file import IN_FOLDER
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.folder_seal import check_folder, digests, seal_folder
+from lightning_peft.core.gathering import of_the_first
 from lightning_peft.core.run import canonical
 from lightning_peft.training import patches
 from lightning_peft.training.random_states import gather
@@ -79,13 +80,17 @@ def writes_parts(strategy: Any) -> bool:
 
 @torch.no_grad()
 def _state_dict(strategy: ModelParallelStrategy) -> dict[str, Tensor]:
-    """Return the delta: in parts where each rank writes its own, else whole on rank 0, one tensor at a time."""
+    """Return the delta: in parts where each rank writes its own, else whole on rank 0, one tensor at a time.
+
+    What is in no parts is that of rank 0 in both: other ranks may have other statistics of a BatchNorm, and which rank
+    writes them is not ours to say.
+    """
     module = strategy.lightning_module
     assert module is not None
     state = module.state_dict()
     delta = {canonical(name): state[name] for name in delta_names(module)}
     if writes_parts(strategy):
-        return delta
+        return {name: t if sharded.is_part(t) else of_the_first(t.clone()) for name, t in delta.items()}
     gathered = ((name, sharded.whole(tensor)) for name, tensor in delta.items())
     first = strategy.is_global_zero
     return {name: tensor.cpu() for name, tensor in gathered if first}

@@ -10,6 +10,7 @@ The table is `languages.yaml` beside this file. An entry of a language:
 ``asks``      how an answer is asked for: ``number``, ``choice`` (with ``{first}``, ``{last}``), ``yes_no``, ``text``
 ``affirms``   the words for yes
 ``denies``    the words for no
+``minus``     the words for the sign of a negative number
 ``ends``      what may follow an answer in its sentence and is none of it, as the Japanese です
 ``articles``  words that do not count when two answers are compared
 ``decimal``   the mark before decimals, "." or ","
@@ -55,6 +56,7 @@ class Language:
     asks: Mapping[str, str]
     affirms: tuple[str, ...]
     denies: tuple[str, ...]
+    minus: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
     articles: tuple[str, ...] = ()
     decimal: str = "."

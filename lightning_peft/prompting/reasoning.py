@@ -24,8 +24,10 @@ KINDS: tuple[Kind, ...] = ("number", "choice", "yes_no", "text")
 
 STEP_BY_STEP = "Let's think step by step."
 """What the first stage of zero-shot chain of thought begins its answer with."""
-_QUOTES = "\"'“”„«»「」『』《》"
-_STOPS = (".", "。", "．", "।")
+_QUOTES = "\"'“”‘’„«»「」『』《》*`"
+_STOPS = (".", "。", "．", "।", "！", "；")
+# A sum, or a letter, that an answer is said to be: what stands behind the last sign is the answer.
+_SUM = re.compile(r"[ \t]*[a-zA-Z]?(?:[\d+\-*/×÷·()$€£¥%= \t\\]|,(?=\d{3}(?!\d))|\.(?=\d))*=(?=[ \t]*[-$€£¥]?\d)")
 
 
 def answer_trigger(
@@ -123,15 +125,30 @@ def extract_answer(
     if kind == "text":
         return _line(text[start:], first, own)
     decimal = (own or known[0]).decimal if own or language is not None else "."
-    found = _answers(rest, kind, choices, decimal, known) or ([han_number(rest)] if own and kind == "number" else [])
+    found = _answers(_signed(rest, known) if first else rest, kind, choices, decimal, known, own is not None)
     return found[0 if first else -1] if found else None
 
 
-def _answers(text: str, kind: Kind, choices: str, decimal: str, known: Sequence[Language]) -> Sequence[str | None]:
-    """Return all answers of a kind in a text, in their order."""
+def _answers(
+    text: str, kind: Kind, choices: str, decimal: str, known: Sequence[Language], is_answer: bool
+) -> list[str]:
+    """Return all answers of a kind in a text, in their order, or the one that stands right behind a phrase."""
     if kind == "number":
-        return numbers(text, decimal)
-    return _letters(text, choices) if kind == "choice" else _yes_no(text, known)
+        return _numbers(text, decimal, is_answer)
+    return _letters(text, choices, is_answer) if kind == "choice" else _yes_no(text, known)
+
+
+def _numbers(text: str, decimal: str, is_answer: bool) -> list[str]:
+    """Return the numbers of a text; of an answer, one in Han numerals that it begins with, or what its sum comes to."""
+    if is_answer and (number := han_number(text)):
+        return [number]
+    return numbers(_SUM.sub("", text, count=1) if is_answer and _SUM.match(text) else text, decimal)
+
+
+def _signed(text: str, known: Sequence[Language]) -> str:
+    """Return a text with the sign in place of a word for it that it begins with."""
+    words = "|".join(re.escape(word) for language in known for word in language.minus)
+    return re.sub(rf"^[\s:]*(?:{words})\s*(?=\d)", "-", text, flags=re.IGNORECASE) if words else text
 
 
 def majority(answers: Sequence[str | None], scores: Sequence[float] | None = None) -> str | None:
@@ -176,29 +193,40 @@ def _yes_no(text: str, known: Sequence[Language]) -> list[str]:
     return [found[place] for place in sorted(found)]
 
 
-def _letters(text: str, choices: str) -> list[str]:
+def _letters(text: str, choices: str, is_answer: bool) -> list[str]:
+    """Return the letters of a text that may be answers; of an answer, the one that it begins with, if there is one."""
     letters = re.escape(choices.upper() + choices.lower())
+    # A small letter before a word is an article there, and an I a pronoun.
+    begun = re.match(rf"[\W_]*(?![a-zI]\s+{LETTER})([{letters}])(?!{LETTER})(?!['’])", text) if is_answer else None
+    if begun:
+        return [begun[1].upper()]
     bracketed = re.findall(rf"\(([{letters}])\)", text)
     if bracketed:
         return [letter.upper() for letter in bracketed]
     # A letter before a word is an article ("A dog") or a pronoun ("I think").
-    alone = rf"(?<!{LETTER})(?<!['’])([{re.escape(choices.upper())}])(?!{LETTER})(?!['’])(?!\s+[a-z])"
+    # Kana are letters to choose from, too, but not within a word.
+    before, behind = rf"(?<!{LETTER})(?<!['’])(?<![ァ-ヺー])", rf"(?!{LETTER})(?!['’])(?![ァ-ヺー])(?!\s+[a-z])"
+    alone = rf"{before}([{re.escape(choices.upper())}]){behind}"
     return re.findall(alone, text)
 
 
 def _line(text: str, first: bool, language: Language | None) -> str | None:
     """Return the first or last line with words, without quotation marks, the stop, and what ends the sentence."""
-    lines = []
-    for line in text.splitlines():
-        line = line.strip().strip(_QUOTES)
-        for stop in _STOPS:
-            line = line.removesuffix(stop)
-        line = line.strip(f"{_QUOTES} ")
-        for end in language.ends if language else ():
-            line = line.removesuffix(end)
-        lines.append(line.strip(f"{_QUOTES} "))
+    lines = [_bare(line.strip(), language.ends if language else ()) for line in text.splitlines()]
     lines = [line for line in lines if line]
     return (lines[0] if first else lines[-1]) if lines else None
+
+
+def _bare(line: str, ends: Sequence[str]) -> str:
+    """Return a line without its stop, one end of its sentence, and quotation marks, in whatever order they stand."""
+    for _ in range(2):
+        for stop in _STOPS:
+            line = line.removesuffix(stop)
+        end = next((end for end in ends if line.endswith(end)), None)
+        if end is not None:
+            line, ends = line.removesuffix(end), ()
+        line = line.strip(f"{_QUOTES} ")
+    return line
 
 
 def _check_kind(kind: str) -> None:

@@ -40,6 +40,33 @@ CANTEEN = "食堂原来有 23 个苹果,用掉20个,所以还有23 - 20 = 3个�
         ("La respuesta es 1.5", "1.5"),
         ("Ответ: 7 яблок", "7"),
         ("ステップ1: 3個、合わせて答えは９です。", "9"),
+        ("答案是1/2", "0.5"),
+        ("答案是三分之一，不是2", "1/3"),
+        ("答案是百分之五十", "50"),
+        ("答案是负5，不是6", "-5"),
+        ("答案是零下5度", "-5"),
+        ("答えはマイナス5です", "-5"),
+        ("La réponse est moins 5 degrés", "-5"),
+        ("La réponse est 1 234 567 habitants", "1234567"),
+        ("Die Antwort ist 1'234", "1234"),
+        ("La respuesta es 1.000.000", "1000000"),
+        ("El precio: R$ 1.234,50", "1234.5"),
+        ("答案是12，000元", "12000"),
+        ("答案是1万2千", "12000"),
+        ("答えは3億5000万2円です", "350000002"),
+        ("答案是5千", "5000"),
+        ("答案是十二点五公斤", "12.5"),
+        ("答案是廿三", "23"),
+        ("答案是叁拾伍元整", "35"),
+        ("答案是三十五只，不是36只", "35"),
+        ("答案是五个，不是6个", "5"),
+        ("答案是一共12个", "12"),
+        ("3 只和 8 只，所以一共有三十五只", "35"),
+        ("万一十分千万", None),
+        ("答案是12-5=7个，不是8个", "7"),
+        ("答案是 6，3+9=12", "6"),
+        ("答案是2½", "2.5"),
+        ("Das Ergebnis ist 12, aber nicht 13", "12"),
     ],
 )
 def test_numbers(text: str, answer: str | None) -> None:
@@ -55,6 +82,10 @@ def test_numbers(text: str, answer: str | None) -> None:
         ("答案是 C", "C"),
         ("选B，不选A。答案选B", "B"),
         ("答案是苹果", None),
+        ("答案是 b", "B"),
+        ("Antwort: A und nicht B", "A"),
+        ("La réponse est « B », pas C", "B"),
+        ("La respuesta es la B", "B"),
     ],
 )
 def test_choices(text: str, answer: str | None) -> None:
@@ -76,6 +107,9 @@ def test_choices(text: str, answer: str | None) -> None:
         ("La respuesta es sí", "yes"),
         ("Je pense que oui", "yes"),
         ("a non-negative number", None),
+        ("答案是：没有", "no"),
+        ("答案是错的", "no"),
+        ("答えはノーです", "no"),
     ],
 )
 def test_yes_or_no(text: str, answer: str | None) -> None:
@@ -87,6 +121,9 @@ def test_texts_lose_their_stop_and_the_end_of_the_sentence() -> None:
     assert extract_answer("答案是「餐厅」。\n问：", "text") == "餐厅"
     assert extract_answer("したがって、答えは東京です。", "text") == "東京"
     assert extract_answer("Die Antwort ist Köln.", "text") == "Köln"
+    assert extract_answer("答えは「東京」です。", "text") == extract_answer("答えは**東京です**。", "text") == "東京"
+    assert extract_answer("答えはまだです", "text") == "まだ", "one end of the sentence"
+    assert extract_answer("答案是‘餐厅’！", "text") == "餐厅"
     assert extract_answer("答案是 Ａ座", "text") == "Ａ座", "the words of an answer stay as they are written"
 
 
@@ -97,6 +134,13 @@ def test_a_language_may_be_given() -> None:
     assert extract_answer("oui", "yes_no", language="fr") == "yes"
     assert extract_answer("oui", "yes_no", language="en") is None
     assert extract_answer("答案是2，共3", language="en") == "3", "the phrase is not English"
+
+
+def test_letters_to_choose_from_may_be_kana_or_han() -> None:
+    assert extract_answer("正解は（ウ）です", "choice", "アイウエ") == "ウ"
+    assert extract_answer("アイスは違う。答えはイ", "choice", "アイウエ") == "イ"
+    assert extract_answer("アイスを食べる", "choice", "アイウエ") is None
+    assert extract_answer("答案是甲", "choice", "甲乙丙丁") == "甲"
 
 
 def test_self_consistency_over_chinese_chains() -> None:

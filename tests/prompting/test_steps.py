@@ -36,6 +36,17 @@ from lightning_peft.prompting.steps import check_steps
         ("x + 1 = 3, y - 1 = 4, 3 * x = 12, 2x + 3 = 7, 2y + 3 = 7", []),
         ("so -3 + 5 = 2, 5-3=2", [("-3 + 5 = 2", True), ("5-3=2", True)]),
         ("2 + = 3", []),
+        ("-3 - 4 = -7", [("-3 - 4 = -7", True)]),
+        ("1/2 + 1/4 = 3/4, 8 / 3 = 2 2/3", [("1/2 + 1/4 = 3/4", True), ("8 / 3 = 2 2/3", True)]),
+        ("12 * 2 = 24 / 2 = 12", [("12 * 2 = 24 / 2 = 12", True)]),
+        ("3(4 + 1) = 15, so 3 (2 + 1 = 3)", [("3(4 + 1) = 15", True), ("2 + 1 = 3", True)]),
+        ("2^3 + 1 = 9, 3² = 9, 2**3 = 9", [("2^3 + 1 = 9", True), ("3² = 9", True), ("2**3 = 9", False)]),
+        ("1.5万 + 5千 = 2万", [("1.5万 + 5千 = 2万", True)]),
+        ("2 × 1½ = 3", [("2 × 1½ = 3", True)]),
+        ("1) 3 + 4 = 7\n- 3 + 5 = 8\n* **3 + 6 = 9**", [("3 + 4 = 7", True), ("3 + 5 = 8", True), ("3 + 6 = 9", True)]),
+        (r"$3 \times 4 + 1 = 13$", [(r"3 \times 4 + 1 = 13", True)]),
+        ("7 / 2 = 3 R 1, 6÷4=1余2, 7 ÷ 2 = 3……1", []),
+        ("√16 + 1 = 5, sin(30) = 0.5, 9^999 = 1, Step 12:3 + 1 = 4", [("3 + 1 = 4", True)]),
         ("no numbers", []),
     ],
 )
@@ -60,6 +71,9 @@ def test_what_is_wrong_unused_and_consistent() -> None:
 def test_decimals_of_other_languages() -> None:
     assert check_steps("1,5 + 1,5 = 3", decimal=",").steps[0].right
     assert check_steps("1.000 + 1 = 1.001", decimal=",").steps[0].value == 1001
+    assert [step.right for step in check_steps("Schritt 1: 12 : 4 = 3. 1 234 + 1 = 1 235", decimal=",").steps] == [
+        True
+    ] * 2
 
 
 def test_long_nonsense_is_quick() -> None:

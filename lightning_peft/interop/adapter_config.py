@@ -1,4 +1,4 @@
-"""Reads and writes ``adapter_config.json``, with PEFT's defaults for each type of adapter and its names of tasks.
+"""Reads and writes ``adapter_config.json``, with PEFT's defaults for each type of adapter.
 
 Read by hand, so that PEFT need not be installed. Keys are sorted, and lists of names too, so that equal adapters have
 equal files; PEFT writes sets in the order of their hashes.
@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
-from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.storage import first_line
-from lightning_peft.core.task_class import is_headless
+from lightning_peft.interop.converters import CONVERTERS
 from lightning_peft.interop.schema import check_kinds, short
-from lightning_peft.interop.twins import TWINS, kinds_of
 
 FILE = "adapter_config.json"
 PEFT_VERSION = "0.21.2"
@@ -32,118 +29,16 @@ _COMMON: dict[str, Any] = {
     "revision": None,
     "task_type": None,
 }
-_PROMPT: dict[str, Any] = _COMMON | {
-    "num_attention_heads": None,
-    "num_layers": None,
-    "num_transformer_submodules": 1,
-    "num_virtual_tokens": None,
-    "token_dim": None,
-}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "LORA": _COMMON
-    | {
-        "alora_invocation_tokens": None,
-        "alpha_pattern": {},
-        "arrow_config": None,
-        "bias": "none",
-        "corda_config": None,
-        "ensure_weight_tying": False,
-        "eva_config": None,
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "kasa_config": None,
-        "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "loftq_config": {},
-        "lora_alpha": 8,
-        "lora_bias": False,
-        "lora_dropout": 0.0,
-        "lora_ga_config": None,
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
-        "monteclora_config": None,
-        "qalora_group_size": 16,
-        "r": 8,
-        "rank_pattern": {},
-        "target_modules": None,
-        "target_parameters": None,
-        "trainable_token_indices": None,
-        "use_bdlora": None,
-        "use_dora": False,
-        "use_qalora": False,
-        "use_rslora": False,
-        "velora_config": None,
-    },
-    "IA3": _COMMON
-    | {
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
-        "feedforward_modules": None,
-        "init_ia3_weights": True,
-        "target_modules": None,
-    },
-    "PROMPT_TUNING": _PROMPT
-    | {
-        "prompt_tuning_init": "RANDOM",
-        "prompt_tuning_init_text": None,
-        "tokenizer_kwargs": None,
-        "tokenizer_name_or_path": None,
-    },
-    "P_TUNING": _PROMPT
-    | {
-        "encoder_dropout": 0.0,
-        "encoder_hidden_size": None,
-        "encoder_num_layers": 2,
-        "encoder_reparameterization_type": "MLP",
-    },
-    "TRAINABLE_TOKENS": {key: value for key, value in _COMMON.items() if key != "modules_to_save"}
-    | {"init_weights": True, "target_modules": None, "token_indices": []},
-    "PREFIX_TUNING": _PROMPT | {"encoder_hidden_size": None, "init_weights": None, "prefix_projection": False},
-    **{name: _COMMON | dict(twin.defaults) for name, (_, twin) in TWINS.items()},
+    kind: {key: value for key, value in _COMMON.items() if key not in converter.without} | dict(converter.defaults)
+    for kind, converter in CONVERTERS.items()
 }
 """Type of an adapter -> every key that PEFT 0.21 writes for it, with its default."""
-
-_PROMPT_TYPES = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-
-_TASKS = {
-    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
-    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-}
-AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""Task of an adapter -> the class of transformers that builds its model."""
 
 
 def is_prompt(config: dict[str, Any]) -> bool:
     """Tell whether an adapter is a prompt, whose model PEFT does not wrap."""
-    return config["peft_type"] in _PROMPT_TYPES
-
-
-def task_of(model: nn.Module) -> str | None:
-    """Return PEFT's name for the task of a transformers model, or None: it has none for it."""
-    from transformers.models.auto import modeling_auto
-
-    for task, mapping in _TASKS.items():
-        if type(model).__name__ in set(getattr(modeling_auto, mapping).values()):
-            return task
-    return None
-
-
-def prompt_task_of(model: nn.Module) -> str | None:
-    """Return PEFT's name for the task of a model that has a prompt, which may be one without a head."""
-    bare = structure.is_pretrained(model) and structure.base_model_of(model) is model and is_headless(model)
-    return task_of(model) or ("FEATURE_EXTRACTION" if bare else None)
+    return CONVERTERS[config["peft_type"]].is_prompt
 
 
 def full(config: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +87,7 @@ def checked(given: Any, source: str) -> dict[str, Any]:
     if odd:
         _check_unknown(odd, config["peft_version"], f"{source} of {kind}")
         config = {key: value for key, value in config.items() if key not in odd}
-    check_kinds(config, source, kinds_of(kind))
+    check_kinds(config, source, CONVERTERS[kind].kinds())
     return config
 
 

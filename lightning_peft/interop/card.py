@@ -7,9 +7,9 @@ from pathlib import Path
 
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.interop import serving
-from lightning_peft.interop.adapter_config import AUTO_CLASSES
+from lightning_peft.interop.adapter import PeftAdapter
 from lightning_peft.interop.facts import Facts
-from lightning_peft.interop.folder import PeftAdapter
+from lightning_peft.interop.task_types import AUTO_CLASSES
 from lightning_peft.reports.parameters import count, repr_short, size
 
 _UNKNOWN = "not recorded"

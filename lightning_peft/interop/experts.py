@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.interop.folder import PeftAdapter
+from lightning_peft.interop.adapter import PeftAdapter
 from lightning_peft.interop.names import BASE_LAYER, LAYERS, PREFIX, Names
 from lightning_peft.interop.patterns import value_of
 

@@ -15,13 +15,14 @@ from lightning_peft.core.graft import grafts
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.tuning import tunings
 from lightning_peft.interop import adapter_config, base_tensors, card, folder, serving
+from lightning_peft.interop.adapter import PeftAdapter
 from lightning_peft.interop.converters import CONVERTERS, Converter
 from lightning_peft.interop.converters.base import Exported, check_names
 from lightning_peft.interop.converters.tokens import KEY, export_beside
 from lightning_peft.interop.facts import Facts
-from lightning_peft.interop.folder import PeftAdapter
 from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, selection
 from lightning_peft.interop.patterns import selects, their_pattern_of, value_of
+from lightning_peft.interop.task_types import prompt_task_of, task_of
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 
@@ -84,14 +85,14 @@ def adapter_of(backbone: nn.Module, methods: Sequence[TuningMethod], naming: str
     if found.biases:
         config["bias"] = _bias(converter, found.biases, exported)
     kept = base_tensors.saved_tensors(names, found, every_bias=config.get("bias") == "all")
-    config |= _saved(converter, found.modules) | _task(names, found.modules, converter.peft_type)
-    if found.tied and "ensure_weight_tying" in adapter_config.DEFAULTS[converter.peft_type]:
+    config |= _saved(converter, found.modules) | _task(names, found.modules, converter.is_prompt)
+    if found.tied and "ensure_weight_tying" in converter.defaults:
         config["ensure_weight_tying"] = True
     lost = set(delta_names(backbone)) - exported.delta - kept.keys()
     if lost:
         raise TuningError(f"PEFT has no place for {min(lost)}, which is trained: exclude it, or keep the delta.")
     called = names.on_disk if naming == "disk" else {}
-    tensors = _named(exported, kept, called, PROMPT_PREFIX if adapter_config.is_prompt(config) else PREFIX)
+    tensors = _named(exported, kept, called, PROMPT_PREFIX if converter.is_prompt else PREFIX)
     if called:
         config |= _renamed(config, called, names, exported)
     header = {
@@ -194,10 +195,10 @@ def _words(backbone: nn.Module, method: Any) -> list[list[tuple[str, float]]]:
 
 
 def _converter(method: TuningMethod) -> Converter:
-    for converter in CONVERTERS:
+    for converter in CONVERTERS.values():
         if type(method).__name__ in converter.methods:
             return converter
-    known = ", ".join(name for converter in CONVERTERS for name in converter.methods)
+    known = ", ".join(name for converter in CONVERTERS.values() for name in converter.methods)
     raise TuningError(f"{type(method).__name__} has no twin in PEFT, which has {known}: keep the delta, or merge it.")
 
 
@@ -205,10 +206,9 @@ def _base(backbone: Any) -> dict[str, Any]:
     return {"base_model_name_or_path": structure.name_or_path(backbone) or None}
 
 
-def _task(names: Names, modules: list[str], peft_type: str) -> dict[str, Any]:
+def _task(names: Names, modules: list[str], prompt: bool) -> dict[str, Any]:
     """Return the task, or where PEFT would then want more than is trained, the class that it finds the base by."""
-    prompt = adapter_config.is_prompt({"peft_type": peft_type})
-    task = (adapter_config.prompt_task_of if prompt else adapter_config.task_of)(names.model)
+    task = (prompt_task_of if prompt else task_of)(names.model)
     if task is not None and base_tensors.fits_task(names, task, modules):
         return {"task_type": task}
     if prompt:

@@ -1,19 +1,19 @@
 """Reads and writes adapter folders in the format of PEFT: configuration and tensors."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from lightning_peft import __version__
 from lightning_peft.core.checksums import checksum
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.storage import atomic, check_tensors, first_line, read_torch, write_safetensors
 from lightning_peft.interop import adapter_config
+from lightning_peft.interop.adapter import PeftAdapter
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -22,23 +22,6 @@ HEADER = "lightning_peft"
 SEALED = "checksums"
 _FREE = {"base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type", "auto_mapping"}
 """Keys of the configuration that may be changed afterwards: they say where the base is, and not what is computed."""
-
-
-@dataclass
-class PeftAdapter:
-    """The contents of an adapter folder.
-
-    Attributes:
-        config: ``adapter_config.json``.
-        tensors: its tensors, by the names of PEFT.
-        header: what this package says of the adapter in the header of the file, which PEFT does not read.
-        source: what it is called in errors.
-    """
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    header: dict[str, Any] = field(default_factory=dict)
-    source: str = "the adapter"
 
 
 def write(folder: Path, adapter: PeftAdapter, card: str) -> None:

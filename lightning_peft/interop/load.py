@@ -15,13 +15,14 @@ from lightning_peft.core.fingerprint import fingerprint, same_weights
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.tuning import Tuning
 from lightning_peft.interop import adapter_config, folder
+from lightning_peft.interop.adapter import PeftAdapter
 from lightning_peft.interop.converters import CONVERTERS, Converter
 from lightning_peft.interop.converters.base import Parts, check_names
 from lightning_peft.interop.converters.tokens import filled, split
 from lightning_peft.interop.experts import stack
 from lightning_peft.interop.export import skipped
-from lightning_peft.interop.folder import PeftAdapter
 from lightning_peft.interop.names import PREFIX, PROMPT_PREFIX, Names, strip
+from lightning_peft.interop.task_types import AUTO_CLASSES
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 
 _COPIES = re.compile(r"\.(?:original_module|modules_to_save)\.")
@@ -59,7 +60,7 @@ def apply_adapter(model: nn.Module, adapter: PeftAdapter, allow_other_base: bool
     check_names(backbone, parts.layers, adapter.source)
     if not allow_other_base:
         _check_base(adapter, parts, names)
-    converter = next(c for c in CONVERTERS if c.peft_type == adapter.config["peft_type"])
+    converter = CONVERTERS[adapter.config["peft_type"]]
     arguments = converter.arguments(parts, names) | _heads(parts, names, converter)
     folder.check_config(read)
     methods: list[TuningMethod] = [getattr(lightning_peft, converter.method_of(parts))(**arguments)]
@@ -281,7 +282,7 @@ def load_base(adapter: PeftAdapter, backbone: str | None = None) -> nn.Module:
 
     name = backbone or adapter.config["base_model_name_or_path"]
     kind = (adapter.config["auto_mapping"] or {}).get("base_model_class")
-    kind = kind or adapter_config.AUTO_CLASSES.get(adapter.config["task_type"] or "")
+    kind = kind or AUTO_CLASSES.get(adapter.config["task_type"] or "")
     cls = model_class(kind or "")
     if not name or cls is None:
         raise TuningError(f"{adapter.source} does not say what model it was trained on: give --backbone.")

@@ -7,7 +7,7 @@ leave out silently. Its checks are in ``vllm/lora/peft_helper.py``, its ranks in
 from typing import Any
 
 from lightning_peft.core.errors import TuningError
-from lightning_peft.interop.folder import PeftAdapter
+from lightning_peft.interop.adapter import PeftAdapter
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` of vLLM may be; an adapter's own rank may be anything up to it."""

@@ -20,7 +20,8 @@ from lightning_peft.core.method import TuningMethod
 from lightning_peft.core.select import backbone_of, near
 from lightning_peft.core.storage import check_tensors, read_torch
 from lightning_peft.interop import adapter_config
-from lightning_peft.interop.folder import PeftAdapter, check_adapter_tensors
+from lightning_peft.interop.adapter import PeftAdapter
+from lightning_peft.interop.folder import check_adapter_tensors
 from lightning_peft.interop.load import apply_adapter
 from lightning_peft.interop.names import BASE_LAYER, PREFIX, PROMPT_PREFIX, Names, strip
 

@@ -1,6 +1,5 @@
 """The base class of converters between a method and a type of adapter, and the two forms that they convert."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -12,6 +11,7 @@ from lightning_peft.core.graft import Graft, Grafted, grafts
 from lightning_peft.core.method import TuningMethod
 from lightning_peft.interop.names import Names
 from lightning_peft.interop.patterns import is_target
+from lightning_peft.interop.schema import Kind
 from lightning_peft.updates.read_layer import ReadLayer
 
 
@@ -53,40 +53,50 @@ class Parts:
     source: str
 
 
-class Converter(ABC):
+class Converter:
     """Converts one method to one type of adapter, and back. The methods know nothing of it."""
 
     peft_type: ClassVar[str]
     methods: ClassVar[tuple[str, ...]]
     """The classes of methods that it exports, by their names in this package; the first one is imported."""
+    defaults: ClassVar[Mapping[str, Any]]
+    """Every key that PEFT writes for this type, but those that all types have, with its default."""
+    without: ClassVar[frozenset[str]] = frozenset()
+    """Keys that PEFT writes for all other types."""
+    is_prompt: ClassVar[bool] = False
+    """Whether it is of a prompt, whose model PEFT does not wrap."""
 
     def method_of(self, parts: Parts) -> str:
         """Return the name of the method that an adapter becomes."""
         return self.methods[0]
 
-    @abstractmethod
     def export(self, model: nn.Module, method: Any, names: Names) -> Exported:
         """Return the method in the format of PEFT.
 
         Raises:
             TuningError: PEFT would compute something else.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def arguments(self, parts: Parts, names: Names) -> dict[str, Any]:
         """Return the arguments of the method that an adapter describes.
 
         Raises:
             TuningError: the adapter is not whole, or this package would compute something else.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def fill(self, parts: Parts, model: nn.Module, method: Any) -> dict[str, Tensor]:
         """Return the adapter's tensors by their names in the delta of ``model``, to which ``method`` is applied."""
+        raise NotImplementedError
 
     def config_of_bias(self, biases: set[str], layers: Iterable[str]) -> str | None:
         """Return the value of ``bias`` for biases that are trained alone; None: this type has none."""
         return None
+
+    def kinds(self) -> Mapping[str, tuple[Kind, ...]]:
+        """Return the kinds of value of keys that have others in this type than in the rest."""
+        return {}
 
     def trains_bias(self, parts: Parts, name: str) -> bool:
         """Tell whether the arguments that were read already say that this bias is trained."""

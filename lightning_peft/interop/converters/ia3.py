@@ -5,6 +5,7 @@ Of a convolution it is [1, channels, 1 ...] in both cases, and the configuration
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +40,13 @@ class IA3Converter(Converter):
 
     peft_type: ClassVar[str] = "IA3"
     methods: ClassVar[tuple[str, ...]] = ("IA3",)
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "feedforward_modules": None,
+        "init_ia3_weights": True,
+        "target_modules": None,
+    }
 
     def export(self, model: nn.Module, method: Any, names: Names) -> Exported:
         """Return the vectors, with 1 for features that are not scaled."""

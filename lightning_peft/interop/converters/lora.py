@@ -1,7 +1,7 @@
 """LoRA: ``lora_A`` and ``lora_B`` of each layer, with rsLoRA, DoRA, patterns of rank and alpha, and biases."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -62,6 +62,41 @@ class LoRAConverter(Converter):
 
     peft_type: ClassVar[str] = "LORA"
     methods: ClassVar[tuple[str, ...]] = ("LoRA",)
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "alora_invocation_tokens": None,
+        "alpha_pattern": {},
+        "arrow_config": None,
+        "bias": "none",
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "kasa_config": None,
+        "layer_replication": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": 8,
+        "lora_bias": False,
+        "lora_dropout": 0.0,
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "monteclora_config": None,
+        "qalora_group_size": 16,
+        "r": 8,
+        "rank_pattern": {},
+        "target_modules": None,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_dora": False,
+        "use_qalora": False,
+        "use_rslora": False,
+        "velora_config": None,
+    }
 
     def export(self, model: nn.Module, method: Any, names: Names) -> Exported:
         """Return A, B and, for DoRA, the magnitudes of each layer."""

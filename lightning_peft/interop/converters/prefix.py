@@ -1,5 +1,6 @@
 """Prefix-Tuning and P-Tuning v2: ``prompt_embeddings`` [P, 2 L H d], the keys and values of all layers side by side."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor, nn
 from lightning_peft.core import text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Grafted
-from lightning_peft.interop.adapter_config import prompt_task_of
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, graft_tensors, places
-from lightning_peft.interop.converters.prompt import TENSOR
+from lightning_peft.interop.converters.prompt import PROMPT_KEYS, TENSOR
 from lightning_peft.interop.names import Names
+from lightning_peft.interop.task_types import prompt_task_of
 from lightning_peft.prompts.prefix import Prefix
 
 
@@ -21,6 +22,13 @@ class PrefixConverter(Converter):
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     methods: ClassVar[tuple[str, ...]] = ("PrefixTuning", "PTuningV2")
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **PROMPT_KEYS,
+        "encoder_hidden_size": None,
+        "init_weights": None,
+        "prefix_projection": False,
+    }
+    is_prompt: ClassVar[bool] = True
 
     def method_of(self, parts: Parts) -> str:
         """Return P-Tuning v2 where there is a task head."""

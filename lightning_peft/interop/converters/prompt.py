@@ -1,19 +1,28 @@
 """Prompt-Tuning: ``prompt_embeddings`` [P, d], in an encoder before its first token."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lightning_peft.core import structure, text_structure
 from lightning_peft.core.errors import TuningError
-from lightning_peft.interop.adapter_config import prompt_task_of
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, graft_tensors, places
 from lightning_peft.interop.names import Names
+from lightning_peft.interop.task_types import prompt_task_of
 from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.prompts.virtual_tokens import PromptRows
 
 TENSOR = "prompt_embeddings"
+PROMPT_KEYS: Mapping[str, Any] = {
+    "num_attention_heads": None,
+    "num_layers": None,
+    "num_transformer_submodules": 1,
+    "num_virtual_tokens": None,
+    "token_dim": None,
+}
+"""What PEFT writes for every prompt, with its default."""
 
 
 class PromptConverter(Converter):
@@ -21,6 +30,14 @@ class PromptConverter(Converter):
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     methods: ClassVar[tuple[str, ...]] = ("PromptTuning",)
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **PROMPT_KEYS,
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "tokenizer_kwargs": None,
+        "tokenizer_name_or_path": None,
+    }
+    is_prompt: ClassVar[bool] = True
 
     def export(self, model: nn.Module, method: Any, names: Names) -> Exported:
         """Return the rows of the prompt."""
@@ -57,6 +74,13 @@ class PTuningConverter(PromptConverter):
 
     peft_type: ClassVar[str] = "P_TUNING"
     methods: ClassVar[tuple[str, ...]] = ("PTuning",)
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **PROMPT_KEYS,
+        "encoder_dropout": 0.0,
+        "encoder_hidden_size": None,
+        "encoder_num_layers": 2,
+        "encoder_reparameterization_type": "MLP",
+    }
 
     def arguments(self, parts: Parts, names: Names) -> dict[str, Any]:
         """Return the length of the prompt."""

@@ -3,7 +3,7 @@
 PEFT trains the tied twins of the table, and a layer of scores tied to it, by the same rows, as it is here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core import structure
 from lightning_peft.core.errors import TuningError
+from lightning_peft.interop.adapter import PeftAdapter
 from lightning_peft.interop.converters.base import Converter, Exported, Parts, delta_name, graft_tensors, places
-from lightning_peft.interop.folder import PeftAdapter
 from lightning_peft.interop.names import PREFIX, Names, selection
 
 PART = "trainable_tokens_delta"
@@ -34,6 +34,8 @@ class TokensConverter(Converter):
 
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
     methods: ClassVar[tuple[str, ...]] = ("TrainableTokens",)
+    defaults: ClassVar[Mapping[str, Any]] = {"init_weights": True, "target_modules": None, "token_indices": []}
+    without: ClassVar[frozenset[str]] = frozenset({"modules_to_save"})
 
     def export(self, model: nn.Module, method: Any, names: Names) -> Exported:
         """Return the rows, which PEFT has by the names of all tied layers."""

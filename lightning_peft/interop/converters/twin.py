@@ -1,5 +1,6 @@
 """Methods whose tensors PEFT has as they are, layer by layer: they say themselves how it calls them (`core.twin`)."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from lightning_peft.interop.converters.base import (
     places,
 )
 from lightning_peft.interop.names import Names, selection
-from lightning_peft.interop.twins import TWINS
+from lightning_peft.interop.schema import BY_TYPE, Kind
+from lightning_peft.methods import every_method
 from lightning_peft.updates.layer_update import LINEAR
 
 _WHERE = frozenset(
@@ -96,6 +98,15 @@ class TwinConverter(Converter):
         method.expect(model, filled)
         return filled
 
+    def kinds(self) -> Mapping[str, tuple[Kind, ...]]:
+        """Return the kinds of value of the keys that are arguments of the method; of other numbers and texts, none."""
+        plain = {key: value for key, value in self.defaults.items() if type(value) in BY_TYPE}
+        words = {key: [word for _, word in self.twin.words.get(own, ())] for own, key in self.twin.arguments.items()}
+        return {
+            key: tuple(BY_TYPE[kind] for kind in dict.fromkeys(map(type, [value, *words[key]]))) if key in words else ()
+            for key, value in plain.items()
+        }
+
 
 def _check_equal(twin: Twin, model: nn.Module, name: str, host: nn.Module) -> None:
     """Check that PEFT computes the same for a layer.
@@ -111,9 +122,9 @@ def _check_equal(twin: Twin, model: nn.Module, name: str, host: nn.Module) -> No
         )
 
 
-def twin_converters() -> tuple[Converter, ...]:
-    """Return a converter for each type that a method declares."""
-    return tuple(
-        type(f"{name}Converter", (TwinConverter,), {"peft_type": peft_type, "methods": (name,), "twin": twin})()
-        for peft_type, (name, twin) in TWINS.items()
-    )
+def twin_converters() -> Iterator[Converter]:
+    """Yield a converter for each type that a method declares."""
+    for name, method in every_method().items():
+        if (twin := method.twin) is not None:
+            about = {"peft_type": twin.peft_type, "methods": (name,), "defaults": twin.defaults, "twin": twin}
+            yield type(f"{name}Converter", (TwinConverter,), about)()

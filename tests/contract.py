@@ -72,6 +72,8 @@ class MethodContract:
     identity_at_start: ClassVar[bool] = True
     takes_pairs: ClassVar[bool] = True
     """Whether it trains on batches that are no mappings."""
+    on_families: ClassVar[tuple[tuple[str, Method], ...]] = ()
+    """Columns that ``docs/families.md`` has of it, each with the method as it is tried there."""
     compiled: ClassVar[tuple[str, ...] | None] = None
     """The backbones to compile, which takes seconds; None: the first."""
     traces_backward: ClassVar[bool] = False

@@ -5,7 +5,6 @@ python -m torch.distributed.run --standalone --nproc-per-node=2 -m tests.ddp FOL
 
 import copy
 import faulthandler
-import importlib
 import os
 import sys
 import time
@@ -21,8 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_peft import LoRA, Method, collect
 from lightning_peft.core.sharded import whole
 from lightning_peft.training.strategy import FullyShard
-from tests.contract import MethodContract
-from tests.fresh import ROOT
+from tests.contracts import contracts, without_dropout
 from tests.modules import Tuned, loader, trainer
 
 ROWS, SIZE = 16, 4
@@ -49,20 +47,15 @@ class Momentum(Tuned):
 
 
 def cases(mode: str = "eval") -> dict[str, tuple[str, Method]]:
-    """Return name -> kind of model and method, for each class of the contract; its backbones take turns."""
-    found: dict[str, tuple[str, Method]] = {}
-    for file in sorted((ROOT / "tests/methods").glob("test_*.py")):
-        for name, kind in sorted(vars(importlib.import_module(f"tests.methods.{file.stem}")).items()):
-            if not (name.startswith("Test") and issubclass(kind, MethodContract) and hasattr(kind, "method")):
-                continue
-            if kind.__module__ != f"tests.methods.{file.stem}":
-                continue
-            method = copy.deepcopy(kind.method)
-            method.backbone_mode = mode
-            if hasattr(method, "dropout") and mode == "eval":
-                method.dropout = 0.0  # each rank would draw another mask
-            found[f"{file.stem}.{name}"] = (kind.backbones[len(found) % len(kind.backbones)], method)
-    return found
+    """Return name -> kind of model and method, for each class of the contract, on one of its backbones.
+
+    Which one hangs on the length of its name, so that they differ, and another method changes none of them. Dropout is
+    off, since each rank would draw another mask.
+    """
+    return {
+        name: (kind.backbones[len(name) % len(kind.backbones)], without_dropout(kind, mode))
+        for name, kind in contracts().items()
+    }
 
 
 def strategies_of(method: Method) -> tuple[str, ...]:

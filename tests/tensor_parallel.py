@@ -5,7 +5,6 @@ python -m torch.distributed.run --standalone --nproc-per-node=2 -m tests.tensor_
 
 import copy
 import faulthandler
-import importlib
 import os
 import sys
 import traceback
@@ -22,8 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_peft import IA3, BitFit, FullyShard, LoRA, Method, PrefixTuning, PromptTuning, TuningError, collect
 from lightning_peft.core.sharded import is_part, whole
-from tests.contract import MethodContract
-from tests.fresh import ROOT
+from tests.contracts import contracts, without_dropout
 from tests.models import tiny
 from tests.modules import Tuned, loader, trainer
 
@@ -149,18 +147,10 @@ REFUSED: dict[str, tuple[str, Method, dict[str, Any], str]] = {
 def of_the_contract() -> dict[str, Case]:
     """Return a case for each class of the contract that has a backbone with a plan."""
     found: dict[str, Case] = {}
-    for file in sorted((ROOT / "tests/methods").glob("test_*.py")):
-        module = importlib.import_module(f"tests.methods.{file.stem}")
-        for name, kind in sorted(vars(module).items()):
-            own = name.startswith("Test") and kind.__module__ == module.__name__ and issubclass(kind, MethodContract)
-            usable = {"llama", "bert"} & set(kind.backbones) if own and hasattr(kind, "method") else set()
-            if not usable:
-                continue
-            method, backbone = copy.deepcopy(kind.method), max(usable)
-            method.backbone_mode = "eval"
-            if hasattr(method, "dropout"):
-                method.dropout = 0.0
-            found[f"{file.stem}.{name}"] = (Noted, backbone, method, split if backbone == "llama" else split_bert)
+    for name, kind in contracts().items():
+        if usable := {"llama", "bert"} & set(kind.backbones):
+            backbone = max(usable)
+            found[name] = (Noted, backbone, without_dropout(kind, "eval"), split if backbone == "llama" else split_bert)
     return found
 
 

@@ -19,37 +19,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lightning_peft as lp
 from gpu.fits import Module, Waits, fit, rows_of
-from gpu.methods import R, methods
 from gpu.models import Case, Line, Setup, close, tuned
 from lightning_peft.prompts.prefix import Prefix
+from tests.models import batch as batch_of
+from tests.models import tiny
 
 PRECISIONS = ("32-true", "bf16-true", "16-mixed")
 KERNELS = (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 
 
-def batch_of(setup: Setup, kind: str) -> dict[str, Tensor]:
-    """Return four rows for a small model."""
-    if kind in ("llama", "masked"):
-        return setup.texts(4, 12)
-    labels = torch.tensor([0, 1, 1, 0], device=setup.device)
-    if kind == "bert":
-        return setup.texts(4, 12) | {"labels": labels}
-    return {"pixel_values": torch.randn(4, 3, 16, 16, device=setup.device), "labels": labels}
-
-
-def model_of(setup: Setup, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a small model."""
+def small(setup: Setup, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return a small Llama."""
     torch.manual_seed(0)
-    if kind == "llama":
-        return Setup(True, setup.until).llama("small", dtype)
-    return getattr(setup, kind)(dtype)
+    return Setup(True, setup.until).llama("small", dtype)
+
+
+def examples() -> dict[str, tuple[str, Any]]:
+    """Return each class of the contract of methods: its method, and a kind of small model that this tunes."""
+    from tests.contracts import contracts  # which needs what the tests need, as pytest; the other rows do not
+
+    return {name: (kind.backbones[0], kind.method) for name, kind in contracts().items()}
 
 
 def one_step(setup: Setup) -> Iterator[Case]:
     """The package is imported, and LoRA learns something."""
 
     def learns() -> Line:
-        model = tuned(model_of(setup, "llama"), lp.LoRA(r=4))
+        model = tuned(small(setup), lp.LoRA(r=4))
         batch = setup.texts(4, 12)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         losses = []
@@ -66,16 +62,16 @@ def one_step(setup: Setup) -> Iterator[Case]:
 
 def every_method_in_every_precision(setup: Setup) -> Iterator[Case]:
     """Losses are finite, what is trained is fp32, and all of it is on the run's device."""
-    for name, (kind, method) in methods().items():
+    for name, (kind, method) in examples().items():
         yield name, partial(_in_every_precision, setup, kind, method)
 
 
 def _in_every_precision(setup: Setup, kind: str, method: Any) -> Line:
     odd = []
     for precision in PRECISIONS if setup.gpu else PRECISIONS[:2]:
-        module = Module(model_of(setup, kind))
+        module = Module(tiny(kind).to(setup.device))
         try:
-            rows = rows_of(batch_of(setup, kind), 8)
+            rows = rows_of(batch_of(kind), 8)
             fit(setup, module, rows, copy.deepcopy(method), precision=precision, max_epochs=1)
         except Exception as error:
             traceback.print_exception(error, file=sys.stderr)
@@ -99,7 +95,7 @@ def start_remove_merge(setup: Setup) -> Iterator[Case]:
 
 def _start_remove_merge(setup: Setup, precision: str, use_dora: bool) -> Line:
     torch.set_float32_matmul_precision(precision)
-    model, batch = model_of(setup, "llama").eval(), setup.texts(4, 12)
+    model, batch = small(setup).eval(), setup.texts(4, 12)
     method = lp.LoRA(r=4, use_dora=use_dora)
     with torch.no_grad():
         bare = model(**batch).logits
@@ -127,7 +123,7 @@ def resume(setup: Setup) -> Iterator[Case]:
 
 
 def _resumed(setup: Setup, sure: bool) -> Line:
-    rows = rows_of(batch_of(setup, "bert"), 24)
+    rows = rows_of(setup.texts(4, 12) | {"labels": torch.tensor([0, 1, 1, 0])}, 24)
 
     def run(folder: Path, path: Path | None) -> dict[str, Tensor]:
         torch.manual_seed(0 if path is None else 9)
@@ -154,7 +150,7 @@ def prefixes(setup: Setup) -> Iterator[Case]:
     """A prefix is a cache, a prompt is words before the text, and each attention gives what eager attention gives."""
     made: dict[str, Callable[[], Any]] = {
         "prefix": lambda: lp.PrefixTuning(num_virtual_tokens=4, mid_dim=None),
-        "prompt": lambda: lp.PromptTuning(num_virtual_tokens=4, **R),
+        "prompt": lambda: lp.PromptTuning(num_virtual_tokens=4, init="random_uniform"),
     }
     for name, make in made.items():
         for kernel in KERNELS if setup.gpu else KERNELS[:1]:
@@ -171,7 +167,7 @@ def _as_eager(setup: Setup, make: Callable[[], Any], way: str, kernel: SDPBacken
         return Line("left out", note="flash_attn is not installed")
     batch, outputs = setup.texts(2, 16), []
     for each in ("eager", way):
-        model = model_of(setup, "llama", torch.bfloat16 if setup.gpu else torch.float32).eval()
+        model = small(setup, torch.bfloat16 if setup.gpu else torch.float32).eval()
         model.set_attn_implementation(each)  # type: ignore[operator]
         torch.manual_seed(1)
         make().apply(model)
@@ -187,7 +183,7 @@ def _as_eager(setup: Setup, make: Callable[[], Any], way: str, kernel: SDPBacken
 
 def _cached(setup: Setup) -> Line:
     """A frozen model that is given the prefix as its cache."""
-    model, batch = model_of(setup, "llama").eval(), setup.texts(2, 12)
+    model, batch = small(setup).eval(), setup.texts(2, 12)
     method = lp.PrefixTuning(num_virtual_tokens=4, mid_dim=None)
     method.apply(model)
     with torch.no_grad():
@@ -204,8 +200,8 @@ def _cached(setup: Setup) -> Line:
 
 
 def _concatenated(setup: Setup) -> Line:
-    model, batch = model_of(setup, "llama").eval(), setup.texts(2, 12)
-    method = lp.PromptTuning(num_virtual_tokens=4, **R)
+    model, batch = small(setup).eval(), setup.texts(2, 12)
+    method = lp.PromptTuning(num_virtual_tokens=4, init="random_uniform")
     table: Any = model.get_input_embeddings()  # type: ignore[operator]
     method.apply(model)
     with torch.no_grad():
@@ -222,7 +218,7 @@ def synchronizes_nothing(setup: Setup) -> Iterator[Case]:
         yield "synchronizes nothing", lambda: Line("left out", note="no GPU")
         return
     floors: dict[str, set[str]] = {}
-    for name, (kind, method) in methods().items():
+    for name, (kind, method) in examples().items():
         yield name, partial(_waits, setup, kind, method, floors)
 
 
@@ -237,6 +233,6 @@ def _waits(setup: Setup, kind: str, method: Any, floors: dict[str, set[str]]) ->
 
 def _places(setup: Setup, kind: str, *callbacks: Any) -> dict[str, int]:
     waits = Waits()
-    fit(setup, Module(model_of(setup, kind)), rows_of(batch_of(setup, kind), 12), waits, *callbacks, waits.end,
+    fit(setup, Module(tiny(kind).to(setup.device)), rows_of(batch_of(kind), 12), waits, *callbacks, waits.end,
         max_epochs=1)  # fmt: skip
     return dict(waits.places)

@@ -73,19 +73,10 @@ class Setup:
         """Return a small BERT with a head of two classes."""
         return self._made(hf.BertForSequenceClassification, hf.BertConfig(**SMALL, **changes), dtype)
 
-    def masked(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Return a small BERT that fills in words."""
-        return self._made(hf.BertForMaskedLM, hf.BertConfig(**SMALL), dtype)
-
     def vit(self, dtype: torch.dtype = torch.float32, large: bool = False) -> nn.Module:
         """Return a small ViT with a head of two classes, or ViT-B/16."""
         shape = {} if large and not self.tiny else VISION | {"image_size": 16, "patch_size": 4}
         return self._made(hf.ViTForImageClassification, hf.ViTConfig(**shape), dtype)
-
-    def resnet(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Return a small ResNet with a head of two classes."""
-        config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-        return self._made(hf.ResNetForImageClassification, config, dtype)
 
     def clip(self, dtype: torch.dtype = torch.float32, large: bool = False) -> nn.Module:
         """Return a classifier of images by the texts of three classes, of CLIP's ViT-B/16 or small."""

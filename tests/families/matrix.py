@@ -16,26 +16,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import OFT, VPT, Adapter, HiRA, LoReFT, MiSS, PromptTuning, PTuningV2, SHiRA, TuningError, merge
+from lightning_peft import TuningError, merge
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.method import TuningMethod
 from tests.contract import shake
+from tests.contracts import contracts
 from tests.families.builders import Built
 from tests.families.every import WHOLE, build_any
 from tests.families.test_families import MERGED, METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-MORE: dict[str, TuningMethod] = {
-    "parallel": Adapter(form="parallel", bottleneck=2),
-    "prompt_tuning": PromptTuning(num_virtual_tokens=2, init="random_uniform"),
-    "p_tuning_v2": PTuningV2(num_virtual_tokens=2),
-    "vpt": VPT(num_virtual_tokens=2, dropout=0.0),
-    "miss": MiSS(r=2),
-    "shira": SHiRA(r=2),
-    "hira": HiRA(r=2),
-    "oft": OFT(block_size=4),
-    "loreft": LoReFT(r=2),
-}
+MORE: dict[str, TuningMethod] = {name: method for kind in contracts().values() for name, method in kind.on_families}
 COLUMNS: dict[str, TuningMethod] = METHODS | MORE
 _FIRST = ("logits", "logits_per_image", "start_logits", "prediction_outputs", "pred_masks", "predicted_depth")
 """What of a model's output is looked at, if it has that; else its first tensor."""

@@ -19,6 +19,7 @@ ONE = 2 * D * M + D + M
 class TestHoulsby(MethodContract):
     method = Adapter(bottleneck=M)
     backbones = ("bert", "distilbert", "gpt2", "llama", "t5", "vit")
+    on_families = (("parallel", Adapter(form="parallel", bottleneck=2)),)
     traces_backward = True
     compiled = ("bert", "llama")
 

@@ -19,6 +19,7 @@ R = 2
 class TestHiRA(MethodContract):
     method = HiRA(r=R)
     backbones = ("bert", "gpt2")
+    on_families = (("hira", HiRA(r=2)),)
 
     def count(self, kind: str) -> int:
         """L r (in + out) for each target."""

@@ -17,6 +17,7 @@ R = 3
 class TestLoReFT(MethodContract):
     method = LoReFT(r=R, first=2, last=1)
     backbones = ("bert", "gpt2")
+    on_families = (("loreft", LoReFT(r=2)),)
     identity_at_start = False
 
     def count(self, kind: str) -> int:

@@ -20,6 +20,7 @@ R = 4
 class TestMiSS(MethodContract):
     method = MiSS(r=R)
     backbones = ("bert", "gpt2")
+    on_families = (("miss", MiSS(r=2)),)
 
     def count(self, kind: str) -> int:
         """L r out for each target: query and value, or the fused projection."""

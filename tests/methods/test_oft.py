@@ -20,6 +20,7 @@ SIZE = 8
 class TestOFT(MethodContract):
     method = OFT(block_size=SIZE)
     backbones = ("bert", "gpt2")
+    on_families = (("oft", OFT(block_size=4)),)
     traces_backward = True
 
     def count(self, kind: str) -> int:

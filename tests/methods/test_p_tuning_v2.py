@@ -20,6 +20,7 @@ _CONFIG = {"vocab_size": 100, "hidden_size": HIDDEN, "num_hidden_layers": 2, "nu
 class TestPTuningV2(MethodContract):
     method = PTuningV2(num_virtual_tokens=P)
     backbones = ("bert", "distilbert", "gpt2")
+    on_families = (("p_tuning_v2", PTuningV2(num_virtual_tokens=2)),)
     identity_at_start = False
     compiled = ("bert",)
 

@@ -22,6 +22,7 @@ WORDS = [20, 31, 20, 57]
 class TestPromptTuning(MethodContract):
     method = PromptTuning(num_virtual_tokens=4, init="random_uniform")
     backbones = TEXT
+    on_families = (("prompt_tuning", PromptTuning(num_virtual_tokens=2, init="random_uniform")),)
     traces_backward = True
     identity_at_start = False
 

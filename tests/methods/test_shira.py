@@ -22,6 +22,7 @@ R = 2
 class TestSHiRA(MethodContract):
     method = SHiRA(r=R)
     backbones = ("bert", "gpt2")
+    on_families = (("shira", SHiRA(r=2)),)
     traces_backward = True
 
     def count(self, kind: str) -> int:

@@ -21,6 +21,7 @@ P = 3
 class TestVPT(MethodContract):
     method = VPT(num_virtual_tokens=P)
     backbones = ("vit", "dinov2_registers", "siglip_image", "swin")
+    on_families = (("vpt", VPT(num_virtual_tokens=2, dropout=0.0)),)
     traces_backward = True
     compiled = ("vit", "swin")
     identity_at_start = False

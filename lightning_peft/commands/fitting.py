@@ -19,6 +19,7 @@ from lightning_peft.commands.trainer import TuningCLI
 from lightning_peft.commands.trials import Result, Trial
 from lightning_peft.core.delta import save_delta
 from lightning_peft.core.errors import TuningError
+from lightning_peft.data.continual import ContinualData
 from lightning_peft.data.splits import GivenSplits
 from lightning_peft.data.token_data import TokenData
 from lightning_peft.tasks.base import Task
@@ -66,13 +67,26 @@ class TrialCLI(TuningCLI):
         given = self.argument(self.config_init, "trainer", default={})
         shorter: dict[str, Any] = {}
         epochs, steps = given.get("max_epochs"), given.get("max_steps")
-        if self.share < 1 and steps and steps > 0:
+        if isinstance(self.datamodule, ContinualData):
+            shorter |= stream_of(self.datamodule, self.share)
+        elif self.share < 1 and steps and steps > 0:
             shorter["max_steps"] = max(1, round(steps * self.share))
         elif self.share < 1 and epochs and epochs > 0:
             shorter["max_epochs"] = max(1, round(epochs * self.share))
             part = self.share * epochs / shorter["max_epochs"]
             shorter |= {"limit_train_batches": part} if part < 1 and given.get("limit_train_batches") is None else {}
         return super().instantiate_trainer(**self.own, **shorter, **kwargs)
+
+
+def stream_of(data: ContinualData, share: float) -> dict[str, Any]:
+    """Let a stream of tasks be scored by validation rows after each task, trained for a share of its epochs.
+
+    Returns:
+        What the Trainer is given for it.
+    """
+    data.score = "validation"
+    data.epochs_per_task = max(1, round(data.epochs_per_task * share))
+    return {"max_epochs": data.num_tasks * data.epochs_per_task, "check_val_every_n_epoch": data.epochs_per_task}
 
 
 class Counted(Callback):
@@ -139,6 +153,11 @@ def higher_is_better(monitor: str) -> bool:
     return not monitor.endswith(("loss", "perplexity"))
 
 
+def picks(data: Any) -> bool:
+    """Tell whether validation rows pick an epoch: not where they were trained on, or where each task adds classes."""
+    return not isinstance(data, ContinualData) and not (isinstance(data, GivenSplits) and data.whole)
+
+
 def run(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str] = ()) -> Result:
     """Run one trial; test rows are looked at only where it says so, after its checkpoint has been chosen.
 
@@ -179,15 +198,13 @@ def _run(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str],
         trainer.fit(task, data)
         if best.best_model_score is None:
             raise TuningError(f"no validation has logged {monitor}: give the data a validation split.")
-        found["validation"] = float(best.best_model_score)
+        found["validation"] = float(best.best_model_score) if picks(data) else counted.curve[-1]
         found |= {"rates": counted.rates, "steps": trainer.global_step, "curve": counted.curve}
         found["trained"] = sum(p.numel() for p in task.parameters() if p.requires_grad)
     if trial.tests:
         if isinstance(data, TokenData):
             data.bucket = False  # the rows of a test are in one order for every method
-        # Validation rows that were trained on choose no checkpoint.
-        chosen = learns and not (isinstance(data, GivenSplits) and data.whole)
-        (scores,) = trainer.test(task, data, ckpt_path="best" if chosen else None, verbose=False)
+        (scores,) = trainer.test(task, data, ckpt_path="best" if learns and picks(data) else None, verbose=False)
         found |= {"test": scores[monitor.replace("val_", "test_", 1)], "hits": counted.hits}
         if not is_frozen:
             found["bytes"] = save_delta(task, Path(folder) / "delta.safetensors").stat().st_size

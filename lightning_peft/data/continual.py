@@ -114,11 +114,13 @@ class ContinualData(DataArguments):
         if not self.num_tasks or not read:
             return
         if stage != "test":
-            if self.score == "test":
+            if self.score == "test" and self.data.rows("test") is not None:
                 self.data.setup("test")
             if not self.data.has(self.score):
-                raise TuningError(f"there are no {self.score} rows to score tasks by: take score='test', or add them.")
-        # An error that a loader raises comes late, and leaves what Lightning replaces in torch's loaders where it is.
+                other = "validation" if self.score == "test" else "test"
+                raise TuningError(
+                    f"there are no {self.score} rows to score tasks by: add them, or fit with score={other!r}."
+                )
         for split in read:
             for task in range(self.num_tasks):
                 self._loader(split, task)

@@ -74,6 +74,8 @@ class DomainData(DataArguments):
             self.source.images(split)
         if stage == "fit":
             self.target.images("train")
+            if self.source.share:
+                self.train_dataloader()  # refuses fewer images than processes, before Lightning asks for it
         if stage in ("test", "predict"):
             self.target.setup(stage)
 

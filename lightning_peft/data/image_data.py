@@ -143,10 +143,12 @@ class ImageData(DataModule):
 
         Raises:
             TuningError: a split is empty, lacks a column, has a class that the training rows lack, or too few images of
-                a class for the shots.
+                a class for the shots or of all for the processes.
         """
         for split in SPLITS[stage]:
-            self.images(split)
+            images = self.images(split)
+            if self.share and split != "predict" and len(images):
+                self.loader(images)  # refuses fewer images than processes, before Lightning asks for it
 
     def images(self, split: str) -> Images:
         """Return the images of a split, prepared when they are asked for.

@@ -70,6 +70,7 @@ class MultiTaskData(TokenData):
                 raise TuningError(f"task {without[0]!r} has no {split} split, others have: give it one.")
             if not without:
                 self._encoded[split] = self._join(found, split)
+        self.check_loaders(stage)
 
     def batches(self, split: str, shuffle: bool, **share: Any) -> Batches:
         """Return which rows make which batch, with the share and the cap of each task."""

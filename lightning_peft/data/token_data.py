@@ -148,13 +148,29 @@ class TokenData(DataModule):
         """Read and tokenise the splits that 'fit', 'validate', 'test' or 'predict' needs.
 
         Raises:
-            TuningError: a split is empty, lacks a column, or holds what cannot be encoded.
+            TuningError: a split is not there, is empty, lacks a column, or holds what cannot be encoded.
         """
         for split in SPLITS[stage]:
             if split not in self._encoded:
                 rows = self.rows(split)
                 if rows is not None:
                     self._encoded[split] = self._encode(rows, split)
+        self.check_loaders(stage)
+
+    def check_loaders(self, stage: str) -> None:
+        """See that a stage has its rows, and that they go round the processes, before a loader is made.
+
+        An error that a loader raises comes late, and leaves what Lightning replaces in torch's loaders where it is.
+
+        Raises:
+            TuningError: a split is not there, or has fewer rows than there are processes.
+        """
+        for split in SPLITS[stage]:
+            if split == "validation" and split not in self._encoded:
+                continue
+            self._split(split)
+            if split != "predict" and self.share:
+                self.batches(split, shuffle=split == "train", **self.share)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches, in another order each epoch."""

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from lightning_peft import TuningError
+from lightning_peft import ColouredShapes, MultiTaskData, TextClassification, TuningError
 from lightning_peft.data import TextClassificationData
 from tests.text import ENDINGS, sentences, write
 
@@ -93,9 +95,33 @@ def test_longer_than_the_tokenizer_allows(model: str, tmp_path: Path) -> None:
 def test_test_rows_that_are_not_there(model: str, tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", sentences(20))
     data = TextClassificationData(tokenizer=model, train=path, test_share=0)
-    data.setup("test")
     with pytest.raises(TuningError, match=r"has no test rows: give it a test split\.$"):
-        data.test_dataloader()
+        data.setup("test")
+
+
+def test_a_refusal_leaves_loaders_as_torch_has_them(model: str, tmp_path: Path) -> None:
+    path, own = write(tmp_path / "train.jsonl", sentences(20)), DataLoader.__init__
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    data = TextClassificationData(tokenizer=model, train=path, test_share=0)
+    task = TextClassification(model, ["a", "b"])
+    for given in (data, MultiTaskData(tokenizer=model, tasks={"one": {"train": path, "test_share": 0}})):
+        with pytest.raises(TuningError, match=r"has no test rows: give it a test split\.$"):
+            trainer.test(task, given)
+        assert DataLoader.__init__ is own
+
+
+def test_fewer_rows_than_processes_are_refused_before_a_loader_is_made(model: str, tmp_path: Path) -> None:
+    class Shared(TextClassificationData):
+        share = {"num_replicas": 64, "rank": 0}
+
+    class SharedShapes(ColouredShapes):
+        share = {"num_replicas": 64, "rank": 0}
+
+    few = r"rows do not go round 64 processes: use fewer processes\.$"
+    path = write(tmp_path / "train.jsonl", sentences(20))
+    for data in (Shared(tokenizer=model, train=path), SharedShapes(shapes=["star"], per_class=1)):
+        with pytest.raises(TuningError, match=few):
+            data.setup("fit")
 
 
 def test_unlabelled_test_of_the_hub(model: str, tmp_path: Path) -> None:

@@ -49,6 +49,12 @@ def test_parses(file: str) -> None:
         assert (config["trainer"]["devices"] == 1) == ("several" not in file)
 
 
+def test_a_task_leaves_the_learning_rate_to_the_method() -> None:
+    for path in (ROOT / "configs/tasks").glob("*.yaml"):
+        given = yaml.safe_load(path.read_text())["model"].get("init_args", {})
+        assert not given.keys() & {"lr", "head_lr"}, path.name
+
+
 def test_each_method_has_a_config() -> None:
     methods = {path.stem for path in (ROOT / "lightning_peft/methods").glob("[a-z]*.py")}
     assert {path.stem for path in (ROOT / "configs/methods").glob("*.yaml")} == methods

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,19 @@ def picks(data: Any) -> bool:
     return not isinstance(data, ContinualData) and not (isinstance(data, GivenSplits) and data.whole)
 
 
+def score_of(scores: Sequence[Mapping[str, float]], monitor: str) -> float:
+    """Return the test score of the monitored kind; of base and new classes apart, the harmonic mean.
+
+    >>> score_of([{"test_accuracy_task_0": 0.5}, {"test_accuracy": 0.7}], "val_accuracy")
+    0.7
+    >>> score_of([{"test_base_accuracy": 0.9, "test_harmonic_mean": 0.6}, {}], "val_accuracy")
+    0.6
+    """
+    found = {name: value for one in scores for name, value in one.items()}
+    name = monitor.replace("val_", "test_", 1)
+    return found[name if name in found else "test_harmonic_mean"]
+
+
 def run(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str] = ()) -> Result:
     """Run one trial; test rows are looked at only where it says so, after its checkpoint has been chosen.
 
@@ -204,8 +217,8 @@ def _run(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str],
     if trial.tests:
         if isinstance(data, TokenData):
             data.bucket = False  # the rows of a test are in one order for every method
-        (scores,) = trainer.test(task, data, ckpt_path="best" if learns and picks(data) else None, verbose=False)
-        found |= {"test": scores[monitor.replace("val_", "test_", 1)], "hits": counted.hits}
+        tested = trainer.test(task, data, ckpt_path="best" if learns and picks(data) else None, verbose=False)
+        found |= {"test": score_of(tested, monitor), "hits": counted.hits}
         if not is_frozen:
             found["bytes"] = save_delta(task, Path(folder) / "delta.safetensors").stat().st_size
             using.ready(task)

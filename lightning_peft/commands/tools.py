@@ -105,6 +105,8 @@ def _describe(name: str, method: "type[TuningMethod]") -> None:
     for what, rates in (("", advised), (" on images", advised.images), (" with a new head", advised.headed)):
         if rates is not None:
             said = f"{rates.delta:g} for what it trains, {rates.head:g} for a head ({rates.source})"
+            if rates.optimizer == "SGD":
+                said = f"{rates.delta:g} by SGD ({rates.source})"
             console.print(f"Learning rates{what}: {said}.", highlight=False)
     meanings: dict[str, str] = {}
     for kind in reversed(method.__mro__):

@@ -1,8 +1,8 @@
-"""The learning rates that methods recommend, for AdamW with a linear schedule, as the tasks have them."""
+"""The learning rates that methods recommend: for AdamW with a linear schedule, as most tasks have it, or for SGD."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -28,6 +28,7 @@ class Rates:
         source: where they are from.
         images: those of a backbone that reads images; None: the same.
         headed: those of a backbone of texts with a new head; None: the same.
+        optimizer: what they are for; tasks of two towers train by SGD.
     """
 
     delta: float
@@ -35,6 +36,7 @@ class Rates:
     source: str
     images: "Rates | None" = None
     headed: "Rates | None" = None
+    optimizer: Literal["AdamW", "SGD"] = "AdamW"
 
     def on(self, backbone: nn.Module) -> "Rates":
         """Return the rates for what this backbone reads, and for its head."""
@@ -45,6 +47,8 @@ class Rates:
 
 ADDED = Rates(2e-3, 1e-2, "as for LoRA; not measured for this method")
 """The rates of a method that says none of its own."""
+RECIPE = Rates(2e-3, 1e-2, "section 4.1 of CoOp's paper", optimizer="SGD")
+"""The rates of a method in a task that trains by SGD, where it says none."""
 EVERYTHING = Rates(3e-4, 1e-3, MEASURED)
 """The rates at which all parameters of a pretrained model are trained."""
 

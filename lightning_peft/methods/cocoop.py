@@ -152,7 +152,7 @@ class CoCoOp(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "a context in the texts of CLIP or SigLIP, shifted by the image"
     paper: ClassVar[str] = "Zhou et al. 2022, arXiv 2203.05557"
-    advised: ClassVar[Rates] = Rates(2e-3, 1e-2, "section 4 of the paper, for SGD")
+    advised: ClassVar[Rates] = Rates(2e-3, 1e-2, "section 4 of the paper", optimizer="SGD")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "chunk", "share_prefix", "tokenizer"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

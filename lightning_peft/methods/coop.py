@@ -58,7 +58,7 @@ class CoOp(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "a context in the texts of CLIP or SigLIP"
     paper: ClassVar[str] = "Zhou et al. 2021, arXiv 2109.01134"
-    advised: ClassVar[Rates] = Rates(2e-3, 1e-2, "section 4.1 of the paper, for SGD")
+    advised: ClassVar[Rates] = Rates(2e-3, 1e-2, "section 4.1 of the paper", optimizer="SGD")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "share_prefix", "tokenizer"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -64,7 +64,7 @@ class DAPL(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "contexts of two domains in the texts of CLIP or SigLIP"
     paper: ClassVar[str] = "Ge et al. 2022, arXiv 2202.06687"
-    advised: ClassVar[Rates] = Rates(3e-3, 1e-2, "section 4 of the paper, for SGD")
+    advised: ClassVar[Rates] = Rates(3e-3, 1e-2, "section 4 of the paper", optimizer="SGD")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"share_prefix"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

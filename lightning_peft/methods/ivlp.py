@@ -48,7 +48,7 @@ class IVLP(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "independent prompts in the layers of both towers"
     paper: ClassVar[str] = "Khattak et al. 2022, arXiv 2210.03117"
-    advised: ClassVar[Rates] = Rates(2.5e-3, 1e-2, "the authors' code, for SGD")
+    advised: ClassVar[Rates] = Rates(2.5e-3, 1e-2, "the authors' code", optimizer="SGD")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "share_prefix", "tokenizer"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

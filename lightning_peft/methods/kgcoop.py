@@ -46,7 +46,7 @@ class KgCoOp(CoOp):
 
     trains: ClassVar[str] = "a context in the texts of CLIP or SigLIP, pulled towards hand-written ones"
     paper: ClassVar[str] = "Yao et al. 2023, arXiv 2303.13283"
-    advised: ClassVar[Rates] = Rates(2e-3, 1e-2, "as for CoOp, for SGD")
+    advised: ClassVar[Rates] = Rates(2e-3, 1e-2, "as for CoOp", optimizer="SGD")
     may_change: ClassVar[frozenset[str]] = CoOp.may_change | {"pull", "words"}
 
     def text_context(self, backbone: nn.Module, layout: Tensor, call: ContextCall) -> PulledContext:

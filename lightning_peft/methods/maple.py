@@ -47,7 +47,7 @@ class MaPLe(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "coupled prompts in the layers of both towers"
     paper: ClassVar[str] = "Khattak et al. 2022, arXiv 2210.03117"
-    advised: ClassVar[Rates] = Rates(3.5e-3, 1e-2, "section 4 of the paper, for SGD")
+    advised: ClassVar[Rates] = Rates(3.5e-3, 1e-2, "section 4 of the paper", optimizer="SGD")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"share_prefix", "tokenizer"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

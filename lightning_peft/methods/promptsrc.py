@@ -62,7 +62,7 @@ class PromptSRC(IVLP):
 
     trains: ClassVar[str] = "independent prompts in the layers of both towers, kept near the frozen model"
     paper: ClassVar[str] = "Khattak et al. 2023, arXiv 2307.06948"
-    advised: ClassVar[Rates] = Rates(2.5e-3, 1e-2, "the authors' code, for SGD")
+    advised: ClassVar[Rates] = Rates(2.5e-3, 1e-2, "the authors' code", optimizer="SGD")
     may_change: ClassVar[frozenset[str]] = IVLP.may_change | {
         *("words", "text_pull", "image_pull", "logit_pull", "mean_epoch", "std_epochs"),
     }

@@ -88,7 +88,7 @@ def learning_rates(trainer: L.Trainer, module: L.LightningModule) -> dict[str, s
     said: dict[str, str] = {}
     if isinstance(module, Task):
         tuned = [(backbone, m) for _, backbone, tuning in tunings(module) for m in tuning.methods.values()]
-        own = [f"{type(m).__name__}, {m.advised.on(backbone).source}" for backbone, m in tuned]
+        own = [f"{type(m).__name__}, {module.advised(m, backbone).source}" for backbone, m in tuned]
         sources = "; ".join(own) or EVERYTHING.on(module.backbone).source
         for part, given in (("delta", module.lr), ("head", module.head_lr)):
             times = f", times {module.rate_scale:.2g} as found" if module.rate_scale != 1 else ""

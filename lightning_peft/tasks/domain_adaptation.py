@@ -60,10 +60,9 @@ class DomainAdaptation(TwoTowerTask):
         temperature: float = 1.0,
         weight: float = 1.0,
         domain_templates: list[str] | None = None,
-        lr: float = 3e-3,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, labels, lr=lr, **kwargs)
+        super().__init__(model, labels, **kwargs)
         if contrast not in ("all", "own"):
             raise TuningError(f"contrast={contrast!r} is no set of prompts: take 'all' or 'own'.")
         if temperature <= 0 or weight < 0 or threshold < 0:

@@ -7,12 +7,15 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModel
 
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.method import TuningMethod
+from lightning_peft.core.rates import RECIPE, Rates
+from lightning_peft.core.tuning import Tuning
 from lightning_peft.data.protocols import ClassSets, Labelled, Worded
 from lightning_peft.tasks.base import Dtype, Task
 from lightning_peft.towers import clip
@@ -24,14 +27,15 @@ _TEMPLATE = "a photo of a {}."
 class TwoTowerTask(Task):
     """A task with a two-tower model whose classes are texts. A method may put a context into the texts.
 
-    The optimizer is SGD; the learning rate is ``warmup_lr`` in the first epochs and then falls by a cosine.
+    The optimizer is SGD, as CoOp's authors have it; the learning rate is ``warmup_lr`` in the first epochs and then falls
+    by a cosine.
 
     Args:
         model: folder or hub id of the two-tower model.
         labels: names of the classes; None: those of the data.
         template: the text of a class where no method says otherwise; ``{}`` stands for its name. None: that of the
             data, else "a photo of a {}.".
-        lr: learning rate.
+        lr: learning rate; None: what the methods recommend for SGD, the smallest of several.
         momentum: of SGD.
         weight_decay: of all that is trained.
         warmup_epochs: how many epochs begin with ``warmup_lr``.
@@ -48,7 +52,7 @@ class TwoTowerTask(Task):
         model: str,
         labels: list[str] | None = None,
         template: str | None = None,
-        lr: float = 2e-3,
+        lr: float | None = None,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         warmup_epochs: int = 1,
@@ -157,6 +161,18 @@ class TwoTowerTask(Task):
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
+    def advised(self, method: TuningMethod, backbone: nn.Module) -> Rates:
+        """Return the rates that a method recommends for SGD, or those of CoOp."""
+        return method.advised if method.advised.optimizer == "SGD" else RECIPE
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that is given, or else the smallest that a method recommends."""
+        tuning = Tuning.of(self.backbone)
+        methods = tuning.methods.values() if tuning is not None else ()
+        recommended = min((self.advised(method, self.backbone).delta for method in methods), default=RECIPE.delta)
+        return self.lr if self.lr is not None else recommended
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return SGD and its schedule over the epochs.
 
@@ -167,9 +183,10 @@ class TwoTowerTask(Task):
         if epochs is None or epochs < 1:
             raise TuningError("the learning rate falls over the epochs, and their number has no limit: set max_epochs.")
         trained = [p for p in self.parameters() if p.requires_grad]
-        assert self.lr is not None  # this task always has one
-        rate = self.lr * self.rate_scale
-        optimizer = SGD(trained, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        rate = self.rate * self.rate_scale
+        optimizer = SGD(
+            [{"params": trained, "name": "delta"}], lr=rate, momentum=self.momentum, weight_decay=self.weight_decay
+        )
         warmup = min(self.warmup_epochs, epochs - 1)
         factor = partial(rate_at, epochs=epochs, warmup=warmup, first=self.warmup_lr / rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "epoch"}}

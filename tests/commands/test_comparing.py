@@ -24,7 +24,7 @@ from lightning_peft.commands.trials import Result, Trial, Trials, best_scale, sc
 from lightning_peft.core import anatomy
 from lightning_peft.core.graft import grafts
 from lightning_peft.reports.comparison import entries_of
-from tests import text, two_towers
+from tests import images, text, two_towers
 
 CONFIG = """
 model: {class_path: TextClassification, init_args: {model: model}}
@@ -223,6 +223,27 @@ def test_only_the_last_runs_train_on_the_validation_rows(tmp_path: Path, monkeyp
     given.trials = tmp_path
     runs(given, words)
     assert set(asked) == {(False, False), (True, True)}
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`.*configure_optimizers` will be overridden")
+def test_a_stream_is_scored_by_validation_rows_after_its_last_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit, tested_at, test = images.save_vit(tmp_path / "vit"), [], L.Trainer.test
+    drawn = "colours: [red, blue], shapes: [star, ring], pixels: 8"
+    few = f"{drawn}, per_class: 2, validation_per_class: 1, test_per_class: 2"
+    shapes = f"{{class_path: ColouredShapes, init_args: {{{few}}}}}"
+    words = ["--config", "continual_classification", "--model.model", vit, "--data", "ContinualData"]
+    words += ["--data.data", shapes, "--data.tasks", "2", "--data.epochs_per_task", "2", "--trainer.accelerator", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["lightning-peft"])
+    monkeypatch.setattr(
+        L.Trainer, "test", lambda *given, **how: tested_at.append(how["ckpt_path"]) or test(*given, **how)
+    )
+    found = fitting.run(words, "val_accuracy", Trial("LoRA", 1.0, 0, 0.5, True))
+    assert (found["steps"], len(found["curve"]), tested_at) == (2, 2, [None])
+    assert found["validation"] == found["curve"][-1]
+    assert set(found["curve"]) <= {0.0, 0.25, 0.5, 0.75, 1.0}, "four validation images"
 
 
 @pytest.mark.slow

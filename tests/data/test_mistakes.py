@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from lightning_peft import ColouredShapes, MultiTaskData, TextClassification, TuningError
 from lightning_peft.data import TextClassificationData
+from lightning_peft.data.module import DataModule
 from tests.text import ENDINGS, sentences, write
 
 GOOD = sentences(12)
@@ -110,16 +111,13 @@ def test_a_refusal_leaves_loaders_as_torch_has_them(model: str, tmp_path: Path) 
         assert DataLoader.__init__ is own
 
 
-def test_fewer_rows_than_processes_are_refused_before_a_loader_is_made(model: str, tmp_path: Path) -> None:
-    class Shared(TextClassificationData):
-        share = {"num_replicas": 64, "rank": 0}
-
-    class SharedShapes(ColouredShapes):
-        share = {"num_replicas": 64, "rank": 0}
-
+def test_fewer_rows_than_processes_are_refused_before_a_loader_is_made(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DataModule, "share", {"num_replicas": 64, "rank": 0})
     few = r"rows do not go round 64 processes: use fewer processes\.$"
     path = write(tmp_path / "train.jsonl", sentences(20))
-    for data in (Shared(tokenizer=model, train=path), SharedShapes(shapes=["star"], per_class=1)):
+    for data in (TextClassificationData(tokenizer=model, train=path), ColouredShapes(shapes=["star"], per_class=1)):
         with pytest.raises(TuningError, match=few):
             data.setup("fit")
 

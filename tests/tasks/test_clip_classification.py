@@ -24,6 +24,7 @@ from lightning_peft import (
     TuningError,
     collect,
 )
+from lightning_peft.core.rates import RECIPE
 from lightning_peft.towers import clip
 from tests import two_towers
 from tests.modules import trainer
@@ -56,6 +57,23 @@ def shapes(model: str, **arguments: Any) -> ColouredShapes:
 
 def data(model: str, base_to_new: bool = False, **arguments: Any) -> CLIPData:
     return CLIPData(shapes(model, **arguments), base_to_new=base_to_new)
+
+
+def test_the_learning_rate_is_that_which_the_method_recommends_for_sgd(model: str) -> None:
+    for methods, rate in (
+        ([], RECIPE.delta),
+        ([LoRA(r=2)], RECIPE.delta),
+        ([MaPLe(depth=2)], MaPLe.advised.delta),
+        ([LoRA(r=2), MaPLe(depth=2)], min(RECIPE.delta, MaPLe.advised.delta)),
+    ):
+        task = CLIPClassification(model)
+        for method in methods:
+            method.apply(task.backbone)
+        assert task.rate == rate
+        task.lr = 1e-2
+        assert task.rate == 1e-2
+    assert MaPLe.advised.delta != RECIPE.delta
+    assert LoRA.advised.optimizer == "AdamW"
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.name}-{getattr(method, 'position', '')}")

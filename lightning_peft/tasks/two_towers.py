@@ -27,8 +27,8 @@ _TEMPLATE = "a photo of a {}."
 class TwoTowerTask(Task):
     """A task with a two-tower model whose classes are texts. A method may put a context into the texts.
 
-    The optimizer is SGD, as CoOp's authors have it; the learning rate is ``warmup_lr`` in the first epochs and then falls
-    by a cosine.
+    The optimizer is SGD, as CoOp's authors have it; the learning rate is ``warmup_lr`` in the first epochs and then
+    falls by a cosine.
 
     Args:
         model: folder or hub id of the two-tower model.

@@ -15,8 +15,6 @@ from torchmetrics import MetricCollection
 from lightning_peft.core import anatomy, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import load_model, load_tokenizer, model_without_weights, padding_id, resolve
-from lightning_peft.core.method import TuningMethod
-from lightning_peft.core.rates import Rates
 from lightning_peft.core.switching import prepare
 from lightning_peft.data.protocols import Truncated
 from lightning_peft.prompts.virtual_tokens import is_widened
@@ -282,10 +280,6 @@ class Task(RateScaled, MethodMixin, L.LightningModule):
         """
         steps = self.trainer.estimated_stepping_batches
         return adamw(self.parameter_groups(), self.warmup, steps, self.trainer.precision)
-
-    def advised(self, method: TuningMethod, backbone: nn.Module) -> Rates:
-        """Return the learning rates that a method recommends for a backbone and the optimizer of this task."""
-        return method.advised.on(backbone)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the groups of the optimizer."""

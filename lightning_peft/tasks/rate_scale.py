@@ -2,6 +2,11 @@
 
 from typing import Any
 
+from torch import nn
+
+from lightning_peft.core.method import TuningMethod
+from lightning_peft.core.rates import Rates
+
 _KEY = "rate_scale"
 
 
@@ -10,6 +15,10 @@ class RateScaled:
 
     rate_scale = 1.0
     """What all learning rates are multiplied by, for who tries several."""
+
+    def advised(self, method: TuningMethod, backbone: nn.Module) -> Rates:
+        """Return the learning rates that a method recommends for a backbone and the optimizer of this task."""
+        return method.advised.on(backbone)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the factor."""

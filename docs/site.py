@@ -10,6 +10,7 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+from lightning_peft.commands.method_kinds import by_kind
 from lightning_peft.commands.tools import row_of
 from lightning_peft.core import shipped
 from lightning_peft.methods import every_method
@@ -20,11 +21,8 @@ ROOT = Path(__file__).parents[1]
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Add to the navigation the pages of the methods, those of a kind together, and pages that it does not name."""
     nav: list[Any] = config["nav"]
-    kinds: dict[str, list[dict[str, str]]] = {}
-    for name, method in every_method().items():
-        kinds.setdefault(method.kind, []).append({name: page_of(method)})
     (methods,) = [entry["Methods"] for entry in nav if "Methods" in entry]
-    methods += [{kind: pages} for kind, pages in sorted(kinds.items())]
+    methods += [{kind: [{name: page_of(m)} for name, m in of_kind.items()]} for kind, of_kind in by_kind().items()]
     named = set(re.findall(r"[\w/]+\.md", str(nav)))
     more = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
     (inside,) = [entry["Inside"] for entry in nav if "Inside" in entry]

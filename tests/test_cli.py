@@ -3,6 +3,7 @@
 import ast
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -276,6 +277,10 @@ def test_methods_table(here: Callable[..., str]) -> None:
     for name in ("BitFit", "FullFineTuning", "LinearProbe", "LoRA", "PromptTuning"):
         assert name in printed
     assert "Hu et al. 2021" in printed
+    kinds = [line.split("│")[2].strip() for line in printed.splitlines() if line.count("│") == 5]
+    named = [kind for kind in kinds if kind]  # a line that goes on has none
+    assert [kind for kind, _ in itertools.groupby(named)] == list(dict.fromkeys(named))
+    assert len(set(named)) > 8
 
 
 def test_the_arguments_of_a_method(here: Callable[..., str]) -> None:

@@ -64,12 +64,13 @@ def _by_name(command: str, arguments: list[str]) -> list[str]:
 
 
 def methods(name: str | None = None) -> None:
-    """List the methods, what they train and their papers; or the arguments of one.
+    """List the methods by kind, what they train and their papers; or the arguments of one.
 
     Args:
         name: a method, to see its arguments.
     """
     with imports():
+        from lightning_peft.commands.method_kinds import by_kind
         from lightning_peft.core.select import near
         from lightning_peft.methods import every_method
 
@@ -82,8 +83,10 @@ def methods(name: str | None = None) -> None:
     table = Table(title="Methods", title_justify="left")
     for column in ("method", "kind", "trains", "paper"):
         table.add_column(column, overflow="fold")
-    for each, method in every.items():
-        table.add_row(each, *row_of(method))
+    for of_kind in by_kind().values():
+        table.add_section()
+        for each, method in of_kind.items():
+            table.add_row(each, *row_of(method))
     console = Console()
     console.print(table)
     console.print("lightning-peft methods NAME shows the arguments of one, with its paper.", highlight=False)

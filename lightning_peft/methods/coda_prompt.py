@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility
+from lightning_peft.bases.by_query import QueryMethod
 from lightning_peft.core.arguments import bounded, check_divides, natural, numbers
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.gathering import of_the_first
+from lightning_peft.core.orthogonal import rows_beside
 from lightning_peft.core.rates import Rates
 from lightning_peft.core.sharded import like, whole
-from lightning_peft.towers.attended_prompts import PromptsByQuery, attach_by_query, begin_task
-from lightning_peft.training.method import Method
+from lightning_peft.towers.attended_prompts import PromptsByQuery, attach_by_query
 from lightning_peft.training.mixin import TunedBy
 
 
@@ -88,7 +88,7 @@ class Components(PromptsByQuery):
         for part in (self.prompts, self.attentions, self.keys):
             rows = whole(part).clone()
             for block in rows.flatten(2):
-                block[begin:end] = orthogonal_rows(end - begin, block[:begin])
+                block[begin:end] = rows_beside(block[:begin], end - begin)
             part.copy_(like(part, of_the_first(rows)))
 
     def _known(self) -> tuple[Tensor, Tensor]:
@@ -98,11 +98,10 @@ class Components(PromptsByQuery):
 
 
 @dataclass(eq=False, kw_only=True)
-class CODAPrompt(Method):
+class CODAPrompt(QueryMethod):
     """Train components of prompts, of which an image takes a weighted sum as keys and values of the first blocks.
 
     Args:
-        num_tasks: how many tasks come one after the other, each with as many components; they begin by `on_task_start`.
         components: M, how many components there are in each block.
         length: L, of a prompt, one half for keys and one for values [tokens].
         layers: numbers of the blocks.
@@ -110,19 +109,16 @@ class CODAPrompt(Method):
         redraw: draw the components of a task when it begins, orthogonal to what the earlier ones have become.
     """
 
-    num_tasks: int = natural(10)
     components: int = natural(100)
     length: int = bounded(8, "is no length of two halves", at_least=2)
     layers: list[int] = numbers([0, 1, 2, 3, 4])
     orthogonality: float = bounded(0.1, at_least=0)
     redraw: bool = True
 
-    kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "components of prompts, which images weight by their queries"
     paper: ClassVar[str] = "Smith et al. 2023, arXiv 2211.13218"
     advised: ClassVar[Rates] = Rates(1e-3, 1e-3, "the authors' code, for Adam")
-    needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
-    may_change: ClassVar[frozenset[str]] = Method.may_change | {"orthogonality", "redraw"}
+    may_change: ClassVar[frozenset[str]] = QueryMethod.may_change | {"orthogonality", "redraw"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the components to the vision transformer."""
@@ -142,8 +138,7 @@ class CODAPrompt(Method):
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         """Return lambda times the overlap of the components; None where nothing has been computed since."""
-        overlap = self.own_grafts(module, Components)[0].graft.take()
-        return None if overlap is None or not self.orthogonality else self.orthogonality * overlap
+        return self.weighted(module, self.orthogonality)
 
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
         """Train the components of this task from now on, beside those of earlier ones.
@@ -154,16 +149,7 @@ class CODAPrompt(Method):
         graft = self.own_grafts(pl_module, Components)[0].graft
         if self.redraw and int(graft.task) < task < self.num_tasks:  # not where a run that resumes goes on with it
             graft.redraw(task)
-        begin_task(graft, task, self.num_tasks)
-
-
-def orthogonal_rows(count: int, others: Tensor) -> Tensor:
-    """Draw orthonormal rows that are orthogonal to all rows of ``others`` [N, d], [count, d]."""
-    basis = torch.linalg.qr(others.t().float()).Q
-    rows = torch.randn(count, others.shape[1], device=others.device)
-    for _ in range(2):  # once more for what rounding leaves
-        rows = torch.linalg.qr((rows - rows @ basis @ basis.t()).t()).Q.t()
-    return rows.to(others.dtype)
+        super().on_task_start(trainer, pl_module, task)
 
 
 def _held(part: Tensor, held: Tensor) -> Tensor:

@@ -15,17 +15,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core import compatibility
+from lightning_peft.bases.by_query import QueryMethod
 from lightning_peft.core.arguments import natural, numbers, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.rates import Rates
-from lightning_peft.towers.attended_prompts import PromptsByQuery, attach_by_query, begin_task
-from lightning_peft.training.method import Method
+from lightning_peft.towers.attended_prompts import PromptsByQuery, attach_by_query
 from lightning_peft.training.mixin import TunedBy
 
 WIDEST = 0.01
@@ -64,11 +62,10 @@ class DualPrompts(PromptsByQuery):
 
 
 @dataclass(eq=False, kw_only=True)
-class DualPrompt(Method):
+class DualPrompt(QueryMethod):
     """Train general prompts and expert prompts of each task, as keys and values of the first blocks.
 
     Args:
-        num_tasks: how many tasks come one after the other, each with an expert prompt; they begin by `on_task_start`.
         general_length: how many keys, and values, the general prompt has [tokens].
         expert_length: how many the expert prompts have [tokens].
         general_layers: numbers of the blocks of the general prompt.
@@ -76,19 +73,16 @@ class DualPrompt(Method):
         pull: lambda, the weight of the distance between queries and the key of their task.
     """
 
-    num_tasks: int = natural(10)
     general_length: int = natural(5)
     expert_length: int = natural(20)
     general_layers: list[int] = numbers([0, 1])
     expert_layers: list[int] = numbers([2, 3, 4])
     pull: float = positive(1.0, "leaves the keys without a gradient")
 
-    kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "prompts that all tasks share and prompts of each task, as keys and values"
     paper: ClassVar[str] = "Wang et al. 2022, arXiv 2204.04799"
     advised: ClassVar[Rates] = Rates(3e-3, 3e-3, "as for L2P; not measured")
-    needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
-    may_change: ClassVar[frozenset[str]] = Method.may_change | {"pull"}
+    may_change: ClassVar[frozenset[str]] = QueryMethod.may_change | {"pull"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the prompts to the vision transformer."""
@@ -111,16 +105,7 @@ class DualPrompt(Method):
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         """Return lambda times the pull of the last batch; None where nothing has been computed since."""
-        pull = self.own_grafts(module, DualPrompts)[0].graft.take()
-        return None if pull is None else self.pull * pull
-
-    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
-        """Take the expert prompt of this task from now on.
-
-        Raises:
-            TuningError: there is none.
-        """
-        begin_task(self.own_grafts(pl_module, DualPrompts)[0].graft, task, self.num_tasks)
+        return self.weighted(module, self.pull)
 
 
 DualPromptMixin = TunedBy[DualPrompt]

@@ -21,6 +21,7 @@ from lightning_peft.core import anatomy, compatibility, select, structure, subla
 from lightning_peft.core.arguments import bounded, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
+from lightning_peft.core.orthogonal import orthonormal
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.core.reach import reached
@@ -59,8 +60,7 @@ class Intervention(Graft):
 
     def rows(self) -> Tensor:
         """Return R of each set, [sets, r, d], in fp32."""
-        q, upper = torch.linalg.qr(self.rotation.mT)
-        return (q * torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)).mT
+        return orthonormal(self.rotation)
 
     def after(self, out: Any, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return the output, of which the first tensor is the hidden states, [B, T, d]."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_peft.bases.layers import APART, LayerMethod
 from lightning_peft.core.arguments import bounded, check_divides, natural, positive
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.orthogonal import above_diagonal, cayley_step
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.core.twin import LAYER_KEYS, Twin
@@ -48,23 +49,13 @@ class Turn(LayerUpdate):
         super().__init__(host)
         self.size, self.terms, self.most = size, terms, most
         device = device_of(host)
-        rows, columns = torch.triu_indices(size, size, 1, device=device)
-        self.register_buffer("above", rows * size + columns, persistent=False)
+        self.register_buffer("above", above_diagonal(size, device), persistent=False)
         self.Q = nn.Parameter(torch.zeros(count, size * (size - 1) // 2, device=device))
 
     def turn(self) -> Tensor:
         """Return ``R - I`` of each block, [in / b, b, b] or [1, b, b], by which rows of features are multiplied."""
         entries = self.Q if self.most is None else self._bounded(self.most)
-        half = self.Q.new_zeros(len(self.Q), self.size**2).index_copy(1, self.above, entries)
-        half = half.unflatten(1, (self.size, self.size))
-        q = half - half.mT
-        if self.terms is None:
-            return -2 * torch.linalg.solve_ex(torch.eye(self.size, device=q.device) + q, q, left=False).result
-        power, total = q, 2 * q
-        for _ in range(2, self.terms - 1):
-            power = power @ q
-            total = total + 2 * power
-        return total + power @ q
+        return cayley_step(entries, self.above, self.size, self.terms)
 
     def turned(self, x: Tensor, back: bool = False) -> Tensor:
         """Return rows of features that are turned, or turned by ``Rᵀ``, [..., in]."""
@@ -109,6 +100,15 @@ class RowRotation(Turn):
         return self.turned(weight)
 
 
+_KEYS = {
+    **LAYER_KEYS, "bias": "none", "block_share": False, "coft": False, "eps": 6e-5, "fan_in_fan_out": False,
+    "module_dropout": 0.0, "num_cayley_neumann_terms": 5, "oft_block_size": 32, "r": 0, "use_cayley_neumann": True,
+}  # fmt: skip
+"""What HF PEFT writes, with its defaults."""
+_SAME = ("block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms")
+"""Arguments that HF PEFT calls the same."""
+
+
 @dataclass(eq=False, kw_only=True)
 class OFT(LayerMethod):
     """Train an orthogonal matrix of blocks for each chosen layer, by which its input is turned.
@@ -142,28 +142,8 @@ class OFT(LayerMethod):
         parts={nn.Embedding: {"Q": "oft_embedding_R.weight"}},
         kinds=(nn.Linear, nn.Embedding),
         words={"block_size": ((None, 0),), "num_blocks": ((None, 0),)},
-        arguments={
-            "block_size": "oft_block_size",
-            "num_blocks": "r",
-            "block_share": "block_share",
-            "coft": "coft",
-            "eps": "eps",
-            "use_cayley_neumann": "use_cayley_neumann",
-            "num_cayley_neumann_terms": "num_cayley_neumann_terms",
-        },
-        defaults={
-            **LAYER_KEYS,
-            "bias": "none",
-            "block_share": False,
-            "coft": False,
-            "eps": 6e-5,
-            "fan_in_fan_out": False,
-            "module_dropout": 0.0,
-            "num_cayley_neumann_terms": 5,
-            "oft_block_size": 32,
-            "r": 0,
-            "use_cayley_neumann": True,
-        },
+        arguments={"block_size": "oft_block_size", "num_blocks": "r", **{name: name for name in _SAME}},
+        defaults=_KEYS,
         free=frozenset({"init_weights", "module_dropout"}),  # PEFT 0.21 drops no block
     )
 

@@ -14,16 +14,15 @@ validation: a checkpoint to keep is one of ``save_on_train_epoch_end=True``.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.bases.averaged import AveragedMethod
 from lightning_peft.core import structure
-from lightning_peft.core.arguments import bounded, positive
+from lightning_peft.core.arguments import bounded
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.rates import Rates
@@ -34,14 +33,13 @@ from lightning_peft.towers.context_tokens import ContextCall
 from lightning_peft.towers.contexts import TextContext
 from lightning_peft.towers.deep_prompts import Prompts, vision_tower
 from lightning_peft.towers.text_towers import text_tower, two_towers, written_ids
-from lightning_peft.training.epoch_average import EpochAverage, gaussian_weights
 from lightning_peft.training.mixin import TunedBy
 
 WRITTEN = ("a photo of a", "a photo of the", "a picture of a", "a good photo of a", "a bright photo of the")
 
 
 @dataclass(eq=False, kw_only=True)
-class PromptSRC(IVLP):
+class PromptSRC(AveragedMethod, IVLP):
     """Train prompts in both towers of CLIP or SigLIP that stay near the frozen model.
 
     Args:
@@ -49,28 +47,24 @@ class PromptSRC(IVLP):
         text_pull: weight of the distance of the features of texts.
         image_pull: weight of the distance of the features of images.
         logit_pull: weight of the divergence of the logits.
-        mean_epoch: middle of the Gaussian that weights the epochs, counted from 1; None: three quarters of them.
-        std_epochs: its standard deviation [epochs].
     """
 
     words: list[str | list[int]] = field(default_factory=lambda: list(WRITTEN))
     text_pull: float = bounded(25.0, at_least=0)
     image_pull: float = bounded(10.0, at_least=0)
     logit_pull: float = bounded(1.0, at_least=0)
-    mean_epoch: float | None = positive(None)
-    std_epochs: float = positive(1.0)
 
     trains: ClassVar[str] = "independent prompts in the layers of both towers, kept near the frozen model"
     paper: ClassVar[str] = "Khattak et al. 2023, arXiv 2307.06948"
     advised: ClassVar[Rates] = Rates(2.5e-3, 1e-2, "the authors' code", optimizer="SGD")
-    may_change: ClassVar[frozenset[str]] = IVLP.may_change | {
-        *("words", "text_pull", "image_pull", "logit_pull", "mean_epoch", "std_epochs"),
-    }
+    may_change: ClassVar[frozenset[str]] = (
+        IVLP.may_change | AveragedMethod.may_change | {"words", "text_pull", "image_pull", "logit_pull"}
+    )
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the prompts, and what compares each tower with the frozen one."""
         own = list(super().graft(backbone))
-        model, call, features = two_towers(backbone), self._prompts(backbone).call, Features()
+        model, call, features = two_towers(backbone), self.averaged(backbone).call, Features()
         texts, images = text_tower(backbone, type(self).__name__), vision_tower(backbone, type(self).__name__)
         device = next(texts.parameters()).device
         self.words = list(self._ids(backbone))
@@ -97,44 +91,7 @@ class PromptSRC(IVLP):
         distances = self.text_pull * F.l1_loss(*texts) + self.image_pull * F.l1_loss(*images)
         return distances + self.logit_pull * divergence
 
-    def weights_of_epochs(self, epochs: int) -> list[float]:
-        """Return the weight of the prompts after each epoch; they add up to 1.
-
-        Raises:
-            TuningError: the Gaussian is nowhere near these epochs, or their number has no limit.
-        """
-        return gaussian_weights(epochs, self.mean_epoch, self.std_epochs)
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that the epochs can be weighted, and begin with none."""
-        super().on_fit_start(trainer, pl_module)
-        self._average.begin(self.weights_of_epochs(trainer.max_epochs or 0), trainer.current_epoch)
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add the prompts after the epoch before to the average."""
-        super().on_train_epoch_start(trainer, pl_module)
-        self._average.add(self._prompts(pl_module), trainer.current_epoch)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the average after the last epoch."""
-        super().on_train_epoch_end(trainer, pl_module)
-        if trainer.current_epoch + 1 == len(self._average.weights):
-            self._average.add(self._prompts(pl_module), trainer.current_epoch + 1)
-            self._average.write(self._prompts(pl_module))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the average so far, for a run that resumes."""
-        return self._average.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the average of a run that resumes."""
-        self._average.load_state_dict(state_dict)
-
-    @cached_property
-    def _average(self) -> EpochAverage:
-        return EpochAverage()
-
-    def _prompts(self, module: nn.Module) -> Prompts:
+    def averaged(self, module: nn.Module) -> Prompts:
         """Return the rows of all layers."""
         model = two_towers(self._tuned(module))
         return next(child for child in model.children() if isinstance(child, Prompts) and child.owner == self.key)

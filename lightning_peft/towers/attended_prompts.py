@@ -120,14 +120,3 @@ def attach_by_query(
             if place.heads * place.key_dim != found.dim or place.value_dim != place.key_dim:
                 raise TuningError(f"{place.path} has keys of another width than its tokens: leave block {layer} out.")
             attach(place.module, ImagePrefix(place, inside[place.module], pool.call), name)
-
-
-def begin_task(pool: PromptsByQuery, task: int, count: int) -> None:
-    """Note which task is trained from now on.
-
-    Raises:
-        TuningError: there are fewer.
-    """
-    if task >= count:
-        raise TuningError(f"task {task} begins, and num_tasks={count}: give as many as there are.")
-    pool.task.fill_(task)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from lightning_peft import LoRA, SHiRA, TuningError, collect, load_delta, merge, save_delta
+from lightning_peft import LoRA, SHiRA, TuningError, activate, collect, load_delta, merge, read_delta, save_delta
 from lightning_peft.core.graft import grafts
-from tests.contract import MethodContract, assert_near, output
+from tests.contract import MethodContract, assert_near, assert_same, output
 from tests.interop.twins import check_twin, shake, shaken
 from tests.models import tiny
 
@@ -93,6 +93,26 @@ def both(gradients: Any) -> dict[str, Tensor]:
 def test_peft_has_the_same(tmp_path: Path) -> None:
     config = peft.ShiraConfig(r=R, random_seed=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     check_twin("llama", config, tmp_path)
+
+
+def test_deltas_are_switched_by_their_entries_and_leave_the_weights(tmp_path: Path) -> None:
+    model, weights = tiny("llama"), dict(tiny("llama").state_dict())
+    places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    alone = {}
+    for by, name in ((0.1, "films"), (0.2, "books")):
+        single = shaken("llama", SHiRA(r=R))
+        shake(single, by)
+        alone[name] = output(single, "llama")
+        file = save_delta(single, tmp_path / f"{name}.safetensors")
+        load_delta(model, file, name)
+        entries = sum(R * sum(place.host.weight.shape) for place in grafts(model, f"shira_{name}"))
+        assert sum(t.numel() for t in read_delta(file)[0].values()) == 3 * entries  # row, column and value of each
+    for name, expected in alone.items():
+        activate(model, name)
+        assert torch.equal(output(model, "llama"), expected)
+        assert_same(weights, {key: model.state_dict()[key] for key in weights})
+        assert {key: model.state_dict()[key].data_ptr() for key in places} == places
+    assert not torch.equal(*alone.values())
 
 
 def test_a_delta_is_indices_and_values_and_entries_of_another_layer_are_refused(tmp_path: Path) -> None:

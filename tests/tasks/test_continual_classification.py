@@ -1,5 +1,6 @@
 """A sequence of tasks in one fit: masked logits, A[i, t] and what is made of it."""
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ import torch.nn.functional as F
 
 from lightning_peft import (
     L2P,
+    CODAPrompt,
     ContinualClassification,
     ContinualData,
+    DualPrompt,
     FullFineTuning,
     LinearProbe,
+    Method,
+    RanPAC,
     TuningError,
+    collect,
     load_from_checkpoint,
 )
 from lightning_peft.cli import main
@@ -120,6 +126,37 @@ def test_one_fit_fills_the_matrix(path: str, tmp_path: Path) -> None:
     assert {"metric": "task_accuracy", "task": 0, "after": 1, "value": after} in rows
     assert {"metric": "forgetting", "after": 1, "value": pytest.approx(first - after)} in rows
     assert module.confusion_matrix().sum() == 12
+
+
+class OtherImages(L.Callback):
+    """Gives the validation, which scores the images of the test, their negatives in their place, and another label."""
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        batch["pixel_values"].neg_()
+        batch["labels"].fill_(0)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        DualPrompt(num_tasks=2, general_length=2, expert_length=2, general_layers=[0], expert_layers=[1]),
+        pytest.param(CODAPrompt(num_tasks=2, components=4, length=2, layers=[0]), marks=pytest.mark.slow),
+        pytest.param(L2P(**POOL), marks=pytest.mark.slow),
+        pytest.param(RanPAC(width=16), marks=pytest.mark.slow),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_the_images_of_the_test_change_nothing_that_is_learnt(path: str, tmp_path: Path, method: Method) -> None:
+    """Neither keys nor prompts, nor how many images of which task have been seen."""
+    deltas, scores = [], []
+    for others in ([], [OtherImages()]):
+        module = task(path)
+        run = fit(tmp_path, copy.deepcopy(method), *others, max_epochs=2)
+        run.fit(module, data(path, epochs_per_task=1))
+        deltas.append(collect(module))
+        scores.append(module.matrix)
+    assert_same(*deltas)
+    assert scores[0] != scores[1], "the images were the same"
 
 
 @pytest.mark.parametrize(("known", "counts"), [("seen", (2, 4)), ("all", (4, 4)), ("task", (2, 2))])

@@ -157,6 +157,14 @@ def transforms_are_seen() -> None:
     assert seen == [False, True]
 
 
+@use("updates/in_place.py", f"{PYTORCH}torch/nn/modules/rnn.py", "_is_any_autocast_enabled")
+def autocast_is_seen() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch._C._is_any_autocast_enabled()
+        with torch.autocast("cpu", enabled=False):
+            assert not torch._C._is_any_autocast_enabled()
+
+
 @use("updates/low_rank_layers.py", f"{PYTORCH}torch/nn/modules/conv.py", "_conv_forward")
 def a_layer_convolves_with_another_kernel() -> None:
     host, x = nn.Conv2d(2, 3, 3, stride=2, padding=1, padding_mode="reflect"), torch.randn(1, 2, 8, 8)

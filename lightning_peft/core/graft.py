@@ -125,10 +125,10 @@ class Graft(Movable):
 
     def is_first(self, host: nn.Module) -> bool:
         """Tell whether this graft's hook is the first to see the host's output, those that rest left out."""
-        mine, hooks = self._on_output, output_hooks(host)
-        if hooks[:1] != [mine]:  # seldom, and this is asked in each call
-            hooks = [hook for hook in hooks if not getattr(getattr(hook, "__self__", None), "rests", False)]
-        return hooks[:1] == [mine]
+        for hook in output_hooks(host):
+            if hook == self._on_output or not getattr(getattr(hook, "__self__", None), "rests", False):
+                return hook == self._on_output
+        return False
 
     def _on_input(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         if self.rests:

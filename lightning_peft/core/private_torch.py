@@ -4,7 +4,7 @@ All private names, those of one file too, have a row in ``tests/test_private_nam
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
-def output_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+def output_hooks(module: nn.Module) -> Collection[Callable[..., Any]]:
     """Return the hooks that see the output of a module, in their order.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py (``_forward_hooks``).
     """
-    return list(module._forward_hooks.values())
+    return module._forward_hooks.values()
 
 
 def drop_hooks(module: nn.Module, keep: Callable[[Callable[..., Any]], bool]) -> None:

@@ -87,16 +87,13 @@ class LowRank(Factors, Folding):
         factors = a, _ = self.factors()
         if is_part(a) and not is_part(out):  # the layer is split between ranks, whose parts torch keeps account of
             parts: Any = joined(out, (*x.shape[:-1], shape_of(host)[0]), a.device_mesh)  # type: ignore[attr-defined]
-            changed: Any = self._changed(parts, host, x, factors)
+            changed: Any = self.after(parts, host, x)
             return changed.redistribute(placements=parts.placements).to_local()
-        return self._changed(out, host, x, factors)
-
-    def _changed(self, out: Tensor, host: nn.Module, x: Tensor, factors: Pair) -> Tensor:
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
             if self.use_dora:
                 return self._dropped(out, host, x, factors)
-        free = self._adds_in_place(out, host, x, factors[0])
+        free = out.dtype is x.dtype and in_place.is_free(out, host, self, a)
         if free:
             out = in_place.add_low_rank(out, x, *factors, self.scale)
         else:
@@ -107,9 +104,6 @@ class LowRank(Factors, Folding):
         """Return ``(x Aᵀ) Bᵀ``, before the scale, in the dtype of x."""
         a, b = factors
         return F.linear(summed(F.linear(x, a.to(x.dtype))), b.to(x.dtype))
-
-    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor, a: Tensor) -> bool:
-        return out.dtype is x.dtype and in_place.is_free(out, host, self, a)
 
     def _rescaled(self, out: Tensor, host: nn.Module, free: bool) -> Tensor:
         """Return ``b + c (out - b)``."""

@@ -38,9 +38,6 @@ class LowRankEmbedding(LowRank):
         padding = host.padding_idx  # its row has no gradient in the table either
         return F.linear(F.embedding(x, a.t(), padding), b) * structure.row_scale_of(host)
 
-    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor, a: Tensor) -> bool:
-        return False
-
     def update(self) -> Tensor:
         """Return ``scale * (B A)ᵀ`` in fp32, [num_embeddings, dim]."""
         return super().update().t()
@@ -97,9 +94,6 @@ class LowRankConv(LowRank):
     def cannot_fold(self, host: nn.Module) -> str | None:
         """Say why no kernel of several groups can take in the update."""
         return None if self.groups == 1 else f"has {self.groups} groups, and the update is none of so many"
-
-    def _adds_in_place(self, out: Tensor, host: nn.Module, x: Tensor, a: Tensor) -> bool:
-        return False
 
     def _along(self, bias: Tensor) -> Tensor:
         return bias.view(-1, *[1] * (self.A.dim() - 2))

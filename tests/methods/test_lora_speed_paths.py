@@ -88,7 +88,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Tensor]]:
 
     def run_plain(*args: object, **kwargs: object) -> dict[str, Tensor]:
         with monkeypatch.context() as patch:
-            patch.setattr(LowRank, "_adds_in_place", lambda *_: False)
+            patch.setattr(in_place, "is_free", lambda *_: False)
             return run(*args, **kwargs)
 
     return run_plain

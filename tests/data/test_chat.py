@@ -74,18 +74,21 @@ def conversation(said: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in said]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A byte-level tokenizer with the special tokens of many chat models."""
+def save_tokenizer(path: Path) -> str:
+    """Save a byte-level tokenizer with the special tokens of many chat models, and return the folder."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=letters, show_progress=False)
     tokenizer.train_from_iterator([content for row in ROWS for _, content in row], trainer)
     ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    path = tmp_path_factory.mktemp("chat")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=256, **ends).save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tokenizer(tmp_path_factory.mktemp("chat"))
 
 
 def write(path: Path, rows: list[Any], column: str = "messages") -> str:

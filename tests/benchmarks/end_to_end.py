@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("case", choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, help="of training")
+    parser.add_argument("--same-batches", action="store_true", help="leave out the process with batches of its own")
     given = parser.parse_args()
     compileall.compile_dir(Path(lightning_peft.__file__).parent, quiet=1)
     make, rows = CASES[given.case]
@@ -184,6 +185,8 @@ def main() -> None:
             PEERS[given.case]: ([*peer, told], partial(written, folder)),
             f"{PEERS[given.case]}, batches of its own": ([*peer, drawn], partial(written, folder)),
         }
+        if given.same_batches:
+            processes.popitem()
         runs: dict[str, list[Run]] = {name: [] for name in processes}
         for number in range(given.rounds):
             for name in list(processes)[:: 1 if number % 2 == 0 else -1]:

@@ -97,9 +97,8 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     random.seed(0)
-    print(
-        "| input | phase | ours [us a layer] | peft | bare hook | ours / peft (quartiles) |\n|---|---|---:|---:|---:|---:|"
-    )
+    print("| input | phase | ours [us a layer] | peft | bare hook | ours / peft (quartiles) |")
+    print("|---|---|---:|---:|---:|---:|")
     for shape in SHAPES:
         measure(shape, rounds)
 

@@ -6,7 +6,8 @@ with the words that are likeliest for all rows together, found by a beam search 
     sum over rows  sum_t  log p(word_t | the words before it, text and answer of the row).
 
 A row of one field is asked about behind its text and before it, half of the candidates each; of two fields, the answer
-stands between them. The words end where the model writes the sentinel of the next gap, or the end.
+stands between them. An ``{answer}``, which a model writes, is the last of its template: what would stand behind it is
+left out. The words end where the model writes the sentinel of the next gap, or the end.
 
 Source: Gao et al. 2021 (2012.15723), section 5.2. Their code averages logits in place of log-likelihoods: the same
 order of the words after one beginning, but not of two beginnings; here it is the formula of the paper. Theirs also
@@ -15,6 +16,8 @@ of the first; here the first is left out, and texts stay what they are. They tun
 these are compared on validation rows; here the frozen model is asked, which needs no training.
 """
 
+import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +39,8 @@ LONGEST = 18
 """Of the words of a template with what ends them [tokens]."""
 _TEXT = 200
 """Of a text, next to the gap [tokens]."""
+SHOTS, MOST = 16, 64
+"""How many rows of each answer are read, and how many in all."""
 _ROWS = 32
 """How many rows the decoder reads together."""
 
@@ -147,36 +152,52 @@ class Filler:
         return text.replace("{", "{{").replace("}", "}}")
 
 
-def filled_prompts(task: PromptedTask, data: L.LightningDataModule, template: str, most: int, writer: Any) -> list[str]:
+def filled_prompts(
+    task: PromptedTask, data: L.LightningDataModule, template: str, most: int, writer: Any, seed: int = 0
+) -> list[str]:
     """Return templates whose words a T5 has written, the likeliest of each form first.
 
     Args:
         task: asks by them; its first template says which fields a row has.
-        data: has the training rows, all of which are read.
+        data: has the training rows.
         template: that of the task.
         most: how many templates, and how many beams the search has.
         writer: folder or hub id of the T5; None: the model of the task.
+        seed: draws the rows that are read.
 
     Raises:
-        TuningError: there is no such model, no training rows, or the template has more than two fields.
+        TuningError: there is no such model, no training rows, or the template has too many fields.
     """
     asked = Template(template)
     names, slot = asked.fields, "{mask}" if asked.is_cloze else "{answer}"
-    if not 1 <= len(names) <= 2:
+    if not 1 <= len(names) <= (2 if asked.is_cloze else 1):
         raise TuningError(
-            f"how='fill' writes words around one text or between two, and {asked} has {len(names)} fields: give the "
-            "task a template with one or two."
+            f"how='fill' writes words around one text or, with {{mask}} for the answer, between two, and {asked} has "
+            f"{len(names)} fields: give the task such a template."
         )
-    filler, rows = _filler(task, writer), solved_rows(task, data)
-    forms = [(names[0], None), (None, names[0])] if len(names) == 1 else [(names[0], names[1])]
+    filler, rows = _filler(task, writer), _few(solved_rows(task, data), seed)
+    forms: list[tuple[str | None, str | None]] = [(names[0], None)]  # an {answer} is written, so it is last
+    if asked.is_cloze:
+        forms = [*forms, (None, names[0])] if len(names) == 1 else [(names[0], names[1])]
     found: list[str] = []
     for before, behind in forms:
         sources = [filler.source(_text(row, before), answer, _text(row, behind)) for row, answer in rows]
         for one in filler.fill(sources, most)[: -(-most // len(forms))]:
-            words = f"{filler.said(one.before)} {slot}{filler.said(one.behind)}"
+            words = f"{filler.said(one.before)} {slot}{filler.said(one.behind) if asked.is_cloze else ''}"
             text = f"{{{before}}}{words}" if before else words.lstrip()
             found.append(f"{text} {{{behind}}}" if behind else text)
     return [text for text in dict.fromkeys(found) if text != template]
+
+
+def _few(rows: list[tuple[Mapping[str, Any], str]], seed: int) -> list[tuple[Mapping[str, Any], str]]:
+    """Return rows drawn from many, so many of each answer."""
+    counts: Counter[str] = Counter()
+    kept = []
+    for row, answer in random.Random(seed).sample(rows, len(rows)):
+        if counts[answer] < SHOTS and len(kept) < MOST:
+            counts[answer] += 1
+            kept.append((row, answer))
+    return kept
 
 
 def _filler(task: PromptedTask, writer: Any) -> Filler:

@@ -176,7 +176,7 @@ class _Search:
                 self.found.tried.append(Tried(one.template, one.score, how, one.parent))
         else:
             if how == "fill":
-                texts = filled_prompts(self.task, self.data, begin, self.left, writer)
+                texts = filled_prompts(self.task, self.data, begin, self.left, writer, self.seed)
             else:
                 texts = _candidates(self.task, self.data, how, file, begin, self.left, self.seed)
             if not texts:

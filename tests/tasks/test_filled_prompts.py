@@ -1,6 +1,7 @@
 """Templates and label words as LM-BFF finds them: what is likeliest for all training rows together."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning_peft import TuningError, search_prompts
 from lightning_peft.core.hub import load_tokenizer
 from lightning_peft.data import TextClassificationData
 from lightning_peft.tasks import PromptedClassification
-from lightning_peft.tasks.filled_prompts import Filler, filled_prompts
+from lightning_peft.tasks.filled_prompts import Filler, _few, filled_prompts
 from lightning_peft.tasks.label_words import label_words
 from tests.modules import trainer
 
@@ -88,8 +89,21 @@ def test_a_t5_writes_the_words_between_text_and_answer(
     assert filler.said(filler.tokenizer("was good .", add_special_tokens=False)["input_ids"]) == " was good ."
     with pytest.raises(TuningError, match="fills no gaps of <extra_id_0>: give writer= the folder or hub id of a T5"):
         filled_prompts(task, data, "{text} {mask}", 3, None)
-    with pytest.raises(TuningError, match="has 3 fields: give the task a template with one or two"):
+    texts = filled_prompts(task, data, "{text} {answer}", 6, writer)
+    assert all(text.startswith("{text}") and text.endswith(" {answer}") for text in texts), "nothing behind an answer"
+    with pytest.raises(TuningError, match="has 3 fields: give the task such a template"):
         filled_prompts(task, data, "{text} {more} {label} {mask}", 3, writer)
+    with pytest.raises(TuningError, match=r"with \{mask\} for the answer, between two, and .* has 2 fields"):
+        filled_prompts(task, data, "{text} {more} {answer}", 3, writer)
+
+
+def test_some_rows_of_each_answer_are_read() -> None:
+    rows: list[Any] = [({"text": str(number)}, "good" if number % 5 else "bad") for number in range(200)]
+    kept = _few(rows, 0)
+    assert Counter(answer for _, answer in kept) == {"good": 16, "bad": 16}
+    assert all(row in rows for row in kept)
+    assert _few(rows, 1) != kept, "drawn by the seed"
+    assert len(_few([(row, str(number)) for number, (row, _) in enumerate(rows)], 0)) == 64
 
 
 @pytest.mark.slow

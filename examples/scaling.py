@@ -6,7 +6,7 @@ words of the vocabulary on the model that writes is what each ablation changes i
 section 3.2 and figure 3); full fine-tuning stands beside it. A causal model that reads Chinese answers sums at once or
 step by step (Wei et al. 2022, figure 4). What has been run of a size stands in ``results.csv`` and is not run again.
 
-    python -m examples.scaling                          # runs/scaling: about an hour of one core
+    python -m examples.scaling                          # runs/scaling: 20 minutes of one core
     python -m examples.scaling --parts thought          # chains of thought alone
     python -m examples.scaling --steps 20 --tuned 3 --sizes 16 32    # to see that it runs
 """

@@ -155,7 +155,12 @@ def higher_is_better(monitor: str) -> bool:
 
 def picks(data: Any) -> bool:
     """Tell whether validation rows pick an epoch: not where they were trained on, or where each task adds classes."""
-    return not isinstance(data, ContinualData) and not (isinstance(data, GivenSplits) and data.whole)
+    return not isinstance(data, ContinualData) and not is_whole(data)
+
+
+def is_whole(data: Any) -> bool:
+    """Tell whether validation rows are trained on, too."""
+    return isinstance(data, GivenSplits) and data.whole
 
 
 def score_of(scores: Sequence[Mapping[str, float]], monitor: str) -> float:
@@ -211,8 +216,10 @@ def _run(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str],
         trainer.fit(task, data)
         if best.best_model_score is None:
             raise TuningError(f"no validation has logged {monitor}: give the data a validation split.")
-        found["validation"] = float(best.best_model_score) if picks(data) else counted.curve[-1]
-        found |= {"rates": counted.rates, "steps": trainer.global_step, "curve": counted.curve}
+        found |= {"rates": counted.rates, "steps": trainer.global_step}
+        if not is_whole(data):  # what was trained on validates nothing
+            found["validation"] = float(best.best_model_score) if picks(data) else counted.curve[-1]
+            found["curve"] = counted.curve
         found["trained"] = sum(p.numel() for p in task.parameters() if p.requires_grad)
     if trial.tests:
         if isinstance(data, TokenData):

@@ -47,9 +47,9 @@ def names(rows: Sequence[Row], column: str) -> list[str]:
 
 
 def styles(rows: Sequence[Row]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the methods of the rows, each with a colour and a marker."""
+    """Return the methods of the rows, each with a colour and a marker; where colours come again, markers do not."""
     return [
-        (method, {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]})
+        (method, {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]})
         for i, method in enumerate(names(rows, "method"))
     ]
 

@@ -185,6 +185,10 @@ def test_a_killed_comparison_ends_in_the_same_table(
     assert choosing.keys() == own.keys() - {"method", "scale", "seed", "share", "tests", "seconds"} - tested
     assert 0 < choosing["steps"] < own["steps"]
     assert len(own["hits"]) == 15
+    last = run([*words, *WHOLE], monitor, trial)
+    assert (own["steps"], last["steps"]) == (4, 6), "of 30 rows, and of these and the 15 for validation, 8 at a time"
+    assert len(last["hits"]) == 15
+    assert (last["validation"], last["curve"]) == (None, []), "what was trained on validates nothing"
     ran.clear()
     capsys.readouterr()
     assert compared(monkeypatch, "--other", "other.txt") == table

@@ -14,6 +14,7 @@ step by step (Wei et al. 2022, figure 4). What has been run of a size stands in 
 import argparse
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ def pairs(folder: str, _: str | None, sentinel: bool) -> Built:
     return Seq2Seq(folder, generate="test", max_new_tokens=24), data
 
 
-def prompts(folder: Path, width: int, steps: int, tuned: int) -> Iterator[dict[str, Any]]:
-    """Yield what each ablation has found at one size, and what full fine-tuning has."""
+def prompts(folder: Path, width: int, steps: int, tuned: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield what each ablation has found at one size with one seed, and what full fine-tuning has."""
     full = Entry("FullFineTuning", lr=3e-3)
     cases = {
         (ablation, label): (Entry("PromptTuning", PROMPT | other, 1e-1), kind)
@@ -74,12 +75,12 @@ def prompts(folder: Path, width: int, steps: int, tuned: int) -> Iterator[dict[s
         place = model(folder, plain, width, steps)
         if (key := repr((entry, kind))) not in found:
             problem = Problem(place.name, "bleu", tuned, partial(pairs, sentinel=sentinel), {}, None)
-            found[key] = run(problem, entry, entry.lr, 1, folder, tuned)["test"]
-        yield {"dataset": ablation, "method": label, "metric": "bleu", "value": found[key]} | size(place)
+            found[key] = run(problem, entry, entry.lr, seed, folder, tuned)["test"]
+        yield {"dataset": ablation, "method": label, "metric": "bleu", "value": found[key]} | columns(place, seed)
 
 
 def thought(folder: Path, width: int, steps: int, batches: int) -> Iterator[dict[str, Any]]:
-    """Yield how many sums one size gets right, step by step and at once."""
+    """Yield how many sums one size gets right, step by step and at once; nothing is drawn here."""
     place = model(folder, "gpt2_zh", width, steps)
     for label, template in THOUGHT.items():
         task = PromptedGeneration(str(place), template, language="zh", answer="number", max_new_tokens=30)
@@ -89,13 +90,13 @@ def thought(folder: Path, width: int, steps: int, batches: int) -> Iterator[dict
         runner = L.Trainer(accelerator="cpu", limit_test_batches=batches, logger=False, enable_progress_bar=False)
         (scores,) = runner.test(task, data, verbose=False)
         value = scores["test_exact_match"]
-        yield {"dataset": "sums in Chinese", "method": label, "metric": "accuracy", "value": value} | size(place)
+        yield {"dataset": "sums in Chinese", "method": label, "metric": "accuracy", "value": value} | columns(place, 1)
 
 
-def size(place: Path) -> dict[str, Any]:
-    """Return the columns that say which model a row is of."""
+def columns(place: Path, seed: int) -> dict[str, Any]:
+    """Return the columns that say which model and seed a row is of."""
     network = hf.AutoModel.from_pretrained(place)
-    return {"seed": 1, "model": place.name, "backbone_parameters": sum(p.numel() for p in network.parameters())}
+    return {"seed": seed, "model": place.name, "backbone_parameters": sum(p.numel() for p in network.parameters())}
 
 
 def main() -> None:
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--steps", type=int, default=STEPS, help="batches that each model reads")
     parser.add_argument("--tuned", type=int, default=300, help="steps that each method has")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="of the prompts; the pictures show means")
     given = parser.parse_args()
     be_quiet()
     hf.logging.set_verbosity_error()
@@ -113,11 +115,12 @@ def main() -> None:
     L.seed_everything(1, verbose=False)
     for part in given.parts:
         file = given.folder / part / "results.csv"
-        for width in given.sizes:
-            done = {str(row["model"]).rpartition("_")[2] for row in read_rows(file)} if file.is_file() else set()
-            if str(width) not in done:
+        for width, seed in product(given.sizes, given.seeds if part == "prompts" else [1]):
+            rows = read_rows(file) if file.is_file() else []
+            if (width, seed) not in {(int(row["model"].rpartition("_")[2]), row["seed"]) for row in rows}:
                 wanted = (given.folder, width, given.steps)
-                write_rows(file, list(prompts(*wanted, given.tuned) if part == "prompts" else thought(*wanted, 4)))
+                new = prompts(*wanted, given.tuned, seed) if part == "prompts" else thought(*wanted, 4)
+                write_rows(file, list(new))
         print(*plot(str(file), str(file.parent)), sep="\n")
 
 

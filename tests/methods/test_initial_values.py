@@ -1,20 +1,31 @@
 """Initial values over ten seeds against the rules of the authors' code: mean, deviation and bounds of each."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_peft import (
+    DAPL,
     IA3,
+    IVLP,
+    L2P,
     VPT,
     WARP,
+    ClipAdapter,
+    CoOp,
     DualPrompt,
+    HiRA,
     LoRA,
+    LoReFT,
+    MaPLe,
     Method,
+    MLPHead,
     PrefixTuning,
     PromptTuning,
     PTuning,
@@ -56,11 +67,15 @@ FAN = 1 / math.sqrt(HIDDEN)
 RULES = {
     "LoRA: A of kaiming_uniform(sqrt 5)": Rule(lambda: LoRA(r=8), "llama", ".A", **uniform(FAN)),
     "LoRA: B of 0": Rule(lambda: LoRA(r=8), "llama", ".B", 0.0),
+    "HiRA: A of kaiming_uniform(sqrt 5)": Rule(lambda: HiRA(r=8), "llama", ".A", **uniform(FAN)),
+    "LoReFT: nn.Linear": Rule(LoReFT, "llama", "source", **uniform(FAN)),
     "IA3: 1": Rule(IA3, "t5", "", 0.0, 1.0),
     "T5 prompt tuning: U(-0.5, 0.5)": Rule(
         lambda: PromptTuning(num_virtual_tokens=40, init="random_uniform"), "gpt2", "weight", **uniform(0.5)
     ),
-    "P-Tuning: the table of nn.Embedding": Rule(lambda: PTuning(num_virtual_tokens=12), "gpt2", "table", 1.0),
+    "P-Tuning: the table of nn.Embedding": Rule(
+        lambda: PTuning(num_virtual_tokens=12, encoder="mlp"), "gpt2", "table", 1.0
+    ),
     "Prefix-Tuning: the table of nn.Embedding": Rule(
         lambda: PrefixTuning(num_virtual_tokens=40, mid_dim=16), "gpt2", "0.weight", 1.0
     ),
@@ -78,16 +93,27 @@ RULES = {
         lambda: PTuningV2(num_virtual_tokens=4, mid_dim=64), "bert", "project.bias", 0.0
     ),
     "VPT: U(-v, v)": Rule(lambda: VPT(num_virtual_tokens=40), "vit", "weight", **uniform(V)),
+    "CoOp: N(0, 0.02)": Rule(CoOp, "clip", "weight", 0.02),
+    "CoOp, for each class: N(0, 0.02)": Rule(lambda: CoOp(class_specific=True, num_classes=3), "clip", "weight", 0.02),
+    "DAPL: N(0, 0.02)": Rule(DAPL, "clip", "", 0.02),
+    "MaPLe: nn.Linear": Rule(lambda: MaPLe(init=None, depth=2), "clip", "projections.0.weight", **uniform(FAN)),
+    "IVLP: N(0, 0.02)": Rule(lambda: IVLP(init=None, depth=2), "clip", "images.0", 0.02),
+    "CLIP-Adapter: nn.Linear": Rule(ClipAdapter, "clip", "down.weight", **uniform(FAN)),
+    "MLPHead: he_fout": Rule(MLPHead, "vit", "layers.0.weight", math.sqrt(2 / HIDDEN)),
+    "L2P: U(-1, 1)": Rule(L2P, "vit", "", **uniform(1.0)),
     "DualPrompt: U(0, 0.01)": Rule(
         lambda: DualPrompt(general_layers=[0], expert_layers=[1]), "vit", "", 0.01 / math.sqrt(12), 0.005, 0.01
     ),
 }
 
 
+built = cache(tiny)
+
+
 def drawn(rule: Rule) -> Tensor:
     found = []
     for seed in range(SEEDS):
-        model = tiny(rule.kind)
+        model = copy.deepcopy(built(rule.kind))
         torch.manual_seed(seed)
         rule.method().apply(model)
         found += [p.flatten() for place in grafts(model) for name, p in place.graft.named_parameters()

@@ -46,6 +46,39 @@ def test_the_count_and_the_kernel_that_fits(c: int, size: int, kernel: int, expe
         assert of_one(c, 3) == 5_760
 
 
+def test_the_residual_is_the_formula() -> None:
+    """Up(norm(conv1x1(ReLU(norm(conv(AvgPool2(x))))))), written out position by position."""
+    torch.manual_seed(0)
+    graft, x = residual(16, 6, 3), torch.randn(2, 16, 6, 6)
+    shake(graft)
+    pooled = x.unflatten(3, (3, 2)).unflatten(2, (3, 2)).mean((3, 5))
+    around = nn.functional.pad(pooled, (1, 1, 1, 1))
+
+    def standardised(weight: torch.Tensor) -> torch.Tensor:
+        return torch.stack([(row - row.mean()) / row.std() for row in weight])
+
+    def normed(norm: nn.GroupNorm, y: torch.Tensor) -> torch.Tensor:
+        rows = y.unflatten(1, (2, 8))  # 8 channels a group
+        mean, var = rows.mean((2, 3, 4), keepdim=True), rows.var((2, 3, 4), keepdim=True, unbiased=False)
+        flat = ((rows - mean) / (var + 1e-5).sqrt()).flatten(1, 2)
+        return flat * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+    first = torch.empty(2, 16, 3, 3)
+    for group in range(2):
+        own = slice(8 * group, 8 * group + 8)
+        weight = standardised(graft.conv.weight)[own]
+        for i in range(3):
+            for j in range(3):
+                first[:, own, i, j] = torch.einsum("bchw,ochw->bo", around[:, own, i : i + 3, j : j + 3], weight)
+    hidden = normed(graft.norm, first).relu()
+    low = normed(graft.last_norm, torch.einsum("bchw,oc->bohw", hidden, standardised(graft.point.weight)[:, :, 0, 0]))
+    between = torch.tensor([0.0, 0.25, 0.75, 1.25, 1.75, 2.0])  # of six pixels among three
+    up = (1 - (between[:, None] - torch.arange(3.0)).abs()).clamp(min=0)
+    expected = torch.einsum("ai,bcij,dj->bcad", up, low, up)
+    assert expected.abs().max() > 0.1
+    assert torch.allclose(graft.after(torch.zeros(2, 16, 6, 6), nn.Identity(), x), expected, atol=1e-5)
+
+
 def test_the_first_step_moves_the_last_norm_alone() -> None:
     model = tiny("vit")
     TinyTL().apply(model)

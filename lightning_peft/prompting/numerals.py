@@ -33,7 +33,8 @@ _NUMERAL = f"[{_DIGIT}{_UNIT}{_MYRIAD}廿卅]"
 _SIGN = r"(?:-(?:[$€£¥]\s?)?|[负負]|零下)?"
 # 零 of 零下 is a sign; 一 of 一共, 一样 and so on is no number, nor is 三点 of 三点十分.
 _HAN_TEXT = rf"(?!零下|一[共起定直样樣些般切点旦致番緒])(?:{_NUMERAL}+(?:点[{_DIGIT}]+(?![{_UNIT}分]))?)"
-_HAN = re.compile(rf"\s*({_SIGN})(?:({_NUMERAL}+|\d+)分之({_NUMERAL}+|\d+)|({_HAN_TEXT}))")
+_SHARED = rf"{_NUMERAL}+(?:点[{_DIGIT}]+)?|\d+(?:\.\d+)?"
+_HAN = re.compile(rf"\s*({_SIGN})(?:({_NUMERAL}+|\d+)分之({_SHARED})|({_HAN_TEXT}))")
 _BIG = rf"(?:[百千](?![克米瓦卡焦赫伏安帕字分货合位])[{_MYRIAD}]?|[{_MYRIAD}]{{1,2}})"
 SCALED = rf"{_BIG}(?:\d{{1,4}}{_BIG})*(?:\d{{1,4}}(?![\d.,]))?"
 """What multiplies digits, with the digits that follow: 万2千 of 1万2千."""
@@ -102,7 +103,7 @@ def _plain_letter(character: str) -> str:
 
 @cache
 def _pattern(decimal: str) -> re.Pattern[str]:
-    share = rf"(?P<below>{_NUMERAL}+|\d+)分之(?P<above>{_NUMERAL}+|\d+)"
+    share = rf"(?P<below>{_NUMERAL}+|\d+)分之(?P<above>{_SHARED})"
     # Of Han numerals alone those with a unit, and with a digit before it: no 万一, no 十分.
     han = rf"(?<!{_NUMERAL})(?=[{_DIGIT}廿卅]+[{_UNIT}{_MYRIAD}]|[十拾][{_DIGIT}]|[廿卅])(?P<han>{_HAN_TEXT})"
     alone = rf"(?<!{LETTER})(?<!\.)"
@@ -153,7 +154,7 @@ def _size(units: str) -> int:
 
 def _share(below: str, above: str) -> Fraction:
     """Return what 二分之一 says; of a hundred, 百分之五, it is the number, as before a sign of percent."""
-    whole, part = (Fraction(said) if said.isdecimal() else _decimal(said) for said in (below, above))
+    whole, part = (Fraction(said) if said[0].isdecimal() else _decimal(said) for said in (below, above))
     return part if below == "百" else part / (whole or 1)
 
 

@@ -26,6 +26,7 @@ STEP_BY_STEP = "Let's think step by step."
 """What the first stage of zero-shot chain of thought begins its answer with."""
 _QUOTES = "\"'“”‘’„«»「」『』《》*`"
 _STOPS = (".", "。", "．", "।", "！", "；")
+_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 # A sum, or a letter, that an answer is said to be: what stands behind the last sign is the answer.
 _SUM = re.compile(r"[ \t]*[a-zA-Z]?(?:[\d+\-*/×÷·()$€£¥%= \t\\]|,(?=\d{3}(?!\d))|\.(?=\d))*=(?=[ \t]*[-$€£¥]?\d)")
 
@@ -140,6 +141,7 @@ def _answers(
 
 def _numbers(text: str, decimal: str, is_answer: bool) -> list[str]:
     """Return the numbers of a text; of an answer, one in Han numerals that it begins with, or what its sum comes to."""
+    text = _FRACTION.sub(r"\1/\2", text)
     if is_answer and (number := han_number(text)):
         return [number]
     return numbers(_SUM.sub("", text, count=1) if is_answer and _SUM.match(text) else text, decimal)

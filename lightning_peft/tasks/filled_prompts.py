@@ -192,7 +192,7 @@ def filled_prompts(
 def _few(rows: list[tuple[Mapping[str, Any], str]], seed: int) -> list[tuple[Mapping[str, Any], str]]:
     """Return rows drawn from many, so many of each answer."""
     counts: Counter[str] = Counter()
-    kept = []
+    kept: list[tuple[Mapping[str, Any], str]] = []
     for row, answer in random.Random(seed).sample(rows, len(rows)):
         if counts[answer] < SHOTS and len(kept) < MOST:
             counts[answer] += 1

@@ -26,6 +26,7 @@ from lightning_peft.prompting import answer_trigger, extract_answer, first_stage
         ("100", "100"),
         ("The answer is 3/4, not 5", "0.75"),
         ("The answer is 2 1/2", "2.5"),
+        (r"The answer is \boxed{\frac{3}{4}}.", "0.75"),
         ("on 10/10/2024", "2024"),
         ("The answer is minus 5", "-5"),
         ("-$5", "-5"),

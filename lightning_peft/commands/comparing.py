@@ -101,7 +101,8 @@ def compare_at(given: argparse.Namespace, words: Sequence[str]) -> tuple[list[co
         for other in others:
             other.join()
     entries = comparison.entries_of(results, fitting.higher_is_better(monitor))
-    metric = monitor.removeprefix("val_")
+    metric = next((one["metric"] for own in results.values() for one in own if "metric" in one), monitor)
+    metric = metric.removeprefix("val_")
     comparison.write(given.folder, entries, given.seeds, {"metric": metric, "seeds": given.seeds})
     pictures = draw(given.folder, comparison.result_rows(entries, metric))
     if entries:

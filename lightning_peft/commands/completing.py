@@ -14,7 +14,12 @@ from lightning_peft.methods import every_method
 
 _BASH = """\
 _lightning_peft() {{
-    local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" words=""
+    local word="${{COMP_WORDS[COMP_CWORD]}}" at=$((COMP_CWORD-1)) before words=""
+    [ "$word" = "=" ] && word="" at=$((at+1))
+    [ "${{COMP_WORDS[at]}}" = "=" ] && at=$((at-1))
+    before="${{COMP_WORDS[at]}}"
+    while [[ $at -gt 1 && "${{COMP_WORDS[at]}}" != -* ]]; do at=$((at-1)); done
+    [[ "${{COMP_WORDS[at]}}" == --methods && "$word" != -* ]] && before=--methods
     if [ "$COMP_CWORD" -eq 1 ]; then words="{commands}"; else
         case "$before" in
 {cases}
@@ -41,7 +46,9 @@ def completion(shell: str, commands: Sequence[str]) -> str:
     if shell not in ("bash", "zsh"):
         raise TuningError(f"completion {shell}: there are lines for bash and for zsh.")
     known: dict[str, Iterable[str]] = {
-        "--config|-c": shipped.configurations(),
+        "--config|-c|show|copy": shipped.configurations(),
+        "configs": ("show", "copy"),
+        "completion": ("bash", "zsh"),
         "--method|--methods|methods": every_method(),
         "--model": tasks.__all__,
         "--data": data.__all__,

@@ -163,17 +163,17 @@ def is_whole(data: Any) -> bool:
     return isinstance(data, GivenSplits) and data.whole
 
 
-def score_of(scores: Sequence[Mapping[str, float]], monitor: str) -> float:
-    """Return the test score of the monitored kind; of base and new classes apart, the harmonic mean.
+def score_of(scores: Sequence[Mapping[str, float]], monitor: str) -> Result:
+    """Return the test score of the monitored kind; of base and new classes apart, the harmonic mean, with its name.
 
     >>> score_of([{"test_accuracy_task_0": 0.5}, {"test_accuracy": 0.7}], "val_accuracy")
-    0.7
+    {'test': 0.7}
     >>> score_of([{"test_base_accuracy": 0.9, "test_harmonic_mean": 0.6}, {}], "val_accuracy")
-    0.6
+    {'test': 0.6, 'metric': 'harmonic_mean'}
     """
     found = {name: value for one in scores for name, value in one.items()}
     name = monitor.replace("val_", "test_", 1)
-    return found[name if name in found else "test_harmonic_mean"]
+    return {"test": found[name]} if name in found else {"test": found["test_harmonic_mean"], "metric": "harmonic_mean"}
 
 
 def run(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str] = ()) -> Result:
@@ -225,7 +225,7 @@ def _run(words: Sequence[str], monitor: str, trial: Trial, other: Sequence[str],
         if isinstance(data, TokenData):
             data.bucket = False  # the rows of a test are in one order for every method
         tested = trainer.test(task, data, ckpt_path="best" if learns and picks(data) else None, verbose=False)
-        found |= {"test": score_of(tested, monitor), "hits": counted.hits}
+        found |= {**score_of(tested, monitor), "hits": counted.hits}
         if not is_frozen:
             found["bytes"] = save_delta(task, Path(folder) / "delta.safetensors").stat().st_size
             using.ready(task)

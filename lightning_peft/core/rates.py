@@ -16,6 +16,8 @@ MEASURED = "measured on MiniLM, docs/results.md"
 """The source of a rate that is the best of those tried on real text."""
 DIGITS = "measured on digits, docs/results.md"
 """The source of a rate that is the best of those tried on images."""
+SHAPES = "measured on drawn shapes, docs/results.md"
+"""The source of a rate that is the best of those tried on drawings and their names, or on tasks of them."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ ADDED = Rates(2e-3, 1e-2, "as for LoRA; not measured for this method")
 """The rates of a method that says none of its own."""
 RECIPE = Rates(2e-3, 1e-2, "section 4.1 of CoOp's paper", optimizer="SGD")
 """The rates of a method in a task that trains by SGD, where it says none."""
-EVERYTHING = Rates(3e-4, 1e-3, MEASURED)
+EVERYTHING = Rates(3e-4, 1e-3, MEASURED, Rates(9e-4, 3e-3, DIGITS))
 """The rates at which all parameters of a pretrained model are trained."""
 
 

@@ -19,6 +19,7 @@ from lightning_peft.core.arguments import bounded, natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.rates import SHAPES, Rates
 from lightning_peft.towers.clip import feature_width
 from lightning_peft.towers.deep_prompts import vision_tower
 from lightning_peft.towers.feature_adapters import FeatureAdapter, image_end, text_end
@@ -67,6 +68,7 @@ class ClipAdapter(Method):
     kind: ClassVar[str] = "head"
     trains: ClassVar[str] = "a bottleneck on the features of CLIP or SigLIP"
     paper: ClassVar[str] = "Gao et al. 2021, arXiv 2110.04544"
+    advised: ClassVar[Rates] = Rates(2e-1, 1e-2, SHAPES, optimizer="SGD")
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the bottlenecks to what gives the features."""

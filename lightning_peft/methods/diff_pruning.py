@@ -30,7 +30,7 @@ from lightning_peft.core import anatomy
 from lightning_peft.core.arguments import bounded, natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach, grafts
-from lightning_peft.core.rates import Rates
+from lightning_peft.core.rates import EVERYTHING, Rates
 from lightning_peft.core.reach import unreached
 from lightning_peft.core.stand_in import readers
 from lightning_peft.training import checks
@@ -71,7 +71,7 @@ class DiffPruning(Method):
     kind: ClassVar[str] = "weights"
     trains: ClassVar[str] = "a sparse difference to all weights"
     paper: ClassVar[str] = "Guo et al. 2021, arXiv 2012.07463"
-    advised: ClassVar[Rates] = Rates(3e-4, 1e-3, "as for full fine-tuning; no other was tried")
+    advised: ClassVar[Rates] = EVERYTHING
     shards: ClassVar[bool] = False
     may_change: ClassVar[frozenset[str]] = Method.may_change | {
         "sparsity", "penalty_weight", "alpha_lr", "prune_steps", "prune_epochs"

@@ -23,7 +23,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.arguments import choice, natural, rate
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.quantized import dense
-from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.core.rates import DIGITS, MEASURED, Rates
 from lightning_peft.core.twin import LAYER_KEYS, Twin
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -137,7 +137,7 @@ class HiRA(LayerMethod):
     hosts: ClassVar[tuple[type[nn.Module], ...]] = (*LINEAR, nn.Embedding, *CONVOLUTIONS)
     trains: ClassVar[str] = "low-rank factors of the entries of weight matrices, an update of high rank"
     paper: ClassVar[str] = "Huang et al. 2025, ICLR"
-    advised: ClassVar[Rates] = Rates(2e-2, 1e-1, MEASURED)
+    advised: ClassVar[Rates] = Rates(2e-2, 1e-1, MEASURED, Rates(6e-2, 3e-1, DIGITS))
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout", "init"}
     twin: ClassVar[Twin | None] = Twin(
         peft_type="HIRA",

@@ -21,7 +21,7 @@ from lightning_peft.core.arguments import bounded, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import grafts
 from lightning_peft.core.placement import has_values
-from lightning_peft.core.rates import Rates
+from lightning_peft.core.rates import SHAPES, Rates
 from lightning_peft.methods.coop import CoOp
 from lightning_peft.towers.context_tokens import ContextCall
 from lightning_peft.towers.plain_text import MovedBack, PlainContext, PlainText, plain_text
@@ -46,7 +46,7 @@ class KgCoOp(CoOp):
 
     trains: ClassVar[str] = "a context in the texts of CLIP or SigLIP, pulled towards hand-written ones"
     paper: ClassVar[str] = "Yao et al. 2023, arXiv 2303.13283"
-    advised: ClassVar[Rates] = Rates(2e-3, 1e-2, "as for CoOp", optimizer="SGD")
+    advised: ClassVar[Rates] = Rates(6e-2, 1e-2, f"{SHAPES}; the authors' code has 2e-3", optimizer="SGD")
     may_change: ClassVar[frozenset[str]] = CoOp.may_change | {"pull", "words"}
 
     def text_context(self, backbone: nn.Module, layout: Tensor, call: ContextCall) -> PulledContext:

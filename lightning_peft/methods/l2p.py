@@ -30,7 +30,7 @@ from lightning_peft.core.arguments import natural, positive
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
-from lightning_peft.core.rates import Rates
+from lightning_peft.core.rates import SHAPES, Rates
 from lightning_peft.towers.plain_pool import PromptsUnturned, RowEnd, RowPool, RowPrompts, end_of
 from lightning_peft.towers.plain_vision import counting_prefixes
 from lightning_peft.towers.prompt_pool import ChosenPrompts, PromptPool
@@ -69,7 +69,7 @@ class L2P(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "a pool of prompts and the keys by which images choose among them"
     paper: ClassVar[str] = "Wang et al. 2022, arXiv 2112.08654"
-    advised: ClassVar[Rates] = Rates(3e-3, 3e-3, "measured on tasks of shapes, docs/results.md")
+    advised: ClassVar[Rates] = Rates(3e-3, 3e-3, SHAPES)
     breaks: ClassVar[frozenset[str]] = frozenset({compatibility.LENGTH})
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"pull", "diversify", "batchwise", "cache_queries"}
 

@@ -17,7 +17,7 @@ from torch import nn
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.hub import tokenizer_of
-from lightning_peft.core.rates import Rates
+from lightning_peft.core.rates import SHAPES, Rates
 from lightning_peft.prompts.virtual_tokens import word_rows
 from lightning_peft.towers.deep_prompts import Prompts, graft_prompts, image_side, text_side
 from lightning_peft.towers.text_towers import ids_of, initial_rows
@@ -47,7 +47,7 @@ class MaPLe(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "coupled prompts in the layers of both towers"
     paper: ClassVar[str] = "Khattak et al. 2022, arXiv 2210.03117"
-    advised: ClassVar[Rates] = Rates(3.5e-3, 1e-2, "section 4 of the paper", optimizer="SGD")
+    advised: ClassVar[Rates] = Rates(2e-2, 1e-2, f"{SHAPES}; the paper has 3.5e-3", optimizer="SGD")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"share_prefix", "tokenizer"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -21,7 +21,7 @@ from lightning_peft.bases.layers import APART, LayerMethod
 from lightning_peft.core.arguments import check_divides, natural, rate
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.quantized import dense
-from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.core.rates import DIGITS, MEASURED, Rates
 from lightning_peft.core.twin import LAYER_KEYS, Twin
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
@@ -105,7 +105,7 @@ class MiSS(LayerMethod):
 
     trains: ClassVar[str] = "one matrix for each layer, which shards of its input share"
     paper: ClassVar[str] = "Kang & Yin 2024, arXiv 2409.15371"
-    advised: ClassVar[Rates] = Rates(2e-3, 1e-2, MEASURED)
+    advised: ClassVar[Rates] = Rates(2e-3, 1e-2, MEASURED, Rates(6e-3, 3e-2, DIGITS))
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"dropout"}
     twin: ClassVar[Twin | None] = Twin(
         peft_type="MISS",

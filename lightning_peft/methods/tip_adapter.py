@@ -59,7 +59,7 @@ class TipAdapter(Method):
     kind: ClassVar[str] = "head"
     trains: ClassVar[str] = "features of a few images of each class of CLIP or SigLIP, or nothing"
     paper: ClassVar[str] = "Zhang et al. 2021, arXiv 2111.03930"
-    advised: ClassVar[Rates] = Rates(1e-3, 1e-2, "the authors' code, for the keys")
+    advised: ClassVar[Rates] = Rates(1e-3, 1e-2, "the authors' code, for the keys", optimizer="SGD")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"alpha", "beta"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -25,6 +25,9 @@ from lightning_peft.data.classes import check_columns
         (["fit", "--data", "ChatD"], {"ChatData"}),
         (["fit", "--trainer.max_e"], {"--trainer.max_epochs"}),
         (["fit", "rows"], set()),
+        (["fit", "--config", "=", "quick"], {"quickstart"}),
+        (["compare", "--methods", "BitFit", "LoR"], {"LoRA", "LoReFT"}),
+        (["configs", "show", "lor"], {"lora", "loreft"}),
     ],
 )
 def test_a_shell_completes_words(words: list[str], found: set[str]) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 import lightning_peft
 from lightning_peft.commands.parameters import arguments_of
 from lightning_peft.commands.short_help import classes_named
+from lightning_peft.commands.wording import ALIASES
 from lightning_peft.training.method import Method
 
 
@@ -32,6 +33,16 @@ def names_at_hand(word: str, words: Sequence[str]) -> list[str]:
     option = next((found for found in map(meant.fullmatch, words) if found), None)
     chosen = classes_named(words).get(option[1]) if option is not None else None
     return list(arguments_of(getattr(lightning_peft, chosen))) if chosen is not None else []
+
+
+def with_place(word: str, words: Sequence[str]) -> str:
+    """Return ``model.lr`` for ``--lr``, where a class that the command line names has such an argument, or ''."""
+    name = ALIASES.get(word, word)
+    if "--" + word not in {each.partition("=")[0] for each in words}:
+        return ""
+    places = classes_named(words).items()
+    found = (f"{place}.{name}" for place, kind in places if name in arguments_of(getattr(lightning_peft, kind)))
+    return next(found, "")
 
 
 def missing(names: list[str]) -> str:

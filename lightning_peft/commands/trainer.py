@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import lightning_peft
 from lightning_peft.commands import agreement, fail, lightning_words, refusal, sentence
 from lightning_peft.commands.config_files import ConfigFile
-from lightning_peft.commands.known_names import known_names, missing, names_at_hand
+from lightning_peft.commands.known_names import known_names, missing, names_at_hand, with_place
 from lightning_peft.commands.rate_finding import find_rates
 from lightning_peft.commands.values import check_seed, check_values
 from lightning_peft.commands.wording import one_sentence, unknown_word
@@ -62,7 +62,10 @@ class Parser(LightningArgumentParser):
         fail(missing(lacking[1].split(", ")) if lacking else self._sentence(message))
 
     def _sentence(self, message: str) -> str:
-        names = names_at_hand(unknown_word(message), sys.argv[2:])
+        word, words = unknown_word(message), sys.argv[2:]
+        if placed := with_place(word, words):
+            return f"the argument {word!r} is not accepted. Did you mean {placed!r}?"
+        names = names_at_hand(word, words)
         return one_sentence(message, names or known_names(self))
 
 

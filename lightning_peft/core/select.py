@@ -6,6 +6,7 @@ No table lists architectures: a role (query, value ...) is one name pattern. Nam
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
@@ -196,7 +197,10 @@ def in_layers(backbone: nn.Module, names: Iterable[str], layers: Sequence[int]) 
 
 
 def near(name: str, names: Iterable[str], most: int = 3) -> str:
-    """Return ``"; it has e.g. ..."`` with the names most like ``name``, for the end of an error message."""
+    """Return ``"; it has e.g. ..."`` with the names most like ``name``, for the end of an error message.
+
+    Where none is, these are the last parts of names that occur most often, such as those of the layers of every block.
+    """
     names = list(names)
     tails: dict[str, str] = {}
     for full in names:
@@ -204,7 +208,8 @@ def near(name: str, names: Iterable[str], most: int = 3) -> str:
         for i in range(len(parts)):
             tails.setdefault(".".join(parts[i:]), full)
     close = [tails[tail] for tail in difflib.get_close_matches(name, tails, n=most, cutoff=0.5)]
-    chosen = list(dict.fromkeys(close)) or names[:most]
+    often = Counter(full.rpartition(".")[2] for full in names).most_common(most)
+    chosen = list(dict.fromkeys(close)) or [last for last, _ in often]
     return f"; it has e.g. {', '.join(chosen)}" if chosen else "; it has none"
 
 

@@ -20,7 +20,7 @@ from lightning_peft.core import structure
 from lightning_peft.core.arguments import natural
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import Graft, attach
-from lightning_peft.core.rates import Rates
+from lightning_peft.core.rates import SHAPES, Rates
 from lightning_peft.towers.context_tokens import ContextCall, ContextTokens
 from lightning_peft.towers.contexts import TextContext, graft_context, plain_layout
 from lightning_peft.towers.text_towers import initial_rows, text_tower, two_towers, word_table
@@ -152,7 +152,7 @@ class CoCoOp(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "a context in the texts of CLIP or SigLIP, shifted by the image"
     paper: ClassVar[str] = "Zhou et al. 2022, arXiv 2203.05557"
-    advised: ClassVar[Rates] = Rates(2e-3, 1e-2, "section 4 of the paper", optimizer="SGD")
+    advised: ClassVar[Rates] = Rates(2e-2, 1e-2, f"{SHAPES}; the paper has 2e-3", optimizer="SGD")
     may_change: ClassVar[frozenset[str]] = Method.may_change | {"init", "chunk", "share_prefix", "tokenizer"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_peft.bases.by_query import QueryMethod
 from lightning_peft.core.arguments import natural, numbers, positive
 from lightning_peft.core.errors import TuningError
-from lightning_peft.core.rates import Rates
+from lightning_peft.core.rates import SHAPES, Rates
 from lightning_peft.towers.attended_prompts import PromptsByQuery, attach_by_query
 from lightning_peft.training.mixin import TunedBy
 
@@ -81,7 +81,7 @@ class DualPrompt(QueryMethod):
 
     trains: ClassVar[str] = "prompts that all tasks share and prompts of each task, as keys and values"
     paper: ClassVar[str] = "Wang et al. 2022, arXiv 2204.04799"
-    advised: ClassVar[Rates] = Rates(3e-3, 3e-3, "as for L2P; not measured")
+    advised: ClassVar[Rates] = Rates(3e-4, 3e-4, SHAPES)
     may_change: ClassVar[frozenset[str]] = QueryMethod.may_change | {"pull"}
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

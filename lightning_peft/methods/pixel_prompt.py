@@ -23,6 +23,7 @@ from lightning_peft.core.graft import Graft, attach
 from lightning_peft.core.image_structure import stated_image_size
 from lightning_peft.core.meta_run import ran
 from lightning_peft.core.placement import device_of
+from lightning_peft.core.rates import DIGITS, Rates
 from lightning_peft.training.method import Method
 from lightning_peft.training.mixin import TunedBy
 
@@ -87,6 +88,7 @@ class PixelPrompt(Method):
     kind: ClassVar[str] = "prompt"
     trains: ClassVar[str] = "a frame of pixels around the image"
     paper: ClassVar[str] = "Jia et al. 2022, arXiv 2203.12119"
+    advised: ClassVar[Rates] = Rates(2e-2, 1e-1, DIGITS)
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach the frame to the convolution that reads the pixels."""

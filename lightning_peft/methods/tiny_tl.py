@@ -30,7 +30,7 @@ from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import Graft, attach, detach
 from lightning_peft.core.placement import device_of
 from lightning_peft.core.private_torch import is_compiled
-from lightning_peft.core.rates import Rates
+from lightning_peft.core.rates import DIGITS, Rates
 from lightning_peft.core.reach import reached
 from lightning_peft.features.activation_memory import Kept, tensors_in
 from lightning_peft.training.method import Method
@@ -149,7 +149,7 @@ class TinyTL(Method):
     kind: ClassVar[str] = "modules"
     trains: ClassVar[str] = "the biases, and small convolutions beside the blocks of an image model"
     paper: ClassVar[str] = "Cai et al. 2020, arXiv 2007.11622"
-    advised: ClassVar[Rates] = Rates(1e-3, 1e-3, "the authors' scripts have 5e-5 to 1.6e-3")
+    advised: ClassVar[Rates] = Rates(3e-2, 3e-2, f"{DIGITS}; the authors' scripts have 5e-5 to 1.6e-3")
     needs: ClassVar[frozenset[str]] = frozenset({compatibility.GRADIENTS, compatibility.LENGTH})
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:

@@ -4,7 +4,7 @@ import pytest
 
 from lightning_peft import BitFit
 from lightning_peft.cli import main
-from lightning_peft.commands.known_names import names_at_hand
+from lightning_peft.commands.known_names import names_at_hand, with_place
 from lightning_peft.commands.parameters import arguments_of
 from lightning_peft.commands.short_help import classes_named, is_asked
 from lightning_peft.commands.wording import ALIASES, one_sentence, unknown_word
@@ -61,6 +61,25 @@ def test_what_others_call_it(option: str, word: str, meant: str) -> None:
     words = ["--config", "quickstart", option, "4"]
     said = one_sentence(UNKNOWN.format(word), names_at_hand(word, words))
     assert said == f"the argument {word!r} is not accepted. Did you mean {meant!r}?"
+
+
+def test_an_argument_without_its_place_is_said_with_it() -> None:
+    words = [
+        "--config",
+        "quickstart",
+        "--config",
+        "files",
+        "--method",
+        "LoRA",
+        "--lr",
+        "1e-3",
+        "--learning_rate=1",
+        "--rank",
+    ]
+    assert with_place("lr", words) == with_place("learning_rate", words) == "model.lr"
+    assert with_place("rank", words) == "method.r"
+    assert with_place("batch_size", [*words, "--batch_size", "4"]) == "data.batch_size"
+    assert with_place("batch_size", words) == with_place("nothing", [*words, "--nothing"]) == ""
 
 
 def test_no_class_at_hand_has_it() -> None:

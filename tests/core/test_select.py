@@ -46,6 +46,8 @@ def test_near_names_are_the_ones_meant(wrong: str, right: str) -> None:
 
 def test_near_names_of_nothing() -> None:
     assert select.near("zzz", ["one", "two", "three", "four"]) == "; it has e.g. one, two, three"
+    blocks = ["words", *(f"blocks.{i}.{name}" for i in range(2) for name in ("query", "key", "value"))]
+    assert select.near("zzz", blocks) == "; it has e.g. query, key, value"
     assert select.near("zzz", []) == "; it has none"
 
 

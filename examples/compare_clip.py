@@ -9,10 +9,11 @@ What to look for: CoOp against zero-shot with 16 drawings of each class; CoCoOp 
 saw, whose shapes are new; and DAPL against a context of the source alone, from drawings to photos in the dark. CoOp has
 16 tokens and 200 epochs, CoCoOp "a photo of a" and 10 with one image at a time, KgCoOp the same words and 100, MaPLe 5
 and PromptSRC 20 with four images at a time, as in their papers and code; CoOp from the same words, trained as CoCoOp
-is, shows what is due to these and what to the network, and MaPLe trained as long as PromptSRC, what is due to
-the epochs. Prompts in both towers are in two layers of each, as the text tower has no more. A seed draws pictures of
-its own, those of the test too. Each method has, of its learning rates (Tip-Adapter not trained: of its factors), the
-one with the best accuracy on validation images of the first seed: those of the base classes, or of the source domain.
+is, shows what is due to these and what to the network, MaPLe trained as long as PromptSRC, what is due to the epochs,
+and IVLP, which is PromptSRC without its penalties and its average, what is due to these. Prompts in both towers are
+in two layers of each, as the text tower has no more. A seed draws pictures of its own, those of the test too. Each
+method has, of its learning rates (Tip-Adapter not trained: of its factors), the one with the best accuracy on
+validation images of the first seed: those of the base classes, or of the source domain.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import transformers
 
 from lightning_peft import (
     DAPL,
+    IVLP,
     ClipAdapter,
     CLIPClassification,
     CLIPData,
@@ -135,6 +137,7 @@ PROTOCOLS = {
             "KgCoOp": Entry(KgCoOp(), base_to_new, 100),
             "MaPLe": Entry(MaPLe(depth=DEPTH), both_towers, 5, (0.01, 0.03, 0.1)),
             "MaPLe, 20 epochs": Entry(MaPLe(depth=DEPTH), both_towers, 20, (0.003, 0.01, 0.03, 0.1)),
+            "IVLP": Entry(IVLP(depth=DEPTH), both_towers, 20, (0.003, 0.01, 0.03, 0.1)),
             "PromptSRC": Entry(PromptSRC(depth=DEPTH, words=list(WRITTEN)), both_towers, 20, (0.01, 0.03)),
         },
         ("base_accuracy", "new_accuracy", "harmonic_mean"),

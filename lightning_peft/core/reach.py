@@ -17,7 +17,7 @@ from lightning_peft.core import anatomy, cache_argument, image_structure, placem
 from lightning_peft.core.attention_probe import inputs_on_meta
 from lightning_peft.core.empty_inputs import empty_input_of, patches_of
 from lightning_peft.core.graft import Graft
-from lightning_peft.core.meta_run import depended_on
+from lightning_peft.core.meta_run import depended_on, resting
 
 
 class _Reach(NamedTuple):
@@ -162,7 +162,7 @@ def _inputs(backbone: nn.Module) -> dict[str, Tensor]:
 def _watching(called: set[nn.Module], unknown: set[nn.Module], module: nn.Module) -> Any:
     """Return a forward pass that notes its call, and gives its input where it needs numbers."""
     if isinstance(module, Graft):
-        return _resting
+        return resting
     return partial(_lenient, called, unknown, module, module.forward)
 
 
@@ -183,13 +183,6 @@ def _lenient(
             raise
         unknown.add(module)
         return given
-
-
-def _resting(joint: str, *args: Any, **kwargs: Any) -> Any:
-    """Stand in for a graft: return what it gets."""
-    if joint == "around":
-        return args[0](*args[2:], **kwargs)
-    return args[1] if joint == "before" else args if joint == "key_value" else args[0]
 
 
 def _given_by(out: Any) -> Iterator[Tensor]:

@@ -8,14 +8,12 @@ from datasets import Dataset
 from lightning_peft.core.labels import IGNORED
 from lightning_peft.data.bad_rows import BadRowError
 from lightning_peft.data.chat_turns import Renderer, as_messages, as_tools, template_text, tokens_in
-from lightning_peft.data.checked_rows import CheckedRows
-from lightning_peft.data.packed_rows import packed
-from lightning_peft.data.padding import Padder
+from lightning_peft.data.packed_rows import PackedRows
 
 TrainOn = Literal["assistant", "last", "all"]
 
 
-class ChatData(CheckedRows):
+class ChatData(PackedRows):
     """Conversations, rendered by a chat template; what the assistant says has ``labels``, [B, T], the rest has -100.
 
     Which tokens are the assistant's is what the template marks (``{% generation %}``), or, of one without marks, what a
@@ -42,12 +40,11 @@ class ChatData(CheckedRows):
         packing: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(packing=packing, **kwargs)
         self.messages = messages
         self.tools = tools
         self.train_on = train_on
         self.template = template
-        self.packing = packing
 
     def columns(self, split: str) -> Sequence[str]:
         """Return the column of the conversation."""
@@ -66,16 +63,6 @@ class ChatData(CheckedRows):
             "train_on": None if split == "predict" else self.train_on,
             "max_length": self.max_length,
         }
-
-    def padder(self, split: str) -> Callable[..., dict[str, Any]]:
-        """Return what makes a batch of rows: training pads on the right, prompts to go on from end at the right."""
-        return Padder.of(self.tokenizer, "left" if split == "predict" else "right", self.pad_to_multiple_of)
-
-    def finished(self, encoded: Dataset, split: str) -> Dataset:
-        """Pack the rows, if asked."""
-        if not self.packing or split not in ("train", "validation"):
-            return encoded
-        return packed(encoded, self.max_length, self.tokenizer.pad_token_id, f"Packing {split}")
 
 
 def _encoded(

@@ -9,8 +9,7 @@ from lightning_peft.core.errors import TuningError
 from lightning_peft.core.labels import IGNORED
 from lightning_peft.data.bad_rows import BadRowError, is_blank, shown
 from lightning_peft.data.checked_rows import CheckedRows
-from lightning_peft.data.packed_rows import packed
-from lightning_peft.data.padding import Padder
+from lightning_peft.data.packed_rows import PackedRows
 from lightning_peft.data.span_corruption import sentinels
 
 
@@ -71,7 +70,7 @@ class Seq2SeqData(CheckedRows):
         }
 
 
-class CausalLMData(CheckedRows):
+class CausalLMData(PackedRows):
     """Prompts and what follows them, or whole texts, for a causal language model.
 
     Only the tokens of the target have ``labels``, [B, T]; those of the prompt have -100. Every target ends with the
@@ -100,12 +99,11 @@ class CausalLMData(CheckedRows):
         packing: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(packing=packing, **kwargs)
         self.prompt = prompt
         self.target = target
         self.prefix = prefix
         self.separator = separator
-        self.packing = packing
 
     def columns(self, split: str) -> Sequence[str]:
         """Return the columns of prompt and target; a row to predict needs no target where there is a prompt."""
@@ -121,19 +119,9 @@ class CausalLMData(CheckedRows):
             "separator": self.separator,
         }
 
-    def finished(self, encoded: Dataset, split: str) -> Dataset:
-        """Pack the rows, if asked."""
-        if not self.packing or split not in ("train", "validation"):
-            return encoded
-        return packed(encoded, self.max_length, self.tokenizer.pad_token_id, f"Packing {split}")
-
     def sides(self, split: str) -> Sequence[str]:
         """Return the columns of prompt and target, which are not to be exchanged."""
         return [self.prompt, self.target] if self.prompt is not None and split != "predict" else []
-
-    def padder(self, split: str) -> Callable[..., dict[str, Any]]:
-        """Return what makes a batch of rows: training pads on the right, prompts to go on from end at the right."""
-        return Padder.of(self.tokenizer, "left" if split == "predict" else "right", self.pad_to_multiple_of)
 
     def _needs(self, name: str, split: str) -> bool:
         return split != "predict" or name == self.prompt or self.prompt is None

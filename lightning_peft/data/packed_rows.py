@@ -1,11 +1,36 @@
 """Puts texts end to end in rows of one length, so that nothing is padding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 
 from lightning_peft.core.labels import IGNORED
+from lightning_peft.data.checked_rows import CheckedRows
+from lightning_peft.data.padding import Padder
+
+
+class PackedRows(CheckedRows):
+    """Texts that a causal model goes on with, whose rows may be packed.
+
+    Args:
+        packing: put rows end to end, for training and validation.
+        **kwargs: as in `CheckedRows`.
+    """
+
+    def __init__(self, packing: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.packing = packing
+
+    def padder(self, split: str) -> Callable[..., dict[str, Any]]:
+        """Return what makes a batch of rows: training pads on the right, prompts to go on from end at the right."""
+        return Padder.of(self.tokenizer, "left" if split == "predict" else "right", self.pad_to_multiple_of)
+
+    def finished(self, encoded: Dataset, split: str) -> Dataset:
+        """Pack the rows, if asked."""
+        if not self.packing or split not in ("train", "validation"):
+            return encoded
+        return packed(encoded, self.max_length, self.tokenizer.pad_token_id, f"Packing {split}")
 
 
 def packed(rows: Dataset, max_length: int, pad: int, what: str) -> Dataset:

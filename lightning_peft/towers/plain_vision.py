@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core import anatomy, image_structure, select
 from lightning_peft.core.graft import Graft
-from lightning_peft.core.meta_run import ran
+from lightning_peft.core.meta_run import ran, resting
 
 _MOST_EXTRA = 64  # tokens that may stand before those of the patches
 _ATTENDS = re.compile(rf"(?:.*\.)?(?:{select.ROLES['query']}|{select.ROLES['fused_qkv']})")
@@ -121,7 +121,7 @@ def _tables(owner: nn.Module, width: int) -> Iterator[Tensor]:
 def noting(calls: list[tuple[nn.Module, torch.Size]], module: nn.Module) -> Any:
     """Let a module of a run note its first input; what methods have attached does nothing."""
     if isinstance(module, Graft):
-        return _idle
+        return resting
     forward = module.forward
 
     def note(*args: Any, **kwargs: Any) -> Any:
@@ -135,7 +135,7 @@ def noting(calls: list[tuple[nn.Module, torch.Size]], module: nn.Module) -> Any:
 def _with_one_more(entry: nn.Module, blocks: tuple[nn.Module, ...], start: int, module: nn.Module) -> Any:
     """Let a run have one token more from the entry on, which the last block takes out."""
     if isinstance(module, Graft):
-        return _idle
+        return resting
     if image_structure.prefix_tokens_of(module) is not None and any(module in block.modules() for block in blocks):
         vars(module)["num_prefix_tokens"] = module.num_prefix_tokens + 1  # type: ignore[operator]
     forward = module.forward
@@ -151,10 +151,3 @@ def _with_one_more(entry: nn.Module, blocks: tuple[nn.Module, ...], start: int, 
         return (tokens, *out[1:]) if isinstance(out, tuple) else tokens
 
     return longer if module in (entry, blocks[-1]) else None
-
-
-def _idle(joint: str, *args: Any, **kwargs: Any) -> Any:
-    """Stand in for a graft: return what it gets."""
-    if joint == "around":
-        return args[0](*args[2:], **kwargs)
-    return args[1] if joint == "before" else args if joint == "key_value" else args[0]

@@ -30,8 +30,8 @@ def text_tower(backbone: nn.Module, method: str) -> nn.Module:
     table = structure.part(tower, "embeddings.token_embedding") if tower is not None else None
     if tower is None or not isinstance(table, nn.Embedding) or not _is_known(tower):
         raise TuningError(
-            f"{method} puts a context into the texts of a two-tower model, and {type(backbone).__name__} has no text "
-            "tower like that of CLIP or SigLIP: give a CLIPModel or a SiglipModel."
+            f"{method} needs the texts of a two-tower model, and {type(backbone).__name__} has no text tower like that "
+            "of CLIP or SigLIP: give a CLIPModel or a SiglipModel."
         )
     return tower
 

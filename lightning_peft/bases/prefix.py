@@ -23,9 +23,15 @@ from lightning_peft.core.eval_mode import in_eval
 from lightning_peft.core.graft import attach, detach, grafts
 from lightning_peft.core.hub import tokenizer_of
 from lightning_peft.core.placement import device_of, has_values
+from lightning_peft.core.rates import MEASURED, Rates
 from lightning_peft.core.reach import reached
 from lightning_peft.prompts.prefix import Prefix, PrefixNetwork, ShiftedPositions, ShiftedTable, TextPositions
 from lightning_peft.training.method import Method
+
+NETWORK = Rates(3e-3, 3e-2, MEASURED)
+"""The learning rates of a prefix that a network computes."""
+BARE = Rates(9e-2, 3e-2, MEASURED)
+"""The learning rates of a prefix that is trained itself."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -34,7 +40,8 @@ class PrefixMethod(Method):
 
     Args:
         num_virtual_tokens: length P of the prefix [tokens].
-        mid_dim: width of the network that the prefix is computed by in training; None trains the prefix itself.
+        mid_dim: width of the network that the prefix is computed by in training; None trains the prefix itself, at
+            thirty times the recommended rate.
         embedding_dim: width of the network's table; None: that of the model, as in the authors' code, where the paper
             (section 4.3) says that the table is smaller.
         sets: of an encoder-decoder, which attentions get a prefix: 'encoder', 'decoder', 'cross'; None: all.
@@ -105,6 +112,10 @@ class PrefixMethod(Method):
         if self.init_from is not None:
             self._continue(backbone, self.init_from)
         return ()
+
+    def advice(self) -> Rates:
+        """Return the rates of a network, or those of numbers that are trained themselves."""
+        return BARE if self.mid_dim is None else NETWORK
 
     def prepare(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the batch as it is.

@@ -72,6 +72,10 @@ class TuningMethod:
     twin: ClassVar[Twin | None] = None
     """What adapters of PEFT call it, where they hold the same tensors."""
 
+    def advice(self) -> Rates:
+        """Return the learning rates that it recommends with these arguments; `advised` are those of the defaults."""
+        return self.advised
+
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach grafts to the frozen backbone; return the names of its own parameters that are to be trained."""
         raise NotImplementedError

@@ -60,7 +60,7 @@ def rates_of(backbone: nn.Module, tuning: "Tuning") -> dict[str, float]:
 
     What several methods train has the smallest of their rates.
     """
-    rates = {key: method.advised.on(backbone).delta for key, method in tuning.methods.items()}
+    rates = {key: method.advice().on(backbone).delta for key, method in tuning.methods.items()}
     found: dict[str, float] = {}
     for key, name in _trained(backbone, tuning):
         found[name] = min(rates[key], found.get(name, rates[key]))
@@ -69,7 +69,7 @@ def rates_of(backbone: nn.Module, tuning: "Tuning") -> dict[str, float]:
 
 def head_rate(backbone: nn.Module, tuning: "Tuning") -> float:
     """Return the recommended rate of the head: the smallest of those of the methods."""
-    return min(method.advised.on(backbone).head for method in tuning.methods.values())
+    return min(method.advice().on(backbone).head for method in tuning.methods.values())
 
 
 def _trained(backbone: nn.Module, tuning: "Tuning") -> Iterator[tuple[str, str]]:

@@ -17,10 +17,10 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from lightning_peft.bases.prefix import PrefixMethod
+from lightning_peft.bases.prefix import BARE, PrefixMethod
 from lightning_peft.core import structure
 from lightning_peft.core.attention_probe import Attention
-from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.core.rates import Rates
 from lightning_peft.prompts.prefix import Prefix, PrefixNetwork
 from lightning_peft.training.mixin import TunedBy
 
@@ -37,7 +37,7 @@ class PTuningV2(PrefixMethod):
 
     trains: ClassVar[str] = "keys and values before those of the text, without a network, and the task head"
     paper: ClassVar[str] = "Liu et al. 2022, arXiv 2110.07602"
-    advised: ClassVar[Rates] = Rates(9e-2, 3e-2, MEASURED)
+    advised: ClassVar[Rates] = BARE
     std: ClassVar[float] = 0.02
 
     def _network(self, backbone: nn.Module, chosen: Sequence[Attention]) -> PrefixNetwork | None:

@@ -19,12 +19,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.bases.prefix import PrefixMethod
+from lightning_peft.bases.prefix import NETWORK, PrefixMethod
 from lightning_peft.core import structure, text_structure
 from lightning_peft.core.errors import TuningError
 from lightning_peft.core.graft import attach
 from lightning_peft.core.placement import device_of
-from lightning_peft.core.rates import MEASURED, Rates
+from lightning_peft.core.rates import Rates
 from lightning_peft.prompts import infix
 from lightning_peft.prompts.in_model import InModel, KnownTokens, Prepared, readers
 from lightning_peft.prompts.virtual_tokens import PlainIds, is_widened
@@ -37,7 +37,8 @@ class PrefixTuning(PrefixMethod):
 
     Args:
         num_virtual_tokens: length P of the prefix [tokens].
-        mid_dim: width of the network that the prefix is computed by in training; None trains the prefix itself.
+        mid_dim: width of the network that the prefix is computed by in training; None trains the prefix itself, at
+            thirty times the recommended rate.
         form: 'prefix'; or 'infix' ``[x; INFIX; y]``, virtual tokens between the source and the target of a causal text,
             whose keys and values are changed in each layer; it has no network and no gradient checkpointing.
     """
@@ -47,7 +48,11 @@ class PrefixTuning(PrefixMethod):
     form: Literal["prefix", "infix"] = "prefix"
 
     paper: ClassVar[str] = "Li & Liang 2021, arXiv 2101.00190"
-    advised: ClassVar[Rates] = Rates(3e-3, 3e-2, MEASURED)
+    advised: ClassVar[Rates] = NETWORK
+
+    def advice(self) -> Rates:
+        """Return the rates of a prefix; those of an infix, for which none were measured, are those of a network."""
+        return super().advice() if self.form == "prefix" else self.advised
 
     def graft(self, backbone: nn.Module) -> Iterable[str]:
         """Attach a prefix to each attention, or an infix to the word table and each projection of keys and values."""

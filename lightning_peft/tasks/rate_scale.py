@@ -18,7 +18,7 @@ class RateScaled:
 
     def advised(self, method: TuningMethod, backbone: nn.Module) -> Rates:
         """Return the learning rates that a method recommends for a backbone and the optimizer of this task."""
-        return method.advised.on(backbone)
+        return method.advice().on(backbone)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the factor."""

@@ -163,7 +163,8 @@ class TwoTowerTask(Task):
 
     def advised(self, method: TuningMethod, backbone: nn.Module) -> Rates:
         """Return the rates that a method recommends for SGD, or those of CoOp."""
-        return method.advised if method.advised.optimizer == "SGD" else RECIPE
+        advice = method.advice()
+        return advice if advice.optimizer == "SGD" else RECIPE
 
     @property
     def rate(self) -> float:

@@ -6,7 +6,18 @@ from typing import Any
 import lightning as L
 import pytest
 
-from lightning_peft import BitFit, FullFineTuning, LoRA, Method, PartialK, PTuning, TuningError
+from lightning_peft import (
+    BitFit,
+    FullFineTuning,
+    LoRA,
+    Method,
+    PartialK,
+    PrefixTuning,
+    PTuning,
+    PTuningV2,
+    TuningError,
+)
+from lightning_peft.bases.prefix import BARE, NETWORK
 from lightning_peft.core.rates import Rates, head_rate, rates_of
 from lightning_peft.core.tuning import Tuning
 from lightning_peft.methods import every_method
@@ -111,9 +122,14 @@ def test_the_rates_that_methods_recommend(model: str, tmp_path: Path) -> None:
         (PartialK(), "vit", PartialK.advised.images),
         (PTuning(), "gpt2", PTuning.advised),
         (PTuning(), "bert", PTuning.advised.headed),
+        (PrefixTuning(mid_dim=8), "gpt2", NETWORK),
+        (PrefixTuning(mid_dim=None), "gpt2", BARE),
+        (PrefixTuning(mid_dim=None, form="infix"), "gpt2", NETWORK),
+        (PTuningV2(), "bert", BARE),
+        (PTuningV2(mid_dim=8), "bert", NETWORK),
     ],
 )
-def test_images_and_new_heads_have_rates_of_their_own(method: Method, kind: str, rates: Rates | None) -> None:
+def test_images_new_heads_and_networks_have_rates_of_their_own(method: Method, kind: str, rates: Rates | None) -> None:
     backbone = tiny(kind)
     method.apply(backbone)
     tuning = Tuning.of(backbone)

@@ -28,9 +28,9 @@ from lightning_peft.core.reach import reached
 from lightning_peft.prompts.prefix import Prefix, PrefixNetwork, ShiftedPositions, ShiftedTable, TextPositions
 from lightning_peft.training.method import Method
 
-NETWORK = Rates(3e-3, 3e-2, MEASURED)
+NETWORK: Rates = Rates(3e-3, 3e-2, MEASURED)
 """The learning rates of a prefix that a network computes."""
-BARE = Rates(9e-2, 3e-2, MEASURED)
+BARE: Rates = Rates(9e-2, 3e-2, MEASURED)
 """The learning rates of a prefix that is trained itself."""
 
 

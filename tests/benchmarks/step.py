@@ -33,6 +33,7 @@ from lightning_peft import (
     PromptTuning,
     PTuning,
     SHiRA,
+    TrainableTokens,
     TuningError,
 )
 from lightning_peft.core.graft import grafts
@@ -56,6 +57,7 @@ METHODS: dict[str, Method] = {
     "HiRA q+v": HiRA(r=R),
     "OFT q+v": OFT(block_size=32),
     "OFT q+v, Neumann": OFT(block_size=32, use_cayley_neumann=True),
+    "TrainableTokens 64": TrainableTokens(tokens=list(range(64))),
     "BitFit": BitFit(),
     f"PromptTuning {PROMPT}": PromptTuning(num_virtual_tokens=PROMPT, init="random_uniform"),
     f"PromptTuning {LONG}": PromptTuning(num_virtual_tokens=LONG, init="random_uniform"),
@@ -149,7 +151,7 @@ def theirs(shape: Shape, method: Method, tuned: nn.Module) -> nn.Module | None:
         return model.train()
     if isinstance(method, IA3):
         return their_ia3(shape, tuned, common)
-    if method.twin is not None:
+    if method.twin is not None or isinstance(method, TrainableTokens):
         return their_twin(shape, tuned)
     return their_prompt(shape, method, tuned, common)
 

@@ -231,6 +231,15 @@ def test_predict_from_a_delta(folder: Path, fitted: str, processes: int, here: C
     assert said in " ".join(printed.split())
     assert "the end" in printed
     assert "on a CSV file of yours" not in printed  # that is said of the demo's rows
+    (folder / "new.txt").write_text(f"{lines[0]['text']}\n\nthe end\n")
+    assert "2 answers in answers.jsonl" in here(
+        "predict", "--ckpt_path", "run/best.ckpt", "--text", "new.txt", "--out", "answers.jsonl"
+    )
+    first, second = (json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines())
+    assert (first["text"], first["label"], second["text"]) == (lines[0]["text"], lines[0]["labels"], "the end")
+    assert list(first["probabilities"]) == ["bad", "good"]
+    said = here("predict", "--ckpt_path", "run/best.ckpt", "--text", "train.csv", code=2)
+    assert "--text train.csv is a file of rows: give a .txt with one text a line, or --data.predict train.csv" in said
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def runs(given: argparse.Namespace, words: Sequence[str]) -> tuple[dict[str, lis
         controls.check_task(task)
     if isinstance(task, HeadClassification) and not any(method.startswith("LinearProbe") for method in methods):
         methods.append(name_of(PROBE))
-    other = using.other_texts(given.other) if given.other else []
+    other = using.lines_of(given.other, "--other") if given.other else []
     identity = hashlib.sha256("\n".join([text, *other]).encode()).hexdigest()
     run = partial(_told, words, last, task.monitor, other)
     trials = Trials(given.trials or given.folder / "trials", identity, run, budget)

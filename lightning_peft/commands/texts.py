@@ -1,7 +1,9 @@
 """``predict --text``: what a tuned model says of texts from the shell, by its checkpoint alone."""
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,8 +12,11 @@ from rich.table import Column, Table
 
 from lightning_peft import tasks
 from lightning_peft.commands.parsing import ToolParser
+from lightning_peft.commands.using import lines_of
 from lightning_peft.core.delta_file import CLASS_PATH, meta_of, read_checkpoint
 from lightning_peft.core.errors import TuningError
+from lightning_peft.core.storage import atomic
+from lightning_peft.data.sources import ENDINGS
 from lightning_peft.data.stdlib_docstrings import StdlibDocstrings
 from lightning_peft.tasks.base import Task
 from lightning_peft.training.rebuild import load_from_checkpoint
@@ -25,14 +30,38 @@ def predict(words: Sequence[str]) -> None:
     """Print what the model of a checkpoint says of each text."""
     parser = ToolParser(prog="lightning-peft predict --text", description="Print what a tuned model says of texts.")
     parser.add_argument("--ckpt_path", type=str, required=True, help="a checkpoint that fit has written")
-    parser.add_argument("--text", type=str, nargs="+", required=True, help="the texts")
+    parser.add_argument("--text", type=str, nargs="+", required=True, help="the texts, or files.txt of one a line")
+    parser.add_argument("--out", type=str | None, default=None, help="a file of JSON lines to write, not a table")
     parser.add_argument("--max_length", type=int | None, default=None, help="where a text is cut [tokens]")
     given = parser.parse_args(_together(words))
-    rows = load_task(given.ckpt_path).predict(given.text, max_length=given.max_length)
+    texts = [text for word in given.text for text in texts_of(word)]
+    rows = load_task(given.ckpt_path).predict(texts, max_length=given.max_length)
+    if given.out is not None:
+        with atomic(Path(given.out)) as temporary:
+            temporary.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+        Console(soft_wrap=True).print(f"{len(rows)} answers in {given.out}", highlight=False, markup=False)
+        return
     Console().print(_table(rows))
     known = read_checkpoint(given.ckpt_path).get("datamodule_hyper_parameters") or {}
     if str(known.get(CLASS_PATH)).rpartition(".")[2] == StdlibDocstrings.__name__:
         Console(soft_wrap=True).print(f"on a CSV file of yours: {_OWN}", highlight=False)
+
+
+def texts_of(word: str) -> list[str]:
+    """Return a text, or the lines of a file of texts.
+
+    Raises:
+        TuningError: the file has no line, or is one of rows.
+    """
+    path = Path(word)
+    if path.suffix not in (".txt", *ENDINGS) or not path.is_file():
+        return [word]
+    if path.suffix != ".txt":
+        raise TuningError(
+            f"--text {word} is a file of rows: give a .txt with one text a line, or --data.predict {word} with the "
+            "--config of the fit."
+        )
+    return lines_of(path, "--text")
 
 
 def load_task(path: str) -> Task:

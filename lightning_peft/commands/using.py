@@ -23,7 +23,7 @@ from lightning_peft.tasks.base import Task
 _LENGTH, _ROWS, _TIMES = 128, 32, 5
 
 
-def other_texts(path: str | Path) -> list[str]:
+def lines_of(path: str | Path, option: str) -> list[str]:
     """Return the lines of a file that are not empty.
 
     Raises:
@@ -31,7 +31,7 @@ def other_texts(path: str | Path) -> list[str]:
     """
     texts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not texts:
-        raise TuningError(f"--other {path} has no line of text: give a file with one text in a line.")
+        raise TuningError(f"{option} {path} has no line of text: give a file with one text in a line.")
     return texts
 
 

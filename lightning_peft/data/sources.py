@@ -23,6 +23,8 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
+ENDINGS = tuple(_FORMATS)
+"""How files of rows end."""
 
 
 class SourcedData(GivenSplits, TokenData):

@@ -280,7 +280,7 @@ def test_a_method_is_merged_before_its_batches_are_timed(tmp_path: Path) -> None
         assert any(True for _ in grafts(task.backbone)) is left
         assert (using.kept(before, using.embedded(task, ["one text", "and a longer one"])) < 0.999) is left
     with pytest.raises(TuningError, match=r"--other .* has no line of text: give a file with one text in a line\.$"):
-        using.other_texts(os.devnull)
+        using.lines_of(os.devnull, "--other")
 
 
 def test_controls_are_trained_at_the_rates_of_their_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

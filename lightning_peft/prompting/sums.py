@@ -28,7 +28,7 @@ _SIGNS = {"×": "*", "x": "*", "·": "*", "\\times": "*", "\\cdot": "*", "÷": "
 _POWERS = {"²": 2, "³": 3}
 _REMAINDERS = {"余", "餘", "あまり", "…", "……", "R", "r", "remainder", "Rest", "reste", "resto", "остаток"}
 _LONGEST = 40
-"""What a number or the brackets of a sum have at most [characters, brackets]."""
+"""What a number, the brackets and the powers of a sum have at most [characters, brackets, powers]."""
 _HIGHEST = 64
 """The greatest exponent that is worked out."""
 
@@ -160,8 +160,8 @@ def worked_out(tokens: Sequence[Fraction | str]) -> Fraction:
     Raises:
         ValueError: it is no sum.
     """
-    if tokens.count(_OPEN) > _LONGEST:
-        raise ValueError("it has too many brackets.")
+    if max(tokens.count(_OPEN), tokens.count(_POWER)) > _LONGEST:
+        raise ValueError("it has too many brackets, or powers.")
     return _Sum(tokens).value()
 
 
@@ -194,17 +194,18 @@ class _Sum:
         return value
 
     def _factor(self) -> Fraction:
-        if self.tokens[self.place] == _MINUS:
+        sign = 1
+        while self.tokens[self.place] == _MINUS:
             self._next()
-            return -self._factor()
+            sign = -sign
         value = self._atom()
         if self.tokens[self.place] == _POWER:
             self._next()
             power = self._factor()
             if power.denominator != 1 or not abs(power) <= _HIGHEST or abs(value) > 10**_LONGEST:
                 raise ValueError(f"a power of {power} is not worked out.")
-            return Fraction(value ** int(power))
-        return value
+            value = Fraction(value ** int(power))
+        return sign * value
 
     def _atom(self) -> Fraction:
         token = self._next()

@@ -10,17 +10,18 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lightning_peft.prompting.languages import UNSPACED, Language
+from lightning_peft.prompting.numerals import simple
 
 _WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a text in lower case.
+    """Return the words of a text in lower case, with plain digits and letters for full-width ones.
 
-    >>> words_of("他有3个 iPhone。"), words_of("Fünf Äpfel!")
+    >>> words_of("他有３个 iPhone。"), words_of("Fünf Äpfel!")
     (['他', '有', '3', '个', 'iphone'], ['fünf', 'äpfel'])
     """
-    return _WORD.findall(unicodedata.normalize("NFC", text).lower())
+    return _WORD.findall(simple(unicodedata.normalize("NFC", text)).lower())
 
 
 def answer_scores(text: str, answers: Sequence[str], language: Language) -> tuple[float, float]:

@@ -79,3 +79,6 @@ def test_decimals_of_other_languages() -> None:
 def test_long_nonsense_is_quick() -> None:
     assert check_steps("(" * 400 + "1 + 1 = 2").steps == ()
     assert check_steps("9" * 5000 + " + 1 = 3").steps == ()
+    assert check_steps("1" + "^1" * 3000 + " = 1").steps == ()
+    assert check_steps("5 " + "-" * 3001 + "3 = 2").steps[0].value == 2
+    assert check_steps("-2^2 + 5 = 1").holds, "a power binds more than a sign"

@@ -16,8 +16,10 @@ from lightning_peft import (
     TuningError,
 )
 from lightning_peft.core.hub import load_tokenizer
+from lightning_peft.prompting.languages import language_of
 from lightning_peft.prompts.virtual_tokens import frequent_ids
 from lightning_peft.tasks.prompted_generation import PromptedGeneration
+from lightning_peft.tasks.words import answer_scores
 from tests.modules import trainer
 from tests.tasks.test_prompted_generation import says
 from tests.valley import set_up
@@ -112,6 +114,7 @@ def test_texts_are_scored_by_the_words_of_the_language(valley: Valley) -> None:
     answers = QuestionAnswering(valley("bert_zh"), language="zh").val_scores["answers"]
     answers.update([0], [1.0], ["河村的鱼"], [["河村"]])
     assert answers.compute()["f1"] == pytest.approx(2 / 3)
+    assert answer_scores("３個，ＡＢ", ["3個 ab"], language_of("ja")) == (1.0, 1.0), "full-width digits and letters"
 
 
 def test_a_tokeniser_that_is_not_installed(valley: Valley, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def prompts(folder: Path, width: int, steps: int, tuned: int, seed: int) -> Iter
         yield {"dataset": ablation, "method": label, "metric": "bleu", "value": found[key]} | columns(place, seed)
 
 
-def thought(folder: Path, width: int, steps: int, batches: int) -> Iterator[dict[str, Any]]:
+def thought(folder: Path, width: int, steps: int) -> Iterator[dict[str, Any]]:
     """Yield how many sums one size gets right, step by step and at once; nothing is drawn here."""
     place = model(folder, "gpt2_zh", width, steps)
     for label, template in THOUGHT.items():
@@ -87,7 +87,7 @@ def thought(folder: Path, width: int, steps: int, batches: int) -> Iterator[dict
         data = Seq2SeqData(
             tokenizer=str(place), dataset="made://zh_sums", source="question", target="answer", max_length=128
         )
-        runner = L.Trainer(accelerator="cpu", limit_test_batches=batches, logger=False, enable_progress_bar=False)
+        runner = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
         (scores,) = runner.test(task, data, verbose=False)
         value = scores["test_exact_match"]
         yield {"dataset": "sums in Chinese", "method": label, "metric": "accuracy", "value": value} | columns(place, 1)
@@ -119,7 +119,7 @@ def main() -> None:
             rows = read_rows(file) if file.is_file() else []
             if (width, seed) not in {(int(row["model"].rpartition("_")[2]), row["seed"]) for row in rows}:
                 wanted = (given.folder, width, given.steps)
-                new = prompts(*wanted, given.tuned, seed) if part == "prompts" else thought(*wanted, 4)
+                new = prompts(*wanted, given.tuned, seed) if part == "prompts" else thought(*wanted)
                 write_rows(file, list(new))
         print(*plot(str(file), str(file.parent)), sep="\n")
 

@@ -27,8 +27,8 @@ STEP_BY_STEP = "Let's think step by step."
 _QUOTES = "\"'“”‘’„«»「」『』《》*`"
 _STOPS = (".", "。", "．", "।", "！", "；")
 _FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
-# A sum, or a letter, that an answer is said to be: what stands behind the last sign is the answer.
-_SUM = re.compile(r"[ \t]*[a-zA-Z]?(?:[\d+\-*/×÷·()$€£¥%= \t\\]|,(?=\d{3}(?!\d))|\.(?=\d))*=(?=[ \t]*[-$€£¥]?\d)")
+# A sum, or a letter, that an answer begins with: what stands behind the last sign is the answer.
+_SUM = re.compile(r"\A[ \t]*[a-zA-Z]?(?:[\d+\-*/×÷·()$€£¥%= \t\\]|,(?=\d{3}(?!\d))|\.(?=\d))*=(?=[ \t]*[-$€£¥]?\d)")
 
 
 def answer_trigger(
@@ -125,26 +125,20 @@ def extract_answer(
     first, rest = own is not None or pick == "first", plain[start:]
     if kind == "text":
         return _line(text[start:], first, own)
-    decimal = (own or known[0]).decimal if own or language is not None else "."
-    found = _answers(_signed(rest, known) if first else rest, kind, choices, decimal, known, own is not None)
+    found = _answers(rest, kind, choices, known, own, first)
     return found[0 if first else -1] if found else None
 
 
 def _answers(
-    text: str, kind: Kind, choices: str, decimal: str, known: Sequence[Language], is_answer: bool
+    text: str, kind: Kind, choices: str, known: Sequence[Language], own: Language | None, first: bool
 ) -> list[str]:
-    """Return all answers of a kind in a text, in their order, or the one that stands right behind a phrase."""
-    if kind == "number":
-        return _numbers(text, decimal, is_answer)
-    return _letters(text, choices, is_answer) if kind == "choice" else _yes_no(text, known)
-
-
-def _numbers(text: str, decimal: str, is_answer: bool) -> list[str]:
-    """Return the numbers of a text; of an answer, one in Han numerals that it begins with, or what its sum comes to."""
-    text = _FRACTION.sub(r"\1/\2", text)
-    if is_answer and (number := han_number(text)):
+    """Return the answers of a kind in a text, in their order, or that with which an answer begins."""
+    if kind != "number":
+        return _letters(text, choices, own is not None) if kind == "choice" else _yes_no(text, known)
+    text = _FRACTION.sub(r"\1/\2", _signed(text, known) if first else text)
+    if first and (number := han_number(text)):
         return [number]
-    return numbers(_SUM.sub("", text, count=1) if is_answer and _SUM.match(text) else text, decimal)
+    return numbers(_SUM.sub("", text) if first else text, (own or known[0]).decimal)  # English is first
 
 
 def _signed(text: str, known: Sequence[Language]) -> str:

@@ -144,6 +144,12 @@ def test_letters_to_choose_from_may_be_kana_or_han() -> None:
     assert extract_answer("答案是甲", "choice", "甲乙丙丁") == "甲"
 
 
+def test_an_answer_alone_may_be_one_numeral_or_a_sum() -> None:
+    assert extract_answer("五个", pick="first") == "5"
+    assert extract_answer("五个") is None
+    assert extract_answer(" 3 + 4 = 7", pick="first") == "7"
+
+
 def test_self_consistency_over_chinese_chains() -> None:
     paths = ["所以现在有9个。答案是9", "答案是11。", "共9个", "不知道"]
     assert majority([extract_answer(path) for path in paths]) == "9"

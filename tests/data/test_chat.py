@@ -181,8 +181,10 @@ def test_packed_rows_are_those_alone(folder: str, tmp_path: Path) -> None:
         if method is not None:
             method.apply(task.backbone)
         prepared = [dict(batch if method is None else method.prepare(batch)) for batch in batches]
-        losses = [float(task.loss(batch).detach()) for batch in prepared]
-        assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+        losses, trained = [task.loss(batch) for batch in prepared], [p for p in task.parameters() if p.requires_grad]
+        assert [loss.item() for loss in losses] == pytest.approx([losses[0].item()] * 4, rel=1e-5)
+        for packed, alone in zip(*(torch.autograd.grad(losses[i], trained) for i in (0, 2)), strict=True):
+            assert (packed - alone).abs().max() <= 1e-6 * max(1, alone.abs().max())
         if method is not None:
             method.remove(task.backbone)
 

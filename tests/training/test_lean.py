@@ -47,6 +47,13 @@ def test_what_is_no_activation_is_left_alone_and_no_random_number_is_drawn() -> 
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_dropout_of_rate_zero_keeps_no_mask() -> None:
+    """PyTorch leaves it out by itself, so `Lean` need not."""
+    x = torch.ones(2, requires_grad=True)
+    assert nn.Dropout(0.0).train()(x) is x
+    assert nn.functional.dropout(x, 0.0, training=True) is x
+
+
 def prepared(method: Method, recomputed: bool = False) -> nn.Module:
     """Return a tuned GPT-2 whose delta is not zero."""
     model = tiny("gpt2")

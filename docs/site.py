@@ -1,7 +1,6 @@
 """Hooks of mkdocs: a page for each method, the configurations and the API are made from the package itself."""
 
 import ast
-import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -16,6 +15,26 @@ from lightning_peft.core import shipped
 from lightning_peft.methods import every_method
 
 ROOT = Path(__file__).parents[1]
+_VIT, _CLIP = "google/vit-base-patch16-224-in21k", "openai/clip-vit-base-patch32"
+_IMAGES = f"--config image_classification --config digits --model.model {_VIT} --method"
+_STREAM = f"--config continual_classification --model.model {_VIT} --method"
+_PAIRS = f"--config clip_classification --config clip_shapes --model.model {_CLIP} --method"
+RUNS = {
+    "CODAPrompt": f"{_STREAM} CODAPrompt --method.num_tasks 5",
+    "DAPL": f"--config domain_adaptation --config domain_shapes --model.model {_CLIP} --method DAPL",
+    "DualPrompt": f"{_STREAM} DualPrompt --method.num_tasks 5",
+    "L2P": f"{_STREAM} L2P",
+    "PixelPrompt": f"{_IMAGES} PixelPrompt --method.form over",
+    "PrefixLM": "--config causal_lm --model.model gpt2 --method LoRA --trainer.callbacks+=PrefixLM",
+    "PromptEnsemble": "--config quickstart --method PromptEnsemble --method.num_prompts 3",
+    "RanPAC": f"{_STREAM} RanPAC",
+    "TinyTL": f"{_IMAGES} TinyTL",
+    "TipAdapter": f"{_PAIRS} TipAdapter --method.num_classes 36",
+    "TrainableTokens": "--config quickstart --config trainable_tokens",
+    "VPT": f"{_IMAGES} VPT",
+    "WARP": "--config cloze_classification --model.model bert-base-uncased --method WARP",
+}
+"""What is fitted with a method that the task of the quickstart is not for."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -60,8 +79,6 @@ def method_page(name: str, method: type[Any]) -> str:
     module = inspect.getmodule(method)
     stem = method.__module__.rpartition(".")[2]
     kind, trains, paper = row_of(method)
-    required = [field.name for field in dataclasses.fields(method) if _is_required(field)]
-    given = "".join(f" --method.{field} ..." for field in required)
     scores = _scores(name)
     return "\n\n".join([
         f"# {name}",
@@ -71,13 +88,19 @@ def method_page(name: str, method: type[Any]) -> str:
         inspect.getdoc(module) or "",
         "## Use it",
         f"```python\nfrom lightning_peft import {name}\n\ntrainer = L.Trainer(callbacks=[{name}()])\n```",
-        f"```\nlightning-peft fit --config quickstart --method {name}{given}\n```",
+        f"```\n{run_of(name, method)}\n```",
         f"`--config {stem}` is:",
         f"```yaml\n{(shipped.folder() / 'methods' / f'{stem}.yaml').read_text()}```",
         *(["## Measured", scores] if scores else []),
         "## Arguments",
         f"::: {method.__module__}.{name}\n    options: {{show_root_heading: false, members: false}}",
     ]) + "\n"  # fmt: skip
+
+
+def run_of(name: str, method: type[Any]) -> str:
+    """Return a command line that fits a method, on a task that it is for."""
+    begin = _PAIRS if method.advised.optimizer == "SGD" else "--config quickstart --method"  # two towers train by SGD
+    return f"lightning-peft fit {RUNS.get(name, f'{begin} {name}')}"
 
 
 def configurations_page() -> str:
@@ -96,10 +119,6 @@ def api_page() -> str:
             names = [alias.name for alias in statement.names if alias.name[0] != "_"]
             parts += [f"::: {statement.module}.{name}\n    options: {{members: {name[0].islower()}}}" for name in names]
     return "\n\n".join(parts) + "\n"
-
-
-def _is_required(field: Any) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _scores(name: str) -> str:

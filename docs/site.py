@@ -32,7 +32,7 @@ RUNS = {
     "TipAdapter": f"{_PAIRS} TipAdapter --method.num_classes 36",
     "TrainableTokens": "--config quickstart --config trainable_tokens",
     "VPT": f"{_IMAGES} VPT",
-    "WARP": "--config cloze_classification --model.model bert-base-uncased --method WARP",
+    "WARP": "--config cloze_classification --model.model bert-base-uncased --method WARP --method.words '[good, bad]'",
 }
 """What is fitted with a method that the task of the quickstart is not for."""
 

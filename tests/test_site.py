@@ -85,3 +85,5 @@ def test_each_method_has_a_page(site: str) -> None:
             text = answer.read().decode()
         assert "What it does" in text
         assert "Arguments" in text
+        shown = re.sub("<[^>]+>", "", text)  # defaults, not the calls that declare them
+        assert not re.search(r"\b(bounded|natural|positive|rate|choice|numbers)\(", shown)

@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from lightning_peft import TuningError, from_delta
+from lightning_peft import TextClassification, TuningError, from_delta
 from lightning_peft.cli import main
 from lightning_peft.commands import imports
 from lightning_peft.core.delta_file import read_delta, write_delta
@@ -264,6 +264,20 @@ def test_predict_by_several_deltas(folder: Path, fitted: str) -> None:
 @pytest.mark.usefixtures("fitted")
 def test_validate_a_delta(here: Callable[..., str]) -> None:
     assert "val_accuracy" in here("validate", "--config", "tiny.yaml", "--ckpt_path", "run/best.ckpt")
+
+
+@pytest.mark.usefixtures("fitted")
+def test_the_command_line_goes_before_a_checkpoint_and_that_before_files(
+    here: Callable[..., str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "other.yaml").write_text("model: {init_args: {lr: 0.5, labels: null}}")
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(TextClassification, "on_test_end", lambda task: seen.update(task.hparams))
+    files = ["--config", "tiny.yaml", "--config", "other.yaml", "--ckpt_path", "run/best.ckpt"]
+    here("test", *files)
+    assert (seen["lr"], seen["weight_decay"]) == (0.01, 0.01)
+    here("test", *files, "--model.weight_decay=0.25")
+    assert (seen["lr"], seen["weight_decay"]) == (0.01, 0.25)
 
 
 @pytest.mark.usefixtures("fitted")

@@ -108,10 +108,19 @@ class TuningCLI(LightningCLI):
         given = self.config.get(self.config.get("subcommand"), {})
         check_seed(given.get("seed_everything"))
         check_checkpoint(given.get("ckpt_path"), str(self.config.get("subcommand")))
+        words = sys.argv[1:] if args is None else args
+        self._typed = typed(given.get("model"), words) if isinstance(words, list) else None
 
     def before_instantiate_classes(self) -> None:
-        """See that the values are such as the classes take, before the first of them is built."""
-        check_values(self.config.get(str(self.subcommand), self.config), L.Trainer)
+        """Give the command line the last word, and see that the values are such as the classes take.
+
+        Lightning puts the arguments of a checkpoint's task in the place of all that were given, without a word. Here
+        they go before those of files alone.
+        """
+        subcommand = str(self.subcommand)
+        if self._typed is not None and self.argument(self.config, "ckpt_path"):
+            self.config = self.parser.parse_object({subcommand: {"model": self._typed}}, self.config)
+        check_values(self.config.get(subcommand, self.config), L.Trainer)
 
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer; a rank that cannot tells the others, which would wait for it."""
@@ -186,6 +195,17 @@ class TuningCLI(LightningCLI):
             build = partial(super()._add_configure_optimizers_method_to_model, subcommand)
             hook = partial(_build_optimizer, self.model, build)
             patches.Patches.of(self.model).patch(self.model, "configure_optimizers", hook)
+
+
+def typed(task: Namespace | None, words: list[str]) -> dict[str, Any] | None:
+    """Return the class of a task with those of its arguments that stand on the command line, or None: none does."""
+    found = (re.match(r"--model\.(?:init_args\.|dict_kwargs\.)?(\w+)", word) for word in words)
+    names = {match[1] for match in found if match} - {"class_path"}
+    if task is None or not names:
+        return None
+    given = task.as_dict()
+    values = given.get("init_args", {}) | given.get("dict_kwargs", {})
+    return {"class_path": given["class_path"], "dict_kwargs": {name: values[name] for name in names}}
 
 
 def check_checkpoint(path: str | None, command: str) -> None:

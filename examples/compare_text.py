@@ -34,6 +34,8 @@ from lightning_peft import tasks
 from lightning_peft.data import synthetic, synthetic_zh
 
 Built = tuple[L.LightningModule, L.LightningDataModule]
+HEAD_RATE = 1e-2
+"""The learning rate of a new head, whatever the method."""
 OPINIONS = {"bad": "bad", "good": "good"}
 TOPICS = {"animal": "dog", "food": "bread", "place": "river"}
 
@@ -280,7 +282,7 @@ def run(
     task, data = problem.build(str(models / problem.model), entry.template if entry else None)
     runner = trainer(steps)
     if entry is not None:
-        task.lr = lr
+        task.lr, task.head_lr = lr, HEAD_RATE
         extra = {"template": entry.template} if entry.template else {}
         runner = trainer(steps, getattr(lightning_peft, entry.method)(**entry.arguments, **extra))
         runner.fit(task, data)

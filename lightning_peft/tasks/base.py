@@ -210,7 +210,9 @@ class Task(RateScaled, MethodMixin, L.LightningModule):
     def log_scores(self, split: Split) -> None:
         """Log the scores of the epoch that ends, over all processes."""
         for scores in self.metrics(split):
-            self.log_dict(scores.compute(), prog_bar=True, sync_dist=True)
+            found = scores.compute().items()  # some of torchmetrics are whole numbers, in some of its versions
+            floats = {name: value.float() if isinstance(value, Tensor) else value for name, value in found}
+            self.log_dict(floats, prog_bar=True, sync_dist=True)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Hand the method to the Trainer, and where tokens are counted, what makes a step a mean over its tokens."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from torch import nn
 
 from lightning_peft import (
@@ -71,7 +72,11 @@ def layout() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return hf.LayoutLMv3ForSequenceClassification(hf.LayoutLMv3Config(**TEXT, **sizes)).eval(), image() | classes()
 
 
-@pytest.mark.parametrize("build", [siglip, layout])
+ASKS_FOR_NUMBERS = Version(hf.__version__) < Version("5.24")
+"""transformers' SigLIP 2 has asked for the numbers of the shapes, so that of it nothing is known."""
+
+
+@pytest.mark.parametrize("build", [layout] if ASKS_FOR_NUMBERS else [siglip, layout])
 def test_it_is_so_where_a_model_takes_other_inputs(build: object) -> None:
     model, batch = build()
     found = reach.unreached(model)

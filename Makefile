@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUANTIZED := $(VENV)/.quantized
 DOCS := $(VENV)/.docs
+ORACLES := $(VENV)/.oracles
 # The demo model is real, and all of it is in its package: nothing is looked up on a hub.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 TESTS := -m pytest -q -n 2 --dist loadscope -m 'not slow and not slurm'
@@ -19,7 +20,7 @@ define environment
 endef
 
 .PHONY: help install quickstart test test-processors test-newest test-oldest test-peft test-slow test-slurm lint types docs readme \
-    timm benchmarks compare compare-text clean
+    timm oracles benchmarks compare compare-text clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -101,6 +102,13 @@ $(DOCS): $(INSTALLED)
 
 readme: $(INSTALLED)  ## write the tables of methods, of the README and the docs, from what the classes say
 	$(BIN)/python -m tests.readme
+
+oracles: $(ORACLES)  ## compare masks of chats, losses of pairs and vectors of sentences with TRL's and sentence-transformers'
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.oracles masks losses vectors
+
+$(ORACLES): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[oracles]'
+	touch $@
 
 timm:  ## make the page of the docs on timm's architectures, in an environment that has timm
 	rm -rf .venv-images

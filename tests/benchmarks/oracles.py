@@ -1,9 +1,10 @@
 """What TRL and sentence-transformers compute of the same: masks of chats, losses of pairs, vectors of sentences.
 
-    python -m tests.benchmarks.oracles masks losses       # with TRL 1.16 where Python looks for packages
-    python -m tests.benchmarks.oracles vectors            # with sentence-transformers
+    make oracles                                          # installs both
+    python -m tests.benchmarks.oracles masks losses       # TRL alone
+    python -m tests.benchmarks.oracles vectors            # sentence-transformers alone
 
-Both are packages that this one does not need: they are looked up where Python looks, for example below ``PYTHONPATH``.
+No test of the gate needs them: their masks and losses stand in those tests as formulas of our own.
 """
 
 import argparse
@@ -159,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     parser.add_argument("kinds", nargs="+", choices=list(KINDS))
     for kind in parser.parse_args().kinds:
         package, heads, rows = KINDS[kind]

@@ -58,7 +58,7 @@ def test_a_browser_reads_it(site: str) -> None:
             page.on("requestfailed", lambda request, failed=failed: failed.append(request.url))
             page.on("pageerror", lambda error, failed=failed: failed.append(str(error)))
             for path in ("", "tutorials/own_csv/", "choosing/", "api/", *(f"methods/{m}/" for m in ("lora", "vpt"))):
-                page.goto(f"{site}/{path}")
+                page.goto(f"{site}/{path}", wait_until="networkidle")  # what is not there yet fails when it is left
                 assert page.locator("article h1").inner_text()
             colour, ground = page.evaluate(
                 "[getComputedStyle(document.querySelector('article p')).color,"

@@ -217,11 +217,11 @@ def test_optimizers_that_have_state_from_the_start(tmp_path: Path, kind: str) ->
             torch.manual_seed(1)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return getattr(torch.optim, kind)(self.parameters(), lr=0.1)
+            return getattr(torch.optim, kind)(self.parameters(), lr=1e-3)
 
     class HeadAlone(Other):
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return getattr(torch.optim, kind)(self.model.classifier.parameters(), lr=0.1)
+            return getattr(torch.optim, kind)(self.model.classifier.parameters(), lr=1e-3)
 
     for cls in (Other, HeadAlone):
         module, folder = cls(), tmp_path / cls.__name__

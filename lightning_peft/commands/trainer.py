@@ -198,14 +198,12 @@ class TuningCLI(LightningCLI):
 
 
 def typed(task: Namespace | None, words: list[str]) -> dict[str, Any] | None:
-    """Return the class of a task with those of its arguments that stand on the command line, or None: none does."""
-    found = (re.match(r"--model\.(?:init_args\.|dict_kwargs\.)?(\w+)", word) for word in words)
-    names = {match[1] for match in found if match} - {"class_path"}
-    if task is None or not names:
-        return None
-    given = task.as_dict()
+    """Return the class of a task with those of its arguments that the command line names, or None: it names none."""
+    given = {} if task is None else task.as_dict()
     values = given.get("init_args", {}) | given.get("dict_kwargs", {})
-    return {"class_path": given["class_path"], "dict_kwargs": {name: values[name] for name in names}}
+    found = (re.match(r"--model\.(?:init_args\.|dict_kwargs\.)?(\w+)", word) for word in words)
+    named = {match[1]: values[match[1]] for match in found if match and match[1] in values}
+    return {"class_path": given["class_path"], "dict_kwargs": named} if named else None
 
 
 def check_checkpoint(path: str | None, command: str) -> None:

@@ -19,7 +19,8 @@ from lightning_peft.core.storage import first_line, read_torch
 
 _REST = "meta.pt"  # where Lightning puts what is no tensor of the model or the optimizer
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+"""The types of tensors that are of no subclass."""
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def is_part(tensor: Any) -> bool:
     """Tell whether a tensor is a DTensor, of which each rank holds a part."""
-    if type(tensor) in _PLAIN:  # most are, and each call of a layer asks
+    if type(tensor) in PLAIN:  # most are, and each call of a layer asks
         return False
     made = sys.modules.get("torch.distributed.tensor")  # without it there are none
     return made is not None and isinstance(tensor, made.DTensor)

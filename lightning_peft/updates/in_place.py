@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.core.graft import Graft
+from lightning_peft.core.sharded import PLAIN
 from lightning_peft.core.tracing import is_traced
 
 _LAYERS = frozenset((nn.Linear, Conv1D))
-_PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 def is_free(out: Tensor, host: nn.Module, graft: Graft, parameter: Tensor) -> bool:
@@ -46,7 +46,7 @@ def is_eager(parameter: Tensor) -> bool:
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_functorch/autograd_function.py asks for the last likewise.
     """
-    plain = type(parameter) in _PLAIN  # a parameter of a subclass is of that class
+    plain = type(parameter) in PLAIN  # a parameter of a subclass is of that class
     return plain and not is_traced() and not torch._C._are_functorch_transforms_active()
 
 

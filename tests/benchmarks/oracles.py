@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import torch
@@ -30,7 +31,7 @@ from tests.benchmarks import measure
 from tests.data import test_chat as chats
 
 TEXTS = ["where does anmar live ?", "anmar lives in lund .", "who likes cheese ?"]
-OBJECTIVES: tuple[tuple[str, float, str], ...] = (("dpo", 0.0, "sigmoid"), ("dpo", 0.2, "sigmoid"), ("ipo", 0.0, "ipo"))
+OBJECTIVES: tuple[tuple[Any, float, str], ...] = (("dpo", 0.0, "sigmoid"), ("dpo", 0.2, "sigmoid"), ("ipo", 0.0, "ipo"))
 """Our objective and label smoothing, and TRL's name of the loss."""
 
 
@@ -57,7 +58,7 @@ def losses(folder: Path) -> Iterator[list[str]]:
     data = valley.set_up(PreferenceData(tokenizer=model, dataset="made://preferences", batch_size=4))
     batch = next(iter(data.val_dataloader()))
     for objective, smooth, kind in OBJECTIVES:
-        task = drawn(Preference(model, objective=objective, beta=0.3, label_smoothing=smooth))  # type: ignore[arg-type]
+        task = drawn(Preference(model, objective=objective, beta=0.3, label_smoothing=smooth))
         loss = by_two_models(merge(copy.deepcopy(task.backbone)), model, folder, kind)
         exchanged = {name: torch.cat(part.chunk(2)[::-1]) for name, part in batch.items()}
         theirs = (1 - smooth) * loss(batch) + smooth * loss(exchanged)  # TRL 1.16 smooths other losses alone
@@ -128,8 +129,9 @@ def vectors(folder: Path) -> Iterator[list[str]]:
     from sentence_transformers import SentenceTransformer, models
 
     model = valley.save("bert", folder)
-    for ours, theirs in (("mean", "mean"), ("first", "cls"), ("last", "lasttoken")):
-        task = SentenceEmbedding(model, pool=ours).eval()  # type: ignore[arg-type]
+    poolings: tuple[tuple[Any, str], ...] = (("mean", "mean"), ("first", "cls"), ("last", "lasttoken"))
+    for ours, theirs in poolings:
+        task = SentenceEmbedding(model, pool=ours).eval()
         LoRA(r=4).apply(task.backbone)
         torch.manual_seed(1)
         for parameter in task.parameters():
